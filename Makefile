@@ -1,0 +1,23 @@
+# One command each, nothing needed before: the virtual environment is made on first use.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, about ten minutes on two cores
+	$(BIN)/python stage1_baseline.py --resume
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/python -m pip install -q "ruff>=0.6"
+	$(BIN)/ruff check .
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs
