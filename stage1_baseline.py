@@ -98,7 +98,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
     network.to(device, memory_format=torch.channels_last).train()
     ema = common.EMA(network, ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
-    step, seconds, sums = 0, 0.0, {}
+    step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])
     if state:
         network.load_state_dict(state["weights"])
         ema.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
@@ -136,8 +136,8 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
             step += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach().mean()
-            if step % train["every"] == 0:
-                means = {name: float(value) / train["every"] for name, value in sums.items()}
+            if step % every == 0:
+                means = {name: float(value) / every for name, value in sums.items()}
                 if not all(map(torch.isfinite, sums.values())):
                     common.fail(f"{folder.name}: {means} at step {step} is not finite; restart with a lower rate or "
                                 f"look at the data (the last good checkpoint is in {folder})")
@@ -161,8 +161,6 @@ def train_vae(folder, train, data, device, resume):
     if not state or not state["finished"]:
         torch.manual_seed(train["seed"])
         vae = build_vae(train)
-        if folder.name.startswith("stage1-vae"):
-            print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
         def loss(x0, gen):
             noise = common.randn((len(x0), vae.latent_dim), gen)
@@ -257,7 +255,7 @@ def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=
     """
     before, after, seconds = [], [], 0.0
     for start in tqdm(range(0, count, batch), desc=f"{model.variant} {prior} {sampler} {steps}", leave=False):
-        gen = common.generator(10_000 * (seed + 1) + start)
+        gen = common.generator(1_000_000 * (seed + 1) + start)
         clock = time.time()
         x_hat = torch.zeros(batch, 3, model.size, model.size, device=model.device)
         if model.vae is not None:
@@ -265,7 +263,7 @@ def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=
             z = model.gmm.sample(batch, gen) if prior == "gmm" else torch.randn(batch, d, generator=gen)
             with common.autocast(model.device):
                 x_hat = model.vae.decoder((temperature * z).to(model.device))
-        x_hat = corrupt(x_hat, gen) if corrupt else x_hat
+        x_hat = corrupt(x_hat, common.generator(gen.initial_seed() + 2)) if corrupt else x_hat
         images = to_uint8(refine(model, x_hat, gen, sampler, steps, spacing)).cpu()
         seconds += time.time() - clock
         before.append(to_uint8(x_hat).cpu())
@@ -367,19 +365,21 @@ def evaluate(folder, state, variant, evaluation, test, extractor, reference, fac
     fd = "fd" + extractor.suffix if extractor.suffix else "fid"
     rows, tables = [], {}
     for name in priors:  # the headline row first
-        row, x_hat, images = measure(name, sampler, steps, evaluation["count"])
+        headline = name == priors[0] or model.unet is None
+        row, x_hat, images = measure(name, sampler, steps, evaluation["count" if headline else "grid_count"])
         rows.append(row)
-        if name == prior or model.vae is None:
+        if name == priors[0]:
             pairs = [("VAE", x_hat), ("refined", images)] if variant in ("form1", "form2") else [(variant, images)]
             shown = [(label, part[i : i + 12]) for i in (0, 12, 24) for label, part in pairs]
             common.save_grid(folder / "samples.png", [p for _, p in shown], [label for label, _ in shown])
     if model.unet is not None:
-        for name, n in evaluation["grid"]:
-            rows.append(measure(priors[0], name, n, evaluation["grid_count"])[0])
-        draw_speed(folder, rows[len(priors) :], fd)
-        pictures = {f"{n} steps": generate(model, 12, priors[0], "dpm", n, spacing, seed, batch)[1]
-                    for n in sorted({n for _, n in evaluation["grid"] if n <= 100})}
+        pictures = {}
+        for name, n in evaluation["grid"]:  # the same z and x_T throughout
+            row, _, images = measure(priors[0], name, n, evaluation["grid_count"])
+            rows.append(row)
+            pictures[f"{name} {n}"] = images[:12]
         common.save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
+        draw_speed(folder, rows[len(priors) :], fd)
     if model.vae is not None:
         tables["robustness"] = robustness(folder, measure, priors[0], sampler, evaluation, fd)
         real = test.images[:1000]

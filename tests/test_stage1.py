@@ -1,0 +1,682 @@
+"""Stage 1: formulations, gradients, training (same bits, resume), sampling, bad input, and a smoke run of everything."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import common
+import fid
+import stage1_baseline as stage1
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+draw_all = common.draw_shapes
+
+
+def small_shapes(count, seed):
+    """A twentieth of the built-in data set: 1000 training and 200 test images."""
+    return draw_all(count // 20, seed)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Commands run in an empty folder, on few images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+
+
+def settings(**changes):
+    """The smoke budget's training settings, changed."""
+    train, _ = common.budget("smoke", "shapes", 32)
+    return {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 0} | train | changes
+
+
+def images_of(count, seed=1):
+    images, labels, factors = draw_all(count, seed)
+    return common.ImageData(images, labels, factors, "shapes", "train", "none", "")
+
+
+def train_both(home, train, data, variant="form1", resume=False):
+    """Train the VAE and a refiner; returns both checkpoints."""
+    vae = stage1.train_vae(home / "stage1-vae-s0", train, data, CPU, resume)
+    return vae, stage1.train_refiner(home / f"stage1-{variant}-s0", variant, train, vae, data, CPU, resume)
+
+
+def same(a, b):
+    """Whether two nested structures hold the same bits; `seconds` (the clock) is left out."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def expect_error(capsys, argv, *words):
+    """The command must exit with status 2 and print one line `error: ...` that contains every word."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        stage1.main(argv)
+    assert stop.value.code == 2
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
+    errors = [line for line in lines if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and lines[-1] == errors[0], lines
+    assert all(word in errors[0] for word in words), errors[0]
+
+
+def refuse(*args, **options):
+    raise AssertionError("training must not start")
+
+
+# --- Losses and the two formulations ---------------------------------------------------------------------------------
+
+
+def test_vae_loss_is_in_unit_range_and_nats():
+    """sse = sum of squared errors of images in [0, 1]; the KL is torch.distributions'; loss = sse + beta KL."""
+    torch.manual_seed(0)
+    vae = stage1.build_vae(settings())
+    x0, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, vae.latent_dim)
+    loss, sse, kl = stage1.vae_loss(vae, x0, noise, 0.7)
+    mu, logvar = vae.encoder(x0)
+    x_hat = vae.decoder(mu + (0.5 * logvar).exp() * noise)
+    unit = lambda x: (x + 1) / 2  # noqa: E731
+    assert torch.allclose(sse, (unit(x_hat) - unit(x0)).square().sum((1, 2, 3)), rtol=1e-4)
+    q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+    exact = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1)
+    assert torch.allclose(kl, exact, rtol=1e-4, atol=1e-5) and torch.allclose(loss, sse + 0.7 * kl)
+    assert x_hat.min() >= -1 and x_hat.max() <= 1
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_refiner_loss(objective):
+    """An oracle loses nothing; a network that answers 0 loses the mean square of eps, or of v = a eps - s x0."""
+    diffusion, gen = common.Diffusion(objective), common.generator(0)
+    x0, eps, t = common.randn((2, 3, 4, 4), gen), common.randn((2, 3, 4, 4), gen), torch.tensor([1, 600])
+    a, s = diffusion.factors(t)
+    target = eps if objective == "eps" else a * eps - s * x0
+    seen = []
+    loss = stage1.refiner_loss(diffusion, lambda xt, t: seen.append((xt, t)) or target, x0, t, eps)
+    assert loss.tolist() == [0, 0] and torch.allclose(seen[0][0], a * x0 + s * eps) and torch.equal(seen[0][1], t)
+    loss = stage1.refiner_loss(diffusion, lambda xt, t: 0 * xt, x0, t, eps)
+    assert torch.allclose(loss, target.square().mean((1, 2, 3)))
+
+
+def test_the_input_is_the_only_difference():
+    """uncond sees y; form1 cat(y, x_hat); form2 cat(y + x_hat, x_hat): the same t, the output untouched."""
+    y, x_hat, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([3, 900])
+    seen = []
+
+    def unet(x, time):
+        seen.append((x, time))
+        return x[:, :3] * 2
+
+    expected = {"uncond": y, "form1": torch.cat([y, x_hat], 1), "form2": torch.cat([y + x_hat, x_hat], 1)}
+    for variant, shown in expected.items():
+        seen.clear()
+        out = stage1.condition(unet, x_hat, variant)(y, t)
+        assert torch.equal(seen[0][0], shown) and torch.equal(seen[0][1], t) and torch.equal(out, shown[:, :3] * 2)
+
+
+@pytest.mark.parametrize("variance,steps", [("fixedlarge", 1000), ("fixedsmall", 20)])
+def test_formulation_2_is_formulation_1_after_the_shift(variance, steps):
+    """The published Formulation 2, written out in x_t = y_t + x_hat: x_T = x_hat + noise,
+    x0 = (x_t - x_hat - sqrt(1 - A_t) eps) / sqrt(A_t) clamped, posterior mean c1 x0 + c2 x_t + (1 - c2) x_hat, and
+    x_hat subtracted at the end, must give what `condition(..., "form2")` and the plain process in y give."""
+    torch.manual_seed(0)
+    unet = nn.Conv2d(6, 3, 3, padding=1).double()
+    predict = lambda x, t: unet(x) * torch.cos(t / 300.0)[:, None, None, None]  # noqa: E731 - a random eps-network
+    diffusion, gen = common.Diffusion("eps"), common.generator(0)
+    diffusion.signal, diffusion.noise = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()  # in float64
+    x_hat, x_T = (common.randn((2, 3, 5, 5), gen).double() for _ in range(2))
+    y = common.sample(diffusion, stage1.condition(predict, x_hat, "form2"), x_T, "ddpm", steps, common.generator(1))
+
+    bar, grid, noise = diffusion.alpha_bar, common.time_grid(1000, steps), common.generator(1)
+    x = x_hat + x_T
+    with torch.no_grad():
+        for t, s in zip(grid[:0:-1], grid[-2::-1], strict=True):
+            eps = predict(torch.cat([x, x_hat], 1), torch.full((2,), t))
+            x0 = ((x - x_hat - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()).clamp(-1, 1)
+            beta = 1 - bar[t] / bar[s]
+            c1, c2 = bar[s].sqrt() * beta / (1 - bar[t]), (bar[t] / bar[s]).sqrt() * (1 - bar[s]) / (1 - bar[t])
+            x = c1 * x0 + c2 * x + (1 - c2) * x_hat
+            if s > 0:
+                sigma2 = beta if variance == "fixedlarge" else beta * (1 - bar[s]) / (1 - bar[t])
+                x = x + sigma2.sqrt() * common.randn(x.shape, noise)
+    assert torch.allclose(x - x_hat, y, atol=1e-8)
+
+
+def test_formulation_2_ddim_after_the_shift():
+    """DDIM (eta 0) in x_t: sqrt(A_s) x0 + sqrt(1 - A_s) eps + x_hat, minus x_hat at the end."""
+    torch.manual_seed(0)
+    unet, diffusion, gen = nn.Conv2d(6, 3, 3, padding=1), common.Diffusion("eps"), common.generator(0)
+    x_hat, x_T = common.randn((2, 3, 5, 5), gen), common.randn((2, 3, 5, 5), gen)
+    denoise = stage1.condition(lambda x, t: unet(x), x_hat, "form2")
+    y = common.sample(diffusion, denoise, x_T, "ddim", 15, clamp=False, spacing="quadratic")
+    x, bar, grid = x_hat + x_T, diffusion.alpha_bar, common.time_grid(1000, 15)
+    with torch.no_grad():
+        for t, s in zip(grid[:0:-1], grid[-2::-1], strict=True):
+            eps = unet(torch.cat([x, x_hat], 1))
+            x0 = (x - x_hat - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
+            x = (bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * eps + x_hat).float()
+    assert torch.allclose(x - x_hat, y, rtol=1e-3, atol=1e-3)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def test_vae_overfits_one_batch():
+    """On eight images without noise the squared error must fall to a third within 150 steps."""
+    torch.manual_seed(0)
+    vae, x0 = stage1.build_vae(settings()), common.to_float(draw_all(8, 1)[0])
+    noise = torch.zeros(8, vae.latent_dim)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
+    history = []
+    for _ in range(150):
+        loss, sse, _ = stage1.vae_loss(vae, x0, noise, 0.0)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 200.0)
+        optimizer.step()
+        history.append(float(sse.mean()))
+    assert history[-1] < history[0] / 3, history[::30]
+
+
+@pytest.mark.parametrize("variant", ["uncond", "form1", "form2"])
+def test_refiner_overfits_one_batch(variant):
+    """With fixed x0, eps and t the error must fall to a tenth of its start (the target's mean square, as the output
+    starts at zero)."""
+    torch.manual_seed(0)
+    unet, diffusion, gen = stage1.build_unet(settings(), variant), common.Diffusion("v"), common.generator(0)
+    x0, eps, t = common.to_float(draw_all(4, 1)[0]), common.randn((4, 3, 32, 32), gen), torch.tensor([50, 300, 600, 900])
+    denoise = stage1.condition(unet, 0.5 * x0, variant)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
+    history = []
+    for _ in range(120):
+        loss = stage1.refiner_loss(diffusion, denoise, x0, t, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss))
+    assert history[0] == pytest.approx(float(diffusion.target(x0, t, eps).square().mean()), rel=1e-5)
+    assert history[-1] < history[0] / 10, history[::30]
+
+
+def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
+    """During train_refiner the VAE keeps its bits, has no gradient and is in evaluation mode; the U-Net has gradients."""
+    built, restore, build_unet = {}, stage1.restore, stage1.build_unet
+    monkeypatch.setattr(stage1, "restore", lambda *a: built.setdefault("vae", restore(*a)))
+    monkeypatch.setattr(stage1, "build_unet", lambda *a: built.setdefault("unet", build_unet(*a)))
+    train, data = settings(steps=3, every=1), images_of(64)
+    vae_state = stage1.train_vae(tmp_path / "vae", train, data, CPU, False)
+    built.clear()
+    state = stage1.train_refiner(tmp_path / "form1", "form1", train, vae_state, data, CPU, False)
+    vae, unet = built["vae"], built["unet"]
+    assert all(p.grad is None and not p.requires_grad for p in vae.parameters()) and not vae.training
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
+    assert same(dict(vae.state_dict()), vae_state["ema"]) and same(state["vae"], vae_state["ema"])
+    assert same(state["gmm"], vae_state["gmm"])
+
+
+def test_times_and_posterior_samples_of_training(tmp_path, monkeypatch):
+    """t = ceil(T u^p) lies in 1..T, with mean T / (p + 1) + 1/2; x_hat is a fresh posterior sample at every step."""
+    times, x_hats, condition = [], [], stage1.condition
+    loss = stage1.refiner_loss
+    monkeypatch.setattr(stage1, "refiner_loss", lambda d, f, x0, t, eps: times.append(t) or loss(d, f, x0, t, eps))
+    monkeypatch.setattr(stage1, "condition", lambda u, x_hat, v: x_hats.append(x_hat) or condition(u, x_hat, v))
+    data = images_of(1)  # one image: x_hat differs by the posterior sample alone
+    _, state = train_both(tmp_path, settings(batch=64, steps=30), data)
+    t = torch.cat(times)
+    assert t.min() >= 1 and t.max() <= 1000
+    deviation = 1000 * (1 / 4 - 1 / 2.5**2) ** 0.5 / len(t) ** 0.5  # Var[u^1.5] = 1/4 - 1/2.5^2
+    assert float(t.double().mean()) == pytest.approx(400.5, abs=4 * deviation)
+    assert len(x_hats) == 30 and not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
+
+
+def test_same_seed_same_bits(tmp_path):
+    """Two trainings with one seed agree in every tensor of both checkpoints and in the logs; another seed does not."""
+    data, train = images_of(200), settings()
+    a, b = (train_both(tmp_path / name, train, data) for name in "ab")
+    c = train_both(tmp_path / "c", train | {"seed": 1}, data)
+    assert same(a, b) and not same(a[0]["ema"], c[0]["ema"]) and not same(a[1]["ema"], c[1]["ema"])
+    for folder in ("stage1-vae-s0", "stage1-form1-s0"):
+        assert (tmp_path / "a" / folder / "log.csv").read_text() == (tmp_path / "b" / folder / "log.csv").read_text()
+    assert all(state["finished"] and state["step"] == train["steps"] for state in a)
+    assert common.read_log(tmp_path / "a" / "stage1-form1-s0" / "log.csv")["step"] == [4, 8]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", [1, 6, 8, 13])
+def test_stopped_and_resumed_is_never_stopped(stop, where, tmp_path, monkeypatch, capsys):
+    """A signal after update `where` (1..8: of the VAE, 9..16: of the refiner) saves, exits with 128 + its number, and
+    --resume ends with the bits and the log of a run that was never stopped. Dropout and flips are on: they draw too."""
+    data, train = images_of(100), settings(dropout=0.2, flip="both", every=3)
+    whole = train_both(tmp_path / "whole", train, data)
+    updates, update = [], common.EMA.update
+
+    def stop_there(ema, network):
+        update(ema, network)
+        updates.append(1)
+        if len(updates) == where:
+            os.kill(os.getpid(), stop)
+
+    monkeypatch.setattr(common.EMA, "update", stop_there)
+    with pytest.raises(SystemExit) as exit_:
+        train_both(tmp_path / "cut", train, data)
+    assert exit_.value.code == 128 + stop and "--resume" in capsys.readouterr().err
+    folder = tmp_path / "cut" / ("stage1-vae-s0" if where <= 8 else "stage1-form1-s0")
+    assert common.load_checkpoint(folder / "checkpoint.pt")["step"] == (where - 1) % 8 + 1
+    if where != 8:
+        with pytest.raises(SystemExit) as exit_:  # unfinished, without --resume
+            train_both(tmp_path / "cut", train, data)
+        assert exit_.value.code == 2
+    torch.manual_seed(123)  # the resumed run must not depend on what the process did before
+    resumed = train_both(tmp_path / "cut", train, data, resume=True)
+    assert same(whole, resumed) and len(updates) == 16
+    for name in ("stage1-vae-s0", "stage1-form1-s0"):
+        assert (tmp_path / "cut" / name / "log.csv").read_text() == (tmp_path / "whole" / name / "log.csv").read_text()
+
+
+# A run of the command without its scores, on few images, with a checkpoint every 0.3 seconds.
+DRIVER = """
+import sys, time, types
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import common, fid
+import stage1_baseline as stage1
+draw = common.draw_shapes
+common.draw_shapes = lambda count, seed: draw(count // 100, seed)
+fid.load_extractor = lambda *a: types.SimpleNamespace(name="none", suffix="_local")
+fid.reference = lambda *a: None
+stage1.evaluate = lambda folder, *a: {{"run": {{"variant": folder.name, "eval": None}}, "rows": []}}
+stage1.time = types.SimpleNamespace(time=lambda: 200 * time.time())
+stage1.main(sys.argv[1:])
+"""
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path):
+    """SIGTERM once, then SIGKILL at random moments, mid-training and maybe mid-write; the last --resume finishes with
+    the weights of a run that was never stopped."""
+    def command(out):
+        argv = ["--budget", "smoke", "--variant", "form1", "--steps", "150", "--resume", "--device", "cpu", "--out"]
+        return [sys.executable, "-c", DRIVER.format(root=str(ROOT)), *argv, str(out)]
+
+    whole = subprocess.Popen(command(tmp_path / "whole"), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    home, moments, steps = tmp_path / "cut" / "shapes-smoke", random.Random(0), []
+    path = home / "stage1-form1-s0" / "checkpoint.pt"
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        before = path.stat().st_mtime_ns if path.is_file() else 0
+        process = subprocess.Popen(command(tmp_path / "cut"), cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (path.is_file() and path.stat().st_mtime_ns != before):
+            time.sleep(0.02)  # until this process has written a checkpoint of the refiner
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(number)
+        assert process.wait() in (0, 143 if number == signal.SIGTERM else -9)
+        steps.append(common.load_checkpoint(path)["step"])
+    assert subprocess.run(command(tmp_path / "cut"), cwd=tmp_path, capture_output=True).returncode == 0
+    assert whole.wait() == 0
+    assert 0 < steps[0] < 150 and steps == sorted(steps), steps
+    for name in ("stage1-vae-s0", "stage1-form1-s0"):
+        a, b = (common.load_checkpoint(tmp_path / run / "shapes-smoke" / name / "checkpoint.pt") for run in ("whole", "cut"))
+        assert same(a, b) and a["finished"]
+        logs = [(tmp_path / run / "shapes-smoke" / name / "log.csv").read_text() for run in ("whole", "cut")]
+        assert logs[0] == logs[1]
+    assert not [p for p in (tmp_path / "cut").rglob("*") if p.suffix == ".tmp" and str(os.getpid()) in p.name]
+
+
+def test_fewer_steps_than_a_log_interval(tmp_path):
+    """--steps 1..5 with a log row every 4 steps: the log has the last step too, and its chart can be drawn."""
+    for steps in (1, 4, 5):
+        folder, train = tmp_path / str(steps), settings(steps=steps)
+        stage1.train_vae(folder, train, images_of(40), CPU, False)
+        last = stage1.draw_training(folder)
+        assert common.read_log(folder / "log.csv")["step"][-1] == steps
+        assert set(last) == {"sse", "kl_nats"} and all(map(math.isfinite, last.values()))
+    first, later = (common.read_log(tmp_path / str(n) / "log.csv")["sse"] for n in (4, 5))
+    assert later[0] == pytest.approx(first[0], rel=0.2) and later[1] == pytest.approx(first[0], rel=0.5)  # means, both
+
+
+def test_a_loss_that_is_not_finite_names_itself(tmp_path, capsys):
+    """A rate far too high ends in one line that names the run, the term and the step."""
+    train = settings(vae_lr=1e30, vae_clip=0.0, steps=12, every=2)
+    with pytest.raises(SystemExit) as stop:
+        stage1.train_vae(tmp_path / "stage1-vae-s0", train, images_of(40), CPU, False)
+    line = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error" in line][-1]
+    assert stop.value.code == 2 and all(word in line for word in ("error: ", "stage1-vae-s0", "sse", "step"))
+
+
+# --- Sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One short training of the VAE and the three refiners, their U-Nets' last layer made to matter."""
+    home, train, data = tmp_path_factory.mktemp("trained"), settings(), images_of(200)
+    vae = stage1.train_vae(home / "stage1-vae-s0", train, data, CPU, False)
+    states = {"vae": vae}
+    for variant in ("uncond", "form1", "form2"):
+        states[variant] = stage1.train_refiner(home / f"stage1-{variant}-s0", variant, train, vae, data, CPU, False)
+    return states
+
+
+def test_a_checkpoint_alone_rebuilds_its_model(trained):
+    """Weights of U-Net and VAE, GMM, objective and size come from the checkpoint; sampling works and repeats itself."""
+    for variant, state in trained.items():
+        model = stage1.load_model(state, variant, CPU)
+        assert (model.unet is None) == (variant == "vae") and (model.vae is None) == (variant == "uncond")
+        if model.unet is not None:
+            assert same(dict(model.unet.state_dict()), state["ema"])
+            assert model.diffusion.objective == state["train"]["objective"]
+        if model.vae is not None:
+            assert same(dict(model.vae.state_dict()), trained["vae"]["ema"])
+        networks = [n for n in (model.vae, model.unet) if n is not None]
+        assert not any(n.training or p.requires_grad for n in networks for p in n.parameters())
+        a, b = (stage1.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 0, 5) for _ in range(2))
+        assert torch.equal(a[1], b[1]) and a[1].shape == (5, 3, 32, 32) and a[1].dtype == torch.uint8
+        other = stage1.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 1, 5)
+        assert not torch.equal(a[1], other[1])
+
+
+def spy(model):
+    """Replace a form1 model's U-Net by one that remembers its inputs; returns the list."""
+    seen = []
+
+    def unet(x, t):
+        seen.append(x.clone())
+        return torch.zeros_like(x[:, :3])
+
+    model.unet = unet
+    return seen
+
+
+def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
+    """Image k starts from the same x_hat and x_T whatever the sampler, the number of steps and of images; damage
+    changes x_hat alone, a temperature too."""
+    def start(sampler="dpm", steps=2, count=8, batch=4, **damage):
+        model = stage1.load_model(trained["form1"], "form1", CPU)
+        seen = spy(model)
+        stage1.generate(model, count, "gaussian", sampler, steps, "quadratic", 0, batch, **damage)
+        first = torch.cat(seen[::steps])[:count]  # the first U-Net call of each batch
+        return first[:, :3], first[:, 3:]
+
+    x_T, x_hat = start()
+    for options in ({"sampler": "ddpm", "steps": 5}, {"sampler": "ddim", "steps": 1}, {"steps": 7}):
+        assert all(map(torch.equal, start(**options), (x_T, x_hat)))
+    fewer = start(count=5)
+    assert torch.equal(fewer[0], x_T[:5]) and torch.equal(fewer[1], x_hat[:5])
+    assert not torch.equal(x_T[:4], x_T[4:])  # the second batch has its own draws
+    for damage in ({"corrupt": stage1.add_noise(0.1)}, {"corrupt": stage1.blur}, {"temperature": 1.3}):
+        damaged = start(**damage)
+        assert not torch.equal(damaged[1], x_hat)
+        assert torch.equal(damaged[0], x_T), damage
+
+
+def test_corruptions():
+    """Noise has the stated sd; the blur keeps constants and brightness and spreads a point to a variance of 1 pixel."""
+    x_hat, gen = torch.zeros(20, 3, 32, 32), common.generator(0)
+    assert float(stage1.add_noise(0.2)(x_hat, gen).std()) == pytest.approx(0.2, rel=0.02)
+    assert torch.allclose(stage1.blur(x_hat + 0.3, gen), x_hat + 0.3, atol=1e-6)
+    point = torch.zeros(1, 3, 33, 33)
+    point[:, :, 16, 16] = 1
+    blurred = stage1.blur(point, gen)[0, 0]
+    assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
+    assert float((blurred.sum(0) * (torch.arange(33) - 16.0) ** 2).sum()) == pytest.approx(1, rel=0.05)
+
+
+def test_encode_samples_the_posterior(trained):
+    """z - mu has the posterior's sd: (z - mu) / sd is standard normal, whatever the batch size."""
+    vae = stage1.load_model(trained["vae"], "vae", CPU).vae
+    images = draw_all(300, 5)[0]
+    z, mu, logvar = stage1.encode(vae, images, common.generator(0), CPU)
+    white = (z - mu) / (0.5 * logvar).exp()
+    assert abs(float(white.mean())) < 0.1 and float(white.std()) == pytest.approx(1, abs=0.06)
+    again = stage1.encode(vae, images, common.generator(0), CPU, batch=7)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip((z, mu, logvar), again, strict=True))
+
+
+def test_spacing_figure_has_the_numbers_of_the_lesson(tmp_path):
+    """Exact denoiser of fine detail: 25 uniform steps keep a third of its energy, 25 quadratic ones at least four
+    fifths; with all 1000 steps both grids are one and nearly exact."""
+    lines = stage1.draw_spacing(tmp_path / "spacing.png")
+    kept = {label: dict(zip(*points, strict=True)) for label, points in lines.items()}
+    assert kept["ddim, uniform"][25] < 0.45 and kept["ddim, quadratic"][25] > 0.8
+    for sampler in ("ddim", "dpm"):
+        uniform, quadratic = kept[f"{sampler}, uniform"], kept[f"{sampler}, quadratic"]
+        assert uniform[1000] == quadratic[1000] == pytest.approx(1, abs=0.15)
+        assert all(abs(1 - quadratic[n]) < abs(1 - uniform[n]) for n in (10, 25, 50))
+    assert (tmp_path / "spacing.png").is_file()
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_bits_per_dim_is_the_sum_of_its_parts(trained):
+    """bound = L_T + sum KL_t + L_0 (+ the VAE's KL where there is one), in bits per dimension; none for a VAE alone."""
+    evaluation = {"bits_images": 6, "bits_draws": 3}
+    images = draw_all(10, 5)[0]
+    for variant, state in trained.items():
+        bits = stage1.bits_per_dim(stage1.load_model(state, variant, CPU), images, evaluation, 0)
+        if variant == "vae":
+            assert bits is None
+            continue
+        parts = {"prior", "diffusion", "data"} | ({"kl"} if variant != "uncond" else set())
+        assert set(bits) == parts | {"bound", "images"} and bits["images"] == 6
+        assert bits["bound"]["value"] == pytest.approx(sum(bits[name] for name in parts), rel=1e-4)
+        assert bits["bound"]["low"] < bits["bound"]["value"] < bits["bound"]["high"]
+    again = stage1.bits_per_dim(stage1.load_model(trained["form1"], "form1", CPU), images, evaluation, 0)
+    mu, logvar = stage1.load_model(trained["vae"], "vae", CPU).vae.encoder(common.to_float(images[:6]))
+    exact = common.gaussian_kl(mu, logvar).mean() / (3072 * math.log(2))
+    assert again["kl"] == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_verdicts():
+    """Collapse, underfitting, a smooth decoder and neither are told apart."""
+    gen = common.generator(0)
+    spread, flat = common.randn((500, 20), gen), 0.01 * common.randn((500, 20), gen)
+    small, large = torch.full((500, 20), -4.0), torch.zeros(500, 20)
+    assert "collapse" in stage1.diagnose(flat, large, 0.1)["verdict"]
+    assert "prior" in stage1.diagnose(spread, large, 0.1)["verdict"]
+    assert "Gaussian decoder" in stage1.diagnose(spread, small, 0.1)["verdict"]
+    report = stage1.diagnose(spread, small, 0.9)
+    assert "not overly smooth" in report["verdict"]
+    assert report["active_units"] == report["latent_dim"] == 20
+    assert report["posterior_variance"] == pytest.approx(math.exp(-4))
+
+
+def test_network_cost_counts_what_a_variant_uses():
+    """Parameters agree with the built networks; uncond has no VAE, vae no U-Net."""
+    train = settings()
+    for variant, names in (("vae", {"vae"}), ("uncond", {"unet"}), ("form1", {"vae", "unet"})):
+        cost = stage1.network_cost(train, variant)
+        assert set(cost) == names and all(c["gflops"] > 0 for c in cost.values())
+        if "unet" in names:
+            unet = stage1.build_unet(train, variant)
+            assert cost["unet"]["parameters"] == sum(p.numel() for p in unet.parameters())
+
+
+# --- The command: bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--variant", "form3"], ["--variant", "form3"]),
+    (["--prior", "flow"], ["--prior", "flow"]),
+    (["--dataset", "imagenet"], ["--dataset", "imagenet"]),
+    (["--steps", "0"], ["--steps 0"]),
+    (["--batch-size", "-1"], ["--batch-size -1"]),
+    (["--sample-steps", "1001"], ["--sample-steps 1001", "1000"]),
+    (["--eval-samples", "3"], ["--eval-samples 3"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]),
+    (["--device", "toaster"], ["--device toaster"]),
+    (["--out", "file/runs"], ["--out", "file/runs"]),
+    (["--dataset", "folder", "--data-dir", "nowhere"], ["--data-dir", "nowhere"]),
+    (["--dataset", "folder", "--data-dir", "empty"], ["--data-dir", "empty"]),
+    (["--dataset", "cifar10", "--data-dir", "empty"], ["--dataset cifar10", "empty", "--data-dir"]),
+    (["--dataset", "celeba64", "--data-dir", "empty"], ["--dataset celeba64", "empty", "--data-dir"]),
+    (["--dataset", "folder", "--data-dir", "text"], ["text", "00.png"]),
+])
+def test_bad_input_stops_before_any_training(argv, words, small, tmp_path, monkeypatch, capsys):
+    """One line that names the flag or file, status 2, no training, no run folder. (The feature network is a stub.)"""
+    def offline(*args):
+        raise OSError("no network")
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i:02}.png").write_text("this is not an image")
+    monkeypatch.setattr(common, "download", offline)
+    monkeypatch.setattr(stage1, "fit", refuse)
+    monkeypatch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
+    expect_error(capsys, ["--budget", "smoke", *argv], *words)
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_inception_without_weights(small, tmp_path, monkeypatch, capsys):
+    """No file, no cache, no network: an error before any training that names the flag and what to do."""
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr(stage1, "fit", refuse)
+    argv = ["--budget", "smoke", "--features", "inception"]
+    expect_error(capsys, argv, "--features inception", "--weights")
+    expect_error(capsys, [*argv, "--weights", "absent.pth"], "absent.pth")
+    (tmp_path / "wrong.pth").write_bytes(b"wrong")
+    expect_error(capsys, [*argv, "--weights", "wrong.pth"], "wrong.pth")
+
+
+def test_local_features_that_are_not_there(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "FEATURES_DIR", tmp_path / "features")
+    monkeypatch.setattr(stage1, "fit", refuse)
+    expect_error(capsys, ["--budget", "smoke"], "--features local", "shapes")
+
+
+# --- The command: smoke runs -----------------------------------------------------------------------------------------
+
+SMOKE = ["--budget", "smoke", "--variant", "all", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One smoke run of all four variants, with the pinned feature network, on few images; its folder."""
+    home = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(common, "draw_shapes", small_shapes)
+        stage1.main(SMOKE)
+    return home
+
+
+def test_smoke_writes_everything(smoke):
+    """Each variant: a metrics file that meets the schema, the rows that were asked for, its figures."""
+    figures = {"vae": {"samples", "robustness", "reconstructions", "training"},
+               "uncond": {"samples", "speed", "spacing", "steps", "training"},
+               "form1": {"samples", "speed", "spacing", "steps", "robustness", "reconstructions", "training"}}
+    figures["form2"] = figures["form1"]
+    for variant in stage1.VARIANTS:
+        folder = smoke / "runs" / "shapes-smoke" / f"stage1-{variant}-s0"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        common.check_metrics(metrics)
+        run, rows, tables = metrics["run"], metrics["rows"], metrics["tables"]
+        assert run["variant"] == f"stage1-{variant}" and run["stage"] == "stage1" and run["n_real"] == 1000
+        assert run["train_images"] == 8 * 32 and run["features"].startswith("local-shapes-")
+        assert (rows[0]["sampler"], rows[0]["nfe"]) == (("none", 0) if variant == "vae" else ("dpm", 4))
+        assert rows[0]["prior"] == ("none" if variant == "uncond" else "gmm") and rows[0]["n_generated"] == 64
+        if variant != "vae":
+            assert [(row["sampler"], row["nfe"]) for row in rows[-2:]] == [("dpm", 2), ("dpm", 4)]
+        assert {path.stem for path in folder.glob("*.png")} == figures[variant]
+        for path in folder.glob("*.png"):
+            with Image.open(path) as image:
+                image.load()
+                assert min(image.size) > 50
+        assert (tables["bits_per_dim"] is None) == (variant == "vae")
+        assert ("robustness" in tables) == ("latent" in tables) == (variant != "uncond")
+        assert not list(folder.glob(".*"))
+    assert not list((smoke / "runs" / "shapes-smoke").glob("*/*.tmp"))
+
+
+def test_smoke_again_reuses(smoke, monkeypatch, capsys):
+    """The same command trains and evaluates nothing, and prints the table and the pictures' paths again."""
+    monkeypatch.chdir(smoke)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+    monkeypatch.setattr(stage1, "fit", refuse)
+    monkeypatch.setattr(stage1, "evaluate", refuse)
+    clock = time.time()
+    stage1.main(SMOKE)
+    assert time.time() - clock < 10
+    out = capsys.readouterr().out
+    assert all(f"stage1-{variant}" in out for variant in stage1.VARIANTS)
+    assert "hf_energy" in out and "samples.png" in out and "metrics.json" in out
+
+
+def test_other_evaluation_settings_evaluate_again_without_training(smoke, monkeypatch):
+    """--sample-steps 3 asks for another headline: evaluated, not trained."""
+    monkeypatch.chdir(smoke)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+    monkeypatch.setattr(stage1, "fit", refuse)
+    seen = []
+    monkeypatch.setattr(fid, "reference", lambda *a: None)
+    monkeypatch.setattr(stage1, "evaluate", lambda folder, state, variant, evaluation, *a: seen.append(
+        (variant, evaluation["sample_steps"])) or {"run": {"variant": variant}, "rows": []})
+    stage1.main(["--budget", "smoke", "--variant", "form1", "--sample-steps", "3", "--device", "cpu"])
+    assert seen == [("form1", 3)]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_other_training_settings_are_refused(resume, smoke, monkeypatch, capsys):
+    """The key that differs is named with both values, before any training."""
+    monkeypatch.chdir(smoke)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+    monkeypatch.setattr(stage1, "fit", refuse)
+    expect_error(capsys, [*SMOKE, *resume, "--steps", "9"], "steps was 8, is now 9", "--out")
+
+
+def test_damaged_checkpoint_is_named(small, tmp_path, monkeypatch, capsys):
+    """Cut in half: one line that names the file and the remedy."""
+    monkeypatch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
+    monkeypatch.setattr(fid, "reference", lambda *a: None)
+    monkeypatch.setattr(stage1, "evaluate", lambda *a: {"run": {"variant": "vae"}, "rows": []})
+    argv = ["--budget", "smoke", "--variant", "vae", "--device", "cpu"]
+    stage1.main(argv)
+    path = tmp_path / "runs" / "shapes-smoke" / "stage1-vae-s0" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    for flag in ([], ["--resume"]):
+        expect_error(capsys, argv + flag, "checkpoint.pt", "remove")
+
+
+@pytest.mark.parametrize("dataset,size,unet,vae", [("cifar10", 32, 35.75, 9.24), ("celeba64", 64, 78.70, 14.01)])
+def test_dry_run_prints_the_published_networks(dataset, size, unet, vae, small, tmp_path, capsys):
+    """One JSON object with the settings and the paper's networks, within 1%; no data needed, nothing written."""
+    stage1.main(["--dataset", dataset, "--budget", "paper", "--dry-run"])
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {"settings", "networks"} and set(printed["settings"]) == {"train", "eval"}
+    for name, millions in (("unet", unet), ("vae", vae)):
+        assert printed["networks"][name]["parameters"] / 1e6 == pytest.approx(millions, rel=0.01)
+        assert printed["networks"][name]["gflops"] > 1
+    train = printed["settings"]["train"]
+    assert train["image_size"] == size and train["attention"] == [16] and train["objective"] == "eps"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_starts_as_a_command(tmp_path):
+    """--dry-run in a process of its own, from another folder: status 0 and one JSON object."""
+    done = subprocess.run([sys.executable, str(ROOT / "stage1_baseline.py"), "--dry-run"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["settings"]["train"]["dataset"] == "shapes"
+    assert not list(tmp_path.iterdir())
