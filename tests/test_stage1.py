@@ -1,4 +1,4 @@
-"""Stage 1: formulations, gradients, training (same bits, resume), sampling, bad input, and a smoke run of everything."""
+"""Stage 1: formulations, gradients, training (same bits, resume), sampling, bad input, a smoke run of everything."""
 
 import json
 import math
@@ -191,32 +191,32 @@ def test_vae_overfits_one_batch():
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 200.0)
         optimizer.step()
-        history.append(float(sse.mean()))
+        history.append(sse.mean().item())
     assert history[-1] < history[0] / 3, history[::30]
 
 
 @pytest.mark.parametrize("variant", ["uncond", "form1", "form2"])
 def test_refiner_overfits_one_batch(variant):
-    """With fixed x0, eps and t the error must fall to a tenth of its start (the target's mean square, as the output
-    starts at zero)."""
+    """With one fixed x0, eps and t the error must fall to a tenth of its start (the target's mean square, as the
+    output starts at zero)."""
     torch.manual_seed(0)
     unet, diffusion, gen = stage1.build_unet(settings(), variant), common.Diffusion("v"), common.generator(0)
-    x0, eps, t = common.to_float(draw_all(4, 1)[0]), common.randn((4, 3, 32, 32), gen), torch.tensor([50, 300, 600, 900])
+    x0, eps, t = common.to_float(draw_all(1, 1)[0]), common.randn((1, 3, 32, 32), gen), torch.tensor([400])
     denoise = stage1.condition(unet, 0.5 * x0, variant)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=3e-3)
     history = []
-    for _ in range(120):
+    for _ in range(100):
         loss = stage1.refiner_loss(diffusion, denoise, x0, t, eps).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        history.append(float(loss))
+        history.append(loss.item())
     assert history[0] == pytest.approx(float(diffusion.target(x0, t, eps).square().mean()), rel=1e-5)
     assert history[-1] < history[0] / 10, history[::30]
 
 
 def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
-    """During train_refiner the VAE keeps its bits, has no gradient and is in evaluation mode; the U-Net has gradients."""
+    """In train_refiner the VAE keeps its bits, has no gradient and is in evaluation mode; the U-Net has gradients."""
     built, restore, build_unet = {}, stage1.restore, stage1.build_unet
     monkeypatch.setattr(stage1, "restore", lambda *a: built.setdefault("vae", restore(*a)))
     monkeypatch.setattr(stage1, "build_unet", lambda *a: built.setdefault("unet", build_unet(*a)))
@@ -237,13 +237,14 @@ def test_times_and_posterior_samples_of_training(tmp_path, monkeypatch):
     loss = stage1.refiner_loss
     monkeypatch.setattr(stage1, "refiner_loss", lambda d, f, x0, t, eps: times.append(t) or loss(d, f, x0, t, eps))
     monkeypatch.setattr(stage1, "condition", lambda u, x_hat, v: x_hats.append(x_hat) or condition(u, x_hat, v))
-    data = images_of(1)  # one image: x_hat differs by the posterior sample alone
-    _, state = train_both(tmp_path, settings(batch=64, steps=30), data)
+    data = images_of(1)
+    data.images = data.images.expand(40, 3, 32, 32)  # one image: x_hat differs by the posterior sample alone
+    train_both(tmp_path, settings(batch=32, steps=25), data)
     t = torch.cat(times)
     assert t.min() >= 1 and t.max() <= 1000
     deviation = 1000 * (1 / 4 - 1 / 2.5**2) ** 0.5 / len(t) ** 0.5  # Var[u^1.5] = 1/4 - 1/2.5^2
     assert float(t.double().mean()) == pytest.approx(400.5, abs=4 * deviation)
-    assert len(x_hats) == 30 and not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
+    assert len(x_hats) == 25 and not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
 
 
 def test_same_seed_same_bits(tmp_path):
@@ -258,13 +259,22 @@ def test_same_seed_same_bits(tmp_path):
     assert common.read_log(tmp_path / "a" / "stage1-form1-s0" / "log.csv")["step"] == [4, 8]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", [1, 6, 8, 13])
-def test_stopped_and_resumed_is_never_stopped(stop, where, tmp_path, monkeypatch, capsys):
+DRAWING = {"dropout": 0.2, "flip": "both", "every": 3}  # settings under which every kind of random draw is made
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """A run's folder and its two checkpoints."""
+    home = tmp_path_factory.mktemp("whole")
+    return home, train_both(home, settings(**DRAWING), images_of(100))
+
+
+@pytest.mark.parametrize("stop,where", [(signal.SIGTERM, 1), (signal.SIGTERM, 6), (signal.SIGTERM, 8),
+                                        (signal.SIGTERM, 13), (signal.SIGINT, 10)])
+def test_stopped_and_resumed_is_never_stopped(stop, where, never_stopped, tmp_path, monkeypatch, capsys):
     """A signal after update `where` (1..8: of the VAE, 9..16: of the refiner) saves, exits with 128 + its number, and
     --resume ends with the bits and the log of a run that was never stopped. Dropout and flips are on: they draw too."""
-    data, train = images_of(100), settings(dropout=0.2, flip="both", every=3)
-    whole = train_both(tmp_path / "whole", train, data)
+    (home, whole), data, train = never_stopped, images_of(100), settings(**DRAWING)
     updates, update = [], common.EMA.update
 
     def stop_there(ema, network):
@@ -287,7 +297,7 @@ def test_stopped_and_resumed_is_never_stopped(stop, where, tmp_path, monkeypatch
     resumed = train_both(tmp_path / "cut", train, data, resume=True)
     assert same(whole, resumed) and len(updates) == 16
     for name in ("stage1-vae-s0", "stage1-form1-s0"):
-        assert (tmp_path / "cut" / name / "log.csv").read_text() == (tmp_path / "whole" / name / "log.csv").read_text()
+        assert (tmp_path / "cut" / name / "log.csv").read_text() == (home / name / "log.csv").read_text()
 
 
 # A run of the command without its scores, on few images, with a checkpoint every 0.3 seconds.
@@ -331,23 +341,21 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
     assert whole.wait() == 0
     assert 0 < steps[0] < 150 and steps == sorted(steps), steps
     for name in ("stage1-vae-s0", "stage1-form1-s0"):
-        a, b = (common.load_checkpoint(tmp_path / run / "shapes-smoke" / name / "checkpoint.pt") for run in ("whole", "cut"))
+        folders = [tmp_path / run / "shapes-smoke" / name for run in ("whole", "cut")]
+        a, b = (common.load_checkpoint(folder / "checkpoint.pt") for folder in folders)
         assert same(a, b) and a["finished"]
-        logs = [(tmp_path / run / "shapes-smoke" / name / "log.csv").read_text() for run in ("whole", "cut")]
-        assert logs[0] == logs[1]
+        assert (folders[0] / "log.csv").read_text() == (folders[1] / "log.csv").read_text()
     assert not [p for p in (tmp_path / "cut").rglob("*") if p.suffix == ".tmp" and str(os.getpid()) in p.name]
 
 
 def test_fewer_steps_than_a_log_interval(tmp_path):
-    """--steps 1..5 with a log row every 4 steps: the log has the last step too, and its chart can be drawn."""
-    for steps in (1, 4, 5):
+    """--steps 1..5 with a log row every 4 steps: there is a row to draw and report."""
+    for steps, rows in ((1, [1]), (3, [3]), (5, [4])):
         folder, train = tmp_path / str(steps), settings(steps=steps)
         stage1.train_vae(folder, train, images_of(40), CPU, False)
-        last = stage1.draw_training(folder)
-        assert common.read_log(folder / "log.csv")["step"][-1] == steps
-        assert set(last) == {"sse", "kl_nats"} and all(map(math.isfinite, last.values()))
-    first, later = (common.read_log(tmp_path / str(n) / "log.csv")["sse"] for n in (4, 5))
-    assert later[0] == pytest.approx(first[0], rel=0.2) and later[1] == pytest.approx(first[0], rel=0.5)  # means, both
+        last, log = stage1.draw_training(folder), common.read_log(folder / "log.csv")
+        assert log["step"] == rows and set(last) == {"sse", "kl_nats"} and all(map(math.isfinite, last.values()))
+        assert 50 < last["sse"] < 1000  # a mean over the steps since the last row, whatever their number
 
 
 def test_a_loss_that_is_not_finite_names_itself(tmp_path, capsys):
@@ -449,14 +457,15 @@ def test_encode_samples_the_posterior(trained):
 
 
 def test_spacing_figure_has_the_numbers_of_the_lesson(tmp_path):
-    """Exact denoiser of fine detail: 25 uniform steps keep a third of its energy, 25 quadratic ones at least four
-    fifths; with all 1000 steps both grids are one and nearly exact."""
+    """Exact denoiser of fine detail: 25 uniform steps keep a small part of its energy, 25 quadratic ones most of it
+    (DPM-Solver++ over nine tenths); with all 1000 steps both grids are one and nearly exact."""
     lines = stage1.draw_spacing(tmp_path / "spacing.png")
     kept = {label: dict(zip(*points, strict=True)) for label, points in lines.items()}
-    assert kept["ddim, uniform"][25] < 0.45 and kept["ddim, quadratic"][25] > 0.8
+    assert kept["ddim, uniform"][25] < 0.2 and kept["ddim, quadratic"][25] > 0.65
+    assert kept["dpm, uniform"][25] < 0.2 and kept["dpm, quadratic"][25] > 0.9
     for sampler in ("ddim", "dpm"):
         uniform, quadratic = kept[f"{sampler}, uniform"], kept[f"{sampler}, quadratic"]
-        assert uniform[1000] == quadratic[1000] == pytest.approx(1, abs=0.15)
+        assert uniform[1000] == quadratic[1000] == pytest.approx(1, abs=0.1)
         assert all(abs(1 - quadratic[n]) < abs(1 - uniform[n]) for n in (10, 25, 50))
     assert (tmp_path / "spacing.png").is_file()
 
@@ -478,9 +487,9 @@ def test_bits_per_dim_is_the_sum_of_its_parts(trained):
         assert bits["bound"]["value"] == pytest.approx(sum(bits[name] for name in parts), rel=1e-4)
         assert bits["bound"]["low"] < bits["bound"]["value"] < bits["bound"]["high"]
     again = stage1.bits_per_dim(stage1.load_model(trained["form1"], "form1", CPU), images, evaluation, 0)
-    mu, logvar = stage1.load_model(trained["vae"], "vae", CPU).vae.encoder(common.to_float(images[:6]))
+    _, mu, logvar = stage1.encode(stage1.load_model(trained["vae"], "vae", CPU).vae, images[:6], common.generator(0), CPU)
     exact = common.gaussian_kl(mu, logvar).mean() / (3072 * math.log(2))
-    assert again["kl"] == pytest.approx(float(exact), rel=1e-2)
+    assert again["kl"] == pytest.approx(float(exact), rel=0.05)  # reduced precision there, float32 here
 
 
 def test_verdicts():
@@ -555,7 +564,7 @@ def test_inception_without_weights(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr(stage1, "fit", refuse)
     argv = ["--budget", "smoke", "--features", "inception"]
-    expect_error(capsys, argv, "--features inception", "--weights")
+    expect_error(capsys, argv, "--weights", "--features local")
     expect_error(capsys, [*argv, "--weights", "absent.pth"], "absent.pth")
     (tmp_path / "wrong.pth").write_bytes(b"wrong")
     expect_error(capsys, [*argv, "--weights", "wrong.pth"], "wrong.pth")
