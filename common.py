@@ -790,11 +790,11 @@ def budget(name, dataset, size):
                        "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
-        train |= {"steps": 2000, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "beta": 0.25}
-        evaluation |= {"grid_count": 400, "probe_count": 400}
+        train |= {"steps": 1900, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "beta": 0.25}
+        evaluation |= {"grid_count": 300, "probe_count": 300}
     elif name == "cpu":
         tables = "cpu"
-        train |= {"steps": 5000, "components": 30}
+        train |= {"steps": 5000, "components": 30, "beta": 0.25}
         evaluation |= {"count": 2000}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         tables = "gpu"
