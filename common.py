@@ -72,7 +72,7 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not index.isdigit()):
         fail(f"--device {name}: unknown device; use auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         fail(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto")
@@ -737,8 +737,8 @@ class GaussianMixture:
 
 # VAE tables: (resolution, width, blocks). U-Net tables: (resolution, width, blocks down, blocks up).
 VAE_TABLES = {
-    "tiny 32": ([(32, 8, 0), (16, 16, 0), (4, 16, 1), (1, 8, 0)], [(1, 8, 0), (4, 16, 1), (16, 16, 0), (32, 8, 0)]),
-    "tiny 64": ([(64, 8, 0), (16, 16, 0), (4, 16, 1), (1, 8, 0)], [(1, 8, 0), (4, 16, 1), (16, 16, 0), (64, 8, 0)]),
+    "tiny 32": ([(32, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (32, 8, 0)]),
+    "tiny 64": ([(64, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (64, 8, 0)]),
     "shapes 32": ([(32, 32, 0), (16, 64, 0), (8, 96, 1), (4, 128, 1), (1, 64, 1)],
                   [(1, 64, 1), (4, 128, 1), (8, 96, 1), (16, 64, 0), (32, 32, 1)]),
     "cpu 32": ([(32, 32, 0), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
@@ -769,7 +769,7 @@ UNET_TABLES = {
 TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.05, "decay": True, "vae_clip": 200.0,
          "unet_clip": 1.0, "vae_ema": 0.995, "unet_ema": 0.995, "beta": 1.0, "pool": False, "objective": "v",
          "t_power": 1.5, "dropout": 0.0, "heads": 1, "attention": [], "flip": "both", "components": 20, "every": 50}
-EVAL = {"prior": "gaussian", "sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 250, "spacing": "quadratic",
+EVAL = {"prior": "gaussian", "sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "spacing": "quadratic",
         "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
                  ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
         "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40}
@@ -909,8 +909,8 @@ def open_run(folder, train, resume):
     folder, config = Path(folder), Path(folder) / "config.json"
     if config.is_file():
         try:
-            old = json.loads(config.read_text())["train"]
-        except (ValueError, KeyError):
+            old = dict(json.loads(config.read_text())["train"])
+        except (ValueError, KeyError, TypeError):
             fail(f"{config}: damaged; remove {folder} or choose another --out")
         difference = first_difference(old, train)
         if difference:
@@ -1014,7 +1014,9 @@ def check_metrics(metrics):
         if not condition:
             raise ValueError(f"metrics: {what}")
 
-    need(metrics.get("schema") == 1, "schema must be 1")
+    need(isinstance(metrics, dict) and metrics.get("schema") == 1, "schema must be 1")
+    for key, kind in (("run", dict), ("rows", list), ("tables", dict)):
+        need(isinstance(metrics.get(key), kind), f"{key} must be a {kind.__name__}")
     missing = RUN_KEYS - metrics["run"].keys()
     need(not missing, f"run lacks {sorted(missing)}")
     need(metrics["rows"], "rows is empty")
@@ -1024,9 +1026,10 @@ def check_metrics(metrics):
         need(not (ROW_KEYS | names) - row.keys(), f"rows[{i}] lacks {sorted((ROW_KEYS | names) - row.keys())}")
         for name in names:
             score = row[name]
-            need(set(score) == {"value", "low", "high"}, f"rows[{i}].{name} must have value, low and high")
+            need(isinstance(score, dict) and set(score) == {"value", "low", "high"},
+                 f"rows[{i}].{name} must have value, low and high")
             need(isinstance(score["value"], float) and math.isfinite(score["value"]), f"rows[{i}].{name} not finite")
-    need(isinstance(metrics["tables"], dict), "tables must be a dictionary")
+            need(all(score[k] is None or math.isfinite(score[k]) for k in ("low", "high")), f"rows[{i}].{name} bounds")
 
 
 def read_metrics(path):
@@ -1099,6 +1102,7 @@ def save_chart(path, panels):
         for label, y in panel.get("level", {}).items():
             axis.axhline(y, linestyle="--", color="grey", label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"))
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
         axis.legend(fontsize=8)
     figure.tight_layout()
     with atomic(path) as temporary:

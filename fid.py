@@ -261,7 +261,7 @@ def save_local(net, name, folder):
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data", compat=False, bf16=False):
-    """The feature network `inception` or `local`, in eval mode, with name, suffix, dim and classes: uint8 (B, 3, H, W) ->
+    """The feature network `inception` or `local`, in eval mode, with name, suffix, dim, classes: uint8 (B, 3, H, W) ->
     features (B, dim), logits (B, classes). A local one belongs to one data set (`folder`: to a folder's name).
     UserError, naming the flag and the place, if its weights cannot be had."""
     if kind == "inception":
@@ -594,7 +594,7 @@ def train_network(data, seed=0, batch=256):
 
 def examine(extractor, train, test):
     """What an extractor's numbers mean, measured on held-out images: a dict for the JSON beside its weights. Noise is
-    in units of the pixel range, blur in pixels; both ladders start at the floor."""
+    in units of the pixel range (less drowns in the floor, more saturates), blur in pixels; the floor comes first."""
     from scipy.ndimage import gaussian_filter
     gen, images = torch.Generator().manual_seed(0), test.images
     ref = make_reference(extractor, train.images, images)
