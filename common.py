@@ -231,7 +231,7 @@ def list_split(dataset, split, folder):
     """The files of a split, their labels (or None), the crop's name and the data note; None where there are none."""
     if dataset == "cifar10":
         files = find_files(folder / "cifar10" / split)
-        classes = sorted({p.parent.name for p in files})
+        classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
         labels = [classes.index(p.parent.name) for p in files]
         lossy = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
         return files, labels, "none", "JPEG copies" if lossy else ""
@@ -282,7 +282,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     if not files:
         try:
             loaded = download(dataset, split, folder)
-        except (ImportError, OSError, RuntimeError) as error:
+        except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
             layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
             fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
@@ -662,7 +662,7 @@ def diffusion_nats(diffusion, denoise, images, draws, gen, variance="fixedlarge"
     total = torch.zeros_like(prior)
     for k in range(draws):
         u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = 2 + ((k + u) / draws * (T - 1)).long().clamp(max=T - 2)  # (B,), one time per image
+        t = 2 + ((k + u.double().cpu()) * (T - 1) / draws).long().clamp(max=T - 2).to(x0.device)  # (B,)
         xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
         x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t)
         c_x0, _, small, large = torch.tensor([diffusion.posterior(int(j), int(j) - 1) for j in t], device=x0.device).T
@@ -863,7 +863,7 @@ def read_settings(args):
                                    ("--eval-samples", args.eval_samples, 40, 10**6)):
         if value is not None and not low <= value <= high:
             fail(f"{flag} {value}: must lie between {low} and {high}")
-    device = torch.device("cpu") if args.dry_run else choose_device(args.device)
+    device = choose_device("auto" if args.dry_run and not torch.cuda.is_available() else args.device)
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
@@ -922,6 +922,7 @@ def open_run(folder, train, resume):
         if not resume:
             fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
         return None
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a run whose settings are gone
     write_json(config, {"train": train})
     return None
 

@@ -112,6 +112,8 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
     started, saved = time.time() - seconds, time.time()
 
     def checkpoint(step):
+        if not all(map(torch.isfinite, sums.values())):
+            return  # keep the last good one; the next row of the log stops the run
         state = {"train": train, "step": step, "finished": step == train["steps"], "weights": network.state_dict(),
                  "ema": ema.weights, "optimizer": optimizer.state_dict(), "generator": gen.get_state(),
                  "global_rng": torch.get_rng_state(), "seconds": time.time() - started, "sums": sums, **carried}
@@ -356,8 +358,7 @@ def evaluate(folder, state, variant, evaluation, test, extractor, reference, fac
     def measure(prior, sampler, steps, count, **damage):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        size = min(batch, count)
-        x_hat, images, seconds = generate(model, count, prior, sampler, steps, spacing, seed, size, **damage)
+        x_hat, images, seconds = generate(model, count, prior, sampler, steps, spacing, seed, batch, **damage)
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
         row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
                "peak_memory_mb": peak} | fid.scores(extractor, images, reference)
