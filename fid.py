@@ -639,7 +639,7 @@ def train_local(name, data_dir="data"):
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = FEATURES_DIR / f"{extractor.name.removeprefix('local-')}.json"
     if path.is_file():
-        facts = {key: value for key, value in json.loads(path.read_text()).items() if key in (*facts, "train_seconds")}
+        facts |= {key: value for key, value in json.loads(path.read_text()).items() if key in (*facts, "train_seconds")}
     report = json.dumps({**examine(extractor, train, test), **facts}, indent=1)
     write_atomically(path, (report + "\n").encode())
     print(f"{path}\n{report}")
