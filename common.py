@@ -745,7 +745,7 @@ VAE_TABLES = {
                [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1)]),
     "cpu 64": ([(64, 16, 0), (32, 32, 1), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
                [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1), (64, 16, 1)]),
-    # Published (FACTS: DiffuseVAE's cifar10 and celeba64 train.yaml): 9.24M and 14.01M parameters
+    # Published (DiffuseVAE's cifar10 and celeba64 train.yaml): 9.24M and 14.01M parameters
     "paper 32": ([(32, 64, 7), (16, 128, 4), (8, 256, 4), (4, 256, 3), (1, 512, 3)],
                  [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 128, 7), (32, 64, 15)]),
     "paper 64": ([(64, 64, 7), (32, 128, 4), (16, 256, 7), (8, 256, 3), (4, 256, 3), (1, 512, 2)],
@@ -803,7 +803,7 @@ def budget(name, dataset, size):
         evaluation |= {"sampler": "ddim", "sample_steps": 100, "count": 10_000, "batch": 500, "grid": PAPER_GRID,
                        "grid_count": 2000, "probe_steps": 25, "probe_count": 2000, "bits_images": 256,
                        "bits_draws": 100}
-    else:  # paper: FACTS 1.1 and 1.2 exactly (eps, uniform t, no VAE EMA, no flips for the VAE, constant rates)
+    else:  # paper: DiffuseVAE's own settings (eps, uniform t, no VAE EMA, no flips for the VAE, constant rates)
         tables = "paper"
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "warmup": 5000, "decay": False, "vae_clip": 0.0,
                   "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps", "t_power": 1.0, "heads": 8,

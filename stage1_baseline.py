@@ -312,7 +312,7 @@ def reconstruct(model, images, evaluation, seed):
 
 
 def bits_per_dim(model, images, evaluation, seed):
-    """The valid bound in bits per dimension on held-out images (FACTS 6.4), in parts: L_T + sum KL_t + L_0 of the
+    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the
     diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || N(0, I)). None for the VAE alone."""
     if model.unet is None:
         return None
