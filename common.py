@@ -21,6 +21,7 @@ Conventions (used by every file)
 import argparse
 import contextlib
 import csv
+import ctypes
 import hashlib
 import io
 import json
@@ -88,6 +89,15 @@ def autocast(device):
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native))
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: handing every large tensor back to the kernel costs 33,000 page faults, a tenth of
+    the time, in each training step on a CPU. Does nothing where the C library is another."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def generator(seed, device="cpu"):
@@ -864,6 +874,7 @@ def read_settings(args):
         if value is not None and not low <= value <= high:
             fail(f"{flag} {value}: must lie between {low} and {high}")
     device = choose_device("auto" if args.dry_run and not torch.cuda.is_available() else args.device)
+    keep_freed_memory()
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
