@@ -5,10 +5,11 @@ Contents (in order)
     2. Data              shapes, cifar10, celeba64, folder
     3. Networks          bottleneck-residual VAE, DDPM U-Net, EMA, counting FLOPs
     4. Diffusion         schedule, q_sample, posterior, samplers (DDPM, DDIM, DPM-Solver++), bits per dimension
-    5. Gaussian mixture  the ex-post prior over latents
+    5. Priors            N(0, I), the Gaussian mixture fitted ex post
     6. Budgets           one table: how large, how long, how much is evaluated
     7. Runs              flags, config, log, checkpoints, metrics schema
     8. Pictures          grids, charts, hf_energy, tables
+    9. Evaluation        drawing images, damaging x_hat, bits per dimension, everything measured of one model
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import hashlib
 import io
 import json
@@ -31,6 +33,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
+
+import fid
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Small things
@@ -520,6 +525,23 @@ class UNet(nn.Module):
         return self.out(F.silu(self.norm(h))).float()
 
 
+def build_vae(train):
+    """The VAE of the train settings."""
+    return VAE(train["encoder"], train["decoder"], train["pool"])
+
+
+def build_unet(train, in_channels):
+    """The U-Net of the train settings; it sees x_t (3 channels) and, below it, what conditions it."""
+    return UNet(train["unet"], in_channels, attention=train["attention"], heads=train["heads"],
+                dropout=train["dropout"])
+
+
+def restore(network, weights, device):
+    """Load weights into a network, in evaluation mode on the device."""
+    network.load_state_dict(weights)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
 class EMA:
     """Exponential moving average of a model's parameters with warm-up: decay = min(decay, (1 + n) / (10 + n)).
 
@@ -543,6 +565,19 @@ def count_cost(model, *inputs):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
         model(*inputs)
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
+
+
+def network_cost(train, vae=True, channels=6):
+    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
+    size, cost = train["image_size"], {}
+    with torch.device("meta"):
+        if vae:
+            net = build_vae(train)
+            cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
+        if channels:
+            net = build_unet(train, channels)
+            cost["unet"] = count_cost(net, torch.empty(1, channels, size, size), torch.ones(1))
+    return cost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,35 +696,64 @@ def discretised_log_likelihood(x0, mean, sd):
     return (upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)
 
 
+def kl_step(diffusion, x0, x0_hat, t, variance="fixedlarge"):
+    """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) where the model puts x0_hat in place of x0: (B,) nats, t in 2..T."""
+    c_x0, _, small, large = torch.tensor([diffusion.posterior(int(j), int(j) - 1) for j in t], device=x0.device).T
+    model = large if variance == "fixedlarge" else small
+    constant = 0.5 * x0[0].numel() * (model.log() - small.log() + small / model - 1)
+    return constant + c_x0**2 / (2 * model) * ((x0 - x0_hat) ** 2).flatten(1).sum(1)
+
+
+def kl_prior(diffusion, x0):
+    """L_T = KL(q(x_T | x0) || N(0, I)): (B,) nats, almost nothing."""
+    bar_T = float(diffusion.alpha_bar[diffusion.T])
+    return 0.5 * (bar_T * x0**2 - bar_T - math.log(1 - bar_T)).flatten(1).sum(1)
+
+
+def data_nats(diffusion, x0, x0_hat):
+    """L_0 = -log p(x0 | x_1), discretised (DDPM eq. 13), where the model puts x0_hat in place of x0: (B,) nats."""
+    sd = math.sqrt(diffusion.posterior(2, 1)[2])  # beta_tilde_2, since beta_tilde_1 = 0
+    return -discretised_log_likelihood(x0, x0_hat, sd).float().to(x0.device)
+
+
 @torch.no_grad()
 def diffusion_nats(diffusion, denoise, images, draws, gen, variance="fixedlarge"):
     """The parts of the variational bound of the diffusion model on uint8 `images`, each (B,) nats (DDPM eq. 5):
     `prior` L_T, `diffusion` sum of KL_t for t = 2..T, `data` L_0. The sum over t is estimated from `draws`
     stratified times (`draws = T - 1` takes each once). With the VAE's KL added, their sum bounds -log p(x)."""
     x0, T = to_float(images), diffusion.T
-    bar_T = float(diffusion.alpha_bar[T])
-    prior = 0.5 * (bar_T * x0**2 - bar_T - math.log(1 - bar_T)).flatten(1).sum(1)
-    total = torch.zeros_like(prior)
+    total = torch.zeros(len(x0), device=x0.device)
     for k in range(draws):
         u = torch.rand(len(x0), generator=gen, device=gen.device)
         t = 2 + ((k + u.double().cpu()) * (T - 1) / draws).long().clamp(max=T - 2).to(x0.device)  # (B,)
         xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
         x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t)
-        c_x0, _, small, large = torch.tensor([diffusion.posterior(int(j), int(j) - 1) for j in t], device=x0.device).T
-        model = large if variance == "fixedlarge" else small
-        kl = 0.5 * x0[0].numel() * (model.log() - small.log() + small / model - 1)
-        total += (kl + c_x0**2 / (2 * model) * ((x0 - x0_hat) ** 2).flatten(1).sum(1)) * (T - 1) / draws
+        total += kl_step(diffusion, x0, x0_hat, t, variance) * (T - 1) / draws
     one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
     x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen))
-    mean, _ = diffusion.predict(denoise(x1, one), x1, one)
-    sd = math.sqrt(diffusion.posterior(2, 1)[2])  # beta_tilde_2, since beta_tilde_1 = 0
-    data = -discretised_log_likelihood(x0, mean, sd)
-    return {"prior": prior.cpu(), "diffusion": total.cpu(), "data": data.float()}
+    x0_hat, _ = diffusion.predict(denoise(x1, one), x1, one)
+    return {"prior": kl_prior(diffusion, x0).cpu(), "diffusion": total.cpu(),
+            "data": data_nats(diffusion, x0, x0_hat).cpu()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Gaussian mixture
+# 5. Priors over z
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class StandardNormal:
+    """N(0, I) over z of dimension d: what the VAE's KL term pulls towards."""
+
+    def __init__(self, d):
+        self.d = d
+
+    def log_prob(self, z):
+        """Log density: (N, d) -> (N,) nats."""
+        return torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+
+    def sample(self, count, gen):
+        """`count` draws (count, d) from a CPU generator."""
+        return torch.randn(count, self.d, generator=gen)
 
 
 class GaussianMixture:
@@ -779,7 +843,7 @@ UNET_TABLES = {
 TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.05, "decay": True, "vae_clip": 200.0,
          "unet_clip": 1.0, "vae_ema": 0.995, "unet_ema": 0.995, "beta": 1.0, "pool": False, "objective": "v",
          "t_power": 1.5, "dropout": 0.0, "heads": 1, "attention": [], "flip": "both", "components": 20, "every": 50}
-EVAL = {"prior": "gaussian", "sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "spacing": "quadratic",
+EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "spacing": "quadratic",
         "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
                  ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
         "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40}
@@ -800,8 +864,8 @@ def budget(name, dataset, size):
                        "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
-        train |= {"steps": 1900, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "beta": 0.25}
-        evaluation |= {"grid_count": 300, "probe_count": 300}
+        train |= {"batch": 16, "steps": 2000, "vae_lr": 1.2e-3, "unet_lr": 1.2e-3, "beta": 0.25}
+        evaluation |= {"grid_count": 200, "probe_count": 200}
     elif name == "cpu":
         tables = "cpu"
         train |= {"steps": 3500 if size == 32 else 2500, "components": 30, "beta": 0.25}
@@ -902,6 +966,26 @@ def write_json(path, data):
     """Write `data` as JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def prepare(args, train, evaluation, device):
+    """What can fail is tried before any training: the feature network, the data. Completes both settings; returns the
+    folder of the runs, the extractor, the training and the test images."""
+    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    try:
+        extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
+    except ValueError as error:
+        fail(error)
+    data, test = (load_images(args.dataset, split, args.data_dir, train["image_size"]) for split in ("train", "test"))
+    train |= {"crop": data.crop, "n_train": len(data.images)}
+    evaluation["features"] = extractor.name
+    return Path(args.out) / f"{name}-{train['budget']}", extractor, data, test
+
+
+def reference(args, extractor, data, test):
+    """What the scores compare with: the training split's features, cached beside the data."""
+    home = "data" if args.dataset in ("shapes", "folder") else args.data_dir
+    return fid.reference(extractor, data, test, Path(home) / "cache")
 
 
 def first_difference(old, new):
@@ -1044,13 +1128,13 @@ def check_metrics(metrics):
             need(all(score[k] is None or math.isfinite(score[k]) for k in ("low", "high")), f"rows[{i}].{name} bounds")
 
 
-def read_metrics(path):
-    """The metrics of an earlier evaluation, or None where there are none (or they are damaged)."""
+def read_metrics(path, evaluation=None):
+    """The metrics of an earlier evaluation (with the same settings, if given), or None where there are none."""
     try:
         metrics = json.loads(Path(path).read_text())
         check_metrics(metrics)
-        return metrics
-    except (OSError, ValueError, KeyError, TypeError):
+        return metrics if evaluation in (None, metrics["run"]["eval"]) else None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: measured again
         return None
 
 
@@ -1102,13 +1186,16 @@ def save_grid(path, rows, labels=None, scale=None):
 
 
 def save_chart(path, panels):
-    """Save a row of line charts. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)} and,
-    optionally, `log` (for the x axis), `level` {label: y} (horizontal lines)."""
+    """Save line charts, four in a row. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)},
+    optionally `log` (for the x axis) and `level` {label: y} (horizontal lines)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    columns, rows = min(4, len(panels)), math.ceil(len(panels) / 4)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for label, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, marker="o" if len(xs) < 30 else None, label=label)
         for label, y in panel.get("level", {}).items():
@@ -1135,3 +1222,240 @@ def print_table(rows, columns):
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A *model* here is a SimpleNamespace: `name`; `vae` (or None); `priors` {name: with .sample(count, gen), .log_prob(z)};
+# `denoiser(x_hat, z)`, which returns `denoise(x, t)` with its conditions fixed (None: a VAE alone); `diffusion`, `size`
+# and `device`.
+
+
+@torch.no_grad()
+def encode(vae, images, gen, device, batch=500):
+    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
+    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
+    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
+
+
+def refine(model, x_hat, z, gen, sampler, steps, spacing):
+    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
+    generator (x_hat itself is returned if the model is a VAE alone)."""
+    if model.denoiser is None:
+        return x_hat
+    x_T = randn(x_hat.shape, gen).to(model.device)
+    noise = generator(gen.initial_seed() + 1, model.device)
+    with autocast(model.device):
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise, spacing=spacing)
+
+
+@torch.no_grad()
+def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=None, temperature=1.0):
+    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
+
+    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
+    `corrupt(x_hat, gen)` damages the VAE's output before refinement; `temperature` scales z around the prior's mean.
+    """
+    before, after, seconds = [], [], 0.0
+    for start in tqdm(range(0, count, batch), desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
+        gen = generator(1_000_000 * (seed + 1) + start)
+        clock = time.time()
+        z, x_hat = None, torch.zeros(batch, 3, model.size, model.size, device=model.device)
+        if model.vae is not None:
+            z = (temperature * model.priors[prior].sample(batch, gen)).to(model.device)
+            with autocast(model.device):
+                x_hat = model.vae.decoder(z)
+        x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
+        images = to_uint8(refine(model, x_hat, z, gen, sampler, steps, spacing)).cpu()
+        seconds += time.time() - clock
+        before.append(to_uint8(x_hat).cpu())
+        after.append(images)
+    done = batch * len(after)
+    return torch.cat(before)[:count], torch.cat(after)[:count], seconds / done
+
+
+def reconstruct(model, images, evaluation, seed):
+    """Held-out uint8 images -> x_hat and refined as uint8, with mu, logvar (CPU)."""
+    gen = generator(50_000 + seed)
+    _, mu, logvar = encode(model.vae, images, gen, model.device)
+    with torch.no_grad():
+        x_hat = model.vae.decoder(mu.to(model.device))
+        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", evaluation["sample_steps"],
+                         evaluation["spacing"])
+    return to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), mu, logvar
+
+
+def add_noise(sd):
+    """Corruption of x_hat: Gaussian noise of standard deviation `sd` (images span [-1, 1])."""
+    return lambda x_hat, gen: x_hat + sd * randn(x_hat.shape, gen).to(x_hat.device)
+
+
+def blur(x_hat, gen):
+    """Corruption of x_hat: Gaussian blur with a standard deviation of 1 pixel."""
+    tap = torch.exp(-torch.arange(-3.0, 4.0, device=x_hat.device) ** 2 / 2)
+    kernel = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 7, 7)
+    return F.conv2d(F.pad(x_hat, (3, 3, 3, 3), mode="reflect"), kernel, groups=3)
+
+
+CORRUPTIONS = {
+    "clean": {},
+    "noise 0.1": {"corrupt": add_noise(0.1)},
+    "noise 0.2": {"corrupt": add_noise(0.2)},
+    "noise 0.4": {"corrupt": add_noise(0.4)},
+    "blur 1 px": {"corrupt": blur},
+    "z x 1.3": {"temperature": 1.3},
+}
+
+
+def bits_per_dim(model, images, evaluation, seed):
+    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the
+    diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || N(0, I)). None for the VAE alone."""
+    if model.denoiser is None:
+        return None
+    images, gen = images[: evaluation["bits_images"]].to(model.device), generator(60_000 + seed, model.device)
+    parts, x_hat, z = {}, None, None
+    with torch.no_grad(), autocast(model.device):
+        if model.vae is not None:
+            mu, logvar = model.vae.encoder(to_float(images))
+            z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
+            x_hat, parts["kl"] = model.vae.decoder(z), gaussian_kl(mu, logvar).cpu()
+        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, evaluation["bits_draws"], gen)
+    unit = images[0].numel() * math.log(2)
+    total = sum(parts.values()) / unit  # (N,) bits per dimension
+    half = 1.96 * float(total.std()) / len(total) ** 0.5
+    mean = float(total.mean())
+    return {"bound": {"value": mean, "low": mean - half, "high": mean + half}, "images": len(images),
+            **{name: float((value / unit).mean()) for name, value in parts.items()}}
+
+
+def diagnose(mu, logvar, sharpness):
+    """The assignment's debugging tip as numbers and one sentence: are outputs smooth because the latent is unused,
+    underfitted, or just because a Gaussian decoder averages?"""
+    active = int((mu.var(0) > 0.01).sum())
+    variance = float(logvar.exp().mean())
+    if active < 0.05 * mu.shape[1]:
+        text = "almost no latent unit is active (posterior collapse): lower beta or train longer"
+    elif variance > 0.9:
+        text = "posterior variance is close to the prior's: most units carry little; train longer or lower beta"
+    elif sharpness < 0.5:
+        text = "the latent is in use; outputs are smooth because a Gaussian decoder averages what z cannot hold"
+    else:
+        text = "the latent is in use and outputs are not overly smooth"
+    return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "verdict": text}
+
+
+def measure(model, evaluation, seed, test, extractor, reference, prior, sampler, steps, count, **damage):
+    """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    x_hat, images, seconds = generate(model, count, prior, sampler, steps, evaluation["spacing"], seed,
+                                      evaluation["batch"], **damage)
+    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if model.device.type == "cuda" else None
+    row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
+           "peak_memory_mb": peak} | fid.scores(extractor, images, reference)
+    return row | {"hf_energy": hf_energy(images, test.images)}, x_hat, images
+
+
+def robustness(folder, measure, prior, sampler, evaluation, fd):
+    """Refine damaged VAE outputs (same z, same x_T). The area is the mean of score / clean score over noise sd 0 to
+    0.4: 1 means unharmed. Writes robustness.png: damaged x_hat above, refined below."""
+    steps, scores, pictures = 0 if sampler == "none" else evaluation["probe_steps"], {}, []
+    for name, damage in CORRUPTIONS.items():
+        row, x_hat, images = measure(prior, sampler if sampler == "none" else "dpm", steps, evaluation["probe_count"],
+                                     **damage)
+        scores[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
+        pictures += [(name, x_hat[:12])] + ([("  refined", images[:12])] if steps else [])
+    save_grid(folder / "robustness.png", [p for _, p in pictures], [label for label, _ in pictures])
+    sd = torch.tensor([0, 0.1, 0.2, 0.4])
+    ratio = torch.tensor([scores[k][fd]["value"] for k in ("clean", "noise 0.1", "noise 0.2", "noise 0.4")])
+    return {"nfe": steps, "scores": scores, "area": float(torch.trapezoid(ratio / ratio[0], sd) / 0.4)}
+
+
+def draw_speed(folder, rows, fd):
+    """Chart quality against the number of steps and against time."""
+    panels = []
+    for key, axis in (("nfe", "U-Net evaluations"), ("seconds_per_image", "seconds per image")):
+        lines = {}
+        for name in sorted({row["sampler"] for row in rows}):
+            mine = [row for row in rows if row["sampler"] == name]
+            lines[name] = [row[key] for row in mine], [row[fd]["value"] for row in mine]
+        panels.append({"title": f"{fd} against {axis}", "x": axis, "y": fd, "lines": lines, "log": "log"})
+    save_chart(folder / "speed.png", panels)
+
+
+def draw_training(folder):
+    """Chart the log; returns each column's last value."""
+    columns = read_log(folder / "log.csv")
+    steps = columns.pop("step")
+    save_chart(folder / "training.png", [{"title": f"{folder.name}: {name}", "x": "step", "y": name,
+                                          "lines": {name: (steps, values)}} for name, values in columns.items()])
+    return {name: values[-1] for name, values in columns.items()}
+
+
+def evaluate(folder, model, state, evaluation, test, extractor, reference, facts, cost):
+    """Everything that is measured of a model in every stage: writes figures into `folder`, returns the metrics.
+
+    `state`: its checkpoint; `facts`: run_facts; `cost`: network_cost. Every image k has the same z and x_T throughout.
+    """
+    train, fd, prior = state["train"], "fd" + extractor.suffix if extractor.suffix else "fid", evaluation["prior"]
+    draw = functools.partial(measure, model, evaluation, train["seed"], test, extractor, reference)
+    priors = [prior, *(name for name in model.priors if name != prior)] if model.priors else ["none"]
+    sampler, steps = ("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"])
+    rows, tables = [], {}
+    for name in priors:  # the headline row first
+        headline = name == priors[0] or model.denoiser is None
+        row, x_hat, images = draw(name, sampler, steps, evaluation["count" if headline else "grid_count"])
+        rows.append(row)
+        if name == priors[0]:
+            both = model.vae is not None and model.denoiser is not None
+            pairs = [("VAE", x_hat), ("refined", images)] if both else [(model.name, images)]
+            shown = [(label, part[i : i + 12]) for i in (0, 12, 24) for label, part in pairs]
+            save_grid(folder / "samples.png", [p for _, p in shown], [label for label, _ in shown])
+            if both:
+                tables["before_refinement"] = fid.scores(extractor, x_hat, reference) | {
+                    "hf_energy": hf_energy(x_hat, test.images)}
+    if model.denoiser is not None:
+        pictures = {}
+        for name, n in evaluation["grid"]:
+            row, _, images = draw(priors[0], name, n, evaluation["grid_count"])
+            rows.append(row)
+            pictures[f"{name} {n}"] = images[:12]
+        save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
+        draw_speed(folder, rows[len(priors) :], fd)
+    if model.vae is not None:
+        tables["robustness"] = robustness(folder, draw, priors[0], sampler, evaluation, fd)
+        real = test.images[:1000]
+        x_hat, refined, mu, logvar = reconstruct(model, real[: evaluation["grid_count"]], evaluation, train["seed"])
+        error = (x_hat.float() - real[: len(x_hat)].float()).div(255).square().mean((1, 2, 3))  # (N,)
+        tables["reconstruction"] = {"psnr_db": float((-10 * error.log10()).mean()),
+                                    "kl_nats": float(gaussian_kl(mu, logvar).mean()),
+                                    "hf_energy_vae": hf_energy(x_hat, test.images),
+                                    "hf_energy_refined": hf_energy(refined, test.images)}
+        tables["latent"] = diagnose(mu, logvar, tables["reconstruction"]["hf_energy_vae"]["value"])
+        z = encode(model.vae, test.images, generator(70_000 + train["seed"]), model.device)[0]
+        tables["prior_log_density"] = {name: float(p.log_prob(z).mean()) for name, p in model.priors.items()}
+        parts = [("real", real), ("VAE", x_hat)] + ([("refined", refined)] if model.denoiser is not None else [])
+        save_grid(folder / "reconstructions.png", [p[:12] for _, p in parts], [name for name, _ in parts])
+        print(f"{folder.name}: {tables['latent']['verdict']}")
+    tables["bits_per_dim"] = bits_per_dim(model, test.images, evaluation, train["seed"])
+    tables["training"] = draw_training(folder)
+    parameters, gflops = (sum(c[key] for c in cost.values()) for key in ("parameters", "gflops"))
+    return {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters, "gflops": gflops,
+                                         "train_images": train["steps"] * train["batch"],
+                                         "train_seconds": state["seconds"]}, "rows": rows, "tables": tables}
+
+
+def print_results(finished, data, extractor):
+    """Print the rows of all metrics, {folder: metrics}, as one table, and the paths of pictures and files."""
+    local = "_local" if extractor.suffix else ""
+    scores = ["fd_local" if local else "fid", *(s + local for s in ("floor", "is", "precision", "recall"))]
+    table = [{"variant": m["run"]["variant"], "steps": row["nfe"], "sec/image": row["seconds_per_image"]} | row
+             for m in finished.values() for row in m["rows"]]
+    print()
+    print_table(table, ["variant", "prior", "sampler", "steps", "n_generated", "sec/image", *scores, "hf_energy"])
+    print(f"\nfeatures: {extractor.name}; data: {data.name} ({data.note}); intervals: 95%, resampling only, one run")
+    for folder in finished:
+        print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))

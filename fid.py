@@ -490,16 +490,17 @@ def scores(extractor, generated, ref, progress=False):
     """Every score of uint8 images (N, 3, H, W), or a list, against a reference: {key: {"value", "low", "high"}}.
 
     Keys: fid (local features: fd), is, kid, precision, recall, diversity, floor, each with the extractor's suffix. KID:
-    all pairs below 2,000 images, else 100 subsets of 1,000. Precision, recall: as many real images as generated.
-    Diversity: of at most 2,000. Floor: the Frechet distance of as many held-out real images (or all; or by formula).
+    all pairs below 2,000 images, else 100 subsets of 1,000. Precision, recall: as many real images as generated; below
+    4 images k = N - 1. Diversity: of at most 2,000. Floor: the Frechet distance of as many held-out real images (or of
+    all of them; without any, by formula).
     """
     count = len(generated)
-    if count < 4:
-        raise UserError(f"scores need at least 4 generated images (precision looks at 3 neighbours), not {count}")
+    if count < 2:
+        raise UserError(f"scores need at least 2 generated images (a covariance does), not {count}")
     features, logits = (shuffle(x, seed=1) for x in extract(extractor, generated, progress=progress))
     keep, real, few = leave_out(count), ref.features[:count], min(count, 2000, ref.count)
     size, real_kid = (None, ref.features[:2000]) if few < 2000 else (1000, ref.features)
-    precision, recall = precision_recall(real, features)
+    precision, recall = precision_recall(real, features, k=min(3, count - 1, len(real) - 1))
     floor = expected_floor(ref.stats, count) if ref.test_features is None else frechet_distance(
         FeatureStats().update(ref.test_features[:count]), ref.stats)
     row = {"fd" if extractor.suffix else "fid": [
@@ -594,7 +595,7 @@ def train_network(data, seed=0, batch=256):
 
 def examine(extractor, train, test):
     """What an extractor's numbers mean, measured on held-out images: a dict for the JSON beside its weights. Noise is
-    in units of the pixel range (less drowns in the floor, more saturates), blur in pixels; the floor comes first."""
+    in units of the pixel range, blur in pixels; the floor comes first."""
     from scipy.ndimage import gaussian_filter
     gen, images = torch.Generator().manual_seed(0), test.images
     ref = make_reference(extractor, train.images, images)
@@ -605,7 +606,7 @@ def examine(extractor, train, test):
         x = x if x.dim() == 2 else extract(extractor, x.round().clamp(0, 255).to(torch.uint8))[0]
         return frechet_distance(FeatureStats().update(x), ref.stats)
 
-    noise = {sd: fd(images + 255 * sd * torch.randn(images.shape, generator=gen)) for sd in (0.05, 0.1, 0.2)}
+    noise = {sd: fd(images + 255 * sd * torch.randn(images.shape, generator=gen)) for sd in (0.02, 0.05, 0.1, 0.2, 0.4)}
     blur = {s: fd(torch.from_numpy(gaussian_filter(images.numpy().astype("f4"), (0, 0, s, s)))) for s in (0.5, 1, 2, 4)}
     repeated = shuffle(features)[:50].repeat(20, 1)
     precision, recall = precision_recall(ref.features[:len(images)], features)
@@ -652,8 +653,8 @@ def read_folder(folder, flag, count=None):
     agree (grey is repeated, transparency dropped); and whether most are JPEG."""
     suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
-    if count is not None and not 4 <= count <= len(files) or len(files) < 4:
-        raise UserError(f"{flag}: found {len(files)} images in {folder} and below, and at least 4 are needed")
+    if count is not None and not 2 <= count <= len(files) or len(files) < 2:
+        raise UserError(f"{flag}: found {len(files)} images in {folder} and below, and at least 2 are needed")
     files, images = shuffle(files)[:count], []
     for path in tqdm(files, desc=f"reading {folder}", unit="image"):
         try:

@@ -23,15 +23,13 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import common
-import fid
-from common import to_float, to_uint8
+from common import to_float
 
 VARIANTS = ("vae", "uncond", "form1", "form2")
 
@@ -50,14 +48,12 @@ def parse_flags(argv=None):
 # --- The model and its losses ----------------------------------------------------------------------------------------
 
 
-def build_vae(train):
-    return common.VAE(train["encoder"], train["decoder"], train["pool"])
-
-
 def build_unet(train, variant):
-    channels = 3 if variant == "uncond" else 6
-    return common.UNet(train["unet"], channels, attention=train["attention"], heads=train["heads"],
-                       dropout=train["dropout"])
+    return common.build_unet(train, 3 if variant == "uncond" else 6)
+
+
+def network_cost(train, variant):
+    return common.network_cost(train, variant != "uncond", {"vae": None, "uncond": 3}.get(variant, 6))
 
 
 def vae_loss(vae, x0, noise, beta):
@@ -163,7 +159,7 @@ def train_vae(folder, train, data, device, resume):
     state = common.open_run(folder, train, resume)
     if not state or not state["finished"]:
         torch.manual_seed(train["seed"])
-        vae = build_vae(train)
+        vae = common.build_vae(train)
 
         def loss(x0, gen):
             noise = common.randn((len(x0), vae.latent_dim), gen)
@@ -173,8 +169,8 @@ def train_vae(folder, train, data, device, resume):
         state = fit(folder, state, train, vae, loss, data.images.to(device), train["flip"] == "both",
                     train["vae_lr"], train["vae_clip"], train["vae_ema"], device, {})
     if "gmm" not in state:
-        vae = restore(build_vae(train), state["ema"], device)
-        z = encode(vae, data.images, common.generator(train["seed"] + 2), device)[0]
+        vae = common.restore(common.build_vae(train), state["ema"], device)
+        z = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)[0]
         gmm = common.GaussianMixture.fit(z, train["components"], train["seed"])
         state["gmm"] = {"weights": gmm.weights, "means": gmm.means, "factors": gmm.factors}
         common.save_checkpoint(folder / "checkpoint.pt", state)
@@ -191,7 +187,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
     diffusion = common.Diffusion(train["objective"], device=device)
     carried, vae = {}, None
     if variant != "uncond":
-        vae = restore(build_vae(train), vae_state["ema"], device)
+        vae = common.restore(common.build_vae(train), vae_state["ema"], device)
         carried = {"vae": vae_state["ema"], "gmm": vae_state["gmm"]}
 
     def loss(x0, gen):
@@ -208,234 +204,24 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
                train["unet_clip"], train["unet_ema"], device, carried)
 
 
-# --- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def restore(network, weights, device):
-    """Load weights into a network, in evaluation mode on the device."""
-    network.load_state_dict(weights)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+# --- Sampling and evaluation -----------------------------------------------------------------------------------------
 
 
 def load_model(state, variant, device):
-    """Rebuild a model from its checkpoint alone: vae and gmm (None for `uncond`), unet (None for `vae`), diffusion."""
-    train, model = state["train"], SimpleNamespace(variant=variant, vae=None, unet=None, gmm=None, device=device)
-    model.size, model.diffusion = train["image_size"], common.Diffusion(train["objective"], device=device)
+    """Rebuild a model (see common.py, section 9) from its checkpoint alone."""
+    train = state["train"]
+    model = SimpleNamespace(name=variant, vae=None, unet=None, denoiser=None, priors={}, device=device,
+                            size=train["image_size"],
+                            diffusion=common.Diffusion(train["objective"], device=device))
     if variant != "uncond":
-        model.vae = restore(build_vae(train), state["ema"] if variant == "vae" else state["vae"], device)
-        model.gmm = common.GaussianMixture(**state["gmm"])
+        weights = state["ema"] if variant == "vae" else state["vae"]
+        model.vae = common.restore(common.build_vae(train), weights, device)
+        model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
+                        "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
-        model.unet = restore(build_unet(train, variant), state["ema"], device)
+        model.unet = common.restore(build_unet(train, variant), state["ema"], device)
+        model.denoiser = lambda x_hat, z: condition(model.unet, x_hat, variant)
     return model
-
-
-@torch.no_grad()
-def encode(vae, images, gen, device, batch=500):
-    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
-    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
-    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-    return mu + (0.5 * logvar).exp() * common.randn(mu.shape, gen), mu, logvar
-
-
-def refine(model, x_hat, gen, sampler, steps, spacing):
-    """x_hat (B, 3, H, W) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU generator
-    (x_hat itself is returned if the model is a VAE alone)."""
-    if model.unet is None:
-        return x_hat
-    x_T = common.randn(x_hat.shape, gen).to(model.device)
-    noise = common.generator(gen.initial_seed() + 1, model.device)
-    with common.autocast(model.device):
-        denoise = condition(model.unet, x_hat, model.variant)
-        return common.sample(model.diffusion, denoise, x_T, sampler, steps, noise, spacing=spacing)
-
-
-@torch.no_grad()
-def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=None, temperature=1.0):
-    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
-
-    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
-    `corrupt(x_hat, gen)` damages the VAE's output before refinement; `temperature` scales z around the prior's mean.
-    """
-    before, after, seconds = [], [], 0.0
-    for start in tqdm(range(0, count, batch), desc=f"{model.variant} {prior} {sampler} {steps}", leave=False):
-        gen = common.generator(1_000_000 * (seed + 1) + start)
-        clock = time.time()
-        x_hat = torch.zeros(batch, 3, model.size, model.size, device=model.device)
-        if model.vae is not None:
-            d = model.vae.latent_dim
-            z = model.gmm.sample(batch, gen) if prior == "gmm" else torch.randn(batch, d, generator=gen)
-            with common.autocast(model.device):
-                x_hat = model.vae.decoder((temperature * z).to(model.device))
-        x_hat = corrupt(x_hat, common.generator(gen.initial_seed() + 2)) if corrupt else x_hat
-        images = to_uint8(refine(model, x_hat, gen, sampler, steps, spacing)).cpu()
-        seconds += time.time() - clock
-        before.append(to_uint8(x_hat).cpu())
-        after.append(images)
-    done = batch * len(after)
-    return torch.cat(before)[:count], torch.cat(after)[:count], seconds / done
-
-
-def add_noise(sd):
-    """Corruption of x_hat: Gaussian noise of standard deviation `sd` (images span [-1, 1])."""
-    return lambda x_hat, gen: x_hat + sd * common.randn(x_hat.shape, gen).to(x_hat.device)
-
-
-def blur(x_hat, gen):
-    """Corruption of x_hat: Gaussian blur with a standard deviation of 1 pixel."""
-    tap = torch.exp(-torch.arange(-3.0, 4.0, device=x_hat.device) ** 2 / 2)
-    kernel = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 7, 7)
-    padded = torch.nn.functional.pad(x_hat, (3, 3, 3, 3), mode="reflect")
-    return torch.nn.functional.conv2d(padded, kernel, groups=3)
-
-
-CORRUPTIONS = {
-    "clean": {},
-    "noise 0.1": {"corrupt": add_noise(0.1)},
-    "noise 0.2": {"corrupt": add_noise(0.2)},
-    "noise 0.4": {"corrupt": add_noise(0.4)},
-    "blur 1 px": {"corrupt": blur},
-    "z x 1.3": {"temperature": 1.3},
-}
-
-
-# --- Evaluation ------------------------------------------------------------------------------------------------------
-
-
-def reconstruct(model, images, evaluation, seed):
-    """Held-out uint8 images -> x_hat and refined as uint8, with mu, logvar (CPU)."""
-    gen = common.generator(50_000 + seed)
-    _, mu, logvar = encode(model.vae, images, gen, model.device)
-    with torch.no_grad():
-        x_hat = model.vae.decoder(mu.to(model.device))
-        refined = refine(model, x_hat, gen, "dpm", evaluation["sample_steps"], evaluation["spacing"])
-    return to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), mu, logvar
-
-
-def bits_per_dim(model, images, evaluation, seed):
-    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the
-    diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || N(0, I)). None for the VAE alone."""
-    if model.unet is None:
-        return None
-    images, gen = images[: evaluation["bits_images"]].to(model.device), common.generator(60_000 + seed, model.device)
-    parts, x_hat = {}, None
-    with torch.no_grad(), common.autocast(model.device):
-        if model.vae is not None:
-            x_hat, mu, logvar = model.vae(to_float(images), common.randn((len(images), model.vae.latent_dim), gen))
-            parts["kl"] = common.gaussian_kl(mu, logvar).cpu()
-        denoise = condition(model.unet, x_hat, model.variant)
-        parts |= common.diffusion_nats(model.diffusion, denoise, images, evaluation["bits_draws"], gen)
-    unit = images[0].numel() * torch.log(torch.tensor(2.0))
-    total = sum(parts.values()) / unit  # (N,) bits per dimension
-    half = 1.96 * float(total.std()) / len(total) ** 0.5
-    mean = float(total.mean())
-    return {"bound": {"value": mean, "low": mean - half, "high": mean + half}, "images": len(images),
-            **{name: float((value / unit).mean()) for name, value in parts.items()}}
-
-
-def diagnose(mu, logvar, sharpness):
-    """The assignment's debugging tip as numbers and one sentence: are outputs smooth because the latent is unused,
-    underfitted, or just because a Gaussian decoder averages?"""
-    active = int((mu.var(0) > 0.01).sum())
-    variance = float(logvar.exp().mean())
-    if active < 0.05 * mu.shape[1]:
-        text = "almost no latent unit is active (posterior collapse): lower beta or train longer"
-    elif variance > 0.9:
-        text = "posterior variance is close to the prior's: most units carry little; train longer or lower beta"
-    elif sharpness < 0.5:
-        text = "the latent is in use; outputs are smooth because a Gaussian decoder averages what z cannot hold"
-    else:
-        text = "the latent is in use and outputs are not overly smooth"
-    return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "verdict": text}
-
-
-def evaluate(folder, state, variant, evaluation, test, extractor, reference, facts, device):
-    """Everything measured for one variant: writes figures and metrics.json into its folder, returns the metrics."""
-    model, train = load_model(state, variant, device), state["train"]
-    seed, spacing, batch, prior = train["seed"], evaluation["spacing"], evaluation["batch"], evaluation["prior"]
-    priors = ["none"] if model.vae is None else [prior, "gmm" if prior == "gaussian" else "gaussian"]
-    sampler, steps = ("none", 0) if model.unet is None else (evaluation["sampler"], evaluation["sample_steps"])
-
-    def measure(prior, sampler, steps, count, **damage):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        x_hat, images, seconds = generate(model, count, prior, sampler, steps, spacing, seed, batch, **damage)
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-        row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
-               "peak_memory_mb": peak} | fid.scores(extractor, images, reference)
-        return row | {"hf_energy": common.hf_energy(images, test.images)}, x_hat, images
-
-    fd = "fd" + extractor.suffix if extractor.suffix else "fid"
-    rows, tables = [], {}
-    for name in priors:  # the headline row first
-        headline = name == priors[0] or model.unet is None
-        row, x_hat, images = measure(name, sampler, steps, evaluation["count" if headline else "grid_count"])
-        rows.append(row)
-        if name == priors[0]:
-            pairs = [("VAE", x_hat), ("refined", images)] if variant in ("form1", "form2") else [(variant, images)]
-            shown = [(label, part[i : i + 12]) for i in (0, 12, 24) for label, part in pairs]
-            common.save_grid(folder / "samples.png", [p for _, p in shown], [label for label, _ in shown])
-    if model.unet is not None:
-        pictures = {}
-        for name, n in evaluation["grid"]:  # the same z and x_T throughout
-            row, _, images = measure(priors[0], name, n, evaluation["grid_count"])
-            rows.append(row)
-            pictures[f"{name} {n}"] = images[:12]
-        common.save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
-        draw_speed(folder, rows[len(priors) :], fd)
-    if model.vae is not None:
-        tables["robustness"] = robustness(folder, measure, priors[0], sampler, evaluation, fd)
-        real = test.images[:1000]
-        x_hat, refined, mu, logvar = reconstruct(model, real[: evaluation["grid_count"]], evaluation, seed)
-        error = (x_hat.float() - real[: len(x_hat)].float()).div(255).square().mean((1, 2, 3))  # (N,)
-        psnr = -10 * error.log10()
-        tables["reconstruction"] = {"psnr_db": float(psnr.mean()),
-                                    "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
-                                    "hf_energy_vae": common.hf_energy(x_hat, test.images),
-                                    "hf_energy_refined": common.hf_energy(refined, test.images)}
-        tables["latent"] = diagnose(mu, logvar, tables["reconstruction"]["hf_energy_vae"]["value"])
-        z = encode(model.vae, test.images, common.generator(70_000 + seed), device)[0]
-        normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
-        tables["prior_log_density"] = {"gaussian": float(normal.mean()), "gmm": float(model.gmm.log_prob(z).mean())}
-        parts = [("real", real), ("VAE", x_hat)] + ([("refined", refined)] if model.unet is not None else [])
-        common.save_grid(folder / "reconstructions.png", [p[:12] for _, p in parts], [name for name, _ in parts])
-        print(f"{folder.name}: {tables['latent']['verdict']}")
-    tables["bits_per_dim"] = bits_per_dim(model, test.images, evaluation, seed)
-    tables["training"] = draw_training(folder)
-    cost = network_cost(train, variant)
-    parameters, gflops = (sum(c[key] for c in cost.values()) for key in ("parameters", "gflops"))
-    metrics = {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters, "gflops": gflops,
-                                            "train_images": train["steps"] * train["batch"],
-                                            "train_seconds": state["seconds"]}, "rows": rows, "tables": tables}
-    common.write_metrics(folder / "metrics.json", metrics)
-    return metrics
-
-
-def robustness(folder, measure, prior, sampler, evaluation, fd):
-    """Refine damaged VAE outputs (same z, same x_T). The area is the mean of score / clean score over noise sd 0 to
-    0.4: 1 means unharmed. Writes robustness.png: damaged x_hat above, refined below."""
-    steps, scores, pictures = 0 if sampler == "none" else evaluation["probe_steps"], {}, []
-    for name, damage in CORRUPTIONS.items():
-        row, x_hat, images = measure(prior, sampler if sampler == "none" else "dpm", steps, evaluation["probe_count"],
-                                     **damage)
-        scores[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
-        pictures += [(name, x_hat[:12])] + ([("  refined", images[:12])] if steps else [])
-    common.save_grid(folder / "robustness.png", [p for _, p in pictures], [label for label, _ in pictures])
-    sd = torch.tensor([0, 0.1, 0.2, 0.4])
-    ratio = torch.tensor([scores[k][fd]["value"] for k in ("clean", "noise 0.1", "noise 0.2", "noise 0.4")])
-    return {"nfe": steps, "scores": scores, "area": float(torch.trapezoid(ratio / ratio[0], sd) / 0.4)}
-
-
-def draw_speed(folder, rows, fd):
-    """Chart quality against the number of steps and against time, and why few uniform steps blur."""
-    panels = []
-    for key, axis in (("nfe", "U-Net evaluations"), ("seconds_per_image", "seconds per image")):
-        lines = {}
-        for name in sorted({row["sampler"] for row in rows}):
-            mine = [row for row in rows if row["sampler"] == name]
-            lines[name] = [row[key] for row in mine], [row[fd]["value"] for row in mine]
-        panels.append({"title": f"{fd} against {axis}", "x": axis, "y": fd, "lines": lines, "log": "log"})
-    common.save_chart(folder / "speed.png", panels)
-    draw_spacing(folder / "spacing.png")
 
 
 def draw_spacing(path, sd=0.05):
@@ -457,29 +243,6 @@ def draw_spacing(path, sd=0.05):
     return lines
 
 
-def draw_training(folder):
-    """Chart the log; returns each column's last value."""
-    columns = common.read_log(folder / "log.csv")
-    steps = columns.pop("step")
-    common.save_chart(folder / "training.png", [{"title": f"{folder.name}: {name}", "x": "step", "y": name,
-                                                 "lines": {name: (steps, values)}} for name, values in columns.items()])
-    return {name: values[-1] for name, values in columns.items()}
-
-
-def network_cost(train, variant):
-    """Parameters and forward GFLOPs per image of the networks in use: vae (encoder and decoder), unet."""
-    size, cost = train["image_size"], {}
-    with torch.device("meta"):
-        if variant != "uncond":
-            vae = build_vae(train)
-            cost["vae"] = common.count_cost(vae, torch.empty(1, 3, size, size), torch.empty(1, vae.latent_dim))
-        if variant != "vae":
-            unet = build_unet(train, variant)
-            channels = 3 if variant == "uncond" else 6
-            cost["unet"] = common.count_cost(unet, torch.empty(1, channels, size, size), torch.ones(1))
-    return cost
-
-
 def main(argv=None):
     args = parse_flags(argv)
     train, evaluation, device = common.read_settings(args)
@@ -488,42 +251,24 @@ def main(argv=None):
         networks = network_cost(train, next((v for v in args.variant if v in ("form1", "form2")), "form1"))
         print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": networks}, indent=1))
         return
-    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
-    try:  # before any training: what cannot be scored is an error now, not in ten minutes
-        extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
-    except ValueError as error:
-        common.fail(error)
-    data, test = (common.load_images(args.dataset, split, args.data_dir, train["image_size"])
-                  for split in ("train", "test"))
-    train |= {"crop": data.crop, "n_train": len(data.images)}
-    evaluation["features"] = extractor.name
-    home = Path(args.out) / f"{name}-{train['budget']}"
-    reference, finished = None, {}
-    vae_folder = home / f"stage1-vae-s{args.seed}"
-    vae_state = None
+    home, extractor, data, test = common.prepare(args, train, evaluation, device)
+    reference, finished, vae_state = None, {}, None
     if args.variant != ["uncond"]:
-        vae_state = train_vae(vae_folder, train, data, device, args.resume)
+        vae_state = train_vae(home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)
     for variant in args.variant:
         folder = home / f"stage1-{variant}-s{args.seed}"
         state = (vae_state if variant == "vae" else
                  train_refiner(folder, variant, train, vae_state, data, device, args.resume))
-        metrics = common.read_metrics(folder / "metrics.json")
-        if metrics is None or metrics["run"]["eval"] != json.loads(json.dumps(evaluation)):
-            reference = reference or fid.reference(extractor, data, test, Path("data" if args.dataset in
-                                                   ("shapes", "folder") else args.data_dir) / "cache")
+        finished[folder] = common.read_metrics(folder / "metrics.json", evaluation)
+        if finished[folder] is None:
+            reference = reference or common.reference(args, extractor, data, test)
             facts = common.run_facts(train, evaluation, data, device, f"stage1-{variant}")
-            metrics = evaluate(folder, state, variant, evaluation, test, extractor, reference, facts, device)
-        finished[folder] = metrics
-    local = "_local" if extractor.suffix else ""
-    scores = ["fd_local" if local else "fid", *(s + local for s in ("floor", "is", "precision", "recall"))]
-    table = [{"variant": m["run"]["variant"], "steps": row["nfe"], "sec/image": row["seconds_per_image"]} | row
-             for m in finished.values() for row in m["rows"]]
-    print()
-    columns = ["variant", "prior", "sampler", "steps", "n_generated", "sec/image", *scores, "hf_energy"]
-    common.print_table(table, columns)
-    print(f"\nfeatures: {extractor.name}; data: {data.name} ({data.note}); intervals: 95%, resampling only, one run")
-    for folder in finished:
-        print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))
+            finished[folder] = common.evaluate(folder, load_model(state, variant, device), state, evaluation, test,
+                                               extractor, reference, facts, network_cost(train, variant))
+            if variant != "vae":
+                finished[folder]["tables"]["spacing"] = draw_spacing(folder / "spacing.png")
+            common.write_metrics(folder / "metrics.json", finished[folder])
+    common.print_results(finished, data, extractor)
 
 
 if __name__ == "__main__":

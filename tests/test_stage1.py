@@ -88,7 +88,7 @@ def refuse(*args, **options):
 def test_vae_loss_is_in_unit_range_and_nats():
     """sse = sum of squared errors of images in [0, 1]; the KL is torch.distributions'; loss = sse + beta KL."""
     torch.manual_seed(0)
-    vae = stage1.build_vae(settings())
+    vae = common.build_vae(settings())
     x0, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, vae.latent_dim)
     loss, sse, kl = stage1.vae_loss(vae, x0, noise, 0.7)
     mu, logvar = vae.encoder(x0)
@@ -181,7 +181,7 @@ def test_formulation_2_ddim_after_the_shift():
 def test_vae_overfits_one_batch():
     """On eight images without noise the squared error must fall to a third within 150 steps."""
     torch.manual_seed(0)
-    vae, x0 = stage1.build_vae(settings()), common.to_float(draw_all(8, 1)[0])
+    vae, x0 = common.build_vae(settings()), common.to_float(draw_all(8, 1)[0])
     noise = torch.zeros(8, vae.latent_dim)
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
     history = []
@@ -217,8 +217,8 @@ def test_refiner_overfits_one_batch(variant):
 
 def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
     """In train_refiner the VAE keeps its bits, has no gradient and is in evaluation mode; the U-Net has gradients."""
-    built, restore, build_unet = {}, stage1.restore, stage1.build_unet
-    monkeypatch.setattr(stage1, "restore", lambda *a: built.setdefault("vae", restore(*a)))
+    built, restore, build_unet = {}, common.restore, stage1.build_unet
+    monkeypatch.setattr(common, "restore", lambda *a: built.setdefault("vae", restore(*a)))
     monkeypatch.setattr(stage1, "build_unet", lambda *a: built.setdefault("unet", build_unet(*a)))
     train, data = settings(steps=3, every=1), images_of(64)
     vae_state = stage1.train_vae(tmp_path / "vae", train, data, CPU, False)
@@ -305,7 +305,8 @@ def without_scores():
     common.draw_shapes = lambda count, seed: draw_all(count // 100, seed)
     fid.load_extractor = lambda *a: SimpleNamespace(name="none", suffix="_local")
     fid.reference = lambda *a: None
-    stage1.evaluate = lambda folder, *a: {"run": {"variant": folder.name}, "rows": []}
+    common.evaluate = lambda folder, *a: {"run": {"variant": folder.name}, "rows": [], "tables": {}}
+    common.write_metrics = lambda *a: None
     stage1.time = SimpleNamespace(time=lambda: 300 * time.time())
 
 
@@ -330,8 +331,8 @@ def test_killed_at_any_moment_and_resumed(tmp_path, monkeypatch):
         assert 0 < state["step"] < 90 and not state["finished"]
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
 
-    for module, name in ((common, "draw_shapes"), (fid, "load_extractor"), (fid, "reference"), (stage1, "evaluate"),
-                         (stage1, "time")):
+    for module, name in ((common, "draw_shapes"), (fid, "load_extractor"), (fid, "reference"), (common, "evaluate"),
+                         (common, "write_metrics"), (stage1, "time")):
         monkeypatch.setattr(module, name, None)  # so that what `without_scores` sets is undone afterwards
     without_scores()
     stage1.main([*LONGER, "--out", str(tmp_path / "whole")])
@@ -347,7 +348,7 @@ def test_fewer_steps_than_a_log_interval(tmp_path):
     for steps, rows in ((1, [1]), (3, [3]), (5, [4])):
         folder, train = tmp_path / str(steps), settings(steps=steps)
         stage1.train_vae(folder, train, images_of(40), CPU, False)
-        last, log = stage1.draw_training(folder), common.read_log(folder / "log.csv")
+        last, log = common.draw_training(folder), common.read_log(folder / "log.csv")
         assert log["step"] == rows and set(last) == {"sse", "kl_nats"} and all(map(math.isfinite, last.values()))
         assert 50 < last["sse"] < 1000  # a mean over the steps since the last row, whatever their number
 
@@ -387,9 +388,9 @@ def test_a_checkpoint_alone_rebuilds_its_model(trained):
             assert same(dict(model.vae.state_dict()), trained["vae"]["ema"])
         networks = [n for n in (model.vae, model.unet) if n is not None]
         assert not any(n.training or p.requires_grad for n in networks for p in n.parameters())
-        a, b = (stage1.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 0, 5) for _ in range(2))
+        a, b = (common.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 0, 5) for _ in range(2))
         assert torch.equal(a[1], b[1]) and a[1].shape == (5, 3, 32, 32) and a[1].dtype == torch.uint8
-        other = stage1.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 1, 5)
+        other = common.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 1, 5)
         assert not torch.equal(a[1], other[1])
 
 
@@ -411,7 +412,7 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
     def start(sampler="dpm", steps=2, count=8, batch=4, **damage):
         model = stage1.load_model(trained["form1"], "form1", CPU)
         seen = spy(model)
-        stage1.generate(model, count, "gaussian", sampler, steps, "quadratic", 0, batch, **damage)
+        common.generate(model, count, "gaussian", sampler, steps, "quadratic", 0, batch, **damage)
         first = torch.cat(seen[::steps])[:count]  # the first U-Net call of each batch
         return first[:, :3], first[:, 3:]
 
@@ -421,7 +422,7 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
     fewer = start(count=5)
     assert torch.equal(fewer[0], x_T[:5]) and torch.equal(fewer[1], x_hat[:5])
     assert not torch.equal(x_T[:4], x_T[4:])  # the second batch has its own draws
-    for damage in ({"corrupt": stage1.add_noise(0.1)}, {"corrupt": stage1.blur}, {"temperature": 1.3}):
+    for damage in ({"corrupt": common.add_noise(0.1)}, {"corrupt": common.blur}, {"temperature": 1.3}):
         damaged = start(**damage)
         assert not torch.equal(damaged[1], x_hat)
         assert torch.equal(damaged[0], x_T), damage
@@ -430,11 +431,11 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
 def test_corruptions():
     """Noise has the stated sd; the blur keeps constants and brightness and spreads a point to a variance of 1 pixel."""
     x_hat, gen = torch.zeros(20, 3, 32, 32), common.generator(0)
-    assert float(stage1.add_noise(0.2)(x_hat, gen).std()) == pytest.approx(0.2, rel=0.02)
-    assert torch.allclose(stage1.blur(x_hat + 0.3, gen), x_hat + 0.3, atol=1e-6)
+    assert float(common.add_noise(0.2)(x_hat, gen).std()) == pytest.approx(0.2, rel=0.02)
+    assert torch.allclose(common.blur(x_hat + 0.3, gen), x_hat + 0.3, atol=1e-6)
     point = torch.zeros(1, 3, 33, 33)
     point[:, :, 16, 16] = 1
-    blurred = stage1.blur(point, gen)[0, 0]
+    blurred = common.blur(point, gen)[0, 0]
     assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
     assert float((blurred.sum(0) * (torch.arange(33) - 16.0) ** 2).sum()) == pytest.approx(1, rel=0.05)
 
@@ -443,10 +444,10 @@ def test_encode_samples_the_posterior(trained):
     """z - mu has the posterior's sd: (z - mu) / sd is standard normal, whatever the batch size."""
     vae = stage1.load_model(trained["vae"], "vae", CPU).vae
     images = draw_all(300, 5)[0]
-    z, mu, logvar = stage1.encode(vae, images, common.generator(0), CPU)
+    z, mu, logvar = common.encode(vae, images, common.generator(0), CPU)
     white = (z - mu) / (0.5 * logvar).exp()
     assert abs(float(white.mean())) < 0.1 and float(white.std()) == pytest.approx(1, abs=0.06)
-    again = stage1.encode(vae, images, common.generator(0), CPU, batch=7)
+    again = common.encode(vae, images, common.generator(0), CPU, batch=7)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip((z, mu, logvar), again, strict=True))
 
 
@@ -472,7 +473,7 @@ def test_bits_per_dim_is_the_sum_of_its_parts(trained):
     evaluation = {"bits_images": 6, "bits_draws": 3}
     images = draw_all(10, 5)[0]
     for variant, state in trained.items():
-        bits = stage1.bits_per_dim(stage1.load_model(state, variant, CPU), images, evaluation, 0)
+        bits = common.bits_per_dim(stage1.load_model(state, variant, CPU), images, evaluation, 0)
         if variant == "vae":
             assert bits is None
             continue
@@ -480,9 +481,9 @@ def test_bits_per_dim_is_the_sum_of_its_parts(trained):
         assert set(bits) == parts | {"bound", "images"} and bits["images"] == 6
         assert bits["bound"]["value"] == pytest.approx(sum(bits[name] for name in parts), rel=1e-4)
         assert bits["bound"]["low"] < bits["bound"]["value"] < bits["bound"]["high"]
-    again = stage1.bits_per_dim(stage1.load_model(trained["form1"], "form1", CPU), images, evaluation, 0)
+    again = common.bits_per_dim(stage1.load_model(trained["form1"], "form1", CPU), images, evaluation, 0)
     vae = stage1.load_model(trained["vae"], "vae", CPU).vae
-    _, mu, logvar = stage1.encode(vae, images[:6], common.generator(0), CPU)
+    _, mu, logvar = common.encode(vae, images[:6], common.generator(0), CPU)
     exact = common.gaussian_kl(mu, logvar).mean() / (3072 * math.log(2))
     assert again["kl"] == pytest.approx(float(exact), rel=0.05)  # reduced precision there, float32 here
 
@@ -492,10 +493,10 @@ def test_verdicts():
     gen = common.generator(0)
     spread, flat = common.randn((500, 20), gen), 0.01 * common.randn((500, 20), gen)
     small, large = torch.full((500, 20), -4.0), torch.zeros(500, 20)
-    assert "collapse" in stage1.diagnose(flat, large, 0.1)["verdict"]
-    assert "prior" in stage1.diagnose(spread, large, 0.1)["verdict"]
-    assert "Gaussian decoder" in stage1.diagnose(spread, small, 0.1)["verdict"]
-    report = stage1.diagnose(spread, small, 0.9)
+    assert "collapse" in common.diagnose(flat, large, 0.1)["verdict"]
+    assert "prior" in common.diagnose(spread, large, 0.1)["verdict"]
+    assert "Gaussian decoder" in common.diagnose(spread, small, 0.1)["verdict"]
+    report = common.diagnose(spread, small, 0.9)
     assert "not overly smooth" in report["verdict"]
     assert report["active_units"] == report["latent_dim"] == 20
     assert report["posterior_variance"] == pytest.approx(math.exp(-4))
@@ -620,7 +621,7 @@ def test_smoke_again_reuses(smoke, monkeypatch, capsys):
     monkeypatch.chdir(smoke)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     monkeypatch.setattr(stage1, "fit", refuse)
-    monkeypatch.setattr(stage1, "evaluate", refuse)
+    monkeypatch.setattr(common, "evaluate", refuse)
     clock = time.time()
     stage1.main(SMOKE)
     assert time.time() - clock < 10
@@ -636,8 +637,9 @@ def test_other_evaluation_settings_evaluate_again_without_training(smoke, monkey
     monkeypatch.setattr(stage1, "fit", refuse)
     seen = []
     monkeypatch.setattr(fid, "reference", lambda *a: None)
-    monkeypatch.setattr(stage1, "evaluate", lambda folder, state, variant, evaluation, *a: seen.append(
-        (variant, evaluation["sample_steps"])) or {"run": {"variant": variant}, "rows": []})
+    monkeypatch.setattr(common, "evaluate", lambda folder, model, state, evaluation, *a: seen.append(
+        (model.name, evaluation["sample_steps"])) or {"run": {"variant": model.name}, "rows": [], "tables": {}})
+    monkeypatch.setattr(common, "write_metrics", lambda *a: None)
     stage1.main(["--budget", "smoke", "--variant", "form1", "--sample-steps", "3", "--device", "cpu"])
     assert seen == [("form1", 3)]
 
@@ -655,7 +657,8 @@ def test_damaged_checkpoint_is_named(small, tmp_path, monkeypatch, capsys):
     """Cut in half: one line that names the file and the remedy."""
     monkeypatch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     monkeypatch.setattr(fid, "reference", lambda *a: None)
-    monkeypatch.setattr(stage1, "evaluate", lambda *a: {"run": {"variant": "vae"}, "rows": []})
+    monkeypatch.setattr(common, "evaluate", lambda *a: {"run": {"variant": "vae"}, "rows": [], "tables": {}})
+    monkeypatch.setattr(common, "write_metrics", lambda *a: None)
     argv = ["--budget", "smoke", "--variant", "vae", "--device", "cpu"]
     stage1.main(argv)
     path = tmp_path / "runs" / "shapes-smoke" / "stage1-vae-s0" / "checkpoint.pt"
