@@ -90,7 +90,8 @@ def simple_loss(diffusion, denoise, x0, t, eps):
 
 def time_probability(t, T, power):
     """P(t) of t = ceil(T u^power), u uniform: (B,)."""
-    return (t.double() / T) ** (1 / power) - ((t.double() - 1) / T) ** (1 / power)
+    t = t.cpu().double()  # the difference of two close powers
+    return (t / T) ** (1 / power) - ((t - 1) / T) ** (1 / power)
 
 
 def bound_loss(diffusion, denoise, x0, t, eps, power):
@@ -102,7 +103,7 @@ def bound_loss(diffusion, denoise, x0, t, eps, power):
     first = t == 1
     if first.any():
         nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_hat[first]))
-    return common.kl_prior(diffusion, x0) + nats / time_probability(t, diffusion.T, power).float()
+    return common.kl_prior(diffusion, x0) + nats / time_probability(t, diffusion.T, power).float().to(x0.device)
 
 
 def diffusion_weight(train, step):
@@ -118,20 +119,21 @@ def diffusion_weight(train, step):
 
 
 class Guard:
-    """Looks at the gradient norms of each step. Above 10 times the running median over 100 steps, or not finite: the
-    step is to be skipped. `factor` (of lambda) then rises by 1.5, at most 10 times in all; 20 skips in a row end it."""
+    """Looks at the gradient norms of each step. Above 10 times the running median over 100 steps (once 20 are known),
+    or not finite: the step is to be skipped. `factor` (of lambda) then rises by 1.5, at most 10 times in all; 20 skips
+    in a row end the run."""
 
     def __init__(self, state=None):
-        self.norms, self.skipped, self.in_a_row, self.raised = {"vae": [], "refiner": []}, 0, 0, 0
+        self.norms, self.skipped, self.in_a_row, self.raised = {"vae": [], "unet": []}, 0, 0, 0
         vars(self).update(state or {})
 
     @property
     def factor(self):
         return 1.5**self.raised
 
-    def culprit(self, norms, share, raise_weight):
-        """The term that exploded, or None. norms {"vae", "refiner"}; share: the diffusion term's, of the gradient at
-        x_hat."""
+    def culprit(self, norms, elbo, share, raise_weight):
+        """The term that exploded, or None. norms {"vae", "unet"}; elbo: the VAE's own loss; share: of the gradient at
+        x_hat, the diffusion term's."""
         bad = [name for name, norm in norms.items() if not math.isfinite(norm) or
                len(self.norms[name]) >= 20 and norm > 10 * statistics.median(self.norms[name])]
         if not bad:
@@ -140,11 +142,14 @@ class Guard:
                 self.norms[name] = [*self.norms[name][-99:], norm]
             return None
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.raised = min(10, self.raised + raise_weight)
-        name = "the refiner's loss" if "refiner" in bad else "the ELBO" if share <= 0.5 else "the diffusion term"
+        if raise_weight and self.raised < 10:
+            self.raised += 1
+            self.norms["vae"] = [1.5 * norm for norm in self.norms["vae"]]  # what a larger lambda makes of them
+        name = ("the ELBO" if not math.isfinite(elbo) else "the refiner's loss" if "unet" in bad else
+                "the diffusion term" if share > 0.5 else "the ELBO")
         if self.in_a_row == 20:
-            common.fail(f"20 steps in a row were skipped, the last for {name} (gradient norms {norms}); lower the "
-                        "learning rates or --diffusion-weight, or take --loss anneal")
+            common.fail(f"20 steps in a row were skipped, the last for {name} (gradient norms {norms}); look at "
+                        "log.csv, take --loss anneal, another --diffusion-weight or a larger --batch-size")
         return name
 
 
@@ -185,7 +190,7 @@ def train_joint(folder, train, data, device, resume):
         return state
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train).to(device, memory_format=torch.channels_last).train()
-    torch.manual_seed(train["seed"])  # so that each network starts as its twin in stage 1
+    torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
     unet = common.build_unet(train, 6).to(device, memory_format=torch.channels_last).train()
     diffusion, gen = common.Diffusion(train["objective"], device=device), common.generator(train["seed"] + 1, device)
     fused = device.type in ("cpu", "cuda")
@@ -198,7 +203,8 @@ def train_joint(folder, train, data, device, resume):
     if state:
         for name, network in networks.items():
             network.load_state_dict(state["weights"][name])
-            emas[name].weights = {key: value.to(device) for key, value in state["emas"][name].items()}
+            average = state["vae" if name == "vae" else "ema"]
+            emas[name].weights = {key: value.to(device) for key, value in average.items()}
             emas[name].updates = state["updates"]
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -207,14 +213,15 @@ def train_joint(folder, train, data, device, resume):
         torch.set_rng_state(state["global_rng"])
         guard, step, seconds = Guard(state["guard"]), state["step"], state["seconds"]
         sums = {name: value.to(device) for name, value in state["sums"].items()}
-    images, probe, every = data.images.to(device), data.images[:256].to(device), min(train["every"], train["steps"])
+    images, every = data.images.to(device), min(train["every"], train["steps"])
+    probe = images[torch.randperm(len(images), generator=common.generator(0))[:256].to(device)]
     common.start_log(folder / "log.csv", step)
     started, saved = time.time() - seconds, time.time()
 
     def checkpoint(step):
         state = {"train": train, "step": step, "finished": step == train["steps"], "vae": emas["vae"].weights,
-                 "ema": emas["unet"].weights, "emas": {name: ema.weights for name, ema in emas.items()},
-                 "updates": emas["vae"].updates, "weights": {name: n.state_dict() for name, n in networks.items()},
+                 "ema": emas["unet"].weights, "updates": emas["vae"].updates,
+                 "weights": {name: n.state_dict() for name, n in networks.items()},
                  "optimizers": {name: o.state_dict() for name, o in optimizers.items()}, "balance": balance.data,
                  "guard": vars(guard), "generator": gen.get_state(), "global_rng": torch.get_rng_state(),
                  "seconds": time.time() - started, "sums": sums}
@@ -226,8 +233,8 @@ def train_joint(folder, train, data, device, resume):
 
     with common.StopRequest() as stop, tqdm(total=train["steps"], initial=step, desc=folder.name, unit="step") as bar:
         while step < train["steps"]:
-            for name, optimizer in list(optimizers.items())[:2]:
-                for group in optimizer.param_groups:
+            for name in networks:
+                for group in optimizers[name].param_groups:
                     group["lr"] = common.learning_rate(train[f"{name}_lr"], step, train["steps"], train["warmup"],
                                                        train["decay"])
             index = torch.randint(len(images), (train["batch"],), generator=gen, device=device)
@@ -266,10 +273,10 @@ def train_joint(folder, train, data, device, resume):
             pull = weight * size * cut.grad  # (B, 3, H, W): the diffusion term's gradient at x_hat
             push = scale * (x_hat.detach() - x0) / (2 * len(x0))  # the SSE's
             spread_gradients(vae, elbo.mean(), x_hat, pull, train["gradient"])
-            share = float(pull.norm() / (pull.norm() + push.norm() + 1e-12))
-            norms = {name: float(torch.nn.utils.clip_grad_norm_(network.parameters(), train[f"{key}_clip"] or math.inf))
-                     for name, key, network in (("vae", "vae", vae), ("refiner", "unet", unet))}
-            culprit = guard.culprit(norms, share, train["loss"] in ("sum", "anneal"))
+            share = float(pull.norm() / (pull.norm() + push.norm() + 1e-12)) if train["gradient"] != "none" else 0.0
+            norms = {name: float(torch.nn.utils.clip_grad_norm_(n.parameters(), train[f"{name}_clip"] or math.inf))
+                     for name, n in networks.items()}
+            culprit = guard.culprit(norms, float(elbo.detach().mean()), share, train["loss"] in ("sum", "anneal"))
             if culprit:
                 tqdm.write(f"step {step + 1} skipped: {culprit} exploded (norms {norms}); lambda x {guard.factor:.3g}")
             else:
@@ -297,7 +304,7 @@ def train_joint(folder, train, data, device, resume):
                 bar.set_postfix({name: f"{row[name]:.4g}" for name in [*values, "active_units"]})
                 sums = {}
             bar.update()
-            if stop.signal or time.time() - saved > 60:
+            if stop.signal or time.time() - saved > 60 and step < train["steps"]:
                 checkpoint(step)
                 saved = time.time()
             if stop.signal:
@@ -339,8 +346,9 @@ def smoothness(features):
     ends (1: straight), the longest over the mean step (1: even), and that distance (0: nothing changes at all)."""
     steps = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
-    return {"path_over_distance": float((steps.sum(1) / ends).mean()),
-            "worst_over_mean_step": float((steps.amax(1) / steps.mean(1)).mean()), "end_distance": float(ends.mean())}
+    return {"path_over_distance": float(steps.sum(1).mean() / ends.mean().clamp(min=1e-9)),
+            "worst_over_mean_step": float(steps.amax(1).mean() / steps.mean().clamp(min=1e-9)),
+            "end_distance": float(ends.mean())}
 
 
 def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
@@ -379,26 +387,27 @@ def latent_space(folder, model, data, test, extractor, reference, evaluation, se
             scores = fid.scores(extractor, torch.cat([m[k] for m in middle]), reference)
             key = "fd" + extractor.suffix if extractor.suffix else "fid"
             result[name][part] = smoothness(features) | {"midpoint_" + key: scores[key]}
-            strips += [(f"{name} {part}", images[i]) for i in range(3)] if name == "slerp" else []
+            strips += [images[:3]] if name == "slerp" else []
     if folder:
-        order = [strips[i + j] for i in range(3) for j in (0, 3)]  # each pair: VAE above, refined below
-        common.save_grid(folder / "interpolation.png", [s for _, s in order], [label for label, _ in order])
-    train_mu = common.encode(model.vae, data.images[:5000], gen, model.device)[1]
+        rows = [strips[k][i] for i in range(len(strips[0])) for k in (0, 1)]  # each pair: VAE above, refined below
+        common.save_grid(folder / "interpolation.png", rows, ["VAE", "refined"] * len(strips[0]))
+    some = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
+    train_mu = common.encode(model.vae, data.images[some], gen, model.device)[1]
     if data.labels is not None:
         classes = int(data.labels.max()) + 1
-        one_hot = F.one_hot(data.labels[:5000], classes).float()
+        one_hot = F.one_hot(data.labels[some], classes).float()
         _, guess = linear_probe(train_mu, one_hot, mu, F.one_hot(test.labels, classes).float())
         result["probe_class_accuracy"] = float((guess.argmax(1) == test.labels).float().mean())
     if data.factors is not None:
-        r2, _ = linear_probe(train_mu, data.factors[:5000], mu, test.factors)
+        r2, _ = linear_probe(train_mu, data.factors[some], mu, test.factors)
         result["probe_r2"] = dict(zip(common.FACTORS, r2, strict=True))
     return result
 
 
 def draw_crops(folder, model, evaluation, seed):
     """crops.png: the middle of eight samples, enlarged: what the refiner smooths away and what it puts in."""
-    x_hat, images, _ = common.generate(model, 8, evaluation["prior"], evaluation["sampler"], evaluation["sample_steps"],
-                                       evaluation["spacing"], seed, evaluation["batch"])
+    x_hat, images, _ = common.generate(model, 8, evaluation["prior"], "dpm", evaluation["probe_steps"],
+                                       evaluation["spacing"], seed, 8)
     edge = model.size // 4
     crop = [x[:, :, edge:-edge, edge:-edge] for x in (x_hat, images)]
     common.save_grid(folder / "crops.png", crop, ["VAE", "refined"], scale=256 // model.size)
@@ -424,22 +433,23 @@ def main(argv=None):
     variant = variant_name(train)
     folder = home / f"{variant}-s{args.seed}"
     state = train_joint(folder, train, data, device, args.resume)
-    metrics = common.read_metrics(folder / "metrics.json", evaluation)
+    budget, reference = train["steps"] * train["batch"], common.reference(args, extractor, data, test)
     earlier = {home / f"stage1-{name}-s{args.seed}": None for name in ("vae", "form1")}
     earlier = {path: found for path in earlier if (found := common.read_metrics(path / "metrics.json", evaluation))
-               and found["run"]["train_images"] == train["steps"] * train["batch"]}  # equal budget
+               and found["run"]["train_images"] == budget}  # equal budget: the same images for each network
+    metrics = common.read_metrics(folder / "metrics.json", evaluation)
     if metrics is None:
-        reference = common.reference(args, extractor, data, test)
         facts, model = common.run_facts(train, evaluation, data, device, variant), load_model(state, device)
         metrics = common.evaluate(folder, model, state, evaluation, test, extractor, reference, facts,
                                   common.network_cost(train))
         metrics["tables"]["latent_space"] = latent_space(folder, model, data, test, extractor, reference, evaluation,
                                                          args.seed)
         draw_crops(folder, model, evaluation, args.seed)
-        stage1 = home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
-        if stage1.is_file() and (state := common.load_checkpoint(stage1))["finished"]:
-            metrics["tables"]["latent_space_stage1"] = latent_space(
-                None, load_model(state, device), data, test, extractor, reference, evaluation, args.seed)
+        common.write_metrics(folder / "metrics.json", metrics)
+    if len(earlier) == 2 and "latent_space_stage1" not in metrics["tables"]:
+        baseline = load_model(common.load_checkpoint(list(earlier)[1] / "checkpoint.pt"), device)
+        metrics["tables"]["latent_space_stage1"] = latent_space(None, baseline, data, test, extractor, reference,
+                                                                evaluation, args.seed)
         common.write_metrics(folder / "metrics.json", metrics)
     common.print_results(earlier | {folder: metrics}, data, extractor)
     for name, where in (("stage 1", "latent_space_stage1"), (variant, "latent_space")):

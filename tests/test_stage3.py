@@ -1,0 +1,321 @@
+"""Stage 3: the flow's inverse, determinant and density, uncertainty, the strategies, step allocation, smoke runs."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from test_stage1 import CPU, expect_error, images_of, same, settings, small_shapes
+
+import common
+import fid
+import stage3_adaptive as stage3
+
+
+def shaken(network, std=0.3, seed=0):
+    """A network with random weights in place of its zeros."""
+    torch.manual_seed(seed)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return network
+
+
+def moons(count, seed=0):
+    """Two interleaved half circles (count, 2), roughly standardised."""
+    gen = common.generator(seed)
+    angle, upper = math.pi * torch.rand(count, generator=gen), torch.rand(count, generator=gen) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+    return torch.stack([x, y], 1) / torch.tensor([0.87, 0.5]) + 0.1 * common.randn((count, 2), gen)
+
+
+def trained_flow():
+    flow, z, gen = stage3.fit_flow(moons(5000), 0, 800), moons(2000, seed=1), common.generator(0)
+    return flow, z, gen
+
+
+# --- The flow --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [5, 64])
+def test_flow_inverse(d):
+    flow, z = shaken(stage3.RealNVP(d), 0.1), common.randn((50, d), common.generator(0))
+    u, _ = flow(z)
+    assert not torch.allclose(u, z, atol=0.1)
+    assert torch.allclose(flow.inverse(u), z, atol=1e-4) and torch.allclose(flow(flow.inverse(z))[0], z, atol=1e-4)
+
+
+def test_flow_log_determinant_is_autograds():
+    """log |det df/dz| once per sample, against slogdet of the Jacobian, in 5 dimensions."""
+    flow = shaken(stage3.RealNVP(5, hidden=16)).double()
+    z = common.randn((6, 5), common.generator(0)).double()
+    log_det = flow(z)[1]
+    assert log_det.shape == (6,)
+    for row, value in zip(z, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], row)
+        assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(float(value), rel=1e-6, abs=1e-8)
+
+
+def test_every_dimension_is_transformed():
+    flow, z = shaken(stage3.RealNVP(9), 0.1), common.randn((40, 9), common.generator(0))
+    order = torch.arange(9)
+    for permutation in flow.orders:
+        order = order[permutation]
+    moved = (flow(z)[0] - z[:, order]).abs().amax(0)
+    assert (moved > 1e-3).all()
+
+
+def test_flow_starts_as_the_identity():
+    """At the start u is a permutation of z, log p is N(0, I)'s, and the one-sample KL has N(0, I)'s closed form on
+    average."""
+    flow, gen = stage3.RealNVP(6), common.generator(0)
+    z = common.randn((40, 6), gen)
+    normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+    assert torch.allclose(flow.log_prob(z), normal, atol=1e-5) and torch.equal(flow(z)[1], torch.zeros(40))
+    mu, logvar = common.randn((1, 6), gen), 0.5 * common.randn((1, 6), gen)
+    noise = common.randn((100_000, 6), gen)
+    kl = stage3.flow_kl(mu + (0.5 * logvar).exp() * noise, mu, logvar, flow)
+    assert kl.shape == (100_000,)
+    assert float(kl.mean()) == pytest.approx(float(common.gaussian_kl(mu, logvar)), abs=0.05)
+
+
+def test_flow_learns_two_moons_and_is_a_density():
+    """It beats the best Gaussian by half a nat on held-out points, integrates to one, and samples what it learnt."""
+    flow, z, gen = trained_flow()
+    gaussian = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())
+    assert float((flow.log_prob(z) - gaussian.log_prob(z)).mean()) > 0.5
+    axis = torch.linspace(-6, 6, 601)
+    grid = torch.cartesian_prod(axis, axis)
+    assert float(flow.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=0.02)
+    drawn = flow.sample(2000, gen)
+    assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.15) and torch.allclose(drawn.std(0), z.std(0), atol=0.15)
+    assert float(torch.cdist(drawn, z).amin(1).mean()) < 0.15  # near the moons
+
+
+def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
+    """Before the joint phase the VAE has the gradient of stage 1's loss and the flow that of its likelihood alone."""
+    torch.manual_seed(0)
+    train, x0 = settings(), common.to_float(images_of(4).images)
+    vae, noise = common.build_vae(train), torch.randn(4, 8)
+    flow = shaken(stage3.RealNVP(vae.latent_dim), 0.1)
+    def gradients(flow, joint):
+        vae.zero_grad()
+        stage3.vae_loss(vae, flow, x0, noise, 0.25, joint)[0].mean().backward()
+        return [p.grad.clone() for p in vae.parameters()]
+    plain = gradients(None, False)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients(flow, False), strict=True))
+    assert any(p.grad.abs().sum() > 0 for p in flow.parameters())
+    assert not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, gradients(flow, True), strict=True))
+
+
+# --- Uncertainty -----------------------------------------------------------------------------------------------------
+
+
+def test_standardise_by_hand():
+    """Per dimension, clamped, inactive ones zero; s is the mean over active ones, standardised, with its sign."""
+    stats = {"mean": torch.tensor([0.0, 1.0, 5.0]), "sd": torch.tensor([1.0, 2.0, 1.0]),
+             "active": torch.tensor([1.0, 1.0, 0.0]), "s_mean": torch.tensor(0.5), "s_sd": torch.tensor(2.0),
+             "sign": torch.tensor(-1.0)}
+    s_vec, s = stage3.standardise(torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]]), stats)
+    assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == [-(1.5 - 0.5) / 2, -(-1.5 - 0.5) / 2]
+
+
+def test_statistics_of_the_training_set():
+    """Over the set they come from s has mean 0 and sd 1; high means hard: the correlation's sign is folded in."""
+    torch.manual_seed(0)
+    vae = shaken(common.build_vae(settings()), 0.15).eval().requires_grad_(False)
+    images = images_of(300).images
+    stats, facts = stage3.measure_uncertainty(vae, images, 0, CPU)
+    gen = common.generator(0)
+    x0 = common.to_float(images)
+    mu, logvar = vae.encoder(x0)
+    x_hat = vae.decoder(mu + (0.5 * logvar).exp() * common.randn(mu.shape, gen))
+    s_vec, s = stage3.uncertainty(vae, x_hat, stats)
+    assert abs(float(s.mean())) < 1e-3 and float(s.std()) == pytest.approx(1, abs=1e-3)
+    assert s_vec.abs().max() <= 3 and facts["correlation"] >= 0
+    error = ((x_hat - x0) ** 2).flatten(1).sum(1)
+    rank = lambda v: v.argsort().argsort().double()  # noqa: E731
+    correlation = torch.corrcoef(torch.stack([rank(s), rank(error)]))[0, 1]
+    assert float(correlation) == pytest.approx(facts["correlation"], abs=0.02)
+    assert ("no information" in facts["verdict"]) == (facts["correlation"] < 0.1)
+
+
+# --- Strategies ------------------------------------------------------------------------------------------------------
+
+
+def batch_of(n=3, d=8, seed=0):
+    gen = common.generator(seed)
+    return common.randn((n, 3, 8, 8), gen), common.randn((n, d), gen), torch.tensor([-1.0, 0.0, 2.0])
+
+
+def test_strategies_start_where_they_should():
+    """learned and flow start bit-equal to fixed; variance equals it where s <= 0 and fades by exp(-s/2) above."""
+    x_hat, s_vec, s = batch_of()
+    for strategy in ("fixed", "learned", "flow"):
+        seen, extra = stage3.Conditioner(strategy, 8, 32)(x_hat, s_vec, s)
+        assert torch.equal(seen, x_hat), strategy
+        assert extra is None or torch.equal(extra, torch.zeros(3, 32)) and strategy == "learned"
+    seen, extra = stage3.Conditioner("variance", 8, 32)(x_hat, s_vec, s)
+    assert torch.equal(seen[:2], x_hat[:2]) and torch.allclose(seen[2], x_hat[2] * math.exp(-1)) and extra is None
+
+
+@pytest.mark.parametrize("strategy", ["learned", "flow"])
+def test_strategies_learn_from_s(strategy):
+    """Every parameter of the conditioner gets a gradient, and with random weights the output depends on s."""
+    x_hat, s_vec, s = batch_of()
+    conditioner = shaken(stage3.Conditioner(strategy, 8, 32))
+    a, b = conditioner(x_hat, s_vec, s), conditioner(x_hat, -s_vec, -s)
+    assert not torch.allclose(a[0], b[0], atol=1e-3)
+    (a[0].square().sum() + (0 if a[1] is None else a[1].square().sum())).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in conditioner.parameters())
+
+
+@pytest.mark.parametrize("colour", [0, 1])
+def test_image_coupling_inverse(colour):
+    x, _, s = batch_of()
+    coupling = shaken(stage3.ImageCoupling(colour), 0.2)
+    y = coupling(x, s)
+    assert torch.allclose(coupling.inverse(y, s), x, atol=1e-5) and not torch.allclose(x, y, atol=0.05)
+    passes = (torch.arange(8)[:, None] + torch.arange(8)) % 2 == colour
+    assert torch.equal(y[:, :, passes], x[:, :, passes])
+
+
+def test_controls():
+    s_vec, s = torch.arange(6.0).view(3, 2), torch.tensor([3.0, 1.0, 2.0])
+    assert stage3.CONTROLS["shuffled"](s_vec, s)[1].tolist() == [2, 3, 1]
+    vec, one = stage3.CONTROLS["constant"](s_vec, s)
+    assert one.tolist() == [2, 2, 2] and vec.tolist() == [[4, 5]] * 3  # the median image's
+    assert all(x.abs().sum() == 0 for x in stage3.CONTROLS["zero"](s_vec, s))
+
+
+@pytest.mark.parametrize("n", [10, 25])
+def test_allocation_keeps_the_mean_and_the_order(n):
+    s = torch.randperm(30, generator=common.generator(0)).float()
+    parts = stage3.allocate(s, n)
+    assert sorted(torch.cat([i for i, _ in parts]).tolist()) == list(range(30))
+    steps = torch.empty(30)
+    for index, count in parts:
+        steps[index] = count
+    assert float(steps.mean()) == n and (steps[s.argsort()].diff() >= 0).all()
+    assert [count for _, count in parts] == [n // 2, n, 2 * n - n // 2]
+
+
+def test_steps_to_quality():
+    rows = [{"sampler": "dpm", "nfe": n, "fd": {"value": v}, "seconds_per_image": n / 100}
+            for n, v in ((50, 10.0), (5, 14.0), (10, 10.9), (25, 10.2))]
+    assert stage3.steps_to_quality(rows, "fd") == {"dpm": {"steps": 10, "of": 50, "time_saved": pytest.approx(0.8)}}
+
+
+# --- Training and the command ----------------------------------------------------------------------------------------
+
+
+def joint(**changes):
+    vae = settings() | {"vae_prior": "flow"} | changes
+    return vae, vae | {"conditioning": "learned", "uncertainty": "reencoded"}
+
+
+def test_same_s_in_training_and_sampling(tmp_path, monkeypatch):
+    """The refiner is trained on uncertainty(Dec(z)); the model at sampling computes the same function of the same z."""
+    vae_train, train = joint(steps=2)
+    data, seen = images_of(60), []
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
+    condition = stage3.condition
+    monkeypatch.setattr(stage3, "condition", lambda r, x, v, s: seen.append((x, v, s)) or condition(r, x, v, s))
+    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
+    model = stage3.load_model(state, CPU)
+    for x_hat, s_vec, s in seen[:2]:
+        again = stage3.uncertainty(model.vae, x_hat, model.stats)
+        assert torch.allclose(again[0], s_vec, atol=1e-4) and torch.allclose(again[1], s, atol=1e-4)
+    z = torch.randn(3, model.vae.latent_dim)
+    with torch.no_grad():
+        model.denoiser(torch.zeros(3, 3, 32, 32), z)  # a damaged x_hat does not change s
+        assert torch.equal(seen[-1][2], stage3.uncertainty(model.vae, model.vae.decoder(z), model.stats)[1])
+    assert not any(p.requires_grad for p in model.vae.parameters()) and same(state["vae"], vae_state["vae"])
+
+
+def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch):
+    """SIGTERM in the joint phase of the VAE; --resume ends with the bits of a run that was never stopped."""
+    vae_train, train = joint(flip="both", every=3)
+    data, updates, update = images_of(80), [], common.EMA.update
+
+    def both(home, resume=False):
+        vae = stage3.train_vae(home / "vae", vae_train, data, CPU, resume)
+        return vae, stage3.train_refiner(home / "refiner", train, vae, data, CPU, resume)
+
+    whole = both(tmp_path / "whole")
+    for where in (6, 12):  # of the VAE's 8 steps, of the refiner's
+        updates.clear()
+        home = tmp_path / str(where)
+
+        def stop_there(ema, network, where=where):
+            update(ema, network)
+            updates.append(1)
+            if len(updates) == where:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(common.EMA, "update", stop_there)
+            with pytest.raises(SystemExit) as stop:
+                both(home)
+        assert stop.value.code == 128 + signal.SIGTERM
+        torch.manual_seed(123)
+        assert same(both(home, resume=True), whole)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--prior", "uniform"], ["--prior", "uniform"]),
+    (["--conditioning", "none"], ["--conditioning", "none"]),
+    (["--conditioning", "fixed", "--uncertainty", "posterior"], ["--uncertainty posterior", "fixed"]),
+])
+def test_bad_input(argv, words, small, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "load_extractor", lambda *a: pytest.fail("nothing may start"))
+    monkeypatch.setattr("test_stage1.stage1.main", stage3.main)
+    expect_error(capsys, ["--budget", "smoke", *argv], *words)
+
+
+def test_smoke(small, tmp_path, monkeypatch, capsys):
+    """Two strategies share the flow's VAE; a Gaussian VAE has all three priors; posterior has no bound."""
+    smoke = ["--budget", "smoke", "--device", "cpu"]
+    stage3.main(smoke)
+    out = capsys.readouterr().out
+    assert "uncertainty: log-variances vary" in out and "stage3-flow-learned" in out
+    fit, trained = stage3.fit, []
+    monkeypatch.setattr(stage3, "fit", lambda folder, *a: trained.append(folder.name) or fit(folder, *a))
+    stage3.main([*smoke, "--conditioning", "flow", "--uncertainty", "posterior"])
+    stage3.main([*smoke, "--prior", "gmm", "--conditioning", "fixed"])
+    assert trained == ["stage3-flow-flow-posterior-s0", "stage3-vae-gaussian-s0", "stage3-gmm-fixed-s0"]
+    home = tmp_path / "runs" / "shapes-smoke"
+    for name in ("stage3-vae-flow", "stage3-flow-learned", *(n.removesuffix("-s0") for n in trained)):
+        metrics = json.loads((home / f"{name}-s0" / "metrics.json").read_text())
+        common.check_metrics(metrics)
+        tables, rows = metrics["tables"], metrics["rows"]
+        assert metrics["run"]["variant"] == name and {row["prior"] for row in rows} == {"gaussian", "gmm", "flow"}
+        assert rows[0]["prior"] == {"vae": name.split("-")[2]}.get(name.split("-")[1], name.split("-")[1])
+        if "vae" in name:
+            assert {"negative_elbo", "log_density_flow", "log_density_gaussian"} <= set(tables["elbo"])
+            continue
+        assert set(tables["uncertainty"]["controls"]) == {"true", "shuffled", "constant", "zero"}
+        assert set(tables["uncertainty"]["terciles"]) == {"sure", "middle", "unsure"}
+        assert tables["uncertainty"]["adaptive_steps"]["mean_steps"] == 2 and "dpm" in tables["steps_to_quality"]
+        assert (tables["bits_per_dim"] is None) == ("posterior" in name)
+        assert (home / f"{name}-s0" / "uncertainty.png").is_file()
+        if name == "stage3-gmm-fixed":  # what the refiner is told changes nothing where it is not used
+            controls = list(tables["uncertainty"]["controls"].values())
+            assert all(control == controls[0] for control in controls)
+    monkeypatch.setattr(common, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    stage3.main(smoke)
+
+
+def test_dry_run(small, tmp_path, capsys):
+    stage3.main(["--dataset", "celeba64", "--dry-run"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"]["train"]["conditioning"] == "learned" and set(printed["networks"]) == {"vae", "unet"}
+    assert not list(tmp_path.iterdir())
