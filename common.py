@@ -831,7 +831,7 @@ VAE_TABLES = {
 UNET_TABLES = {
     "tiny 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
     "tiny 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
-    "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
+    "shapes 32": [(32, 32, 1, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
     "cpu 32": [(32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],
     "cpu 64": [(64, 16, 0, 1), (32, 32, 1, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
     "gpu 32": [(32, 96, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
@@ -867,8 +867,8 @@ def budget(name, dataset, size):
                        "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
-        train |= {"batch": 16, "steps": 2000, "vae_lr": 1.2e-3, "unet_lr": 1.2e-3, "beta": 0.25}
-        evaluation |= {"grid_count": 200, "probe_count": 200}
+        train |= {"steps": 1900, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "beta": 0.25}
+        evaluation |= {"grid_count": 300, "probe_count": 300}
     elif name == "cpu":
         tables = "cpu"
         train |= {"components": 30, "beta": 0.25} | ({"steps": 3500} if size == 32 else {"batch": 16, "steps": 4000})
