@@ -13,7 +13,8 @@ latent instead, and each of the many U-Net passes costs a fraction; what is lost
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
 Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
-        what latent diffusion saves against stage 1's refiner, in percent, measured by torch.profiler on this machine.
+        what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
+        seconds are medians, memory and the costliest operators (profile-*.txt) come from torch.profiler.
 """
 
 import argparse
@@ -81,6 +82,14 @@ def build_unet(train):
     latent = train["image_size"] // FACTOR
     table = [(latent // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
     return common.UNet(table, CHANNELS, CHANNELS, attention=[latent], heads=train["heads"], dropout=train["dropout"])
+
+
+def network_cost(train):
+    """Parameters and forward GFLOPs per image of the autoencoder and the latent U-Net."""
+    size, one = train["image_size"], torch.empty(latent_shape(train, 1), device="meta")
+    with torch.device("meta"):
+        return {"vae": common.count_cost(Autoencoder(train["ae_width"]), torch.empty(1, 3, size, size), one),
+                "unet": common.count_cost(build_unet(train), one, torch.ones(1))}
 
 
 def latent_shape(train, batch):
@@ -164,8 +173,7 @@ def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device,
 
 @torch.no_grad()
 def encode_all(ae, images, device, batch=500):
-    """Posterior means and standard deviations of all images, (N, 4, h, w) on the device: encoded once, re-sampled
-    in every step. A flipped image has a latent of its own, so latents are trained on without flips."""
+    """Posterior means and standard deviations of images (N, 3, H, W), (N, 4, h, w) on the device."""
     parts = [tuple(ae.encode(to_float(chunk.to(device)))) for chunk in images.split(batch)]
     mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, (0.5 * logvar).exp()
@@ -187,6 +195,8 @@ def train_autoencoder(folder, train, data, device, resume):
 
         def loss(index, gen):
             x0 = to_float(images[index]).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+            if train["flip"] != "none":
+                x0 = torch.where(torch.rand(len(x0), 1, 1, 1, generator=gen, device=device) < 0.5, x0.flip(3), x0)
             x_hat, mu, logvar = ae(x0, common.randn(latent_shape(train, len(x0)), gen))
             sse = ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
@@ -209,7 +219,8 @@ def train_latent(folder, train, ae_state, data, device, resume):
         return state
     ae = common.restore(Autoencoder(train["ae_width"]), ae_state["ema"], device)
     stats = {key: value.to(device) for key, value in ae_state["scale"].items()}
-    mu, sd = encode_all(ae, data.images, device)
+    images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
+    mu, sd = encode_all(ae, images, device)  # encoded once, re-sampled in every step
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
 
@@ -289,15 +300,15 @@ def median_seconds(run, device, repeats=7):
     for _ in range(repeats + 2):
         clock = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
         times.append(time.perf_counter() - clock)
     return statistics.median(times[2:])
 
 
-def cost(name, unet, shape, decoder, steps, batch, device, folder):
-    """What one network costs: forward GFLOPs of a pass and of a whole image, seconds per image (batch 1, `batch`), peak
-    memory, seconds per training image. Saves the profiler's table of the costliest operators."""
+def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
+    """What sampling with one network costs: seconds per image (batch 1, `batch`), peak memory of a pass, and training
+    seconds per image (at `train_batch`). Saves the profiler's table of the costliest operators."""
     x, t = torch.randn(batch, *shape, device=device), torch.full((batch,), 500, device=device)
 
     def passes(n):
@@ -306,14 +317,14 @@ def cost(name, unet, shape, decoder, steps, batch, device, folder):
 
     def train_step():
         with common.autocast(device):
-            loss = unet(x, t).square().mean()
+            loss = unet(x[:train_batch], t[:train_batch]).square().mean()
         loss.backward()
         unet.zero_grad(set_to_none=True)
 
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),
-                 with_flops=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
         passes(batch)
-    table = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=12)
+    where = "cuda" if device.type == "cuda" else "cpu"
+    table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     with common.atomic(folder / f"profile-{name}.txt") as temporary:
         temporary.write_text(table)
     after = {n: median_seconds(lambda n=n: decoder(n), device) / n if decoder else 0.0 for n in (1, batch)}
@@ -321,7 +332,7 @@ def cost(name, unet, shape, decoder, steps, batch, device, folder):
     unet.requires_grad_(True)
     return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch],
             "peak_memory_mb": peak_memory(lambda: passes(batch), device),
-            "train_seconds_per_image": median_seconds(train_step, device, 5) / batch}
+            "train_seconds_per_image": median_seconds(train_step, device, 5) / min(batch, train_batch)}
 
 
 def savings(folder, model, pixel_state, train, evaluation, device):
@@ -344,16 +355,13 @@ def savings(folder, model, pixel_state, train, evaluation, device):
         with common.autocast(device):
             decode(model, small[:n])
 
-    size = train["image_size"]
+    common_terms = steps, batch, train["batch"], device, folder
     result = {"device": str(device), "sampler_steps": steps, "batch": batch, "pixel_network_trained": bool(pixel_state),
-              "pixel": cost("pixel", pixel, (6, size, size), pixel_decoder, steps, batch, device, folder),
-              "latent": cost("latent", model.unet, latent_shape(train, batch)[1:], latent_decoder, steps, batch, device,
-                             folder)}
-    with torch.device("meta"):
-        flops = {"pixel": common.network_cost(train)["unet"]["gflops"], "latent": common.count_cost(
-            build_unet(train), torch.empty(latent_shape(train, 1)), torch.ones(1))["gflops"]}
-    for name in flops:
-        result[name]["gflops_per_pass"] = flops[name]
+              "pixel": cost("pixel", pixel, (6, *2 * [train["image_size"]]), pixel_decoder, *common_terms),
+              "latent": cost("latent", model.unet, latent_shape(train, batch)[1:], latent_decoder, *common_terms)}
+    for name, parts in (("pixel", common.network_cost(train)), ("latent", network_cost(train))):
+        result[name]["gflops_per_pass"] = parts["unet"]["gflops"]
+        result[name]["gflops_per_image"] = steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]
     result["saved_percent"] = {key: 100 * (1 - result["latent"][key] / result["pixel"][key]) for key in result["pixel"]}
     draw_savings(folder, result["saved_percent"])
     return result
@@ -419,14 +427,16 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     strip, _ = generate(model, 27, "dpm", evaluation["probe_steps"], spacing, seed, 27, z_T=path.flatten(0, 1))
     common.save_grid(folder / "interpolation.png", list(strip.unflatten(0, (9, 3)).transpose(0, 1)))
     tables["savings"] = savings(folder, model, pixel_state, train, evaluation, device)
-    if pixel_metrics:  # quality at equal seconds: the slowest pixel row that is no slower than our headline
-        slow = [r for r in pixel_metrics["rows"] if r["seconds_per_image"] <= 1.1 * rows[0]["seconds_per_image"]]
-        tables["equal_seconds"] = {"latent": {k: rows[0][k] for k in ("nfe", "seconds_per_image", fd)}, "pixel": [
-            {k: r[k] for k in ("sampler", "nfe", "seconds_per_image", fd)} for r in slow]}
+    if pixel_metrics:  # quality at equal seconds, of equal counts: every row of the grid and the pixel rows as quick
+        brief = lambda r: {k: r[k] for k in ("sampler", "nfe", "n_generated", "seconds_per_image", fd)}  # noqa: E731
+        tables["equal_seconds"] = [
+            {"latent": brief(ours), "pixel": [brief(r) for r in pixel_metrics["rows"] if r["n_generated"] ==
+                                              ours["n_generated"] and r["sampler"] == ours["sampler"] and
+                                              r["seconds_per_image"] <= 1.1 * ours["seconds_per_image"]]}
+            for ours in rows]
     tables["training"] = common.draw_training(folder)
-    parameters = sum(p.numel() for net in (model.ae, model.unet) for p in net.parameters())
-    return {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters,
-                                         "gflops": tables["savings"]["latent"]["gflops_per_pass"],
+    parameters, gflops = (sum(c[key] for c in network_cost(train).values()) for key in ("parameters", "gflops"))
+    return {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters, "gflops": gflops,
                                          "train_images": train["steps"] * train["batch"],
                                          "train_seconds": state["seconds"]}, "rows": rows, "tables": tables}
 
@@ -438,12 +448,7 @@ def main(argv=None):
     width, table = SIZES[train["budget"]]
     train |= {"ae_width": width, "latent_unet": [list(row) for row in table]}
     if args.dry_run:
-        with torch.device("meta"):
-            size, unet = train["image_size"], build_unet(train)
-            networks = {"vae": common.count_cost(Autoencoder(width), torch.empty(1, 3, size, size),
-                                                 torch.empty(latent_shape(train, 1))),
-                        "unet": common.count_cost(unet, torch.empty(latent_shape(train, 1)), torch.ones(1))}
-        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": networks}, indent=1))
+        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": network_cost(train)}, indent=1))
         return
     home, extractor, data, test = common.prepare(args, train, evaluation, device)
     folders = {name: home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent")}
@@ -453,13 +458,16 @@ def main(argv=None):
     if metrics is None:
         stage1 = home / f"stage1-form1-s{args.seed}"
         pixel_state = common.load_checkpoint(stage1 / "checkpoint.pt") if (stage1 / "checkpoint.pt").is_file() else None
-        if pixel_state and common.first_difference(
-                {key: pixel_state["train"][key] for key in pixel_train}, pixel_train):
-            pixel_state = None  # of another budget
+        if pixel_state and (not pixel_state["finished"] or common.first_difference(
+                {key: pixel_state["train"][key] for key in pixel_train}, pixel_train)):
+            pixel_state = None  # of another budget, or not yet trained
+        pixel_metrics = common.read_metrics(stage1 / "metrics.json") if pixel_state else None
+        if pixel_metrics and pixel_metrics["run"]["features"] != extractor.name:
+            pixel_metrics = None  # other features: not comparable
         metrics = evaluate(folders["latent"], state, evaluation, test, extractor,
                            common.reference(args, extractor, data, test),
                            common.run_facts(train, evaluation, data, device, "bonus-latent"), pixel_state,
-                           common.read_metrics(stage1 / "metrics.json") if pixel_state else None, device)
+                           pixel_metrics, device)
         common.write_metrics(folders["latent"] / "metrics.json", metrics)
     common.print_results({folders["latent"]: metrics}, data, extractor)
     saved = metrics["tables"]["savings"]

@@ -1233,7 +1233,12 @@ def print_table(rows, columns):
 
 # A *model* here is a SimpleNamespace: `name`; `vae` (or None); `priors` {name: with .sample(count, gen), .log_prob(z)};
 # `denoiser(x_hat, z)`, which returns `denoise(x, t)` with its conditions fixed (None: a VAE alone); `diffusion`, `size`
-# and `device`.
+# and `device`; `kl(z, mu, logvar)` where the VAE was trained against another prior than N(0, I).
+
+
+def latent_kl(model, z, mu, logvar):
+    """KL of q(z|x) to the prior that the model's VAE was trained against: (B,) nats."""
+    return model.kl(z, mu, logvar) if hasattr(model, "kl") else gaussian_kl(mu, logvar)
 
 
 @torch.no_grad()
@@ -1315,7 +1320,7 @@ CORRUPTIONS = {
 
 def bits_per_dim(model, images, evaluation, seed):
     """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the
-    diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || N(0, I)). None for the VAE alone."""
+    diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || p(z)). None for the VAE alone."""
     if model.denoiser is None:
         return None
     images, gen = images[: evaluation["bits_images"]].to(model.device), generator(60_000 + seed, model.device)
@@ -1324,7 +1329,7 @@ def bits_per_dim(model, images, evaluation, seed):
         if model.vae is not None:
             mu, logvar = model.vae.encoder(to_float(images))
             z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
-            x_hat, parts["kl"] = model.vae.decoder(z), gaussian_kl(mu, logvar).cpu()
+            x_hat, parts["kl"] = model.vae.decoder(z), latent_kl(model, z, mu, logvar).cpu()
         parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)
     total = sum(parts.values()) / unit  # (N,) bits per dimension

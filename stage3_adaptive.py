@@ -85,22 +85,24 @@ class Coupling(nn.Module):
 
 
 class RealNVP(nn.Module):
-    """A flow u = f(z) with N(0, I) over u: a prior with .log_prob and .sample. A fixed permutation before each coupling
-    lets every dimension be transformed."""
+    """A flow u = f(z) with N(0, I) over u: a prior with .log_prob and .sample. The halves are drawn anew, by a fixed
+    permutation, before every other coupling and swapped before the rest, so that every dimension is transformed."""
 
     def __init__(self, d, hidden=128, couplings=6):
         super().__init__()
         self.d, self.couplings = d, nn.ModuleList(Coupling(d, hidden) for _ in range(couplings))
         gen = common.generator(0)
-        orders = torch.stack([torch.randperm(d, generator=gen) for _ in range(couplings)])  # always the same: not saved
-        self.register_buffer("orders", orders, persistent=False)
+        orders = [torch.randperm(d, generator=gen) if i % 2 == 0 else torch.arange(d).roll(-(d // 2))
+                  for i in range(couplings)]
+        self.register_buffer("orders", torch.stack(orders), persistent=False)  # always the same: not saved
 
     def forward(self, z):
-        """z (B, d) -> u (B, d), log |det du/dz| (B,)."""
+        """z (B, d) -> u (B, d), log |det du/dz| (B,). In float32: log-determinants are sums of many small terms."""
         total = 0
-        for order, coupling in zip(self.orders, self.couplings, strict=True):
-            z, log_det = coupling(z[:, order])
-            total = total + log_det
+        with torch.autocast(z.device.type, enabled=False):
+            for order, coupling in zip(self.orders, self.couplings, strict=True):
+                z, log_det = coupling(z[:, order])
+                total = total + log_det
         return z, total
 
     def inverse(self, u):
@@ -155,8 +157,10 @@ def standardise(logvar, stats):
 
 
 def uncertainty(vae, x_hat, stats):
-    """s_vec (B, d) and s (B,) of what the VAE makes of its own output: a function of z alone, since x_hat = Dec(z)."""
-    return standardise(vae.encoder(x_hat)[1], stats)
+    """s_vec (B, d) and s (B,) of what the VAE makes of its own output: a function of z alone, since x_hat = Dec(z).
+    In float32, as its statistics are: log-variances differ little from image to image."""
+    with torch.autocast(x_hat.device.type, enabled=False):
+        return standardise(vae.encoder(x_hat)[1], stats)
 
 
 @torch.no_grad()
@@ -177,10 +181,11 @@ def measure_uncertainty(vae, images, seed, device, batch=500):
              "s_mean": 0 * one, "s_sd": one, "sign": one}
     raw = standardise(logvar, stats)[1]
     stats |= {"s_mean": raw.mean(), "s_sd": raw.std().clamp(min=1e-6)}
-    correlation = float(spearmanr(raw.numpy(), error.numpy()).statistic) if float(raw.std()) > 0 else 0.0
+    test = spearmanr(raw.numpy(), error.numpy()) if float(raw.std()) > 0 else SimpleNamespace(statistic=0.0, pvalue=1.0)
+    correlation = float(test.statistic)
     stats["sign"] = torch.tensor(1.0 if correlation >= 0 else -1.0)
-    verdict = ("s carries no information: conditioning on it cannot help" if abs(correlation) < 0.1 else
-               "s ranks the error")
+    silent = abs(correlation) < 0.1 or test.pvalue > 0.05
+    verdict = "s carries no information: conditioning on it cannot help" if silent else "s ranks the error"
     facts = {"correlation": abs(correlation), "sign": float(stats["sign"]), "active_units": int(stats["active"].sum()),
              "logvar_sd_over_images": float(stats["sd"][stats["active"] > 0].mean()) if stats["active"].any() else 0.0,
              "logvar_mean": float(logvar.mean()), "verdict": verdict}
@@ -241,10 +246,8 @@ class Conditioner(nn.Module):
 
 def condition(refiner, x_hat, s_vec, s):
     """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat."""
-    def denoise(x, t):
-        seen, extra = refiner["conditioner"](x_hat, s_vec, s)
-        return refiner["unet"](torch.cat([x, seen], 1), t, extra)
-    return denoise
+    seen, extra = refiner["conditioner"](x_hat, s_vec, s)
+    return lambda x, t: refiner["unet"](torch.cat([x, seen], 1), t, extra)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -354,7 +357,7 @@ def train_vae(folder, train, data, device, resume):
         z = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)[0]
         state["gmm"] = vars(common.GaussianMixture.fit(z, train["components"], train["seed"]))
         if train["vae_prior"] == "gaussian":
-            state["flow"] = fit_flow(z, train["seed"], train["steps"]).state_dict()
+            state["flow"] = fit_flow(z, train["seed"], min(train["steps"], 5000)).state_dict()
         some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
         stats, facts = measure_uncertainty(vae, data.images[some], train["seed"], device)
         state["uncertainty"], state["uncertainty_facts"] = {k: v.cpu() for k, v in stats.items()}, facts
@@ -382,7 +385,7 @@ def train_refiner(folder, train, vae_state, data, device, resume):
     def loss(x0, gen, step):
         with torch.no_grad():
             x_hat, _, logvar = vae(x0, common.randn((len(x0), vae.latent_dim), gen))
-            s_vec, s = logvar, logvar[:, 0]
+            s_vec = s = None
             if train["conditioning"] != "fixed":
                 s_vec, s = (standardise(logvar, stats) if train["uncertainty"] == "posterior" else
                             uncertainty(vae, x_hat, stats))
@@ -407,13 +410,17 @@ def load_model(state, device):
                             vae=common.restore(common.build_vae(train), state["vae"], device), control=None)
     d = model.vae.latent_dim
     flow = common.restore(RealNVP(d), state["flow"], device)
+    if train["vae_prior"] == "flow":
+        model.kl = lambda z, mu, logvar: flow_kl(z, mu, logvar, flow)
     model.priors = {"gaussian": common.StandardNormal(d), "gmm": common.GaussianMixture(**state["gmm"]), "flow": flow}
     if "conditioning" in train:
         model.refiner = common.restore(build_refiner(train, d), state["ema"], device)
 
         def denoiser(x_hat, z):
-            s_vec, s = uncertainty(model.vae, model.vae.decoder(z), model.stats)  # of z, whatever happened to x_hat
-            s_vec, s = model.control(s_vec, s) if model.control else (s_vec, s)
+            s_vec = s = None
+            if train["conditioning"] != "fixed":  # of z, whatever happened to x_hat
+                s_vec, s = uncertainty(model.vae, model.vae.decoder(z), model.stats)
+                s_vec, s = model.control(s_vec, s) if model.control else (s_vec, s)
             return condition(model.refiner, x_hat, s_vec, s)
         model.denoiser = denoiser
     return model
@@ -480,9 +487,9 @@ def adaptivity(folder, model, test, extractor, reference, evaluation, prior, see
     rows = [x[shown] for x in (real, x_hat, refined)]
     common.save_grid(folder / "uncertainty.png", rows, ["real", "VAE", "refined"])
     table["controls"] = {}
-    for name, control in CONTROLS.items():
-        model.control = control
-        table["controls"][name] = against(extractor, held_out(model, real, steps, spacing, seed)[1], real, test)
+    for name, model.control in CONTROLS.items():
+        images = held_out(model, real, steps, spacing, seed)[1] if model.control else refined
+        table["controls"][name] = against(extractor, images, real, test)
     model.control = None
     table["adaptive_steps"] = adaptive_steps(model, extractor, reference, evaluation, prior, seed)
     return table
@@ -498,15 +505,15 @@ def adaptive_steps(model, extractor, reference, evaluation, prior, seed):
     result = {"mean_steps": n}
     for name in ("even", "adaptive"):
         images, clock = torch.empty(x_T.shape, dtype=torch.uint8), time.time()
-        x_hat = model.vae.decoder(z)
         order = [(torch.arange(count), n)]
         if name == "adaptive":
-            order = allocate(uncertainty(model.vae, x_hat, model.stats)[1].cpu(), n)
+            s = [uncertainty(model.vae, model.vae.decoder(part), model.stats)[1].cpu() for part in z.split(100)]
+            order = allocate(torch.cat(s), n)
         for index, steps in order:
             for part in index.split(100):
                 with common.autocast(model.device):
-                    x = common.sample(model.diffusion, model.denoiser(x_hat[part], z[part]), x_T[part], "dpm", steps,
-                                      spacing=spacing)
+                    denoise = model.denoiser(model.vae.decoder(z[part]), z[part])
+                    x = common.sample(model.diffusion, denoise, x_T[part], "dpm", steps, spacing=spacing)
                 images[part] = to_uint8(x).cpu()
         seconds = (time.time() - clock) / count
         result[name] = {fd: fid.scores(extractor, images, reference)[fd], "seconds_per_image": seconds}
@@ -559,6 +566,8 @@ def main(argv=None):
                          indent=1))
         return
     home, extractor, data, test = common.prepare(args, train, evaluation, device)
+    if len(test.images) < 6:
+        common.fail(f"--data-dir {args.data_dir}: {len(test.images)} held-out images; thirds of them need at least 6")
     vae_train |= {key: train[key] for key in ("crop", "n_train")}
     vae_name = f"stage3-vae-{vae_train['vae_prior']}"
     name = f"stage3-{args.prior}-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
@@ -579,7 +588,7 @@ def main(argv=None):
         run = common.run_facts(its_state["train"], settings, data, device, variant)
         metrics = common.evaluate(where, model, its_state, settings, test, extractor, reference, run,
                                   common.network_cost(train, channels=6 if where == folder else None))
-        tables = metrics["tables"] | {"uncertainty": facts}
+        tables = metrics["tables"] | {"uncertainty": dict(facts)}
         if where == vae_folder:
             tables["elbo"] = held_out_elbo(model, test.images, args.seed, vae_train["vae_prior"] == "flow")
         else:
