@@ -1,0 +1,356 @@
+"""Final evaluation: reads results, draws tables and charts, answers the guiding questions. Trains nothing.
+
+Every number of README.md (and REPORT.md, where there is one) comes from a file in results/ by way of this script. It
+rewrites two kinds of marks, which a reader of the rendered page does not see:
+
+    <!-- block NAME -->...<!-- end -->                 a table or the answers, replaced as a whole
+    <!-- = PATH [/ PATH] FORMAT -->12.9<!-- . -->      one number; PATH is DATASET/VARIANT and keys, as in
+                                                       shapes/stage1-form1 rows.0.fd_local.value (seed 0)
+
+Verdicts between two variants are differences over at least three paired seeds with Student's t-interval. The interval
+beside a score is something else: what another draw of the images could change, not another training.
+
+Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/figures/
+        python final_evaluation.py --check             the same, but only says whether a text would change (exit 1)
+        python final_evaluation.py --runs runs         fresh runs -> runs/REPORT.md
+        python final_evaluation.py --collect RUN ...   copies metrics and figures of run folders into results/
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from scipy.stats import t as student
+
+import common
+
+ROOT = Path(__file__).resolve().parent
+ORDER = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-form2", "stage2-", "stage3-", "bonus-")
+TITLES = {"shapes": "shapes", "cifar10": "CIFAR-10", "celeba64": "CelebA-64"}
+PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # show real images, or what stands for them
+
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(description="Tables, charts and answers from results; trains nothing")
+    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, common.fail
+    parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
+    parser.add_argument("--runs", help="read fresh runs from this folder, and write REPORT.md there")
+    parser.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a text would change")
+    return parser.parse_args(argv)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    """One metrics file, checked against the schema; exits naming the file if it is damaged."""
+    try:
+        metrics = json.loads(Path(path).read_text())
+        common.check_metrics(metrics)
+        return metrics
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        common.fail(f"{path}: damaged ({error}); restore it or remove it")
+
+
+def rank(variant):
+    """Position in tables: the order of the stages."""
+    return next((i for i, start in enumerate(ORDER) if variant.startswith(start)), len(ORDER)), variant
+
+
+def load_all(paths):
+    """{dataset: {variant: {seed: metrics}}} in reading order; refuses what cannot be compared."""
+    found, first = {}, {}
+    for path in sorted(map(Path, paths)):
+        metrics = load(path)
+        run = metrics["run"]
+        found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
+        facts = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
+        facts |= {"train_images": run["train_images"], "n_generated": metrics["rows"][0]["n_generated"]}
+        other, reference = first.setdefault(run["dataset"], (path, facts))
+        difference = common.first_difference(reference, facts)
+        if difference:
+            common.fail(f"{path} cannot be compared with {other}: {difference}; remove one of them")
+    names = sorted(found, key=lambda name: (name not in TITLES, list(TITLES).index(name) if name in TITLES else name))
+    return {name: dict(sorted(found[name].items(), key=lambda item: rank(item[0]))) for name in names}
+
+
+def headline(metrics):
+    """The name of the distance (fid or fd_local), and the headline row."""
+    row = metrics["rows"][0]
+    return next(name for name in ("fid", "fd_local") if name in row), row
+
+
+# --- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def interval_text(score, digits=".3g"):
+    """A score dictionary as value [low, high]."""
+    span = f" [{score['low']:{digits}}, {score['high']:{digits}}]" if score["low"] is not None else ""
+    return f"{score['value']:{digits}}{span}"
+
+
+def over_seeds(values):
+    """Mean of several seeds' values with their standard deviation, as text."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.2g}"
+
+
+def verdict(ours, theirs, lower_is_better=True):
+    """Compare {seed: value} with {seed: value} over their common seeds, as a phrase: better or worse by so many percent
+    if Student's 95% interval of at least 3 paired differences excludes 0, else no difference shown."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return "no common seed, not compared"
+    differences, base = [ours[s] - theirs[s] for s in seeds], sum(theirs[s] for s in seeds) / len(seeds)
+    mean = sum(differences) / len(seeds)
+    percent = 100 * mean / base
+    if len(seeds) < 3:
+        runs = "one run" if len(seeds) == 1 else "two runs"
+        return f"{abs(percent):.0f}% {'lower' if percent < 0 else 'higher'} ({runs}, not tested)"
+    sd = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(seeds) - 1))
+    half = student.ppf(0.975, len(seeds) - 1) * sd / math.sqrt(len(seeds))
+    span = f"{len(seeds)} paired seeds, 95%: {100 * (mean - half) / base:+.0f}% to {100 * (mean + half) / base:+.0f}%"
+    if mean - half <= 0 <= mean + half:
+        return f"no difference shown ({span})"
+    return f"{'better' if (mean < 0) == lower_is_better else 'worse'} by {abs(percent):.0f}% ({span})"
+
+
+def values(results, variant, pick):
+    """{seed: pick(metrics)} of a variant; seeds where there is nothing to pick are left out."""
+    picked = {}
+    for seed, metrics in results.get(variant, {}).items():
+        try:
+            picked[seed] = pick(metrics)
+        except (KeyError, TypeError, IndexError):
+            continue
+    return picked
+
+
+# --- Tables and answers ----------------------------------------------------------------------------------------------
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def table_variants(results):
+    """One line per variant: the headline row, means and spread over seeds; with one seed, the interval over images; and
+    the change of the mean distance against stage 1's refiner."""
+    name, _ = headline(next(iter(next(iter(results.values())).values())))
+    local = name.removeprefix("fd") if name != "fid" else ""
+    baseline, lines = values(results, "stage1-form1", lambda m: m["rows"][0][name]["value"]), []
+    for variant, seeds in results.items():
+        first = next(iter(seeds.values()))
+        run, row, rows = first["run"], first["rows"][0], [m["rows"][0] for m in seeds.values()]
+        mean = lambda key, rows=rows: over_seeds([r[key]["value"] for r in rows])  # noqa: E731
+        bounds = values(results, variant, lambda m: m["tables"]["bits_per_dim"]["bound"]["value"])
+        change = ""
+        if baseline and variant != "stage1-form1":
+            ours, theirs = (sum(v) / len(v) for v in ([r[name]["value"] for r in rows], list(baseline.values())))
+            change = f"{100 * (ours / theirs - 1):+.0f}%"
+        lines.append([variant, len(seeds), row["prior"], f"{row['sampler']} {row['nfe'] or ''}".strip(),
+                      f"{row['n_generated']:,}", interval_text(row[name]) if len(seeds) == 1 else mean(name), change,
+                      *(mean(key + local) for key in ("floor", "is", "kid", "precision", "recall", "diversity")),
+                      mean("hf_energy"), over_seeds(list(bounds.values())) if bounds else "",
+                      f"{run['parameters'] / 1e6:.2f}", f"{run['gflops']:.2f}", f"{run['train_seconds'] / 60:.0f}",
+                      f"{row['seconds_per_image']:.4f}"])
+    return markdown(["variant", "seeds", "prior", "sampler", "images", name, "vs form1", "floor", "IS", "KID",
+                     "precision", "recall", "diversity", "hf_energy", "bits/dim", "M params", "GFLOP", "train min",
+                     "s/image"], lines)
+
+
+def table_steps(results):
+    """Every row of the grid of steps: the same z and x_T throughout."""
+    lines = []
+    for variant, seeds in results.items():
+        seed, metrics = next(iter(seeds.items()))
+        name, first = headline(metrics)
+        for row in metrics["rows"][1:]:
+            lines.append([variant, row["prior"], f"{row['sampler']} {row['nfe'] or ''}".strip(),
+                          f"{row['n_generated']:,}", interval_text(row[name]), f"{row['hf_energy']['value']:.3g}",
+                          f"{row['seconds_per_image']:.4f}"])
+    return markdown(["variant", "prior", "sampler", "images", name, "hf_energy", "s/image"], lines)
+
+
+def table_features(folder):
+    """The pinned local networks and what their examinations found."""
+    lines = []
+    for path in sorted(Path(folder).glob("*.json")):
+        facts = json.loads(path.read_text())
+        right = f"{facts['accuracy']:.3f}" if "accuracy" in facts else f"{facts['retrieval']:.3f} (retrieval)"
+        ladder = lambda key, facts=facts: ", ".join(f"{sd}: {fd:.3g}" for sd, fd in facts[key].items())  # noqa: E731
+        lines.append([f"`{facts['extractor']}`", right, f"{facts['n_test']:,}", f"{facts['floor']:.3f}",
+                      ladder("noise"), ladder("blur"), f"{facts['half_the_classes']:.3g}",
+                      f"{facts['fifty_images_repeated_recall']:.2f}"])
+    return markdown(["network", "held-out accuracy", "images", "floor", "noise of sd", "blur of pixels",
+                     "half the classes", "recall of 50 repeated"], lines)
+
+
+def answers(results):
+    """The four guiding questions of the assignment, each answered from the numbers or with what is missing."""
+    name = headline(next(iter(next(iter(results.values())).values())))[0]
+    score = lambda metrics: metrics["rows"][0][name]["value"]  # noqa: E731
+    stage2 = next((v for v in results if v.startswith("stage2-anneal")), None)
+    adaptive = [v for v in results if v.startswith("stage3-") and v.split("-")[-1] in ("variance", "learned", "flow")
+                and "vae" not in v]
+    missing = lambda command: f"not run yet: `{command}`"  # noqa: E731
+    lines = ["**Does joint training improve the distance?** " + (
+        f"`{stage2}` against `stage1-form1`: {verdict(*(values(results, v, score) for v in (stage2, 'stage1-form1')))}."
+        if stage2 and "stage1-form1" in results else missing("python stage2_joint.py"))]
+    parts = []
+    for variant in adaptive:
+        seeds = values(results, variant, lambda m: m["tables"]["uncertainty"]["adaptive_steps"])
+        for pick in list(seeds.values())[:1]:
+            ratio = pick["adaptive"]["seconds_per_image"] / pick["even"]["seconds_per_image"]
+            change = pick["adaptive"][name]["value"] / pick["even"][name]["value"] - 1
+            parts.append(f"`{variant}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean "
+                         f"spent evenly, at a distance {100 * change:+.0f}% (one run, not tested)")
+    lines.append("**How does adaptive conditioning change sampling time?** " + (
+        "; ".join(parts) + "." if parts else missing("python stage3_adaptive.py")))
+    areas = {v: values(results, v, lambda m: m["tables"]["robustness"]["area"]) for v in results}
+    told = [f"`{v}` {over_seeds(list(a.values()))}" for v, a in areas.items() if a]
+    lines.append("**How does each model take noisy VAE outputs?** Distance over the clean one, mean over noise of sd 0 "
+                 "to 0.4 (1: unharmed): " + ", ".join(told) + ".")
+    path = lambda key: lambda m: m["tables"][key]["slerp"]["refined"]["path_over_distance"]  # noqa: E731
+    ours, theirs = (values(results, stage2, path(key)) for key in ("latent_space", "latent_space_stage1"))
+    lines.append("**Is the latent space smoother with joint training?** " + (
+        f"Path length over end distance in feature space: {verdict(ours, theirs)}." if ours and theirs else
+        missing("python stage1_baseline.py; python stage2_joint.py")))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# --- Charts ----------------------------------------------------------------------------------------------------------
+
+
+def draw(results, folder, dataset):
+    """figures/DATASET-speed.png (distance against steps and seconds) and -robustness.png (against noise)."""
+    steps, seconds, noise = {}, {}, {}
+    for variant, seeds in results.items():
+        metrics = next(iter(seeds.values()))
+        name, first = headline(metrics)
+        for sampler in sorted({r["sampler"] for r in metrics["rows"]} - {"none"}):
+            grid = [r for r in metrics["rows"] if r["sampler"] == sampler and r["prior"] == first["prior"]
+                    and r["n_generated"] != first["n_generated"]]
+            if len(grid) > 1:
+                distances = [r[name]["value"] for r in grid]
+                steps[f"{variant} {sampler}"] = [r["nfe"] for r in grid], distances
+                seconds[f"{variant} {sampler}"] = [r["seconds_per_image"] for r in grid], distances
+        scores = metrics["tables"].get("robustness", {}).get("scores", {})
+        if "noise 0.4" in scores and isinstance(scores["noise 0.4"].get(name), dict):
+            noise[variant] = [0, 0.1, 0.2, 0.4], [scores[k][name]["value"] for k in
+                                                  ("clean", "noise 0.1", "noise 0.2", "noise 0.4")]
+    title, made = TITLES.get(dataset, dataset), []
+    panels = [{"title": f"{title}: {name} against {what}", "x": what, "y": name, "lines": lines, "log": log} for
+              what, lines, log in (("U-Net evaluations", steps, "log"), ("seconds per image", seconds, "log"),
+                                   ("sd of noise on x_hat", noise, "linear")) if lines]
+    if panels:
+        made.append(folder / f"{dataset}-comparison.png")
+        common.save_chart(made[0], panels)
+    return made
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def look_up(expression, everything):
+    """`DATASET/VARIANT key.key` -> the number there, of seed 0; exits naming what is not there."""
+    where, _, keys = expression.strip().partition(" ")
+    dataset, _, variant = where.partition("/")
+    try:
+        value = everything[dataset][variant][0]
+        for key in keys.strip().split("."):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        return float(value)
+    except (KeyError, IndexError, TypeError, ValueError):
+        common.fail(f"'{expression.strip()}' in a text names no number of the results; correct it, or run what it "
+                    "needs")
+
+
+def number(expression, everything):
+    """`PATH [/ PATH] FORMAT` -> text."""
+    *paths, last = expression.strip().split(" / ")
+    last, _, form = last.rpartition(" ")
+    first, *others = (look_up(path, everything) for path in (*paths, last))
+    for value in others:
+        first /= value
+    return f"{first:{form}}"
+
+
+def fill(text, blocks, everything):
+    """Rewrite the marked blocks and numbers of a text; a block that is not known is an error."""
+    def block(match):
+        if match[1] not in blocks:
+            common.fail(f"block '{match[1]}' is not known; known are {', '.join(blocks)}")
+        return f"<!-- block {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
+
+    text = re.sub(r"<!-- block (.+?) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- = (.+?) -->.*?<!-- \. -->",
+                  lambda match: f"<!-- = {match[1]} -->{number(match[1], everything)}<!-- . -->", text, flags=re.DOTALL)
+
+
+def make_blocks(everything, folder):
+    blocks = {"features": table_features(Path(folder) / "features")}
+    for dataset, results in everything.items():
+        blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
+                   f"answers {dataset}": answers(results)}
+    return blocks
+
+
+def collect(runs, folder):
+    """Copy metrics and figures of run folders (RUNS/DATASET-BUDGET/VARIANT-sSEED) into results/DATASET."""
+    for run in map(Path, runs):
+        metrics = load(run / "metrics.json")
+        dataset, name = metrics["run"]["dataset"], f"{metrics['run']['variant']}-s{metrics['run']['seed']}"
+        home = Path(folder) / dataset
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / "metrics.json", home / f"{name}.json")
+        for figure in [*sorted(run.glob("*.png")), *sorted(run.glob("profile-*.txt"))]:
+            if dataset == "shapes" or figure.stem not in PRIVATE:  # no real image of another data set is published
+                shutil.copyfile(figure, home / f"{name}-{figure.name}")
+        print(f"{home / name}.json")
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.collect:
+        collect(args.collect, args.results)
+        return
+    source = Path(args.runs or args.results)
+    paths = list(source.glob("*/*/metrics.json") if args.runs else source.glob("*/*-s[0-9]*.json"))
+    if not paths:
+        common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
+    everything = load_all(paths)
+    blocks = make_blocks(everything, args.results)
+    if args.runs:
+        text = "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks.items() if name != "features")
+        with common.atomic(source / "REPORT.md") as temporary:
+            temporary.write_text(f"# Fresh runs in {source}\n\n{text}\n")
+        for dataset, results in everything.items():
+            draw(results, source, dataset)
+        print(source / "REPORT.md")
+        return
+    changed = []
+    for path in (ROOT / "README.md", ROOT / "REPORT.md"):
+        if path.is_file() and (text := fill(path.read_text(), blocks, everything)) != path.read_text():
+            changed.append(path.name)
+            if not args.check:
+                with common.atomic(path) as temporary:
+                    temporary.write_text(text)
+    if args.check:
+        print(f"would change: {', '.join(changed)}" if changed else "texts agree with the results")
+        sys.exit(bool(changed))
+    for dataset, results in everything.items():
+        print("\n".join(map(str, draw(results, Path(args.results) / "figures", dataset))))
+    print(f"rewritten: {', '.join(changed) or 'nothing, texts agree with the results'}")
+
+
+if __name__ == "__main__":
+    main()

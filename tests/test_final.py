@@ -1,0 +1,169 @@
+"""Final evaluation: verdicts on planted results, comparability, marks in texts, and that the texts of this repository
+agree with its results."""
+
+import copy
+import json
+import math
+
+import pytest
+from test_stage1 import expect_error
+
+import common
+import final_evaluation as final
+
+
+def metrics(variant="stage1-form1", seed=0, distance=10.0, **run):
+    """A metrics file with one headline row and one row of the grid."""
+    score = lambda value: {"value": float(value), "low": value - 1.0, "high": value + 1.0}  # noqa: E731
+    names = [f"{name}_local" for name in ("floor", "is", "kid", "precision", "recall", "diversity")] + ["hf_energy"]
+    row = {"prior": "gmm", "sampler": "dpm", "nfe": 25, "n_generated": 100, "seconds_per_image": 0.5,
+           "peak_memory_mb": None, "fd_local": score(distance)} | {name: score(0.5) for name in names}
+    facts = {"dataset": "shapes", "crop": "none", "data_note": "", "variant": variant, "stage": variant[:6],
+             "budget": "cpu", "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5,
+             "train_images": 100, "train_seconds": 60.0, "device": "cpu", "commit": "c", "versions": {}, "eval": {}}
+    table = {"bits_per_dim": {"bound": score(3)}, "robustness": {"area": 1.25}}
+    grid = [row | {"nfe": n, "n_generated": 50, "fd_local": score(distance + 50 / n)} for n in (5, 10)]
+    return {"schema": 1, "run": facts | run, "rows": [row, *grid], "tables": table}
+
+
+def save(folder, *many):
+    for m in many:
+        path = folder / "shapes" / f"{m['run']['variant']}-s{m['run']['seed']}.json"
+        common.write_json(path, m)
+    return sorted(folder.glob("shapes/*.json"))
+
+
+# --- Verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_on_planted_results():
+    """Clear win, clear loss, tie, one and two seeds, none in common; the interval is Student's over the pairs."""
+    base = {0: 10.0, 1: 11.0, 2: 12.0}
+    assert final.verdict({s: 0.5 * v for s, v in base.items()}, base).startswith("better by 50%")
+    assert final.verdict({s: 2 * v for s, v in base.items()}, base).startswith("worse by 100%")
+    assert final.verdict({s: 2 * v for s, v in base.items()}, base, lower_is_better=False).startswith("better by 100%")
+    assert final.verdict({0: 12.0, 1: 9.5, 2: 12.5}, base).startswith("no difference shown (3 paired seeds")
+    assert final.verdict({0: 8.0}, base) == "20% lower (one run, not tested)"
+    assert final.verdict({0: 11.0, 1: 12.1}, {0: 10.0, 1: 11.0}) == "10% higher (two runs, not tested)"
+    assert final.verdict({7: 1.0}, base) == "no common seed, not compared"
+    differences = [-1.0, -2.0, -1.5]  # mean -1.5, sd 0.5, t(0.975, 2) = 4.3027
+    text = final.verdict({s: base[s] + d for s, d in enumerate(differences)}, base)
+    half = 4.302653 * 0.5 / math.sqrt(3)
+    assert text.endswith(f"95%: {100 * (-1.5 - half) / 11:+.0f}% to {100 * (-1.5 + half) / 11:+.0f}%)")
+
+
+def test_formats():
+    assert final.interval_text({"value": 1.23456, "low": 1.0, "high": 1.5}) == "1.23 [1, 1.5]"
+    assert final.interval_text({"value": 2.0, "low": None, "high": None}) == "2"
+    assert final.over_seeds([1.0, 2.0, 3.0]) == "2 ± 1" and final.over_seeds([1.5]) == "1.5"
+
+
+def test_answers(tmp_path):
+    """Each question is answered from the numbers, or names the command that is missing."""
+    alone = final.answers(final.load_all(save(tmp_path / "a", metrics()))["shapes"])
+    assert alone.count("not run yet") == 3 and "python stage2_joint.py" in alone and "`stage1-form1` 1.25" in alone
+    many = []
+    for seed in range(3):
+        joint = metrics("stage2-anneal", seed, 5.0 + seed)
+        space = {"slerp": {"refined": {"path_over_distance": 1.2}}}
+        joint["tables"] |= {"latent_space": space,
+                            "latent_space_stage1": {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}}
+        adaptive = metrics("stage3-flow-learned", seed)
+        adaptive["tables"]["uncertainty"] = {"adaptive_steps": {
+            "even": {"fd_local": {"value": 10}, "seconds_per_image": 1.0},
+            "adaptive": {"fd_local": {"value": 9}, "seconds_per_image": 1.1}}}
+        many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive]
+    text = final.answers(final.load_all(save(tmp_path / "b", *many))["shapes"])
+    assert "`stage2-anneal` against `stage1-form1`: better by 45%" in text and "not run yet" not in text
+    assert "1.10 times the time" in text and "at a distance -10%" in text
+    assert "end distance in feature space: better by 25%" in text
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key,value", [("features", "local-b"), ("crop", "celeba-148"), ("n_real", 6),
+                                       ("train_images", 99), ("budget", "smoke")])
+def test_what_cannot_be_compared_is_refused(key, value, tmp_path, capsys):
+    """The file and the key are named."""
+    paths = save(tmp_path, metrics(), metrics("stage1-vae", **{key: value}))
+    with pytest.raises(SystemExit) as stop:
+        final.load_all(paths)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and key in err and "stage1-vae-s0.json" in err and str(value) in err
+
+
+def test_other_counts_are_refused(tmp_path, capsys):
+    other = metrics("stage1-vae")
+    other["rows"][0]["n_generated"] = 99
+    with pytest.raises(SystemExit):
+        final.load_all(save(tmp_path, metrics(), other))
+    assert "n_generated was 100, is now 99" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_named(tmp_path, capsys):
+    path, = save(tmp_path, metrics())
+    for text in (path.read_text()[:100], "{}", json.dumps(metrics() | {"rows": []})):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            final.load_all([path])
+        assert stop.value.code == 2 and "stage1-form1-s0.json: damaged" in capsys.readouterr().err
+
+
+def test_order(tmp_path):
+    names = ["bonus-latent", "stage3-flow-fixed", "stage2-anneal", "stage1-form1", "stage1-vae", "stage1-uncond"]
+    found = final.load_all(save(tmp_path, *map(metrics, names)))["shapes"]
+    assert list(found) == ["stage1-vae", "stage1-uncond", "stage1-form1", *names[2::-1]]
+
+
+# --- Texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_marks(tmp_path, capsys):
+    """Numbers, ratios and blocks are rewritten in place and again; what is not there is an error."""
+    everything = final.load_all(save(tmp_path, metrics(), metrics("stage1-vae", distance=40.0)))
+    text = ("a <!-- = shapes/stage1-form1 rows.0.fd_local.value .1f -->?<!-- . --> b "
+            "<!-- = shapes/stage1-vae rows.0.fd_local.value / shapes/stage1-form1 rows.0.fd_local.value .2f -->"
+            "<!-- . -->\n<!-- block t -->\nold\n<!-- end --> c")
+    once = final.fill(text, {"t": "| new |"}, everything)
+    assert "-->10.0<!-- . -->" in once and "-->4.00<!-- . -->" in once
+    assert "<!-- block t -->\n| new |\n<!-- end --> c" in once and "old" not in once
+    assert final.fill(once, {"t": "| new |"}, everything) == once
+    for wrong in ("<!-- block u -->x<!-- end -->", "<!-- = shapes/stage1-form1 rows.9.nfe d -->1<!-- . -->",
+                  "<!-- = shapes/stage9 rows.0.nfe d -->1<!-- . -->"):
+        with pytest.raises(SystemExit):
+            final.fill(wrong, {"t": ""}, everything)
+    capsys.readouterr()
+
+
+def test_tables_have_every_variant_and_row(tmp_path):
+    results = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=12.0), metrics("stage1-vae")))["shapes"]
+    table = final.table_variants(results).splitlines()
+    assert len(table) == 4 and table[2].startswith("| stage1-vae | 1 | gmm | dpm 25 | 100 | 10 [9, 11] | -9% |")
+    assert "| stage1-form1 | 2 | gmm | dpm 25 | 100 | 11 ± 1.4 |  |" in table[3]
+    assert len({line.count("|") for line in table}) == 1 and len(final.table_steps(results).splitlines()) == 2 + 4
+
+
+def test_collect_and_runs(tmp_path, monkeypatch, capsys):
+    """--collect copies metrics and figures, but no figure of real images; --runs writes a report beside the runs."""
+    run = tmp_path / "runs" / "cifar10-cpu" / "stage1-form1-s0"
+    other = copy.deepcopy(metrics(dataset="cifar10"))
+    common.write_json(run / "metrics.json", other)
+    for name in ("samples", "reconstructions"):
+        (run / f"{name}.png").write_bytes(b"png")
+    final.main(["--collect", str(run), "--results", str(tmp_path / "results")])
+    found = {path.name for path in (tmp_path / "results" / "cifar10").iterdir()}
+    assert found == {"stage1-form1-s0.json", "stage1-form1-s0-samples.png"}
+    final.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
+    report = (tmp_path / "runs" / "REPORT.md").read_text()
+    assert "stage1-form1" in report and "variants cifar10" in report
+    assert (tmp_path / "runs" / "cifar10-comparison.png").is_file()
+    monkeypatch.setattr("test_stage1.stage1.main", final.main)
+    expect_error(capsys, ["--results", str(tmp_path / "nothing")], "no results there", "stage1_baseline.py")
+
+
+def test_the_texts_agree_with_the_results(capsys):
+    """README.md and REPORT.md are what the committed results make of them: not a number was typed."""
+    with pytest.raises(SystemExit) as stop:
+        final.main(["--check"])
+    assert stop.value.code == 0, capsys.readouterr().out
