@@ -47,7 +47,7 @@ def test_flow_log_determinant_is_autograds():
     """log |det df/dz| once per sample, against slogdet of the Jacobian, in 5 dimensions."""
     flow = shaken(stage3.RealNVP(5, hidden=16)).double()
     z = common.randn((6, 5), common.generator(0)).double()
-    log_det = flow(z)[1]
+    log_det = flow(z)[1].detach()
     assert log_det.shape == (6,)
     for row, value in zip(z, log_det, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], row)
@@ -211,15 +211,16 @@ def test_the_bound_charges_the_kl_of_the_vaes_own_prior(tmp_path):
         vae_train, train = (part | {"vae_prior": prior} for part in joint(steps=2))
         vae_state = stage3.train_vae(tmp_path / prior / "vae", vae_train, data, CPU, False)
         model = stage3.load_model(stage3.train_refiner(tmp_path / prior / "r", train, vae_state, data, CPU, False), CPU)
-        shaken(model.priors["flow"], 0.1)
+        shaken(model.priors["flow"], 0.3)
         z, mu, logvar = common.encode(model.vae, data.images, common.generator(0), CPU)
         expected = common.gaussian_kl(mu, logvar)
         if prior == "flow":
             expected = stage3.gaussian_log_prob(z, mu, logvar) - model.priors["flow"].log_prob(z)
         assert torch.allclose(common.latent_kl(model, z, mu, logvar), expected, rtol=1e-4)
         bits = common.bits_per_dim(model, data.images, {"bits_images": 60, "bits_draws": 1}, 0)
-        mean = float(expected.mean()) / (3072 * math.log(2))
-        assert bits["kl"] == pytest.approx(mean, rel=0.3) and bits["kl"] != pytest.approx(mean, rel=1e-9)
+        unit = 3072 * math.log(2)
+        slack = 6 * float(expected.std()) / 60**0.5 if prior == "flow" else 1e-3  # other draws of z
+        assert unit * bits["kl"] == pytest.approx(float(expected.mean()), abs=slack)
         table = stage3.held_out_elbo(model, data.images, 0, prior == "flow")
         assert table["negative_elbo"]["value"] == pytest.approx(table["sse"]["value"] + table["kl"]["value"], rel=1e-5)
         normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1).mean()
