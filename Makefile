@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 .PHONY: demo test lint clean
 
-demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 10 to 15 minutes on two cores
+demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, about 12 minutes on two cores with bfloat16
 	$(BIN)/python stage1_baseline.py --resume
 
 test: .venv/ready

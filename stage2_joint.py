@@ -298,7 +298,7 @@ def train_joint(folder, train, data, device, resume):
                 row = {name: float(sums.get(name, torch.tensor(math.nan))) / counted for name in values}
                 row |= look(vae.eval(), unet.eval(), diffusion, probe, common.generator(0, device))
                 row |= {"skipped": guard.skipped, "raised": guard.raised}
-                row |= {"a": float(balance[0]), "b": float(balance[1])} if train["loss"] == "uncertainty" else {}
+                row |= dict(zip("ab", balance.tolist(), strict=True)) if train["loss"] == "uncertainty" else {}
                 vae.train(), unet.train()
                 common.append_log(folder / "log.csv", {"step": step, **row})
                 bar.set_postfix({name: f"{row[name]:.4g}" for name in [*values, "active_units"]})
