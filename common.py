@@ -1193,7 +1193,7 @@ def save_chart(path, panels):
     optionally `log` (for the x axis) and `level` {label: y} (horizontal lines)."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     columns, rows = min(4, len(panels)), math.ceil(len(panels) / 4)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -1204,6 +1204,10 @@ def save_chart(path, panels):
         for label, y in panel.get("level", {}).items():
             axis.axhline(y, linestyle="--", color="grey", label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"))
+        if axis.get_xscale() == "log":
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
         axis.legend(fontsize=8)
     figure.tight_layout()
