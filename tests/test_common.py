@@ -153,6 +153,19 @@ def test_cifar10_class_folders(tmp_path):
     assert np.abs(data.images[2].permute(1, 2, 0).numpy().astype(int) - ramp(32, 32, 4)).mean() < 12
 
 
+def test_held_out_files_come_in_random_order_with_their_labels(tmp_path):
+    """Class folders are read class by class; the test split is shuffled, always alike, so that a prefix has all."""
+    for k, name in enumerate("abcd"):
+        for i in range(8):
+            for split in ("train", "test"):
+                save(tmp_path / "cifar10" / split / name / f"{i}.png", np.full((32, 32, 3), 10 * k + i, np.uint8))
+    train, test, again = (common.load_images("cifar10", split, tmp_path) for split in ("train", "test", "test"))
+    assert train.labels.tolist() == sorted(train.labels.tolist()) and len(set(test.labels[:16].tolist())) == 4
+    assert torch.equal(test.images[:, 0, 0, 0] // 10, test.labels)
+    assert sorted(test.images[:, 0, 0, 0].tolist()) == train.images[:, 0, 0, 0].tolist()
+    assert torch.equal(test.images, again.images) and torch.equal(test.labels, again.labels)
+
+
 def test_cifar10_torchvision_layout(tmp_path, monkeypatch):
     """torchvision's pickled batches, written here; only their checksums are taken out."""
     from torchvision.datasets import CIFAR10
@@ -194,7 +207,8 @@ def test_celeba_splits(tmp_path):
         save(home / "img_align_celeba" / f"{i:06}.png", np.full((218, 178, 3), i, np.uint8))
 
     def values(split):
-        return common.load_images("celeba64", split, tmp_path).images[:, 0, 0, 0].tolist()
+        images = common.load_images("celeba64", split, tmp_path).images[:, 0, 0, 0].tolist()
+        return sorted(images) if split == "test" else images
 
     assert values("train") == list(range(18)) and values("test") == [18, 19]
     (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.png {i % 3}\n" for i in range(20)))
