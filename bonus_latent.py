@@ -227,8 +227,7 @@ def train_latent(folder, train, ae_state, data, device, resume):
     def loss(index, gen):
         z = scale(mu[index] + sd[index] * common.randn(latent_shape(train, len(index)), gen), stats)
         z = z.contiguous(memory_format=torch.channels_last)
-        u = torch.rand(len(z), generator=gen, device=gen.device)
-        t = (diffusion.T * u ** train["t_power"]).long() + 1  # (B,), in 1..T
+        t = diffusion.draw_t(len(z), train["t_power"], gen)  # (B,), in 1..T
         eps = common.randn(z.shape, gen)
         mse = ((unet(diffusion.q_sample(z, t, eps), t) - diffusion.target(z, t, eps)) ** 2).flatten(1).mean(1)
         return mse, {f"{train['objective']}_mse": mse}

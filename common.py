@@ -611,6 +611,11 @@ class Diffusion:
         a, s = self.factors(t)
         return a * x0 + s * eps
 
+    def draw_t(self, count, power, gen):
+        """Training times t = ceil(T u^power), u uniform: (count,) in 1..T. A power above 1 prefers low noise."""
+        u = torch.rand(count, generator=gen, device=gen.device)
+        return (self.T * u**power).long() + 1
+
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
         a, s = self.factors(t)

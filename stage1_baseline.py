@@ -196,8 +196,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         if vae is not None:
             with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
                 x_hat = vae(x0, common.randn((len(x0), vae.latent_dim), gen))[0]
-        u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = (diffusion.T * u ** train["t_power"]).long() + 1  # (B,), in 1..T
+        t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
         mse = refiner_loss(diffusion, condition(unet, x_hat, variant), x0, t, common.randn(x0.shape, gen))
         return mse, {f"{train['objective']}_mse": mse}
 

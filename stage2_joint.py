@@ -243,8 +243,7 @@ def train_joint(folder, train, data, device, resume):
                 mirrored = torch.rand(len(x0), generator=gen, device=device) < 0.5
                 x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
             z_noise = common.randn((len(x0), vae.latent_dim), gen)
-            u = torch.rand(len(x0), generator=gen, device=device)
-            t = (diffusion.T * u ** train["t_power"]).long() + 1  # (B,), in 1..T
+            t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
             eps = common.randn(x0.shape, gen)
 
             optimizers["vae"].zero_grad()
@@ -433,11 +432,13 @@ def main(argv=None):
     variant = variant_name(train)
     folder = home / f"{variant}-s{args.seed}"
     state = train_joint(folder, train, data, device, args.resume)
-    budget, reference = train["steps"] * train["batch"], common.reference(args, extractor, data, test)
+    budget, reference = train["steps"] * train["batch"], None
     earlier = {home / f"stage1-{name}-s{args.seed}": None for name in ("vae", "form1")}
     earlier = {path: found for path in earlier if (found := common.read_metrics(path / "metrics.json", evaluation))
                and found["run"]["train_images"] == budget}  # equal budget: the same images for each network
     metrics = common.read_metrics(folder / "metrics.json", evaluation)
+    if metrics is None or len(earlier) == 2 and "latent_space_stage1" not in metrics["tables"]:
+        reference = common.reference(args, extractor, data, test)
     if metrics is None:
         facts, model = common.run_facts(train, evaluation, data, device, variant), load_model(state, device)
         metrics = common.evaluate(folder, model, state, evaluation, test, extractor, reference, facts,

@@ -389,8 +389,7 @@ def train_refiner(folder, train, vae_state, data, device, resume):
             if train["conditioning"] != "fixed":
                 s_vec, s = (standardise(logvar, stats) if train["uncertainty"] == "posterior" else
                             uncertainty(vae, x_hat, stats))
-        u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = (diffusion.T * u ** train["t_power"]).long() + 1  # (B,), in 1..T
+        t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
         eps = common.randn(x0.shape, gen)
         output = condition(refiner, x_hat, s_vec, s)(diffusion.q_sample(x0, t, eps), t)
         mse = ((output - diffusion.target(x0, t, eps)) ** 2).flatten(1).mean(1)
