@@ -118,23 +118,15 @@ def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device,
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
     step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])
     if state:
-        network.load_state_dict(state["weights"])
-        ema.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
-        ema.updates = step = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        gen.set_state(state["generator"])
-        torch.set_rng_state(state["global_rng"])
-        seconds, sums = state["seconds"], {name: value.to(device) for name, value in state["sums"].items()}
+        step, seconds, sums = common.resume_training(state, network, ema, optimizer, gen, device)
     common.start_log(folder / "log.csv", step)
     started, saved = time.time() - seconds, time.time()
 
     def checkpoint(step):
         if not all(map(torch.isfinite, sums.values())):
             return  # keep the last good one; the next row of the log stops the run
-        state = {"train": train, "step": step, "finished": step == train["steps"], "weights": network.state_dict(),
-                 "ema": ema.weights, "optimizer": optimizer.state_dict(), "generator": gen.get_state(),
-                 "global_rng": torch.get_rng_state(), "seconds": time.time() - started, "sums": sums, **carried}
-        common.save_checkpoint(folder / "checkpoint.pt", state)
+        state = common.training_state(train, step, network, ema, optimizer, gen, time.time() - started, sums)
+        common.save_checkpoint(folder / "checkpoint.pt", state | carried)
 
     with common.StopRequest() as stop, tqdm(total=train["steps"], initial=step, desc=folder.name, unit="step") as bar:
         while step < train["steps"]:
@@ -153,12 +145,7 @@ def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device,
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach().mean()
             if step % every == 0:
-                means = {name: float(value) / every for name, value in sums.items()}
-                if not all(map(torch.isfinite, sums.values())):
-                    common.fail(f"{folder.name}: {means} at step {step} is not finite; restart with a lower rate or "
-                                f"look at the data (the last good checkpoint is in {folder})")
-                common.append_log(folder / "log.csv", {"step": step, **means})
-                bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+                common.log_means(folder, step, sums, every, bar)
                 sums = {}
             bar.update()
             if stop.signal or time.time() - saved > 60:

@@ -1078,6 +1078,34 @@ def start_log(path, step):
             writer.writerows(rows)
 
 
+def training_state(train, step, network, ema, optimizer, gen, seconds, sums):
+    """All that a training loop of one network needs to go on to the same bits: a checkpoint."""
+    return {"train": train, "step": step, "finished": step == train["steps"], "weights": network.state_dict(),
+            "ema": ema.weights, "optimizer": optimizer.state_dict(), "generator": gen.get_state(),
+            "global_rng": torch.get_rng_state(), "seconds": seconds, "sums": sums}
+
+
+def resume_training(state, network, ema, optimizer, gen, device):
+    """Put a training_state back in place; returns step, seconds spent and the sums since the last row of the log."""
+    network.load_state_dict(state["weights"])
+    ema.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
+    ema.updates = state["step"]
+    optimizer.load_state_dict(state["optimizer"])
+    gen.set_state(state["generator"])
+    torch.set_rng_state(state["global_rng"])
+    return state["step"], state["seconds"], {name: value.to(device) for name, value in state["sums"].items()}
+
+
+def log_means(folder, step, sums, every, bar):
+    """Write the means of the last `every` steps to the log and the bar; exits naming a term that is not finite."""
+    means = {name: float(value) / every for name, value in sums.items()}
+    if not all(map(math.isfinite, means.values())):
+        fail(f"{folder.name}: {means} at step {step} is not finite; restart with a lower rate or look at the data (the "
+             f"last good checkpoint is in {folder})")
+    append_log(folder / "log.csv", {"step": step, **means})
+    bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+
+
 def append_log(path, row):
     """Append one row to a CSV log (with a header if it is empty)."""
     with open(path, "a", newline="") as handle:
