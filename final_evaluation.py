@@ -17,6 +17,7 @@ Run     python final_evaluation.py                     results/ -> README.md, RE
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -180,6 +181,71 @@ def table_steps(results):
     return markdown(["variant", "prior", "sampler", "images", name, "hf_energy", "s/image"], lines)
 
 
+def pick(metrics, path, intervals=False):
+    """The number or score at `path` (keys joined by dots) as text, or nothing where there is none."""
+    try:
+        value = functools.reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], path.split("."),
+                                 metrics)
+        if isinstance(value, dict):
+            return interval_text(value) if intervals else f"{value['value']:.3g}"
+        return f"{value:.3g}"
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ""
+
+
+def table_of(results, start, columns, intervals=False):
+    """One line per variant whose name starts with `start` (seed 0): {column: path of a number in its metrics}."""
+    lines = [[variant, *(pick(seeds[0], path, intervals) for path in columns.values())]
+             for variant, seeds in results.items() if variant.startswith(start) and 0 in seeds]
+    return markdown(["variant", *columns], lines)
+
+
+def tables_of_stages(results):
+    """What stages 2 and 3 and the bonus measure beyond the common table."""
+    name = headline(next(iter(next(iter(results.values())).values())))[0]
+    joint = {f"{name} VAE": f"tables.before_refinement.{name}", f"{name} refined": f"rows.0.{name}",
+             "hf VAE": "tables.before_refinement.hf_energy", "hf refined": "rows.0.hf_energy",
+             "PSNR dB": "tables.reconstruction.psnr_db", "KL nats": "tables.reconstruction.kl_nats",
+             "active units": "tables.latent.active_units", "gradient share": "tables.training.share",
+             "refiner loss": "tables.training.v_mse_own", "with x_hat shuffled": "tables.training.v_mse_shuffled",
+             "skipped": "tables.training.skipped"}
+    path = "tables.latent_space.slerp"
+    latent = {"path / ends, VAE": f"{path}.vae.path_over_distance",
+              "path / ends, refined": f"{path}.refined.path_over_distance",
+              "worst / mean step": f"{path}.refined.worst_over_mean_step",
+              "distance of ends": f"{path}.refined.end_distance",
+              f"{name} of midpoints": f"{path}.refined.midpoint_{name}",
+              "class, linear probe": "tables.latent_space.probe_class_accuracy"}
+    latent |= {f"{factor}, R2": f"tables.latent_space.probe_r2.{factor}" for factor in common.FACTORS}
+    twin = next((seeds[0] for variant, seeds in results.items() if variant.startswith("stage2-") and 0 in seeds and
+                 "latent_space_stage1" in seeds[0]["tables"]), None)
+    both = dict(results)
+    if twin and 0 in results.get("stage1-form1", {}):  # stage 1's latent space was measured by stage 2
+        first = results["stage1-form1"][0]
+        both["stage1-form1"] = {0: first | {"tables": first["tables"] | {
+            "latent_space": twin["tables"]["latent_space_stage1"]}}}
+    adaptive = {name: f"rows.0.{name}", "hf": "rows.0.hf_energy", "bits/dim": "tables.bits_per_dim.bound",
+                "noise area": "tables.robustness.area", "rank corr. of s": "tables.uncertainty.correlation"}
+    for third in ("sure", "unsure"):
+        adaptive[f"FD {third}: VAE"] = f"tables.uncertainty.terciles.{third}.vae.fd_to_these"
+        adaptive[f"FD {third}: refined"] = f"tables.uncertainty.terciles.{third}.refined.fd_to_these"
+    adaptive |= {f"s {control}": f"tables.uncertainty.controls.{control}.fd_to_these"
+                 for control in ("true", "shuffled", "constant", "zero")}
+    adaptive |= {"dpm steps enough": "tables.steps_to_quality.dpm.steps",
+                 "time saved": "tables.steps_to_quality.dpm.time_saved"}
+    prior = {f"{name}, {which}": f"rows.{i}.{name}" for i, which in enumerate(("own prior", "second", "third"))}
+    prior |= {"negative ELBO": "tables.elbo.negative_elbo", "SSE": "tables.elbo.sse", "KL": "tables.elbo.kl"}
+    prior |= {f"log p(z), {which}": f"tables.elbo.log_density_{which}" for which in ("gaussian", "gmm", "flow")}
+    saved = {key.replace("_", " "): f"tables.savings.saved_percent.{key}" for key in
+             ("gflops_per_image", "seconds_per_image", "seconds_per_image_batch_1", "peak_memory_mb",
+              "train_seconds_per_image")}
+    refiners = {variant: seeds for variant, seeds in results.items() if not variant.startswith("stage3-vae")}
+    return {"joint": table_of(both, ("stage1-form1", "stage2-"), joint),
+            "latent space": table_of(both, ("stage1-form1", "stage2-"), latent),
+            "adaptive": table_of(refiners, "stage3-", adaptive), "prior": table_of(results, "stage3-vae", prior, True),
+            "savings": table_of(results, "bonus-latent", saved)}
+
+
 def table_features(folder):
     """The pinned local networks and what their examinations found."""
     lines = []
@@ -254,7 +320,26 @@ def draw(results, folder, dataset):
     if panels:
         made.append(folder / f"{dataset}-comparison.png")
         common.save_chart(made[0], panels)
+    sweep = {float(variant.partition("-w")[2] or 1): seeds[0] for variant, seeds in results.items()
+             if variant.startswith("stage2-sum") and "grad" not in variant and 0 in seeds}
+    if len(sweep) > 1:
+        made.append(folder / f"{dataset}-sweep.png")
+        draw_sweep(made[-1], title, dict(sorted(sweep.items())))
     return made
+
+
+def draw_sweep(path, title, sweep):
+    """Joint training with the plain sum against its weight: scores, KL and active units, gradient share."""
+    weights, (name, _) = list(sweep), headline(next(iter(sweep.values())))
+    line = lambda path: (weights, [float(pick(m, path)) for m in sweep.values()])  # noqa: E731
+    panels = [(name, name, {"VAE samples": f"tables.before_refinement.{name}", "refined": f"rows.0.{name}"}),
+              ("KL and active units", "nats, units", {"KL": "tables.reconstruction.kl_nats",
+                                                      "active units": "tables.latent.active_units"}),
+              ("gradient at x_hat", "share of the diffusion term", {"last steps": "tables.training.share"}),
+              ("reconstruction", "PSNR, dB", {"VAE": "tables.reconstruction.psnr_db"})]
+    common.save_chart(path, [{"title": f"{title}: {what}", "x": "weight of the diffusion term", "y": y, "log": "log",
+                              "lines": {label: line(key) for label, key in lines.items()}}
+                             for what, y, lines in panels])
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -301,6 +386,7 @@ def make_blocks(everything, folder):
     for dataset, results in everything.items():
         blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
                    f"answers {dataset}": answers(results)}
+        blocks |= {f"{name} {dataset}": table for name, table in tables_of_stages(results).items()}
     return blocks
 
 

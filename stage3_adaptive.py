@@ -412,6 +412,19 @@ def load_model(state, device):
     return model
 
 
+def network_cost(train):
+    """common.network_cost with the flow and, for a refiner, the conditioner of its strategy."""
+    cost = common.network_cost(train, channels=6 if "conditioning" in train else None)
+    d, size = train["encoder"][-1][1], train["image_size"]
+    if train["vae_prior"] == "flow":
+        cost["flow"] = common.count_cost(RealNVP(d), torch.zeros(1, d))
+    if "conditioning" in train:
+        conditioner = Conditioner(train["conditioning"], d, 4 * train["unet"][0][1])
+        cost["conditioner"] = common.count_cost(conditioner, torch.zeros(1, 3, size, size), torch.zeros(1, d),
+                                                torch.zeros(1))
+    return cost
+
+
 # --- What adaptivity buys --------------------------------------------------------------------------------------------
 
 
@@ -548,8 +561,7 @@ def main(argv=None):
     vae_train = train | {"vae_prior": "flow" if args.prior == "flow" else "gaussian"}
     train = vae_train | {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
     if args.dry_run:
-        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": common.network_cost(train)},
-                         indent=1))
+        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": network_cost(train)}, indent=1))
         return
     home, extractor, data, test = common.prepare(args, train, evaluation, device)
     if len(test.images) < 6:
@@ -573,7 +585,7 @@ def main(argv=None):
         model = load_model(its_state, device)
         run = common.run_facts(its_state["train"], settings, data, device, variant)
         metrics = common.evaluate(where, model, its_state, settings, test, extractor, reference, run,
-                                  common.network_cost(train, channels=6 if where == folder else None))
+                                  network_cost(its_state["train"]))
         tables = metrics["tables"] | {"uncertainty": dict(facts)}
         if where == vae_folder:
             tables["elbo"] = held_out_elbo(model, test.images, args.seed, vae_train["vae_prior"] == "flow")

@@ -144,6 +144,35 @@ def test_tables_have_every_variant_and_row(tmp_path):
     assert len({line.count("|") for line in table}) == 1 and len(final.table_steps(results).splitlines()) == 2 + 4
 
 
+def test_tables_of_stages(tmp_path):
+    """Each stage's own table has its variants, the numbers at their places and nothing where a number is missing; stage
+    1's latent space is the one that stage 2 measured beside its own."""
+    path = lambda value: {"slerp": {part: {"path_over_distance": value} for part in ("vae", "refined")}}  # noqa: E731
+    many = [metrics()]
+    for variant, weight in (("stage2-sum-w0.1", 0.1), ("stage2-sum", 1.0), ("stage2-sum-w10", 10.0)):
+        m = metrics(variant, distance=5 + weight)
+        m["tables"] |= {"before_refinement": {"fd_local": {"value": 40 + weight, "low": None, "high": None}},
+                        "reconstruction": {"psnr_db": 20.5, "kl_nats": 30 * weight}, "latent": {"active_units": 12},
+                        "training": {"share": weight / 20}, "latent_space": path(1.5),
+                        "latent_space_stage1": path(1.75)}
+        many.append(m)
+    prior = metrics("stage3-vae-flow")
+    prior["tables"]["elbo"] = {"negative_elbo": {"value": 90.0, "low": 89.0, "high": 91.0}}
+    saved = metrics("bonus-latent")
+    saved["tables"]["savings"] = {"saved_percent": {"gflops_per_image": 80.0}}
+    results = final.load_all(save(tmp_path, *many, prior, metrics("stage3-flow-learned"), saved))["shapes"]
+    tables = {name: table.splitlines() for name, table in final.tables_of_stages(results).items()}
+    assert [line.split(" | ")[0] for line in tables["joint"][2:]] == [
+        "| stage1-form1", "| stage2-sum", "| stage2-sum-w0.1", "| stage2-sum-w10"]
+    assert tables["joint"][5].startswith("| stage2-sum-w10 | 50 | 15 |  | 0.5 | 20.5 | 300 | 12 | 0.5 |")
+    assert [line.split(" | ")[1] for line in tables["latent space"][2:]] == ["1.75", "1.5", "1.5", "1.5"]
+    assert len(tables["prior"]) == 3 and "| 90 [89, 91] |" in tables["prior"][2]
+    assert len(tables["adaptive"]) == 3 and tables["adaptive"][2].startswith("| stage3-flow-learned | 10 | 0.5 | 3 |")
+    assert tables["savings"][2].startswith("| bonus-latent | 80 |  |")
+    charts = {path.name for path in final.draw(results, tmp_path, "shapes")}
+    assert charts == {"shapes-comparison.png", "shapes-sweep.png"}
+
+
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     """--collect copies metrics and figures, but no figure of real images; --runs writes a report beside the runs."""
     run = tmp_path / "runs" / "cifar10-cpu" / "stage1-form1-s0"
