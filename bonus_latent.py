@@ -137,6 +137,7 @@ def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device,
                 per_image, terms = loss(index, gen)
             optimizer.zero_grad(set_to_none=True)
             per_image.mean().backward()
+            common.average_gradients(network)
             if clip:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimizer.step()
@@ -155,6 +156,7 @@ def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device,
                 print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + stop.signal)
     checkpoint(step)
+    common.wait_for_ranks()
     return common.load_checkpoint(folder / "checkpoint.pt")
 
 
@@ -184,7 +186,8 @@ def train_autoencoder(folder, train, data, device, resume):
             x0 = to_float(images[index]).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
             if train["flip"] != "none":
                 x0 = torch.where(torch.rand(len(x0), 1, 1, 1, generator=gen, device=device) < 0.5, x0.flip(3), x0)
-            x_hat, mu, logvar = ae(x0, common.randn(latent_shape(train, len(x0)), gen))
+            x0, noise = common.share(x0, common.randn(latent_shape(train, len(x0)), gen))
+            x_hat, mu, logvar = ae(x0, noise)
             sse = ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
             return sse + BETA * kl, {"sse": sse, "kl_nats": kl}
@@ -215,7 +218,7 @@ def train_latent(folder, train, ae_state, data, device, resume):
         z = scale(mu[index] + sd[index] * common.randn(latent_shape(train, len(index)), gen), stats)
         z = z.contiguous(memory_format=torch.channels_last)
         t = diffusion.draw_t(len(z), train["t_power"], gen)  # (B,), in 1..T
-        eps = common.randn(z.shape, gen)
+        z, t, eps = common.share(z, t, common.randn(z.shape, gen))
         mse = ((unet(diffusion.q_sample(z, t, eps), t) - diffusion.target(z, t, eps)) ** 2).flatten(1).mean(1)
         return mse, {f"{train['objective']}_mse": mse}
 
@@ -245,8 +248,8 @@ def decode(model, z):
 def generate(model, count, sampler, steps, spacing, seed, batch, noise=0.0, z_T=None):
     """Draw `count` images, uint8 (count, 3, H, W) on the CPU, and seconds per image. Batches have their own generators,
     as in the other stages. `noise`: sd of Gaussian noise added to the sampled latent (which has sd 1)."""
-    images, seconds = [], 0.0
-    for start in tqdm(range(0, count, batch), desc=f"latent {sampler} {steps}", leave=False):
+    parts, starts = [], range(0, count, batch)[common.rank() :: common.ranks()]  # batches are shared out
+    for start in tqdm(starts, desc=f"latent {sampler} {steps}", leave=False):
         gen = common.generator(1_000_000 * (seed + 1) + start)
         clock = time.time()
         x_T = common.randn(latent_shape(model.train, batch), gen) if z_T is None else z_T[start : start + batch]
@@ -254,10 +257,10 @@ def generate(model, count, sampler, steps, spacing, seed, batch, noise=0.0, z_T=
             z = common.sample(model.diffusion, model.unet, x_T.to(model.device), sampler, steps,
                               common.generator(gen.initial_seed() + 1, model.device), clamp=False, spacing=spacing)
             z = z + noise * common.randn(z.shape, common.generator(gen.initial_seed() + 2)).to(z.device)
-            images.append(to_uint8(decode(model, z)).cpu())
-        seconds += time.time() - clock
-    images = torch.cat(images)
-    return images[:count], seconds / len(images)
+            images = to_uint8(decode(model, z)).cpu()
+        parts.append((images, time.time() - clock))
+    images, seconds = zip(*common.gather(parts), strict=True)
+    return torch.cat(images)[:count], sum(seconds) / (batch * len(seconds))
 
 
 # --- What it saves ---------------------------------------------------------------------------------------------------

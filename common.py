@@ -20,6 +20,7 @@ Conventions (used by every file)
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -34,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 import fid
@@ -59,13 +61,15 @@ def fail(message):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path; rename it to `path` if the block succeeds, so that no half-written file is ever seen."""
+    """Yield a temporary path; rename it to `path` if the block succeeds, so that no half-written file is ever seen. Of
+    several processes only the first one's file is kept."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        if rank() == 0:
+            os.replace(temporary, path)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; free some space there or choose another --out / --data-dir")
     finally:
@@ -103,6 +107,74 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+# Several processes (torchrun --nproc_per_node N stageX.py ...): all of them run the same script on the same random
+# numbers, take their slice of every training batch, average the gradients, and share out what is sampled. So they stay
+# equal, the number of processes changes nothing but the speed, and the first one alone writes. This is what
+# DistributedDataParallel does, without its overlap of sending and computing, and works for stage 2's backward, too.
+
+
+def rank():
+    """This process's number among those that torchrun started: 0 where there is but one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    """How many processes torchrun started."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def join_ranks(device, batch):
+    """Meet the other processes, if torchrun started any (gloo on a CPU, nccl on GPUs); returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if batch % int(os.environ["WORLD_SIZE"]):
+        fail(f"--batch-size {batch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    if rank() > 0:  # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    return device
+
+
+def wait_for_ranks():
+    """Go on when all processes have come this far."""
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def share(*batches):
+    """This process's slice of tensors that hold a whole batch, each (B, ...) -> (B / ranks, ...)."""
+    slices = [x.chunk(ranks())[rank()] for x in batches]
+    return slices if len(slices) > 1 else slices[0]
+
+
+def average_over_ranks(tensors):
+    """Replace tensors, such as gradients, by their means over all processes, in place."""
+    if ranks() > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        distributed.all_reduce(flat)
+        torch._foreach_copy_(tensors, [part.view_as(x) / ranks() for part, x in
+                                       zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)])
+
+
+def average_gradients(network):
+    """Make the gradient of this process's slice that of the whole batch: losses are means, and slices equally large."""
+    average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def gather(parts):
+    """Lists of batches, one list per process, in turn: process r has made batch r, r + ranks, ... Returns all."""
+    if ranks() == 1:
+        return parts
+    lists = [None] * ranks()
+    distributed.all_gather_object(lists, parts)
+    return [lists[i % ranks()][i // ranks()] for i in range(sum(map(len, lists)))]
 
 
 def generator(seed, device="cpu"):
@@ -836,7 +908,7 @@ VAE_TABLES = {
 UNET_TABLES = {
     "tiny 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
     "tiny 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
-    "shapes 32": [(32, 32, 1, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
+    "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
     "cpu 32": [(32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],
     "cpu 64": [(64, 16, 0, 1), (32, 32, 1, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
     "gpu 32": [(32, 96, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
@@ -852,8 +924,7 @@ TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.0
          "unet_clip": 1.0, "vae_ema": 0.995, "unet_ema": 0.995, "beta": 1.0, "pool": False, "objective": "v",
          "t_power": 1.5, "dropout": 0.0, "heads": 1, "attention": [], "flip": "both", "components": 20, "every": 50}
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "spacing": "quadratic",
-        "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
-                 ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
+        "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["dpm", 5], ["dpm", 10], ["dpm", 25]],
         "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40}
 PAPER_GRID = [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["ddim", 100],
               ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50], ["dpm", 100], ["ddpm", 1000]]
@@ -872,8 +943,9 @@ def budget(name, dataset, size):
                        "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
-        train |= {"steps": 1900, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "beta": 0.25}
-        evaluation |= {"grid_count": 300, "probe_count": 300}
+        # Many small batches: at 35,000 images, batches of 8 taught the U-Net what batches of 32 had at 60,000
+        train |= {"batch": 8, "steps": 3200, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100}
+        evaluation |= {"sample_steps": 10, "grid_count": 250, "probe_count": 250}
     elif name == "cpu":
         tables = "cpu"
         train |= {"components": 30, "beta": 0.25} | ({"steps": 3500} if size == 32 else {"batch": 16, "steps": 4000})
@@ -960,11 +1032,12 @@ def read_settings(args):
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples}
     evaluation |= {key: value for key, value in given.items() if value is not None}
     if not args.dry_run:
+        device = join_ranks(device, train["batch"])
         try:
             probe = Path(args.out) / ".writable"
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             fail(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder")
     return train, evaluation, device
@@ -1004,12 +1077,30 @@ def first_difference(old, new):
     return None
 
 
+HELD = {}  # open files of the run folders that this process has locked, until it ends
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder until this one ends, however it ends; exits if one is in it."""
+    if rank() > 0 or folder in HELD:
+        return
+    with contextlib.suppress(ImportError):  # fcntl: not on Windows
+        import fcntl
+        folder.mkdir(parents=True, exist_ok=True)
+        HELD[folder] = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{folder} is in use by another process; wait for it or choose another --out")
+
+
 def open_run(folder, train, resume):
     """Decide what to do in a run's folder: None (start from scratch) or the checkpoint to continue or to reuse.
 
     Finished with the same settings: reused. Unfinished: needs --resume. Other settings: exits naming the key.
     """
     folder, config = Path(folder), Path(folder) / "config.json"
+    lock(folder.resolve())
     if config.is_file():
         try:
             old = dict(json.loads(config.read_text())["train"])
@@ -1025,6 +1116,7 @@ def open_run(folder, train, resume):
         if not resume:
             fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
         return None
+    wait_for_ranks()  # none looks for a config that another has just written
     (folder / "metrics.json").unlink(missing_ok=True)  # of a run whose settings are gone
     write_json(config, {"train": train})
     return None
@@ -1060,7 +1152,7 @@ class StopRequest:
         return self
 
     def remember(self, number, frame):
-        self.signal = number
+        self.signal = number if rank() == 0 else 0  # the first process saves and ends; the others end with it
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -1108,6 +1200,8 @@ def log_means(folder, step, sums, every, bar):
 
 def append_log(path, row):
     """Append one row to a CSV log (with a header if it is empty)."""
+    if rank() > 0:
+        return
     with open(path, "a", newline="") as handle:
         writer = csv.DictWriter(handle, row.keys())
         if handle.tell() == 0:
@@ -1304,8 +1398,8 @@ def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=
     Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
     `corrupt(x_hat, gen)` damages the VAE's output before refinement; `temperature` scales z around the prior's mean.
     """
-    before, after, seconds = [], [], 0.0
-    for start in tqdm(range(0, count, batch), desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
+    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
+    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
         gen = generator(1_000_000 * (seed + 1) + start)
         clock = time.time()
         z, x_hat = None, torch.zeros(batch, 3, model.size, model.size, device=model.device)
@@ -1315,11 +1409,10 @@ def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=
                 x_hat = model.vae.decoder(z)
         x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
         images = to_uint8(refine(model, x_hat, z, gen, sampler, steps, spacing)).cpu()
-        seconds += time.time() - clock
-        before.append(to_uint8(x_hat).cpu())
-        after.append(images)
-    done = batch * len(after)
-    return torch.cat(before)[:count], torch.cat(after)[:count], seconds / done
+        seconds = time.time() - clock
+        parts.append((to_uint8(x_hat).cpu(), images, seconds))
+    before, after, seconds = zip(*gather(parts), strict=True)
+    return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
 
 
 def reconstruct(model, images, evaluation, seed):

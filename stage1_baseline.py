@@ -121,6 +121,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
                 per_image, terms = loss(x0, gen)
             optimizer.zero_grad(set_to_none=True)
             per_image.mean().backward()
+            common.average_gradients(network)
             if clip:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimizer.step()
@@ -139,6 +140,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
                 print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + stop.signal)
     checkpoint(step)
+    common.wait_for_ranks()
     return common.load_checkpoint(folder / "checkpoint.pt")
 
 
@@ -150,7 +152,7 @@ def train_vae(folder, train, data, device, resume):
         vae = common.build_vae(train)
 
         def loss(x0, gen):
-            noise = common.randn((len(x0), vae.latent_dim), gen)
+            x0, noise = common.share(x0, common.randn((len(x0), vae.latent_dim), gen))
             total, sse, kl = vae_loss(vae, x0, noise, train["beta"])
             return total, {"sse": sse, "kl_nats": kl}
 
@@ -179,12 +181,12 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         carried = {"vae": vae_state["ema"], "gmm": vae_state["gmm"]}
 
     def loss(x0, gen):
-        x_hat = None
-        if vae is not None:
-            with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
-                x_hat = vae(x0, common.randn((len(x0), vae.latent_dim), gen))[0]
+        z_noise = common.randn((len(x0), vae.latent_dim), gen) if vae else x0
         t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
-        mse = refiner_loss(diffusion, condition(unet, x_hat, variant), x0, t, common.randn(x0.shape, gen))
+        x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
+        with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
+            x_hat = vae(x0, z_noise)[0] if vae else None
+        mse = refiner_loss(diffusion, condition(unet, x_hat, variant), x0, t, eps)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, unet, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],

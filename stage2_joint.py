@@ -244,7 +244,7 @@ def train_joint(folder, train, data, device, resume):
                 x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
             z_noise = common.randn((len(x0), vae.latent_dim), gen)
             t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
-            eps = common.randn(x0.shape, gen)
+            x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
 
             optimizers["vae"].zero_grad()
             optimizers["unet"].zero_grad()
@@ -263,6 +263,7 @@ def train_joint(folder, train, data, device, resume):
                 elbo, scale = kl, 0.0  # no reconstruction term
             elif train["loss"] == "uncertainty":
                 terms = torch.stack([elbo.mean().detach(), size * refiner.mean().detach()])
+                common.average_over_ranks([terms])
                 optimizers["balance"].zero_grad()
                 ((-balance).exp() * terms + balance).sum().backward()
                 scale, weight = (-balance.detach()).exp()
@@ -272,6 +273,8 @@ def train_joint(folder, train, data, device, resume):
             pull = weight * size * cut.grad  # (B, 3, H, W): the diffusion term's gradient at x_hat
             push = scale * (x_hat.detach() - x0) / (2 * len(x0))  # the SSE's
             spread_gradients(vae, elbo.mean(), x_hat, pull, train["gradient"])
+            for network in networks.values():
+                common.average_gradients(network)
             share = float(pull.norm() / (pull.norm() + push.norm() + 1e-12)) if train["gradient"] != "none" else 0.0
             norms = {name: float(torch.nn.utils.clip_grad_norm_(n.parameters(), train[f"{name}_clip"] or math.inf))
                      for name, n in networks.items()}
@@ -310,6 +313,7 @@ def train_joint(folder, train, data, device, resume):
                 print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + stop.signal)
     checkpoint(step)
+    common.wait_for_ranks()
     return common.load_checkpoint(folder / "checkpoint.pt")
 
 

@@ -284,6 +284,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
                 per_image, terms = loss(x0, gen, step)
             optimizer.zero_grad(set_to_none=True)
             per_image.mean().backward()
+            common.average_gradients(network)
             if clip:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimizer.step()
@@ -302,6 +303,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
                 print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + stop.signal)
     checkpoint(step)
+    common.wait_for_ranks()
     return common.load_checkpoint(folder / "checkpoint.pt")
 
 
@@ -330,7 +332,7 @@ def train_vae(folder, train, data, device, resume):
             networks["flow"] = RealNVP(networks["vae"].latent_dim)
 
         def loss(x0, gen, step):
-            noise = common.randn((len(x0), networks["vae"].latent_dim), gen)
+            x0, noise = common.share(x0, common.randn((len(x0), networks["vae"].latent_dim), gen))
             flow = networks["flow"] if "flow" in networks else None
             return vae_loss(networks["vae"], flow, x0, noise, train["beta"], step >= 0.6 * train["steps"])
 
@@ -370,14 +372,15 @@ def train_refiner(folder, train, vae_state, data, device, resume):
     carried = {key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty", "uncertainty_facts")}
 
     def loss(x0, gen, step):
+        z_noise = common.randn((len(x0), vae.latent_dim), gen)
+        t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
+        x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
         with torch.no_grad():
-            x_hat, _, logvar = vae(x0, common.randn((len(x0), vae.latent_dim), gen))
+            x_hat, _, logvar = vae(x0, z_noise)
             s_vec = s = None
             if train["conditioning"] != "fixed":
                 s_vec, s = (standardise(logvar, stats) if train["uncertainty"] == "posterior" else
                             uncertainty(vae, x_hat, stats))
-        t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
-        eps = common.randn(x0.shape, gen)
         output = condition(refiner, x_hat, s_vec, s)(diffusion.q_sample(x0, t, eps), t)
         mse = ((output - diffusion.target(x0, t, eps)) ** 2).flatten(1).mean(1)
         return mse, {f"{train['objective']}_mse": mse}

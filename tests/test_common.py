@@ -6,6 +6,8 @@ import math
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -915,6 +917,21 @@ def test_open_run_decides(tmp_path, capsys):
     for text in ("{", "{}", "null", "[]", '{"train": 3}'):
         (folder / "config.json").write_text(text)
         expect_error(capsys, lambda: common.open_run(folder, train, True), "config.json")
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    """The second process refuses while the first lives; what it left when killed locks nobody out."""
+    code = f"import sys; sys.path.insert(0, '{common.fid.FEATURES_DIR.parents[1]}'); import common, pathlib; " \
+           f"common.lock(pathlib.Path('{tmp_path}/run')); print('locked', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(SystemExit) as stop:
+        common.open_run(tmp_path / "run", {"steps": 1}, False)
+    assert stop.value.code == 2 and "in use by another process" in capsys.readouterr().err
+    common.HELD.clear()
+    other.kill()
+    other.wait()
+    assert common.open_run(tmp_path / "run", {"steps": 1}, False) is None
 
 
 def test_log_is_cut_back_on_resume(tmp_path):
