@@ -391,6 +391,7 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     row, images = draw(evaluation["sampler"], evaluation["sample_steps"], evaluation["count"])
     rows, tables, pictures = [row], {}, {}
     common.save_grid(folder / "samples.png", [images[i : i + 12] for i in (0, 12, 24)], ["latent"] * 3)
+    common.draw_ranked(folder, images, extractor, reference)
     for sampler, steps in evaluation["grid"]:
         row, images = draw(sampler, steps, evaluation["grid_count"])
         rows.append(row)

@@ -1512,6 +1512,16 @@ def robustness(folder, measure, prior, sampler, evaluation, fd):
     return {"nfe": steps, "scores": scores, "area": float(torch.trapezoid(ratio / ratio[0], sd) / 0.4)}
 
 
+def draw_ranked(folder, images, extractor, reference):
+    """ranked.png: generated images by the distance of their features to the nearest real image's. Twelve each of the
+    worst, the middle and the best: what a distance between distributions does not show."""
+    nearest = torch.cdist(fid.extract(extractor, images)[0].float(), reference.features.float()).amin(1)  # (N,)
+    order = nearest.argsort(descending=True)
+    middle = max(0, len(order) // 2 - 6)
+    rows = [images[order[part]] for part in (slice(12), slice(middle, middle + 12), slice(-12, None))]
+    save_grid(folder / "ranked.png", rows, ["worst", "median", "best"])
+
+
 def draw_speed(folder, rows, fd):
     """Chart quality against the number of steps and against time."""
     panels = []
@@ -1552,6 +1562,7 @@ def evaluate(folder, model, state, evaluation, test, extractor, reference, facts
             pairs = [("VAE", x_hat), ("refined", images)] if both else [(model.name, images)]
             shown = [(label, part[i : i + 12]) for i in (0, 12, 24) for label, part in pairs]
             save_grid(folder / "samples.png", [p for _, p in shown], [label for label, _ in shown])
+            draw_ranked(folder, images, extractor, reference)
             if both:
                 tables["before_refinement"] = fid.scores(extractor, x_hat, reference) | {
                     "hf_energy": hf_energy(x_hat, test.images)}

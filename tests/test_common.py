@@ -1032,6 +1032,17 @@ def test_high_frequency_power_knows_its_band():
     assert power[1] > 1000 * power[0] and float(power[2]) == pytest.approx(float(power[1]), rel=1e-2)
 
 
+def test_ranked_by_distance_to_the_nearest_real_image(tmp_path, monkeypatch):
+    """Twelve worst first; the best are those that lie on a real image's features."""
+    images = torch.arange(40, dtype=torch.uint8)[torch.randperm(40)][:, None, None, None].expand(40, 3, 8, 8)
+    monkeypatch.setattr(common.fid, "extract", lambda extractor, x: (x[:, 0, 0, :1].double(), None))
+    rows, real = [], SimpleNamespace(features=torch.tensor([[0.0], [100.0]]))
+    monkeypatch.setattr(common, "save_grid", lambda path, images, labels: rows.extend(images))
+    common.draw_ranked(tmp_path, images, None, real)
+    levels = [row[:, 0, 0, 0].tolist() for row in rows]
+    assert levels == [list(range(39, 27, -1)), list(range(25, 13, -1)), list(range(11, -1, -1))]
+
+
 def test_pictures(tmp_path, capsys):
     """The grid has one tile per image, in order; the chart is a picture; the table prints every cell."""
     rows = [torch.full((3, 3, 32, 32), value, dtype=torch.uint8) for value in (10, 250)]

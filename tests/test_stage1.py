@@ -590,9 +590,10 @@ def smoke(tmp_path_factory):
 
 def test_smoke_writes_everything(smoke):
     """Each variant: a metrics file that meets the schema, the rows that were asked for, its figures."""
-    figures = {"vae": {"samples", "robustness", "reconstructions", "training"},
-               "uncond": {"samples", "speed", "spacing", "steps", "training"},
-               "form1": {"samples", "speed", "spacing", "steps", "robustness", "reconstructions", "training"}}
+    figures = {"vae": {"samples", "ranked", "robustness", "reconstructions", "training"},
+               "uncond": {"samples", "ranked", "speed", "spacing", "steps", "training"},
+               "form1": {"samples", "ranked", "speed", "spacing", "steps", "robustness", "reconstructions",
+                         "training"}}
     figures["form2"] = figures["form1"]
     for variant in stage1.VARIANTS:
         folder = smoke / "runs" / "shapes-smoke" / f"stage1-{variant}-s0"
