@@ -25,12 +25,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image, ImageDraw
 from scipy.stats import t as student
 
 import common
 
 ROOT = Path(__file__).resolve().parent
 ORDER = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-form2", "stage2-", "stage3-", "bonus-")
+SHEET = ("stage1-form1", "stage1-uncond", "stage2-anneal", "stage3-flow-fixed", "stage3-flow-learned", "bonus-latent")
 TITLES = {"shapes": "shapes", "cifar10": "CIFAR-10", "celeba64": "CelebA-64"}
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # show real images, or what stands for them
 
@@ -200,6 +202,17 @@ def table_of(results, start, columns, intervals=False):
     return markdown(["variant", *columns], lines)
 
 
+def with_stage1(results):
+    """The results with stage 1's latent space, which stage 2 measured beside its own, among stage 1's tables."""
+    twin = next((seeds[0] for variant, seeds in results.items() if variant.startswith("stage2-") and 0 in seeds and
+                 "latent_space_stage1" in seeds[0]["tables"]), None)
+    if not twin or 0 not in results.get("stage1-form1", {}):
+        return results
+    first = results["stage1-form1"][0]
+    tables = first["tables"] | {"latent_space": twin["tables"]["latent_space_stage1"]}
+    return results | {"stage1-form1": {0: first | {"tables": tables}}}
+
+
 def tables_of_stages(results):
     """What stages 2 and 3 and the bonus measure beyond the common table."""
     name = headline(next(iter(next(iter(results.values())).values())))[0]
@@ -217,13 +230,7 @@ def tables_of_stages(results):
               f"{name} of midpoints": f"{path}.refined.midpoint_{name}",
               "class, linear probe": "tables.latent_space.probe_class_accuracy"}
     latent |= {f"{factor}, R2": f"tables.latent_space.probe_r2.{factor}" for factor in common.FACTORS}
-    twin = next((seeds[0] for variant, seeds in results.items() if variant.startswith("stage2-") and 0 in seeds and
-                 "latent_space_stage1" in seeds[0]["tables"]), None)
-    both = dict(results)
-    if twin and 0 in results.get("stage1-form1", {}):  # stage 1's latent space was measured by stage 2
-        first = results["stage1-form1"][0]
-        both["stage1-form1"] = {0: first | {"tables": first["tables"] | {
-            "latent_space": twin["tables"]["latent_space_stage1"]}}}
+    both = with_stage1(results)
     adaptive = {name: f"rows.0.{name}", "hf": "rows.0.hf_energy", "bits/dim": "tables.bits_per_dim.bound",
                 "noise area": "tables.robustness.area", "rank corr. of s": "tables.uncertainty.correlation"}
     for third in ("sure", "unsure"):
@@ -325,7 +332,42 @@ def draw(results, folder, dataset):
     if len(sweep) > 1:
         made.append(folder / f"{dataset}-sweep.png")
         draw_sweep(made[-1], title, dict(sorted(sweep.items())))
+    paths = {variant: seeds[0]["tables"]["latent_space"]["slerp"] for variant, seeds in with_stage1(results).items()
+             if 0 in seeds and "latent_space" in seeds[0]["tables"]}
+    if paths:
+        made.append(folder / f"{dataset}-smoothness.png")
+        common.save_chart(made[-1], [
+            {"title": f"{title}: interpolations, {part}", "x": "distance of the ends (features)",
+             "y": "path length / that distance", "level": {"straight": 1.0}, "lines": {
+                 variant: ([path[part]["end_distance"]], [path[part]["path_over_distance"]])
+                 for variant, path in paths.items()}} for part in ("vae", "refined")])
     return made
+
+
+def draw_sheet(path, figures, dataset, results):
+    """One sheet of samples: the first row of each variant's committed figure; where there is a VAE, its images above
+    the refined ones. Image k has the same z wherever the VAE and its prior are the same."""
+    rows = []
+    for variant in (v for v in SHEET if 0 in results.get(v, {})):
+        both = "before_refinement" in results[variant][0]["tables"]
+        for name, count, many in (("reconstructions", 1, 3), ("samples", 2, 6) if both else ("samples", 1, 3)):
+            figure = figures / dataset / f"{variant}-s0-{name}.png"
+            if figure.is_file() and (name == "samples" or not rows):  # real images once, where they may be shown
+                page = Image.open(figure).convert("RGB")
+                label = "real" if name == "reconstructions" else variant
+                rows.append((label, page.crop((0, 0, page.width, page.height // many * count))))
+    if not rows:
+        return []
+    margin = 150
+    sheet = Image.new("RGB", (margin + max(r.width for _, r in rows), sum(r.height + 6 for _, r in rows)), "white")
+    top = 0
+    for label, row in rows:
+        sheet.paste(row, (sheet.width - row.width, top))  # the images end at the right edge: columns line up
+        ImageDraw.Draw(sheet).text((4, top + row.height // 2 - 6), label, fill="black")
+        top += row.height + 6
+    with common.atomic(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+    return [path]
 
 
 def draw_sweep(path, title, sweep):
@@ -434,7 +476,10 @@ def main(argv=None):
         print(f"would change: {', '.join(changed)}" if changed else "texts agree with the results")
         sys.exit(bool(changed))
     for dataset, results in everything.items():
-        print("\n".join(map(str, draw(results, Path(args.results) / "figures", dataset))))
+        figures = Path(args.results) / "figures"
+        made = draw(results, figures, dataset)
+        made += draw_sheet(figures / f"{dataset}-samples.png", Path(args.results), dataset, results)
+        print("\n".join(map(str, made)))
     print(f"rewritten: {', '.join(changed) or 'nothing, texts agree with the results'}")
 
 

@@ -5,7 +5,10 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from test_stage1 import expect_error
 
 import common
@@ -170,7 +173,22 @@ def test_tables_of_stages(tmp_path):
     assert len(tables["adaptive"]) == 3 and tables["adaptive"][2].startswith("| stage3-flow-learned | 10 | 0.5 | 3 |")
     assert tables["savings"][2].startswith("| bonus-latent | 80 |  |")
     charts = {path.name for path in final.draw(results, tmp_path, "shapes")}
-    assert charts == {"shapes-comparison.png", "shapes-sweep.png"}
+    assert charts == {"shapes-comparison.png", "shapes-sweep.png", "shapes-smoothness.png"}
+
+
+def test_sheet_of_samples(tmp_path):
+    """Real images once, then of each variant the first row, or two where the VAE's stand above the refined ones."""
+    form1, latent = metrics(), metrics("bonus-latent")
+    form1["tables"]["before_refinement"] = {}
+    results = final.load_all(save(tmp_path, form1, latent))["shapes"]
+    pages = {"stage1-form1-s0-samples": (10, 20, 30, 40, 50, 60), "bonus-latent-s0-samples": (70, 80, 90),
+             "stage1-form1-s0-reconstructions": (100, 110, 120)}
+    for name, shades in pages.items():
+        tiles = torch.tensor(shades, dtype=torch.uint8)[:, None, None, None, None].expand(-1, 12, 3, 32, 32)
+        common.save_grid(tmp_path / "shapes" / f"{name}.png", list(tiles))
+    path, = final.draw_sheet(tmp_path / "sheet.png", tmp_path, "shapes", results)
+    column = np.asarray(Image.open(path).convert("L"))[:, -50]
+    assert [int(v) for v in dict.fromkeys(column.tolist()) if v < 255] == [100, 10, 20, 70]
 
 
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
