@@ -593,6 +593,16 @@ def train_network(data, seed=0, batch=256):
     return average.eval()
 
 
+def sample_size_bias(features, ref):
+    """The Frechet distance of so many real held-out images, features (N, d), to the reference: {count: the mean over up
+    to five disjoint draws}. Nothing but the count differs, yet it falls like 1/count: compare equal counts only."""
+    means = {}
+    for count in (n for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(features)):
+        draws = shuffle(features).split(count)[:min(5, len(features) // count)]
+        means[count] = sum(frechet_distance(FeatureStats().update(x), ref.stats) for x in draws) / len(draws)
+    return means
+
+
 def examine(extractor, train, test):
     """What an extractor's numbers mean, measured on held-out images: a dict for the JSON beside its weights. Noise is
     in units of the pixel range, blur in pixels; the floor comes first."""
@@ -619,7 +629,7 @@ def examine(extractor, train, test):
     return {"extractor": extractor.name, "classes": extractor.classes, "pixels": "x/127.5 - 1", "size": extractor.size,
             "crop": train.crop, "note": train.note, "n_train": len(train.images), "n_test": len(images), **right,
             "floor": fd(features), "floor_by_formula": expected_floor(ref.stats, len(images)), "noise": noise,
-            "blur": blur, "half_the_classes": fd(features[classes < extractor.classes / 2]),
+            "blur": blur, "sample_size": sample_size_bias(features, ref), "half_the_classes": fd(features[classes < extractor.classes / 2]),
             "fifty_images_repeated": fd(repeated),
             "fifty_images_repeated_recall": precision_recall(ref.features[:1000], repeated)[1],
             "real_precision": precision, "real_recall": recall, "real_is": inception_score(logits)[0]}

@@ -202,6 +202,15 @@ def table_of(results, start, columns, intervals=False):
     return markdown(["variant", *columns], lines)
 
 
+def table_sample_size(folder):
+    """What the number of images alone does to the distance of real images from real images."""
+    facts = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    counts = sorted({count for f in facts for count in f.get("sample_size", {})}, key=int)
+    lines = [[f"`{f['extractor']}`", *(f"{f['sample_size'][c]:.3g}" if c in f["sample_size"] else "" for c in counts)]
+             for f in facts if "sample_size" in f]
+    return markdown(["fd_local of real held-out images", *(f"{int(c):,}" for c in counts)], lines)
+
+
 def with_stage1(results):
     """The results with stage 1's latent space, which stage 2 measured beside its own, among stage 1's tables."""
     twin = next((seeds[0] for variant, seeds in results.items() if variant.startswith("stage2-") and 0 in seeds and
@@ -424,7 +433,8 @@ def fill(text, blocks, everything):
 
 
 def make_blocks(everything, folder):
-    blocks = {"features": table_features(Path(folder) / "features")}
+    blocks = {"features": table_features(Path(folder) / "features"),
+              "sample size": table_sample_size(Path(folder) / "features")}
     for dataset, results in everything.items():
         blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
                    f"answers {dataset}": answers(results)}

@@ -844,3 +844,12 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, server):
             fid.main(arguments)
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert caught.value.code == 2 and last.startswith("error: ") and named in last and remedy in last
+
+
+def test_fewer_images_a_larger_distance():
+    """Features of one distribution: the distance to a large reference falls like 1 / count."""
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn(n, 16, generator=gen, dtype=torch.float64)  # noqa: E731
+    found = fid.sample_size_bias(draw(2000), SimpleNamespace(stats=fid.FeatureStats().update(draw(50_000))))
+    assert list(found) == [100, 250, 500, 1000, 2000]
+    assert found[100] / found[1000] == pytest.approx(10, rel=0.3)
