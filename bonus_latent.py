@@ -418,10 +418,11 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     common.save_grid(folder / "interpolation.png", list(strip.unflatten(0, (9, 3)).transpose(0, 1)))
     tables["savings"] = savings(folder, model, pixel_state, train, evaluation, device)
     if pixel_metrics:  # quality at equal seconds, of equal counts: every row of the grid and the pixel rows as quick
-        brief = lambda r: {k: r[k] for k in ("sampler", "nfe", "n_generated", "seconds_per_image", fd)}  # noqa: E731
+        brief = lambda r: {k: r[k] for k in ("prior", "sampler", "nfe", "seconds_per_image", fd)}  # noqa: E731
         tables["equal_seconds"] = [
             {"latent": brief(ours), "pixel": [brief(r) for r in pixel_metrics["rows"] if r["n_generated"] ==
                                               ours["n_generated"] and r["sampler"] == ours["sampler"] and
+                                              r["prior"] == pixel_metrics["rows"][0]["prior"] and
                                               r["seconds_per_image"] <= 1.1 * ours["seconds_per_image"]]}
             for ours in rows]
     tables["training"] = common.draw_training(folder)

@@ -629,7 +629,8 @@ def examine(extractor, train, test):
     return {"extractor": extractor.name, "classes": extractor.classes, "pixels": "x/127.5 - 1", "size": extractor.size,
             "crop": train.crop, "note": train.note, "n_train": len(train.images), "n_test": len(images), **right,
             "floor": fd(features), "floor_by_formula": expected_floor(ref.stats, len(images)), "noise": noise,
-            "blur": blur, "sample_size": sample_size_bias(features, ref), "half_the_classes": fd(features[classes < extractor.classes / 2]),
+            "blur": blur, "sample_size": sample_size_bias(features, ref),
+            "half_the_classes": fd(features[classes < extractor.classes / 2]),
             "fifty_images_repeated": fd(repeated),
             "fifty_images_repeated_recall": precision_recall(ref.features[:1000], repeated)[1],
             "real_precision": precision, "real_recall": recall, "real_is": inception_score(logits)[0]}

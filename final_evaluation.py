@@ -237,6 +237,7 @@ def tables_of_stages(results):
               "worst / mean step": f"{path}.refined.worst_over_mean_step",
               "distance of ends": f"{path}.refined.end_distance",
               f"{name} of midpoints": f"{path}.refined.midpoint_{name}",
+              f"{name} of reconstructions": "tables.latent_space.posterior.refined",
               "class, linear probe": "tables.latent_space.probe_class_accuracy"}
     latent |= {f"{factor}, R2": f"tables.latent_space.probe_r2.{factor}" for factor in common.FACTORS}
     both = with_stage1(results)

@@ -378,18 +378,21 @@ def latent_space(folder, model, data, test, extractor, reference, evaluation, se
         images = common.refine(model, x_hat, z, common.generator(91_000 + seed), "dpm", steps, spacing)
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
-    count = min(evaluation["grid_count"], len(mu) // 2)
+    count, key = min(evaluation["grid_count"], len(mu) // 2), "fd" + extractor.suffix if extractor.suffix else "fid"
+
+    def score(z):  # of VAE decodes and refined images
+        parts = zip(*(decode(part) for part in z.split(100)), strict=True)
+        return [fid.scores(extractor, torch.cat(part), reference)[key] for part in parts]
+
     a, b = mu[:count], mu[count : 2 * count]
+    result["posterior"] = dict(zip(("vae", "refined"), score(a), strict=True))  # no prior: what better ones could reach
     for name, path in (("slerp", slerp), ("lerp", lerp)):
         shots = [decode(path(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
-        middle = [decode(path(a[i : i + 100], b[i : i + 100], 0.5)) for i in range(0, count, 100)]
-        result[name] = {}
+        result[name], middle = {}, score(path(a, b, 0.5))
         for k, part in enumerate(("vae", "refined")):
             images = torch.stack([shot[k] for shot in shots], 1)  # (P, K, 3, H, W)
             features = fid.extract(extractor, images.flatten(0, 1))[0].view(len(images), points, -1)
-            scores = fid.scores(extractor, torch.cat([m[k] for m in middle]), reference)
-            key = "fd" + extractor.suffix if extractor.suffix else "fid"
-            result[name][part] = smoothness(features) | {"midpoint_" + key: scores[key]}
+            result[name][part] = smoothness(features) | {"midpoint_" + key: middle[k]}
             strips += [images[:3]] if name == "slerp" else []
     if folder:
         rows = [strips[k][i] for i in range(len(strips[0])) for k in (0, 1)]  # each pair: VAE above, refined below

@@ -140,6 +140,7 @@ def test_smoke(tmp_path, monkeypatch, capsys):
     bonus.main(smoke)  # now with a trained pixel network beside it
     tables = json.loads((folder / "metrics.json").read_text())["tables"]
     assert tables["savings"]["pixel_network_trained"] and tables["equal_seconds"][0]["latent"]["nfe"] == 4
+    assert {row["prior"] for pair in tables["equal_seconds"] for row in pair["pixel"]} <= {"gmm"}  # its headline prior
     capsys.readouterr()
     monkeypatch.setattr(bonus, "evaluate", lambda *a: pytest.fail("evaluated again"))
     monkeypatch.setattr(bonus, "fit", lambda *a: pytest.fail("trained again"))

@@ -353,7 +353,7 @@ def test_smoke(small, tmp_path, monkeypatch, capsys):
         metrics = json.loads((folder / "metrics.json").read_text())
         common.check_metrics(metrics)
         latent = metrics["tables"]["latent_space"]
-        assert set(latent) == {"slerp", "lerp", "probe_class_accuracy", "probe_r2"}
+        assert set(latent) == {"posterior", "slerp", "lerp", "probe_class_accuracy", "probe_r2"}
         assert set(latent["probe_r2"]) == set(common.FACTORS)
         assert latent["slerp"]["refined"]["path_over_distance"] >= 1
         assert metrics["run"]["variant"] == variant and metrics["tables"]["before_refinement"]["hf_energy"]
