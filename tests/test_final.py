@@ -150,7 +150,8 @@ def test_tables_have_every_variant_and_row(tmp_path):
 def test_tables_of_stages(tmp_path):
     """Each stage's own table has its variants, the numbers at their places and nothing where a number is missing; stage
     1's latent space is the one that stage 2 measured beside its own."""
-    path = lambda value: {"slerp": {part: {"path_over_distance": value} for part in ("vae", "refined")}}  # noqa: E731
+    path = lambda value: {"slerp": {part: {"path_over_distance": value, "end_distance": 2.0}  # noqa: E731
+                                    for part in ("vae", "refined")}}
     many = [metrics()]
     for variant, weight in (("stage2-sum-w0.1", 0.1), ("stage2-sum", 1.0), ("stage2-sum-w10", 10.0)):
         m = metrics(variant, distance=5 + weight)
