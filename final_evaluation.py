@@ -310,6 +310,25 @@ def answers(results):
     return "\n".join(f"- {line}" for line in lines)
 
 
+def table_reproduced(fresh, committed):
+    """Fresh numbers of each variant beside the committed ones. Reproduced: within 3 standard deviations of the
+    committed seeds, or within 25% where there are fewer than three."""
+    name, lines = headline(next(iter(next(iter(fresh.values())).values())))[0], []
+    for variant in fresh:
+        for key in (name, "hf_energy"):
+            score = lambda m, key=key: m["rows"][0][key]["value"]  # noqa: E731
+            ours, theirs = values(fresh, variant, score), list(values(committed, variant, score).values())
+            verdict = "nothing committed"
+            if theirs:
+                mean = sum(theirs) / len(theirs)
+                sd = math.sqrt(sum((v - mean) ** 2 for v in theirs) / max(1, len(theirs) - 1))
+                room = 3 * sd if len(theirs) > 2 else 0.25 * mean
+                away = max(abs(value - mean) for value in ours.values())
+                verdict = f"{'reproduced' if away <= room else 'NOT reproduced'} (off by {away / mean:.0%})"
+            lines.append([variant, key, over_seeds(list(ours.values())), over_seeds(theirs) if theirs else "", verdict])
+    return markdown(["variant", "score", "fresh", "committed", "verdict"], lines)
+
+
 # --- Charts ----------------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +488,12 @@ def main(argv=None):
     everything = load_all(paths)
     blocks = make_blocks(everything, args.results)
     if args.runs:
-        text = "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks.items() if name != "features")
+        committed = load_all(Path(args.results).glob("*/*-s[0-9]*.json"))
+        for dataset in everything.keys() & committed.keys():
+            blocks[f"reproduced {dataset}"] = table_reproduced(everything[dataset], committed[dataset])
+            print(blocks[f"reproduced {dataset}"])
+        text = "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks.items()
+                           if name not in ("features", "sample size"))
         with common.atomic(source / "REPORT.md") as temporary:
             temporary.write_text(f"# Fresh runs in {source}\n\n{text}\n")
         for dataset, results in everything.items():

@@ -192,6 +192,20 @@ def test_sheet_of_samples(tmp_path):
     assert [int(v) for v in dict.fromkeys(column.tolist()) if v < 255] == [100, 10, 20, 70]
 
 
+def test_reproduced(tmp_path):
+    """Within 25% of one committed seed, or 3 standard deviations of three; more is said so, and so is nothing."""
+    load = lambda where, *many: final.load_all(save(tmp_path / where, *many))["shapes"]  # noqa: E731
+    fresh = load("fresh", metrics(distance=12.4), metrics("stage1-vae", distance=40.0), metrics("bonus-latent"))
+    one = load("one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
+    lines = final.table_reproduced(fresh, one).splitlines()
+    said = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1] for line in lines[2:]}
+    assert said["| stage1-form1", "fd_local"] == "reproduced (off by 24%) |"
+    assert said["| stage1-vae", "fd_local"] == "NOT reproduced (off by 33%) |"
+    assert said["| bonus-latent", "fd_local"] == "nothing committed |"
+    three = load("three", *(metrics(seed=s, distance=10 + 0.1 * s) for s in (0, 1, 2)))
+    assert "NOT reproduced (off by 23%)" in final.table_reproduced(fresh, three).splitlines()[2 + 2]
+
+
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     """--collect copies metrics and figures, but no figure of real images; --runs writes a report beside the runs."""
     run = tmp_path / "runs" / "cifar10-cpu" / "stage1-form1-s0"
