@@ -1319,7 +1319,7 @@ def save_grid(path, rows, labels=None, scale=None):
 
 def save_chart(path, panels):
     """Save line charts, four in a row. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)},
-    optionally `log` (for the x axis) and `level` {label: y} (horizontal lines)."""
+    optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
@@ -1337,7 +1337,12 @@ def save_chart(path, panels):
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
+        if "log_y" in panel:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
         axis.legend(fontsize=8)
     figure.tight_layout()
     with atomic(path) as temporary:
