@@ -77,6 +77,7 @@ def test_two_processes_do_what_one_does(small, tmp_path, monkeypatch, capsys):  
         patch.setattr(common.EMA, "update", stop_there)
         stage1.main(["--budget", "smoke", *flags, "--out", "two"])
     assert load(Path("two"), "vae")["step"] == 2
+    common.HELD.clear()  # as if the first process had ended
     printed = torchrun(tmp_path, "stage1_baseline", *flags, "--out", "two", "--resume")
     assert printed.count("features: local-shapes") == 1  # one process speaks for all
     for variant in ("vae", "form1"):

@@ -353,5 +353,6 @@ def test_smoke(small, tmp_path, monkeypatch, capsys):
 def test_dry_run(small, tmp_path, capsys):
     stage3.main(["--dataset", "celeba64", "--dry-run"])
     printed = json.loads(capsys.readouterr().out)
-    assert printed["settings"]["train"]["conditioning"] == "learned" and set(printed["networks"]) == {"vae", "unet"}
+    assert printed["settings"]["train"]["conditioning"] == "learned" and set(printed["networks"]) == {
+        "vae", "unet", "flow", "conditioner"}
     assert not list(tmp_path.iterdir())
