@@ -93,6 +93,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
     """
     gen = common.generator(train["seed"] + 1, device)
     network.to(device, memory_format=torch.channels_last).train()
+    common.compile_networks(network, train)
     ema = common.EMA(network, ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
     step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])

@@ -192,6 +192,7 @@ def train_joint(folder, train, data, device, resume):
     vae = common.build_vae(train).to(device, memory_format=torch.channels_last).train()
     torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
     unet = common.build_unet(train, 6).to(device, memory_format=torch.channels_last).train()
+    common.compile_networks(torch.nn.ModuleList([vae, unet]), train)
     diffusion, gen = common.Diffusion(train["objective"], device=device), common.generator(train["seed"] + 1, device)
     fused = device.type in ("cpu", "cuda")
     balance = torch.zeros(2, device=device, requires_grad=True)  # a and b of `uncertainty`

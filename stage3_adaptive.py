@@ -257,6 +257,7 @@ def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, 
     """Stage 1's loop, to the letter but for the step, which the loss may depend on: `loss(x0, gen, step)`."""
     gen = common.generator(train["seed"] + 1, device)
     network.to(device, memory_format=torch.channels_last).train()
+    common.compile_networks(network, train)
     ema = common.EMA(network, ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
     step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])
@@ -480,6 +481,9 @@ def adaptivity(folder, model, test, extractor, reference, evaluation, prior, see
     again = [held_out(model, real, steps, spacing, other)[1] for other in (seed + 1, seed + 2)]
     features = torch.stack([fid.extract(extractor, x)[0] for x in (refined, *again)])  # (3, N, f)
     wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart
+    error = (x_hat.float() - real.float()).div(255).square().flatten(1).sum(1)  # (N,), of the VAE, as in its loss
+    table["error_by_uncertainty"] = [{"s": float(s[i].mean()), "sse": float(error[i].mean())}
+                                     for i in s.argsort().tensor_split(min(10, len(s)))]
     thirds = s.argsort().tensor_split(3)
     table["terciles"] = {name: {"vae": against(extractor, x_hat[i], real[i], test),
                                 "refined": against(extractor, refined[i], real[i], test),

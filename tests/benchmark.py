@@ -1,0 +1,204 @@
+"""How fast are the defaults? Ratios between things that are timed in turn, within one run, on the machine at hand.
+
+    python tests/benchmark.py     some minutes on two CPU cores; with `pip install diffusers` it compares with that, too
+
+Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
+all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def in_turn(contenders, rounds=7):
+    """Median seconds of each of {name: function}, timed in turn after two warm-up calls."""
+    times = {name: [] for name in contenders}
+    for i in range(rounds + 2):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            times[name] += [time.perf_counter() - start] if i > 1 else []
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(title, seconds, base):
+    """Print seconds and ratios to one contender as a table."""
+    print(f"\n{title}")
+    for name, value in seconds.items():
+        print(f"  {name:44} {1000 * value:9.2f} ms   {value / seconds[base]:5.2f}")
+
+
+def training_step(network, forward, batch, bf16, channels_last, fused):
+    """A step as the stages take it: forward, backward, clipping, Adam. `forward(x, t)` returns the network's output."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(memory_format=layout)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=fused, foreach=False)
+    x = torch.randn(batch, 6, 32, 32).contiguous(memory_format=layout)
+    t, target = torch.randint(1, 1001, (batch,)), torch.randn(batch, 3, 32, 32)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = (forward(x, t) - target).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def sampling_pass(network, forward, batch, bf16, channels_last):
+    """One evaluation of the network without gradients."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(memory_format=layout)
+    x, t = torch.randn(batch, 6, 32, 32).contiguous(memory_format=layout), torch.full((batch,), 500)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            forward(x, t)
+    return run
+
+
+def unet(table):
+    net = common.UNet(table, 6, attention=())
+    return net, net.forward
+
+
+def constant_width(table, parameters):
+    """A table of the same levels whose one width gives about so many parameters."""
+    def count(width):
+        with torch.device("meta"):
+            net = common.UNet([(r, width, down, up) for r, _, down, up in table], 6, attention=())
+        return sum(p.numel() for p in net.parameters())
+    width = min(range(16, 257, 8), key=lambda w: abs(count(w) - parameters))
+    return [(r, width, down, up) for r, _, down, up in table]
+
+
+def defaults(train, native):
+    """What each default gains at the training step, alone and together."""
+    table, step = train["unet"], partial(training_step, batch=train["batch"])
+    contenders = {"float32, contiguous, plain Adam": step(*unet(table), bf16=False, channels_last=False, fused=False),
+                  "channels_last": step(*unet(table), bf16=False, channels_last=True, fused=False),
+                  "fused Adam": step(*unet(table), bf16=False, channels_last=False, fused=True)}
+    if native:
+        contenders["bfloat16"] = step(*unet(table), bf16=True, channels_last=False, fused=False)
+    contenders["all of them: the default"] = step(*unet(table), bf16=native, channels_last=True, fused=True)
+    flat = constant_width(table, sum(p.numel() for p in unet(table)[0].parameters()))
+    contenders[f"all, but one width ({flat[0][1]}), as many parameters"] = step(*unet(flat), bf16=native,
+                                                                                channels_last=True, fused=True)
+    seconds = in_turn(contenders)
+    report(f"training step, batch {train['batch']}", seconds, "float32, contiguous, plain Adam")
+    return seconds["all of them: the default"]
+
+
+def against_diffusers(train, native):
+    """Hugging Face's U-Net of equal widths and layers, in a training step and a sampling pass."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        print("\ndiffusers is not installed: not compared")
+        return
+    widths = [width for _, width, _, _ in train["unet"]]
+    table = [(resolution, width, 1, 2) for resolution, width, _, _ in train["unet"]]  # diffusers has one more going up
+
+    def theirs():
+        net = UNet2DModel(32, 6, 3, layers_per_block=1, block_out_channels=widths, norm_num_groups=8,
+                          down_block_types=["DownBlock2D"] * len(widths), up_block_types=["UpBlock2D"] * len(widths),
+                          attention_head_dim=widths[-1])
+        return net, lambda x, t: net(x, t).sample
+
+    size = [sum(p.numel() for p in make()[0].parameters()) / 1e6 for make in (theirs, partial(unet, table))]
+    print(f"\nparameters: diffusers {size[0]:.2f}M, ours {size[1]:.2f}M")
+    step, look = partial(training_step, batch=train["batch"]), partial(sampling_pass, batch=100)
+    plain = {"bf16": False, "channels_last": False}
+    fast = {"bf16": native, "channels_last": True}
+    report(f"training step, batch {train['batch']}", in_turn({
+        "diffusers, float32": step(*theirs(), **plain, fused=False),
+        "diffusers, our defaults": step(*theirs(), **fast, fused=True),
+        "ours, float32": step(*unet(table), **plain, fused=False),
+        "ours, our defaults": step(*unet(table), **fast, fused=True)}), "diffusers, float32")
+    report("sampling pass, batch 100", in_turn({
+        "diffusers, float32": look(*theirs(), **plain), "diffusers, our defaults": look(*theirs(), **fast),
+        "ours, float32": look(*unet(table), **plain), "ours, our defaults": look(*unet(table), **fast)}),
+        "diffusers, float32")
+
+
+def utilisation(train, native, seconds):
+    """FLOP/s of the training step (three forward passes' worth) against a large matrix product's."""
+    a = torch.randn(4096, 4096, dtype=torch.bfloat16 if native else torch.float32)
+    with torch.device("meta"):
+        gflops = common.count_cost(common.UNet(train["unet"], 6, attention=()), torch.empty(1, 6, 32, 32),
+                                   torch.ones(1))["gflops"]
+    peak = 2 * 4096**3 / in_turn({"product": lambda: a @ a}, rounds=3)["product"] / 1e9
+    reached = 3 * gflops * train["batch"] / seconds
+    print(f"\n{reached:.0f} GFLOP/s in the training step, {peak:.0f} in a product of 4096 x 4096 matrices: "
+          f"{reached / peak:.2f}")
+
+
+def overheads(train, seconds):
+    """What surrounds the step: feeding it, the moving average, the log and the checkpoint, as shares of the step."""
+    net, gen = unet(train["unet"])[0], common.generator(0)
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
+    optimizer = torch.optim.Adam(net.parameters())
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    ema = common.EMA(net, 0.999)
+
+    def feed():
+        index = torch.randint(len(images), (train["batch"],), generator=gen)
+        x0 = common.to_float(images[index]).contiguous(memory_format=torch.channels_last)
+        mirrored = torch.rand(len(x0), generator=gen) < 0.5
+        torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        def save():
+            state = common.training_state(train, 1, net, ema, optimizer, gen, 0.0, {})
+            common.save_checkpoint(Path(folder) / "checkpoint.pt", state)
+
+        def log():
+            common.append_log(Path(folder) / "log.csv", {"step": 1, "v_mse": 0.1})
+
+        parts = in_turn({"feed": feed, "average": lambda: ema.update(net), "log": log, "save": save}, rounds=15)
+    print(f"\nfeeding a batch: {parts['feed'] / seconds:.2%} of a step")
+    kept = {"moving average": parts["average"] / seconds, "a row of the log": parts["log"] / train["every"] / seconds,
+            "a checkpoint a minute": parts["save"] / 60}
+    print(f"{', '.join(f'{name} {share:.2%}' for name, share in kept.items())}: together {sum(kept.values()):.2%}")
+
+
+def commands():
+    """Seconds until a command that does nothing has done it."""
+    run = lambda *flags: subprocess.run([sys.executable, ROOT / "stage1_baseline.py", *flags],  # noqa: E731
+                                        check=True, capture_output=True)
+    seconds = in_turn({"--help": lambda: run("--help"), "--dry-run": lambda: run("--dry-run")}, rounds=3)
+    print("\n" + ", ".join(f"{flag} {value:.1f} s" for flag, value in seconds.items()))
+
+
+def main():
+    torch.manual_seed(0)
+    common.keep_freed_memory()
+    train, _ = common.budget("cpu", "cifar10", 32)
+    with common.autocast(CPU):
+        native = torch.is_autocast_enabled("cpu")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16 {'native' if native else 'not native'}")
+    seconds = defaults(train, native)
+    against_diffusers(train, native)
+    utilisation(train, native, seconds)
+    overheads(train, seconds)
+    commands()
+
+
+if __name__ == "__main__":
+    main()
