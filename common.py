@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1151,6 +1152,9 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Load a checkpoint onto the CPU; exits with one line if it is damaged. `weights_only`: it cannot run code."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
+            if archive.testzip():
+                raise ValueError(f"wrong checksum of {archive.testzip()}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["train"], state["finished"]  # noqa: B018 - a file of another kind fails here
         return state

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import pickle
+import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -881,6 +883,37 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
     torch.save([1, 2], path)
     expect_error(capsys, lambda: common.load_checkpoint(path), "checkpoint.pt")
     expect_error(capsys, lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt")
+
+
+def test_no_room_for_a_checkpoint(tmp_path, capsys):
+    """A write that the system cuts short (here: a limit on the size of files) is one clear line, and the last good
+    checkpoint is still there, alone."""
+    path, limits = tmp_path / "checkpoint.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    common.save_checkpoint(path, {"train": {}, "finished": False, "step": 1})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        big = {"train": {}, "finished": False, "step": 2, "weights": torch.zeros(10_000)}
+        expect_error(capsys, lambda: common.save_checkpoint(path, big), "checkpoint.pt", "free some space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert common.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_bit_is_found(tmp_path, capsys):
+    """Wherever one bit of a checkpoint is wrong, either the file is refused or every value is still right."""
+    path, rng, refused = tmp_path / "checkpoint.pt", random.Random(0), 0
+    state = {"train": {}, "finished": True, "weights": {"w": common.randn((50, 50), common.generator(0))}}
+    common.save_checkpoint(path, state)
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged, where = bytearray(whole), rng.randrange(len(whole))
+        damaged[where] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(common.load_checkpoint(path)["weights"]["w"], state["weights"]["w"])
+        except SystemExit:
+            refused += 1
+    assert refused > 40 and "checksum" in capsys.readouterr().err
 
 
 class Malicious:
