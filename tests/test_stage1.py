@@ -310,37 +310,71 @@ def without_scores():
     stage1.time = SimpleNamespace(time=lambda: 300 * time.time())
 
 
-LONGER = ["--budget", "smoke", "--variant", "form1", "--steps", "90", "--batch-size", "8", "--resume",
-          "--device", "cpu"]
+LONGER = ["--budget", "smoke", "--variant", "form1", "--batch-size", "8", "--resume", "--device", "cpu"]
 
 
-def test_killed_at_any_moment_and_resumed(tmp_path, monkeypatch):
-    """The command in processes of its own: SIGTERM while the VAE trains (status 143), SIGKILL at a random moment while
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_resumed(kills, tmp_path, monkeypatch):
+    """The command in processes of its own: SIGTERM while the VAE trains (status 143), SIGKILL at random moments while
     the refiner does; the last --resume ends with every bit and log row of a run that was never stopped."""
+    steps, rng = 60 * kills, random.Random(0)
+    longer = [*LONGER, "--steps", str(steps)]
     program = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import conftest, test_stage1 as t; "
-    program += "t.without_scores(); t.stage1.main([*t.LONGER, '--out', 'cut'])"
+    program += f"t.without_scores(); t.stage1.main([*{longer}, '--out', 'cut'])"
     folders = [tmp_path / "cut" / "shapes-smoke" / f"stage1-{name}-s0" for name in ("vae", "form1")]
-    for folder, number in zip(folders, (signal.SIGTERM, signal.SIGKILL), strict=True):
+    for folder, number in [(folders[0], signal.SIGTERM)] + kills * [(folders[1], signal.SIGKILL)]:
+        path, before = folder / "checkpoint.pt", None
+        if path.is_file():
+            before = path.stat().st_mtime_ns
         process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "checkpoint.pt").is_file():
+        while process.poll() is None and (not path.is_file() or path.stat().st_mtime_ns == before):
             time.sleep(0.01)
-        time.sleep(random.Random(0).uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.15))
         process.send_signal(number)
         assert process.wait() == (143 if number == signal.SIGTERM else -9)
-        state = common.load_checkpoint(folder / "checkpoint.pt")
-        assert 0 < state["step"] < 90 and not state["finished"]
+        state = common.load_checkpoint(path)
+        assert 0 < state["step"] < steps and not state["finished"]
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
 
     for module, name in ((common, "draw_shapes"), (fid, "load_extractor"), (fid, "reference"), (common, "evaluate"),
                          (common, "write_metrics"), (stage1, "time")):
         monkeypatch.setattr(module, name, None)  # so that what `without_scores` sets is undone afterwards
     without_scores()
-    stage1.main([*LONGER, "--out", str(tmp_path / "whole")])
+    stage1.main([*longer, "--out", str(tmp_path / "whole")])
     for folder in folders:
         other = tmp_path / "whole" / "shapes-smoke" / folder.name
         cut, whole = (common.load_checkpoint(f / "checkpoint.pt") for f in (folder, other))
-        assert same(cut, whole) and cut["finished"] and cut["step"] == 90
+        assert same(cut, whole) and cut["finished"] and cut["step"] == steps
         assert (folder / "log.csv").read_text() == (other / "log.csv").read_text()
+
+
+def test_memory_stays_flat(tmp_path):
+    """500 steps more need no more memory: nothing is kept from step to step. (What the process holds, in pages.)"""
+    held = []
+
+    def watch(ema, network, update=common.EMA.update):
+        update(ema, network)
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.EMA, "update", watch)
+        stage1.train_vae(tmp_path / "stage1-vae-s0", settings(steps=600, batch=8), images_of(40), CPU, False)
+    assert len(held) == 600 and held[-1] - held[99] < 8  # MB; one batch's activations alone are more than 1
+
+
+def test_killed_while_evaluating(tmp_path):
+    """SIGTERM during evaluation loses no training: the same command then only evaluates."""
+    program = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import conftest, test_stage1 as t; "
+    program += "t.without_scores(); t.common.evaluate = {}; t.stage1.main([*t.LONGER, '--steps', '4'])"
+    wait = "lambda *a: (print('evaluating', flush=True), t.time.sleep(60))"
+    process = subprocess.Popen([sys.executable, "-c", program.format(wait)], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "evaluating\n"
+    process.terminate()
+    assert process.wait() == -signal.SIGTERM
+    refuse = "t.common.evaluate; t.stage1.fit = t.refuse; t.common.print_results = lambda *a: print('done')"
+    done = subprocess.run([sys.executable, "-c", program.format(refuse)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
 def test_fewer_steps_than_a_log_interval(tmp_path):
