@@ -246,7 +246,7 @@ def decode(model, z):
 
 
 @torch.no_grad()
-def generate(model, count, sampler, steps, spacing, seed, batch, noise=0.0, z_T=None):
+def generate(model, count, sampler, steps, seed, batch, noise=0.0, z_T=None):
     """Draw `count` images, uint8 (count, 3, H, W) on the CPU, and seconds per image. Batches have their own generators,
     as in the other stages. `noise`: sd of Gaussian noise added to the sampled latent (which has sd 1)."""
     parts, starts = [], range(0, count, batch)[common.rank() :: common.ranks()]  # batches are shared out
@@ -256,7 +256,7 @@ def generate(model, count, sampler, steps, spacing, seed, batch, noise=0.0, z_T=
         x_T = common.randn(latent_shape(model.train, batch), gen) if z_T is None else z_T[start : start + batch]
         with common.autocast(model.device):
             z = common.sample(model.diffusion, model.unet, x_T.to(model.device), sampler, steps,
-                              common.generator(gen.initial_seed() + 1, model.device), clamp=False, spacing=spacing)
+                              common.generator(gen.initial_seed() + 1, model.device), clamp=False)
             z = z + noise * common.randn(z.shape, common.generator(gen.initial_seed() + 2)).to(z.device)
             images = to_uint8(decode(model, z)).cpu()
         parts.append((images, time.time() - clock))
@@ -380,11 +380,11 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     """Rows (headline, grid of steps), the autoencoder's reconstructions as the ceiling, noise in the latent, an
     interpolation, the savings; writes figures, returns the metrics."""
     model, train = load_model(state, device), state["train"]
-    seed, spacing, batch = train["seed"], evaluation["spacing"], evaluation["batch"]
+    seed, batch = train["seed"], evaluation["batch"]
     fd = "fd" + extractor.suffix if extractor.suffix else "fid"
 
     def draw(sampler, steps, count, noise=0.0):
-        images, seconds = generate(model, count, sampler, steps, spacing, seed, batch, noise)
+        images, seconds = generate(model, count, sampler, steps, seed, batch, noise)
         row = {"prior": "none", "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
                "peak_memory_mb": None} | fid.scores(extractor, images, reference)
         return row | {"hf_energy": common.hf_energy(images, test.images)}, images
@@ -415,7 +415,7 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     ends, w = common.randn((2, *latent_shape(train, 3)), common.generator(95_000 + seed)), torch.linspace(0, 1, 9)
     angle = w * torch.pi / 2  # along a great circle: the ends are nearly orthogonal, and every point is N(0, I) again
     path = (angle.cos()[:, None, None, None, None] * ends[0] + angle.sin()[:, None, None, None, None] * ends[1])
-    strip, _ = generate(model, 27, "dpm", evaluation["probe_steps"], spacing, seed, 27, z_T=path.flatten(0, 1))
+    strip, _ = generate(model, 27, "dpm", evaluation["probe_steps"], seed, 27, z_T=path.flatten(0, 1))
     common.save_grid(folder / "interpolation.png", list(strip.unflatten(0, (9, 3)).transpose(0, 1)))
     tables["savings"] = savings(folder, model, pixel_state, train, evaluation, device)
     if pixel_metrics:  # quality at equal seconds, of equal counts: every row of the grid and the pixel rows as quick

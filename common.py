@@ -939,7 +939,7 @@ TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.0
          "unet_clip": 1.0, "vae_ema": 0.995, "unet_ema": 0.995, "beta": 1.0, "pool": False, "objective": "v",
          "t_power": 1.5, "dropout": 0.0, "heads": 1, "attention": [], "flip": "both", "components": 20, "every": 50,
          "compile": False}
-EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "spacing": "quadratic",
+EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100,
         "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
                  ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
         "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40}
@@ -961,7 +961,7 @@ def budget(name, dataset, size):
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
         # Many small batches: at these sizes an image in a batch of 8 teaches more than one in a batch of 32
-        train |= {"batch": 8, "steps": 3000, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100,
+        train |= {"batch": 8, "steps": 4400, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100,
                   "t_power": 1.0}
         evaluation |= {"sample_steps": 10, "grid_count": 200, "probe_count": 200,
                        "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["dpm", 5], ["dpm", 10], ["dpm", 25]]}
@@ -1023,7 +1023,6 @@ def add_flags(parser):
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
     add("--sample-steps", type=int, help="its number of steps, 1 to 1000")
-    add("--spacing", choices=("quadratic", "uniform"), default="quadratic", help="how the steps are spread over time")
     add("--eval-samples", type=int, help="images generated for the headline scores")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file with the Inception weights, for --features inception")
@@ -1048,7 +1047,7 @@ def read_settings(args):
     features = args.features
     if features == "auto":
         features = "inception" if name in ("gpu", "paper") and args.dataset != "shapes" else "local"
-    evaluation |= {"spacing": args.spacing, "features": features}
+    evaluation["features"] = features
     given = {"steps": args.steps, "batch": args.batch_size}
     train |= {key: value for key, value in given.items() if value is not None}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples}
@@ -1410,7 +1409,7 @@ def encode(vae, images, gen, device, batch=500):
     return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
 
 
-def refine(model, x_hat, z, gen, sampler, steps, spacing):
+def refine(model, x_hat, z, gen, sampler, steps):
     """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
     generator (x_hat itself is returned if the model is a VAE alone)."""
     if model.denoiser is None:
@@ -1418,11 +1417,11 @@ def refine(model, x_hat, z, gen, sampler, steps, spacing):
     x_T = randn(x_hat.shape, gen).to(model.device)
     noise = generator(gen.initial_seed() + 1, model.device)
     with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise, spacing=spacing)
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise)
 
 
 @torch.no_grad()
-def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=None, temperature=1.0):
+def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, temperature=1.0):
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
 
     Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
@@ -1438,7 +1437,7 @@ def generate(model, count, prior, sampler, steps, spacing, seed, batch, corrupt=
             with autocast(model.device):
                 x_hat = model.vae.decoder(z)
         x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
-        images = to_uint8(refine(model, x_hat, z, gen, sampler, steps, spacing)).cpu()
+        images = to_uint8(refine(model, x_hat, z, gen, sampler, steps)).cpu()
         seconds = time.time() - clock
         parts.append((to_uint8(x_hat).cpu(), images, seconds))
     before, after, seconds = zip(*gather(parts), strict=True)
@@ -1451,8 +1450,7 @@ def reconstruct(model, images, evaluation, seed):
     _, mu, logvar = encode(model.vae, images, gen, model.device)
     with torch.no_grad():
         x_hat = model.vae.decoder(mu.to(model.device))
-        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", evaluation["sample_steps"],
-                         evaluation["spacing"])
+        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", evaluation["sample_steps"])
     return to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), mu, logvar
 
 
@@ -1519,8 +1517,7 @@ def measure(model, evaluation, seed, test, extractor, reference, prior, sampler,
     """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    x_hat, images, seconds = generate(model, count, prior, sampler, steps, evaluation["spacing"], seed,
-                                      evaluation["batch"], **damage)
+    x_hat, images, seconds = generate(model, count, prior, sampler, steps, seed, evaluation["batch"], **damage)
     peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if model.device.type == "cuda" else None
     row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
            "peak_memory_mb": peak} | fid.scores(extractor, images, reference)

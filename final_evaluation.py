@@ -282,23 +282,38 @@ def answers(results):
     name = headline(next(iter(next(iter(results.values())).values())))[0]
     score = lambda metrics: metrics["rows"][0][name]["value"]  # noqa: E731
     stage2 = next((v for v in results if v.startswith("stage2-anneal")), None)
-    adaptive = [v for v in results if v.startswith("stage3-") and v.split("-")[-1] in ("variance", "learned", "flow")
-                and "vae" not in v]
+    adaptive = [v for v in ("stage3-flow-learned", "stage3-flow-flow", "stage3-flow-variance") if v in results][:1]
     missing = lambda command: f"not run yet: `{command}`"  # noqa: E731
+    seconds = lambda metrics: metrics["rows"][0]["seconds_per_image"]  # noqa: E731
     lines = ["**Does joint training improve the distance?** " + (
         f"`{stage2}` against `stage1-form1`: {verdict(*(values(results, v, score) for v in (stage2, 'stage1-form1')))}."
         if stage2 and "stage1-form1" in results else missing("python stage2_joint.py"))]
     parts = []
     for variant in adaptive:
-        seeds = values(results, variant, lambda m: m["tables"]["uncertainty"]["adaptive_steps"])
-        for pick in list(seeds.values())[:1]:
-            ratio = pick["adaptive"]["seconds_per_image"] / pick["even"]["seconds_per_image"]
-            change = pick["adaptive"][name]["value"] / pick["even"][name]["value"] - 1
-            parts.append(f"`{variant}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean "
-                         f"spent evenly, at a distance {100 * change:+.0f}% (one run, not tested)")
+        spent = {(way, what): values(results, variant, lambda m, way=way, key=key: m["tables"]["uncertainty"][
+            "adaptive_steps"][way][key]) for way in ("even", "adaptive")
+            for what, key in (("distance", name), ("seconds", "seconds_per_image"))}
+        if not spent["even", "seconds"]:
+            continue
+        ratio = sum(spent["adaptive", "seconds"].values()) / sum(spent["even", "seconds"].values())
+        even, adapted = ({seed: score["value"] for seed, score in spent[way, "distance"].items()} for way in
+                         ("even", "adaptive"))
+        parts.append(f"`{variant}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean spent "
+                     f"evenly, distance {verdict(adapted, even)}")
+        fixed = values(results, "-".join([*variant.split("-")[:2], "fixed"]), seconds)
+        mine = {seed: second for seed, second in values(results, variant, seconds).items() if seed in fixed}
+        if mine:
+            parts[-1] += (f"; at equal steps it takes {sum(mine.values()) / sum(fixed[s] for s in mine):.2f} times the "
+                          "time of `fixed`")
+    for prior in ("gaussian", "gmm", "flow"):
+        for enough in list(values(results, f"stage3-{prior}-fixed",
+                                  lambda m: m["tables"]["steps_to_quality"]["dpm"]).values())[:1]:
+            parts.append(f"under the {prior} prior {enough['steps']} steps come within 10% of {enough['of']} and save "
+                         f"{enough['time_saved']:.0%} of the time (one run)")
     lines.append("**How does adaptive conditioning change sampling time?** " + (
         "; ".join(parts) + "." if parts else missing("python stage3_adaptive.py")))
-    areas = {v: values(results, v, lambda m: m["tables"]["robustness"]["area"]) for v in results}
+    areas = {v: values(results, v, lambda m: m["tables"]["robustness"]["area"]) for v in results
+             if "-w" not in v and "-grad" not in v}
     told = [f"`{v}` {over_seeds(list(a.values()))}" for v, a in areas.items() if a]
     lines.append("**How does each model take noisy VAE outputs?** Distance over the clean one, mean over noise of sd 0 "
                  "to 0.4 (1: unharmed): " + ", ".join(told) + ".")
@@ -361,6 +376,11 @@ def draw(results, folder, dataset):
     if len(sweep) > 1:
         made.append(folder / f"{dataset}-sweep.png")
         draw_sweep(made[-1], title, dict(sorted(sweep.items())))
+    told = {variant: seeds[0]["tables"]["uncertainty"] for variant, seeds in results.items() if 0 in seeds and
+            "error_by_uncertainty" in seeds[0]["tables"].get("uncertainty", {})}
+    if told:
+        made.append(folder / f"{dataset}-uncertainty.png")
+        draw_uncertainty(made[-1], title, told)
     paths = {variant: seeds[0]["tables"]["latent_space"]["slerp"] for variant, seeds in with_stage1(results).items()
              if 0 in seeds and "latent_space" in seeds[0]["tables"]}
     if paths:
@@ -371,6 +391,23 @@ def draw(results, folder, dataset):
                  variant: ([path[part]["end_distance"]], [path[part]["path_over_distance"]])
                  for variant, path in paths.items()}} for part in ("vae", "refined")])
     return made
+
+
+def draw_uncertainty(path, title, told):
+    """Does s rank the VAE's error, and what becomes of its least certain third? `told`: {variant: its table}."""
+    errors, thirds = {}, {}
+    for variant, table in told.items():
+        vae = "flow" if variant.startswith("stage3-flow") else "Gaussian"
+        errors[f"VAE with {vae} prior"] = [[tenth[key] for tenth in table["error_by_uncertainty"]]
+                                           for key in ("s", "sse")]
+        before, after = ([table["terciles"][third][who]["fd_to_these"] for third in ("sure", "middle", "unsure")]
+                         for who in ("vae", "refined"))
+        thirds |= {f"{vae} VAE, unrefined": ([1, 2, 3], before), variant: ([1, 2, 3], after)}
+    common.save_chart(path, [
+        {"title": f"{title}: error of x_hat by tenths of s", "x": "uncertainty s", "y": "squared error",
+         "lines": errors},
+        {"title": f"{title}: before and after", "x": "third by s: 1 sure, 3 unsure", "log_y": True,
+         "y": "distance to the same real images", "lines": thirds}])
 
 
 def draw_sheet(path, figures, dataset, results):
@@ -453,7 +490,9 @@ def fill(text, blocks, everything):
 
 
 def make_blocks(everything, folder):
+    benchmark = Path(folder) / "benchmark.txt"
     blocks = {"features": table_features(Path(folder) / "features"),
+              "benchmark": f"```\n{benchmark.read_text().strip() if benchmark.is_file() else 'not run yet'}\n```",
               "sample size": table_sample_size(Path(folder) / "features")}
     for dataset, results in everything.items():
         blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
@@ -493,7 +532,7 @@ def main(argv=None):
             blocks[f"reproduced {dataset}"] = table_reproduced(everything[dataset], committed[dataset])
             print(blocks[f"reproduced {dataset}"])
         text = "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks.items()
-                           if name not in ("features", "sample size"))
+                           if name not in ("features", "sample size", "benchmark"))
         with common.atomic(source / "REPORT.md") as temporary:
             temporary.write_text(f"# Fresh runs in {source}\n\n{text}\n")
         for dataset, results in everything.items():

@@ -372,11 +372,11 @@ def latent_space(folder, model, data, test, extractor, reference, evaluation, se
     midpoints, and what a linear probe reads off mu. Figures go into `folder`, if given."""
     gen, result, strips = common.generator(90_000 + seed), {}, []
     mu = common.encode(model.vae, test.images, gen, model.device)[1]  # (N, d)
-    spacing, steps = evaluation["spacing"], evaluation["probe_steps"]
+    steps = evaluation["probe_steps"]
 
     def decode(z):  # the same x_T for every z of a batch position
         x_hat = model.vae.decoder(z.to(model.device))
-        images = common.refine(model, x_hat, z, common.generator(91_000 + seed), "dpm", steps, spacing)
+        images = common.refine(model, x_hat, z, common.generator(91_000 + seed), "dpm", steps)
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
     count, key = min(evaluation["grid_count"], len(mu) // 2), "fd" + extractor.suffix if extractor.suffix else "fid"
@@ -413,8 +413,7 @@ def latent_space(folder, model, data, test, extractor, reference, evaluation, se
 
 def draw_crops(folder, model, evaluation, seed):
     """crops.png: the middle of eight samples, enlarged: what the refiner smooths away and what it puts in."""
-    x_hat, images, _ = common.generate(model, 8, evaluation["prior"], "dpm", evaluation["probe_steps"],
-                                       evaluation["spacing"], seed, 8)
+    x_hat, images, _ = common.generate(model, 8, evaluation["prior"], "dpm", evaluation["probe_steps"], seed, 8)
     edge = model.size // 4
     crop = [x[:, :, edge:-edge, edge:-edge] for x in (x_hat, images)]
     common.save_grid(folder / "crops.png", crop, ["VAE", "refined"], scale=256 // model.size)

@@ -453,13 +453,13 @@ CONTROLS = {
 
 
 @torch.no_grad()
-def held_out(model, images, steps, spacing, seed, batch=100):
+def held_out(model, images, steps, seed, batch=100):
     """Refine the reconstructions of held-out images: uint8 x_hat and refined (CPU), and s (N,)."""
     parts = []
     for i, chunk in enumerate(images.split(batch)):
         z = model.vae.encoder(to_float(chunk.to(model.device)))[0]
         x_hat = model.vae.decoder(z)
-        refined = common.refine(model, x_hat, z, common.generator(80_000 + 1000 * seed + i), "dpm", steps, spacing)
+        refined = common.refine(model, x_hat, z, common.generator(80_000 + 1000 * seed + i), "dpm", steps)
         s = uncertainty(model.vae, x_hat, model.stats)[1]
         parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), s.cpu()))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -475,10 +475,10 @@ def against(extractor, images, real, test):
 
 def adaptivity(folder, model, test, extractor, reference, evaluation, prior, seed):
     """Terciles of s, controls, consistency over refiner seeds, adaptive steps; writes uncertainty.png."""
-    steps, spacing = evaluation["probe_steps"], evaluation["spacing"]
+    steps = evaluation["probe_steps"]
     real, table = test.images[: 3 * (evaluation["grid_count"] // 2)], {}
-    x_hat, refined, s = held_out(model, real, steps, spacing, seed)
-    again = [held_out(model, real, steps, spacing, other)[1] for other in (seed + 1, seed + 2)]
+    x_hat, refined, s = held_out(model, real, steps, seed)
+    again = [held_out(model, real, steps, other)[1] for other in (seed + 1, seed + 2)]
     features = torch.stack([fid.extract(extractor, x)[0] for x in (refined, *again)])  # (3, N, f)
     wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart
     error = (x_hat.float() - real.float()).div(255).square().flatten(1).sum(1)  # (N,), of the VAE, as in its loss
@@ -494,7 +494,7 @@ def adaptivity(folder, model, test, extractor, reference, evaluation, prior, see
     common.save_grid(folder / "uncertainty.png", rows, ["real", "VAE", "refined"])
     table["controls"] = {}
     for name, model.control in CONTROLS.items():
-        images = held_out(model, real, steps, spacing, seed)[1] if model.control else refined
+        images = held_out(model, real, steps, seed)[1] if model.control else refined
         table["controls"][name] = against(extractor, images, real, test)
     model.control = None
     table["adaptive_steps"] = adaptive_steps(model, extractor, reference, evaluation, prior, seed)
@@ -504,7 +504,7 @@ def adaptivity(folder, model, test, extractor, reference, evaluation, prior, see
 @torch.no_grad()
 def adaptive_steps(model, extractor, reference, evaluation, prior, seed):
     """The same z and x_T refined with n steps for all, and with n/2, n, 3n/2 by thirds of s: scores and seconds."""
-    count, n, spacing = 3 * (evaluation["grid_count"] // 3), evaluation["probe_steps"], evaluation["spacing"]
+    count, n = 3 * (evaluation["grid_count"] // 3), evaluation["probe_steps"]
     gen, fd = common.generator(85_000 + seed), "fd" + extractor.suffix if extractor.suffix else "fid"
     z = model.priors[prior].sample(count, gen).to(model.device)
     x_T = common.randn((count, 3, model.size, model.size), gen).to(model.device)
@@ -519,7 +519,7 @@ def adaptive_steps(model, extractor, reference, evaluation, prior, seed):
             for part in index.split(100):
                 with common.autocast(model.device):
                     denoise = model.denoiser(model.vae.decoder(z[part]), z[part])
-                    x = common.sample(model.diffusion, denoise, x_T[part], "dpm", steps, spacing=spacing)
+                    x = common.sample(model.diffusion, denoise, x_T[part], "dpm", steps)
                 images[part] = to_uint8(x).cpu()
         seconds = (time.time() - clock) / count
         result[name] = {fd: fid.scores(extractor, images, reference)[fd], "seconds_per_image": seconds}

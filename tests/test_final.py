@@ -75,10 +75,14 @@ def test_answers(tmp_path):
         adaptive["tables"]["uncertainty"] = {"adaptive_steps": {
             "even": {"fd_local": {"value": 10}, "seconds_per_image": 1.0},
             "adaptive": {"fd_local": {"value": 9}, "seconds_per_image": 1.1}}}
-        many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive]
+        fixed = metrics("stage3-flow-fixed", seed)
+        fixed["rows"][0]["seconds_per_image"] /= 2
+        fixed["tables"]["steps_to_quality"] = {"dpm": {"steps": 5, "of": 25, "time_saved": 0.8}}
+        many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive, fixed]
     text = final.answers(final.load_all(save(tmp_path / "b", *many))["shapes"])
     assert "`stage2-anneal` against `stage1-form1`: better by 45%" in text and "not run yet" not in text
-    assert "1.10 times the time" in text and "at a distance -10%" in text
+    assert "1.10 times the time" in text and "distance better by 10% (3 paired seeds" in text
+    assert "2.00 times the time of `fixed`" in text and "under the flow prior 5 steps come within 10% of 25" in text
     assert "end distance in feature space: better by 25%" in text
 
 
@@ -175,6 +179,21 @@ def test_tables_of_stages(tmp_path):
     assert tables["savings"][2].startswith("| bonus-latent | 80 |  |")
     charts = {path.name for path in final.draw(results, tmp_path, "shapes")}
     assert charts == {"shapes-comparison.png", "shapes-sweep.png", "shapes-smoothness.png"}
+
+
+def test_chart_of_uncertainty(tmp_path, monkeypatch):
+    """One error curve per VAE; thirds of s before (once per VAE) and after refinement (once per variant)."""
+    part = lambda fd: {"vae": {"fd_to_these": 9 * fd}, "refined": {"fd_to_these": fd}}  # noqa: E731
+    table = {"error_by_uncertainty": [{"s": -1.0, "sse": 2.0}, {"s": 1.0, "sse": 3.0}],
+             "terciles": {"sure": part(1.0), "middle": part(2.0), "unsure": part(4.0)}}
+    charts = []
+    monkeypatch.setattr(common, "save_chart", lambda path, panels: charts.append(panels))
+    final.draw_uncertainty(tmp_path / "x.png", "shapes", {name: table for name in (
+        "stage3-flow-fixed", "stage3-flow-learned", "stage3-gmm-fixed")})
+    (error, thirds), = charts
+    assert error["lines"] == {f"VAE with {k} prior": [[-1.0, 1.0], [2.0, 3.0]] for k in ("flow", "Gaussian")}
+    assert thirds["lines"]["stage3-flow-learned"] == ([1, 2, 3], [1.0, 2.0, 4.0])
+    assert thirds["lines"]["Gaussian VAE, unrefined"] == ([1, 2, 3], [9.0, 18.0, 36.0]) and len(thirds["lines"]) == 5
 
 
 def test_sheet_of_samples(tmp_path):

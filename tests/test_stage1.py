@@ -422,9 +422,9 @@ def test_a_checkpoint_alone_rebuilds_its_model(trained):
             assert same(dict(model.vae.state_dict()), trained["vae"]["ema"])
         networks = [n for n in (model.vae, model.unet) if n is not None]
         assert not any(n.training or p.requires_grad for n in networks for p in n.parameters())
-        a, b = (common.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 0, 5) for _ in range(2))
+        a, b = (common.generate(model, 5, "gaussian", "dpm", 3, 0, 5) for _ in range(2))
         assert torch.equal(a[1], b[1]) and a[1].shape == (5, 3, 32, 32) and a[1].dtype == torch.uint8
-        other = common.generate(model, 5, "gaussian", "dpm", 3, "quadratic", 1, 5)
+        other = common.generate(model, 5, "gaussian", "dpm", 3, 1, 5)
         assert not torch.equal(a[1], other[1])
 
 
@@ -446,7 +446,7 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
     def start(sampler="dpm", steps=2, count=8, batch=4, **damage):
         model = stage1.load_model(trained["form1"], "form1", CPU)
         seen = spy(model)
-        common.generate(model, count, "gaussian", sampler, steps, "quadratic", 0, batch, **damage)
+        common.generate(model, count, "gaussian", sampler, steps, 0, batch, **damage)
         first = torch.cat(seen[::steps])[:count]  # the first U-Net call of each batch
         return first[:, :3], first[:, 3:]
 
