@@ -242,24 +242,31 @@ def tables_of_stages(results):
     latent |= {f"{factor}, R2": f"tables.latent_space.probe_r2.{factor}" for factor in common.FACTORS}
     both = with_stage1(results)
     adaptive = {name: f"rows.0.{name}", "hf": "rows.0.hf_energy", "bits/dim": "tables.bits_per_dim.bound",
-                "noise area": "tables.robustness.area", "rank corr. of s": "tables.uncertainty.correlation"}
+                "noise area": "tables.robustness.area", "dpm steps enough": "tables.steps_to_quality.dpm.steps",
+                "time saved": "tables.steps_to_quality.dpm.time_saved"}
+    for way in ("even", "adaptive"):
+        adaptive[f"{way} steps: {name}"] = f"tables.uncertainty.adaptive_steps.{way}.{name}"
+        adaptive[f"{way} steps: s/image"] = f"tables.uncertainty.adaptive_steps.{way}.seconds_per_image"
+    unsure = {"rank correlation": "tables.uncertainty.correlation"}
     for third in ("sure", "unsure"):
-        adaptive[f"FD {third}: VAE"] = f"tables.uncertainty.terciles.{third}.vae.fd_to_these"
-        adaptive[f"FD {third}: refined"] = f"tables.uncertainty.terciles.{third}.refined.fd_to_these"
-    adaptive |= {f"s {control}": f"tables.uncertainty.controls.{control}.fd_to_these"
-                 for control in ("true", "shuffled", "constant", "zero")}
-    adaptive |= {"dpm steps enough": "tables.steps_to_quality.dpm.steps",
-                 "time saved": "tables.steps_to_quality.dpm.time_saved"}
-    prior = {f"{name}, {which}": f"rows.{i}.{name}" for i, which in enumerate(("own prior", "second", "third"))}
+        unsure |= {f"{third}: VAE": f"tables.uncertainty.terciles.{third}.vae.fd_to_these",
+                   f"{third}: refined": f"tables.uncertainty.terciles.{third}.refined.fd_to_these",
+                   f"{third}: seeds apart": f"tables.uncertainty.terciles.{third}.consistency"}
+    unsure |= {f"s {control}": f"tables.uncertainty.controls.{control}.fd_to_these"
+               for control in ("true", "shuffled", "constant", "zero")}
+    prior = {f"{name}, {which}": f"by prior.{which}.{name}" for which in ("gaussian", "gmm", "flow")}
     prior |= {"negative ELBO": "tables.elbo.negative_elbo", "SSE": "tables.elbo.sse", "KL": "tables.elbo.kl"}
     prior |= {f"log p(z), {which}": f"tables.elbo.log_density_{which}" for which in ("gaussian", "gmm", "flow")}
+    vaes = {variant: {seed: m | {"by prior": {row["prior"]: row for row in m["rows"]}} for seed, m in seeds.items()}
+            for variant, seeds in results.items() if variant.startswith("stage3-vae")}
     saved = {key.replace("_", " "): f"tables.savings.saved_percent.{key}" for key in
              ("gflops_per_image", "seconds_per_image", "seconds_per_image_batch_1", "peak_memory_mb",
               "train_seconds_per_image")}
     refiners = {variant: seeds for variant, seeds in results.items() if not variant.startswith("stage3-vae")}
     return {"joint": table_of(both, ("stage1-form1", "stage2-"), joint),
             "latent space": table_of(both, ("stage1-form1", "stage2-"), latent),
-            "adaptive": table_of(refiners, "stage3-", adaptive), "prior": table_of(results, "stage3-vae", prior, True),
+            "adaptive": table_of(refiners, "stage3-", adaptive),
+            "uncertainty": table_of(refiners, "stage3-", unsure), "prior": table_of(vaes, "stage3-vae", prior, True),
             "savings": table_of(results, "bonus-latent", saved)}
 
 
