@@ -150,9 +150,8 @@ def wait_for_ranks():
 
 
 def share(*batches):
-    """This process's slice of tensors that hold a whole batch, each (B, ...) -> (B / ranks, ...)."""
-    slices = [x.chunk(ranks())[rank()] for x in batches]
-    return slices if len(slices) > 1 else slices[0]
+    """This process's slices of tensors that hold a whole batch, each (B, ...) -> (B / ranks, ...)."""
+    return [x.chunk(ranks())[rank()] for x in batches]
 
 
 def average_over_ranks(tensors):
@@ -1407,6 +1406,16 @@ def encode(vae, images, gen, device, batch=500):
     parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
     mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
     return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
+
+
+def fit_mixture(vae, images, train, device):
+    """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
+    images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
+    gen = generator(train["seed"] + 2)
+    _, mu, logvar = encode(vae, images, gen, device)
+    draws = max(1, min(10, 60_000 // len(mu)))
+    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
+    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
 
 
 def refine(model, x_hat, z, gen, sampler, steps):

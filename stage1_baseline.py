@@ -160,9 +160,7 @@ def train_vae(folder, train, data, device, resume):
                     train["vae_lr"], train["vae_clip"], train["vae_ema"], device, {})
     if "gmm" not in state:
         vae = common.restore(common.build_vae(train), state["ema"], device)
-        z = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)[0]
-        gmm = common.GaussianMixture.fit(z, train["components"], train["seed"])
-        state["gmm"] = {"weights": gmm.weights, "means": gmm.means, "factors": gmm.factors}
+        state["gmm"] = common.fit_mixture(vae, data.images, train, device)
         common.save_checkpoint(folder / "checkpoint.pt", state)
     return state
 

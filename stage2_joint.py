@@ -227,9 +227,8 @@ def train_joint(folder, train, data, device, resume):
                  "guard": vars(guard), "generator": gen.get_state(), "global_rng": torch.get_rng_state(),
                  "seconds": time.time() - started, "sums": sums}
         if step == train["steps"]:
-            z = common.encode(common.restore(common.build_vae(train), emas["vae"].weights, device), data.images,
-                              common.generator(train["seed"] + 2), device)[0]
-            state["gmm"] = vars(common.GaussianMixture.fit(z, train["components"], train["seed"]))
+            average = common.restore(common.build_vae(train), emas["vae"].weights, device)
+            state["gmm"] = common.fit_mixture(average, data.images, train, device)
         common.save_checkpoint(folder / "checkpoint.pt", state)
 
     with common.StopRequest() as stop, tqdm(total=train["steps"], initial=step, desc=folder.name, unit="step") as bar:

@@ -131,14 +131,16 @@ def flow_kl(z, mu, logvar, flow):
     return gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
 
 
-def fit_flow(z, seed, steps, batch=256):
-    """Fit a RealNVP ex post to samples z (N, d) by maximum likelihood; returns it in evaluation mode."""
+def fit_flow(mu, logvar, seed, steps, batch=256):
+    """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood; returns it in evaluation
+    mode. z is drawn anew in each step: of one fixed draw the flow would learn the noise."""
     torch.manual_seed(seed)
-    flow, gen = RealNVP(z.shape[1]), common.generator(seed + 3)
+    flow, gen = RealNVP(mu.shape[1]), common.generator(seed + 3)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, 0.05, True)
-        loss = -flow.log_prob(z[torch.randint(len(z), (batch,), generator=gen)]).mean()
+        i = torch.randint(len(mu), (batch,), generator=gen)
+        loss = -flow.log_prob(mu[i] + (0.5 * logvar[i]).exp() * common.randn((batch, mu.shape[1]), gen)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
@@ -344,10 +346,10 @@ def train_vae(folder, train, data, device, resume):
                              if key.startswith(f"{name}.")}
         state["vae"], state["flow"] = part("vae"), part("flow")
         vae = common.restore(common.build_vae(train), state["vae"], device)
-        z = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)[0]
-        state["gmm"] = vars(common.GaussianMixture.fit(z, train["components"], train["seed"]))
+        state["gmm"] = common.fit_mixture(vae, data.images, train, device)
         if train["vae_prior"] == "gaussian":
-            state["flow"] = fit_flow(z, train["seed"], min(train["steps"], 5000)).state_dict()
+            _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
+            state["flow"] = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000)).state_dict()
         some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
         stats, facts = measure_uncertainty(vae, data.images[some], train["seed"], device)
         state["uncertainty"], state["uncertainty_facts"] = {k: v.cpu() for k, v in stats.items()}, facts

@@ -46,7 +46,7 @@ def load(folder, variant):
 def test_shares_make_the_whole(monkeypatch):
     """Slices of all processes put together are the batch, in order; what they sampled comes back in order."""
     x, y = torch.arange(8), torch.arange(16).view(8, 2)
-    assert torch.equal(common.share(x), x)
+    assert torch.equal(*common.share(x), x)
     monkeypatch.setattr(common, "ranks", lambda: 2)
     parts = []
     for rank in (0, 1):

@@ -485,6 +485,17 @@ def test_encode_samples_the_posterior(trained):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip((z, mu, logvar), again, strict=True))
 
 
+def test_the_mixture_is_fitted_to_several_draws_of_few_images(trained):
+    """Ten z of each of 200 images: the mixture is that of these 2,000 numbers, and gives other images' z a density no
+    lower than one fitted to a single z of each."""
+    train, (images, *_), (others, *_) = settings(), draw_all(200, 5), draw_all(500, 6)
+    vae = stage1.load_model(trained["vae"], "vae", CPU).vae
+    z = common.encode(vae, others, common.generator(9), CPU)[0]
+    many = common.GaussianMixture(**common.fit_mixture(vae, images, train, CPU))
+    one = common.GaussianMixture.fit(common.encode(vae, images, common.generator(2), CPU)[0], 2, 0)
+    assert float(many.log_prob(z).mean()) > float(one.log_prob(z).mean())
+
+
 def test_spacing_figure_has_the_numbers_of_the_lesson(tmp_path):
     """Exact denoiser of fine detail: 25 uniform steps keep a small part of its energy, 25 quadratic ones most of it
     (DPM-Solver++ over nine tenths); with all 1000 steps both grids are one and nearly exact."""
