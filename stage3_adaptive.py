@@ -5,7 +5,7 @@ normalizing flow (RealNVP, Dinh et al. 2017) can be the prior instead. And where
 the refiner should lean on it less there, and may spend more steps there.
 
     flow prior      u = f(z), log p(z) = log N(u; 0, I) + log |det df/dz|; the KL by one sample z ~ q(z|x):
-                    KL = log q(z|x) - log p(z), shape (B,). Fitted to detached z first (ex post), then with the VAE
+                    KL = log q(z|x) - log p(z), shape (B,). Fitted to detached z first, then with the VAE, then ex post
     uncertainty     s_vec = logvar of Enc(x_hat), standardised per dimension, (B, d); s = its mean over active
                     dimensions, standardised, with the sign that makes high mean hard, (B,). A function of z alone, the
                     same in training and sampling. (q(z|x)'s own variance is a trap: there is no x at sampling, and as
@@ -131,11 +131,12 @@ def flow_kl(z, mu, logvar, flow):
     return gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
 
 
-def fit_flow(mu, logvar, seed, steps, batch=256):
-    """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood; returns it in evaluation
-    mode. z is drawn anew in each step: of one fixed draw the flow would learn the noise."""
+def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
+    """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, from the weights `start` or
+    the identity; returns it in evaluation mode. z is drawn anew in each step: of one draw it would learn the noise."""
     torch.manual_seed(seed)
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + 3)
+    flow.load_state_dict(start or flow.state_dict())
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, 0.05, True)
@@ -325,8 +326,8 @@ def vae_loss(vae, flow, x0, noise, beta, joint):
 
 
 def train_vae(folder, train, data, device, resume):
-    """Train the VAE (with its flow, if that is the prior); then fit what is fitted ex post: the mixture, for a Gaussian
-    VAE a flow, and the statistics of s. Returns the checkpoint."""
+    """Train the VAE (with its flow, if that is the prior); then fit what is fitted ex post: the mixture, the flow (the
+    joint one goes on), and the statistics of s. Returns the checkpoint."""
     state = common.open_run(folder, train, resume)
     if not state or not state["finished"]:
         torch.manual_seed(train["seed"])
@@ -347,9 +348,9 @@ def train_vae(folder, train, data, device, resume):
         state["vae"], state["flow"] = part("vae"), part("flow")
         vae = common.restore(common.build_vae(train), state["vae"], device)
         state["gmm"] = common.fit_mixture(vae, data.images, train, device)
-        if train["vae_prior"] == "gaussian":
-            _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
-            state["flow"] = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000)).state_dict()
+        _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
+        flow = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000), state["flow"])
+        state["flow"] = flow.state_dict()  # a joint flow, too, gains from large batches once the VAE holds still
         some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
         stats, facts = measure_uncertainty(vae, data.images[some], train["seed"], device)
         state["uncertainty"], state["uncertainty_facts"] = {k: v.cpu() for k, v in stats.items()}, facts

@@ -126,6 +126,12 @@ def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
 
+def test_a_flow_fitted_ex_post_goes_on_from_where_it_is():
+    start = shaken(stage3.RealNVP(4), 0.1).state_dict()
+    again = stage3.fit_flow(torch.zeros(10, 4), torch.zeros(10, 4), 0, 0, start)
+    assert same(dict(again.state_dict()), start) and not any(p.requires_grad for p in again.parameters())
+
+
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
 
