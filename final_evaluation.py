@@ -33,6 +33,11 @@ import common
 ROOT = Path(__file__).resolve().parent
 ORDER = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-form2", "stage2-", "stage3-", "bonus-")
 SHEET = ("stage1-form1", "stage1-uncond", "stage2-anneal", "stage3-flow-fixed", "stage3-flow-learned", "bonus-latent")
+COMMANDS = {  # what every data set's table should hold
+    "stage1-vae": "stage1_baseline.py --variant vae", "stage1-uncond": "stage1_baseline.py --variant uncond",
+    "stage1-form1": "stage1_baseline.py --variant form1", "stage1-form2": "stage1_baseline.py --variant form2",
+    "stage2-anneal": "stage2_joint.py", "stage3-flow-fixed": "stage3_adaptive.py --conditioning fixed",
+    "stage3-flow-learned": "stage3_adaptive.py", "bonus-latent": "bonus_latent.py"}
 TITLES = {"shapes": "shapes", "cifar10": "CIFAR-10", "celeba64": "CelebA-64"}
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # show real images, or what stands for them
 
@@ -146,11 +151,17 @@ def markdown(header, rows):
 
 def table_variants(results):
     """One line per variant: the headline row, means and spread over seeds; with one seed, the interval over images; and
-    the change of the mean distance against stage 1's refiner."""
+    the change of the mean distance against stage 1's refiner. What is missing has its command in place of numbers."""
     name, _ = headline(next(iter(next(iter(results.values())).values())))
     local = name.removeprefix("fd") if name != "fid" else ""
     baseline, lines = values(results, "stage1-form1", lambda m: m["rows"][0][name]["value"]), []
-    for variant, seeds in results.items():
+    header = ["variant", "seeds", "prior", "sampler", "images", name, "vs form1", "floor", "IS", "KID", "precision",
+              "recall", "diversity", "hf_energy", "bits/dim", "M params", "GFLOP", "train min", "s/image"]
+    for variant in sorted({*results, *COMMANDS}, key=rank):
+        if variant not in results:
+            lines.append([variant, f"not run: `python {COMMANDS[variant]}`", *[""] * (len(header) - 2)])
+            continue
+        seeds = results[variant]
         first = next(iter(seeds.values()))
         run, row, rows = first["run"], first["rows"][0], [m["rows"][0] for m in seeds.values()]
         mean = lambda key, rows=rows: over_seeds([r[key]["value"] for r in rows])  # noqa: E731
@@ -165,9 +176,7 @@ def table_variants(results):
                       mean("hf_energy"), over_seeds(list(bounds.values())) if bounds else "",
                       f"{run['parameters'] / 1e6:.2f}", f"{run['gflops']:.2f}", f"{run['train_seconds'] / 60:.0f}",
                       f"{row['seconds_per_image']:.4f}"])
-    return markdown(["variant", "seeds", "prior", "sampler", "images", name, "vs form1", "floor", "IS", "KID",
-                     "precision", "recall", "diversity", "hf_energy", "bits/dim", "M params", "GFLOP", "train min",
-                     "s/image"], lines)
+    return markdown(header, lines)
 
 
 def table_steps(results):

@@ -146,8 +146,9 @@ def test_marks(tmp_path, capsys):
 def test_tables_have_every_variant_and_row(tmp_path):
     results = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=12.0), metrics("stage1-vae")))["shapes"]
     table = final.table_variants(results).splitlines()
-    assert len(table) == 4 and table[2].startswith("| stage1-vae | 1 | gmm | dpm 25 | 100 | 10 [9, 11] | -9% |")
-    assert "| stage1-form1 | 2 | gmm | dpm 25 | 100 | 11 ± 1.4 |  |" in table[3]
+    assert len(table) == 2 + 8 and table[2].startswith("| stage1-vae | 1 | gmm | dpm 25 | 100 | 10 [9, 11] | -9% |")
+    assert table[3].startswith("| stage1-uncond | not run: `python stage1_baseline.py --variant uncond` |  |")
+    assert "| stage1-form1 | 2 | gmm | dpm 25 | 100 | 11 ± 1.4 |  |" in table[4]
     assert len({line.count("|") for line in table}) == 1 and len(final.table_steps(results).splitlines()) == 2 + 4
 
 
