@@ -377,6 +377,27 @@ def test_killed_while_evaluating(tmp_path):
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
+def test_compile_reaches_the_networks_that_were_asked_for(monkeypatch):
+    """--compile: encoder, decoder and U-Net, wherever they are; without it none. Parameters keep their names."""
+    compiled, parts = [], nn.ModuleDict({"vae": common.build_vae(settings()), "unet": common.build_unet(settings(), 6)})
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(type(part).__name__))
+    common.compile_networks(parts, settings())
+    assert compiled == []
+    common.compile_networks(parts, settings(compile=True))
+    assert compiled == ["Encoder", "Decoder", "UNet"]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_within_float_error(tmp_path):
+    """Needs a C++ compiler on a CPU: a few steps of VAE and refiner, compiled and not, end with the same weights."""
+    runs = {flag: train_both(tmp_path / str(flag), settings(steps=3, compile=flag), images_of(40))
+            for flag in (False, True)}
+    for plain, fast in zip(*runs.values(), strict=True):
+        assert plain["weights"].keys() == fast["weights"].keys()
+        for name, tensor in plain["weights"].items():
+            torch.testing.assert_close(fast["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_fewer_steps_than_a_log_interval(tmp_path):
     """--steps 1..5 with a log row every 4 steps: there is a row to draw and report."""
     for steps, rows in ((1, [1]), (3, [3]), (5, [4])):
