@@ -389,13 +389,13 @@ def test_compile_reaches_the_networks_that_were_asked_for(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_training_is_the_same_within_float_error(tmp_path):
-    """Needs a C++ compiler on a CPU: a few steps of VAE and refiner, compiled and not, end with the same weights."""
-    runs = {flag: train_both(tmp_path / str(flag), settings(steps=3, compile=flag), images_of(40))
-            for flag in (False, True)}
-    for plain, fast in zip(*runs.values(), strict=True):
-        assert plain["weights"].keys() == fast["weights"].keys()
-        for name, tensor in plain["weights"].items():
-            torch.testing.assert_close(fast["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+    """Needs a C++ compiler on a CPU: VAE and refiner, compiled and not, have the same losses in each of a few steps."""
+    for flag in (False, True):
+        train_both(tmp_path / str(flag), settings(steps=3, every=1, compile=flag), images_of(40))
+    for name in ("stage1-vae-s0", "stage1-form1-s0"):
+        plain, fast = (common.read_log(tmp_path / str(flag) / name / "log.csv") for flag in (False, True))
+        for column, losses in plain.items():
+            assert fast[column] == pytest.approx(losses, rel=1e-3), column
 
 
 def test_fewer_steps_than_a_log_interval(tmp_path):
