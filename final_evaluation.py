@@ -39,6 +39,7 @@ COMMANDS = {  # what every data set's table should hold
     "stage2-anneal": "stage2_joint.py", "stage3-flow-fixed": "stage3_adaptive.py --conditioning fixed",
     "stage3-flow-learned": "stage3_adaptive.py", "bonus-latent": "bonus_latent.py"}
 TITLES = {"shapes": "shapes", "cifar10": "CIFAR-10", "celeba64": "CelebA-64"}
+LARGE = ("robustness", "steps")  # half a megabyte each, and alike from variant to variant: kept of stage 1's refiner
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # show real images, or what stands for them
 
 
@@ -526,7 +527,8 @@ def collect(runs, folder):
         home.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / "metrics.json", home / f"{name}.json")
         for figure in [*sorted(run.glob("*.png")), *sorted(run.glob("profile-*.txt"))]:
-            if dataset == "shapes" or figure.stem not in PRIVATE:  # no real image of another data set is published
+            private = dataset != "shapes" and figure.stem in PRIVATE  # no real image of another data set is published
+            if not private and (figure.stem not in LARGE or metrics["run"]["variant"] == "stage1-form1"):
                 shutil.copyfile(figure, home / f"{name}-{figure.name}")
         print(f"{home / name}.json")
 

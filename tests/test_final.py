@@ -231,11 +231,15 @@ def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "cifar10-cpu" / "stage1-form1-s0"
     other = copy.deepcopy(metrics(dataset="cifar10"))
     common.write_json(run / "metrics.json", other)
-    for name in ("samples", "reconstructions"):
+    vae = tmp_path / "vae"
+    common.write_json(vae / "metrics.json", metrics("stage1-vae", dataset="cifar10"))
+    for name in ("samples", "reconstructions", "steps"):
         (run / f"{name}.png").write_bytes(b"png")
-    final.main(["--collect", str(run), "--results", str(tmp_path / "results")])
-    found = {path.name for path in (tmp_path / "results" / "cifar10").iterdir()}
-    assert found == {"stage1-form1-s0.json", "stage1-form1-s0-samples.png"}
+        (vae / f"{name}.png").write_bytes(b"png")
+    final.main(["--collect", str(run), str(vae), "--results", str(tmp_path / "results")])
+    found = {path.name for path in (tmp_path / "results" / "cifar10").iterdir()}  # large figures: of the refiner alone
+    assert found == {"stage1-form1-s0.json", "stage1-form1-s0-samples.png", "stage1-form1-s0-steps.png",
+                     "stage1-vae-s0.json", "stage1-vae-s0-samples.png"}
     final.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
     report = (tmp_path / "runs" / "REPORT.md").read_text()
     assert "stage1-form1" in report and "variants cifar10" in report
