@@ -1360,8 +1360,9 @@ def save_chart(path, panels):
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         if "log_y" in panel:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         else:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
         axis.legend(fontsize=8)

@@ -367,8 +367,8 @@ def table_reproduced(fresh, committed):
 def draw(results, folder, dataset):
     """figures/DATASET-speed.png (distance against steps and seconds) and -robustness.png (against noise)."""
     steps, seconds, noise = {}, {}, {}
-    for variant, seeds in results.items():
-        metrics = next(iter(seeds.values()))
+    for variant in (v for v in results if v in COMMANDS):  # the others would bury the lines; the tables have them all
+        metrics = next(iter(results[variant].values()))
         name, first = headline(metrics)
         for sampler in ("dpm",) if len(results) > 3 else ("ddim", "dpm"):  # of many variants one line each
             grid = [r for r in metrics["rows"][1:] if r["sampler"] == sampler and r["prior"] == first["prior"]]
