@@ -25,6 +25,7 @@ import contextlib
 import csv
 import ctypes
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -56,6 +57,7 @@ import fid
 
 def fail(message):
     """Print one line that says what is wrong and what to do, and exit with status 2."""
+    gc.collect()  # else a forgotten bar may be closed while tqdm goes through all bars to clear them, which it resents
     tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own print: it does not tear a progress bar
     raise SystemExit(2)
 

@@ -1,5 +1,6 @@
 """common.py against closed forms, oracles and small files built here. Every test can fail; none needs the network."""
 
+import gc
 import io
 import json
 import math
@@ -75,6 +76,26 @@ def test_atomic_names_a_path_that_cannot_be_written(tmp_path, capsys):
     """A folder that is really a file: one line, no traceback."""
     (tmp_path / "file").write_text("")
     expect_error(capsys, lambda: common.write_json(tmp_path / "file" / "a.json", {}), "a.json")
+
+
+def test_an_error_while_forgotten_bars_are_about(capsys):
+    """Bars in reference cycles, which nobody closed, are not collected in the midst of printing the error."""
+    class Stream(io.StringIO):
+        def __eq__(self, other):  # tqdm asks this as it goes through its bars
+            gc.collect()
+            return False
+
+    gc.disable()
+    alive = common.tqdm(total=3, file=Stream())
+    for _ in range(5):
+        bar = common.tqdm(total=3, file=io.StringIO())
+        bar.itself = bar
+    del bar
+    try:
+        expect_error(capsys, lambda: common.fail("this went wrong"), "this went wrong")
+    finally:
+        gc.enable()
+        alive.close()
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x", "cpu:", ""])

@@ -83,7 +83,7 @@ def test_two_processes_do_what_one_does(small, tmp_path, monkeypatch, capsys):  
     for variant in ("vae", "form1"):
         ours, theirs = load(Path("two"), variant), load(Path("one"), variant)
         for name, tensor in theirs["weights"].items():
-            torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-4, atol=5e-5)  # a step of Adam: 1e-3
     one, two = (common.read_metrics(Path(out) / "shapes-smoke" / "stage1-form1-s0" / "metrics.json") for out in
                 ("one", "two"))
     for a, b in zip(one["rows"], two["rows"], strict=True):
