@@ -333,7 +333,9 @@ def answers(results):
              if "-w" not in v and "-grad" not in v}
     told = [f"`{v}` {over_seeds(list(a.values()))}" for v, a in areas.items() if a]
     lines.append("**How does each model take noisy VAE outputs?** Distance over the clean one, mean over noise of sd 0 "
-                 "to 0.4 (1: unharmed): " + ", ".join(told) + ".")
+                 "to 0.4 (1: unharmed): " + ", ".join(told) + (
+                     f". `{stage2}` against `stage1-form1`: {verdict(areas[stage2], areas['stage1-form1'])}."
+                     if areas.get(stage2) and areas.get("stage1-form1") else "."))
     path = lambda key: lambda m: m["tables"][key]["slerp"]["refined"]["path_over_distance"]  # noqa: E731
     ours, theirs = (values(results, stage2, path(key)) for key in ("latent_space", "latent_space_stage1"))
     lines.append("**Is the latent space smoother with joint training?** " + (
