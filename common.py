@@ -292,7 +292,10 @@ def open_image(path):
     """An image file as RGB, upright; exits naming the file if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey: PIL's own conversion clips them at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 

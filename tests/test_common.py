@@ -278,6 +278,17 @@ def test_folder_of_odd_images(tmp_path, monkeypatch):
     assert (train.images[4, 0].float() - column.T - 32).abs().mean() < 2  # red, once along columns, now along rows
 
 
+def test_sixteen_bits_and_palettes(tmp_path):
+    """16-bit grey keeps its upper 8 bits (PIL alone would clip it to white); a palette's colours are looked up."""
+    grey = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey é 16.png")  # names with spaces and other letters are names, too
+    assert (np.asarray(common.open_image(tmp_path / "grey é 16.png")) == (grey >> 8)[..., None]).all()
+    palette = Image.fromarray(ramp(64, 64)).convert("P")
+    palette.save(tmp_path / "palette.png")
+    found = common.open_image(tmp_path / "palette.png")
+    assert found.mode == "RGB" and np.array_equal(np.asarray(found), np.asarray(palette.convert("RGB")))
+
+
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     """A second load decodes nothing; a new, changed or removed file, another size or a damaged cache decodes again."""
     monkeypatch.chdir(tmp_path)
