@@ -1047,12 +1047,11 @@ def read_settings(args):
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
     train = {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed} | train
-    train |= {"compile": args.compile}
     features = args.features
     if features == "auto":
         features = "inception" if name in ("gpu", "paper") and args.dataset != "shapes" else "local"
     evaluation["features"] = features
-    given = {"steps": args.steps, "batch": args.batch_size}
+    given = {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}
     train |= {key: value for key, value in given.items() if value is not None}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples}
     evaluation |= {key: value for key, value in given.items() if value is not None}

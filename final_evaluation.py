@@ -5,7 +5,7 @@ rewrites two kinds of marks, which a reader of the rendered page does not see:
 
     <!-- block NAME -->...<!-- end -->                 a table or the answers, replaced as a whole
     <!-- = PATH [/ PATH] FORMAT -->12.9<!-- . -->      one number; PATH is DATASET/VARIANT and keys, as in
-                                                       shapes/stage1-form1 rows.0.fd_local.value (seed 0)
+                                                       shapes/stage1-form1 rows.0.fd_local.value (mean of its seeds)
 
 Verdicts between two variants are differences over at least three paired seeds with Student's t-interval. The interval
 beside a score is something else: what another draw of the images could change, not another training.
@@ -193,22 +193,30 @@ def table_steps(results):
     return markdown(["variant", "prior", "sampler", "images", name, "hf_energy", "s/image"], lines)
 
 
-def pick(metrics, path, intervals=False):
-    """The number or score at `path` (keys joined by dots) as text, or nothing where there is none."""
-    try:
-        value = functools.reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], path.split("."),
-                                 metrics)
-        if isinstance(value, dict):
-            return interval_text(value) if intervals else f"{value['value']:.3g}"
-        return f"{value:.3g}"
-    except (KeyError, IndexError, TypeError, ValueError):
-        return ""
+def found_at(seeds, path):
+    """What stands at `path` (keys joined by dots) in each seed's metrics: a list of numbers or scores."""
+    def follow(metrics):
+        return functools.reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], path.split("."),
+                                metrics)
+    return [value for value in values({"": seeds}, "", follow).values() if isinstance(value, (int, float, dict))]
+
+
+def mean_at(seeds, path):
+    """The mean over seeds of the number or score at `path`, or None where no seed has one."""
+    numbers = [float(v["value"] if isinstance(v, dict) else v) for v in found_at(seeds, path)]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def table_of(results, start, columns, intervals=False):
-    """One line per variant whose name starts with `start` (seed 0): {column: path of a number in its metrics}."""
-    lines = [[variant, *(pick(seeds[0], path, intervals) for path in columns.values())]
-             for variant, seeds in results.items() if variant.startswith(start) and 0 in seeds]
+    """One line per variant whose name starts with `start`: {column: path of a number in its metrics}, means over seeds;
+    with `intervals`, of one seed, its interval over images."""
+    def cell(seeds, path):
+        found = found_at(seeds, path)
+        if intervals and len(found) == 1 and isinstance(found[0], dict):
+            return interval_text(found[0])
+        return f"{mean_at(seeds, path):.3g}" if found else ""
+    lines = [[variant, *(cell(seeds, path) for path in columns.values())]
+             for variant, seeds in results.items() if variant.startswith(start)]
     return markdown(["variant", *columns], lines)
 
 
@@ -223,13 +231,11 @@ def table_sample_size(folder):
 
 def with_stage1(results):
     """The results with stage 1's latent space, which stage 2 measured beside its own, among stage 1's tables."""
-    twin = next((seeds[0] for variant, seeds in results.items() if variant.startswith("stage2-") and 0 in seeds and
-                 "latent_space_stage1" in seeds[0]["tables"]), None)
-    if not twin or 0 not in results.get("stage1-form1", {}):
-        return results
-    first = results["stage1-form1"][0]
-    tables = first["tables"] | {"latent_space": twin["tables"]["latent_space_stage1"]}
-    return results | {"stage1-form1": {0: first | {"tables": tables}}}
+    twins = next((values(results, variant, lambda m: m["tables"]["latent_space_stage1"]) for variant in results
+                  if variant.startswith("stage2-")), {})
+    seeds = {seed: m | {"tables": m["tables"] | ({"latent_space": twins[seed]} if seed in twins else {})}
+             for seed, m in results.get("stage1-form1", {}).items()}
+    return results | ({"stage1-form1": seeds} if seeds else {})
 
 
 def tables_of_stages(results):
@@ -369,6 +375,7 @@ def table_reproduced(fresh, committed):
 def draw(results, folder, dataset):
     """figures/DATASET-speed.png (distance against steps and seconds) and -robustness.png (against noise)."""
     steps, seconds, noise = {}, {}, {}
+    device = next(iter((results.get("stage1-form1") or next(iter(results.values()))).values()))["run"]["device"]
     for variant in (v for v in results if v in COMMANDS):  # the others would bury the lines; the tables have them all
         metrics = next(iter(results[variant].values()))
         name, first = headline(metrics)
@@ -377,15 +384,16 @@ def draw(results, folder, dataset):
             if len(grid) > 1:
                 distances = [r[name]["value"] for r in grid]
                 steps[f"{variant} {sampler}"] = [r["nfe"] for r in grid], distances
-                seconds[f"{variant} {sampler}"] = [r["seconds_per_image"] for r in grid], distances
+                if metrics["run"]["device"] == device:  # other threads or another processor: not comparable
+                    seconds[f"{variant} {sampler}"] = [r["seconds_per_image"] for r in grid], distances
         scores = metrics["tables"].get("robustness", {}).get("scores", {})
         if "noise 0.4" in scores and isinstance(scores["noise 0.4"].get(name), dict):
             noise[variant] = [0, 0.1, 0.2, 0.4], [scores[k][name]["value"] for k in
                                                   ("clean", "noise 0.1", "noise 0.2", "noise 0.4")]
     title, made = TITLES.get(dataset, dataset), []
     panels = [{"title": f"{title}: {name} against {what}", "x": what, "y": name, "lines": lines} | scales
-              for what, lines, scales in (("U-Net evaluations", steps, {"log": "log"}),
-                                          ("seconds per image", seconds, {"log": "log"}),
+              for what, lines, scales in (("U-Net evaluations", steps, {"log": "log", "log_y": True}),
+                                          ("seconds per image", seconds, {"log": "log", "log_y": True}),
                                           ("sd of noise on x_hat", noise, {"log_y": True})) if lines]
     if panels:
         made.append(folder / f"{dataset}-comparison.png")
@@ -458,7 +466,7 @@ def draw_sheet(path, figures, dataset, results):
 def draw_sweep(path, title, sweep):
     """Joint training with the plain sum against its weight: scores, KL and active units, gradient share."""
     weights, (name, _) = list(sweep), headline(next(iter(sweep.values())))
-    line = lambda path: (weights, [float(pick(m, path)) for m in sweep.values()])  # noqa: E731
+    line = lambda path: (weights, [mean_at({0: m}, path) for m in sweep.values()])  # noqa: E731
     panels = [(name, name, {"VAE samples": f"tables.before_refinement.{name}", "refined": f"rows.0.{name}"}),
               ("KL and active units", "nats, units", {"KL": "tables.reconstruction.kl_nats",
                                                       "active units": "tables.latent.active_units"}),
@@ -473,17 +481,14 @@ def draw_sweep(path, title, sweep):
 
 
 def look_up(expression, everything):
-    """`DATASET/VARIANT key.key` -> the number there, of seed 0; exits naming what is not there."""
-    where, _, keys = expression.strip().partition(" ")
+    """`DATASET/VARIANT key.key` -> the number there, the mean over seeds; exits naming what is not there."""
+    where, _, path = expression.strip().partition(" ")
     dataset, _, variant = where.partition("/")
-    try:
-        value = everything[dataset][variant][0]
-        for key in keys.strip().split("."):
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        return float(value)
-    except (KeyError, IndexError, TypeError, ValueError):
+    value = mean_at(everything.get(dataset, {}).get(variant, {}), path.strip())
+    if value is None:
         common.fail(f"'{expression.strip()}' in a text names no number of the results; correct it, or run what it "
                     "needs")
+    return value
 
 
 def number(expression, everything):

@@ -143,6 +143,17 @@ def test_marks(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_marks_are_means_over_seeds(tmp_path):
+    """10 and 13 make 11.5 in a text and in a stage's table; a seed without the number is left out."""
+    everything = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=13.0)))
+    mark = "<!-- = shapes/stage1-form1 {} .2f -->{}<!-- . -->"
+    assert final.fill(mark.format("rows.0.fd_local.value", "?"), {}, everything) == mark.format(
+        "rows.0.fd_local.value", "11.50")
+    del everything["shapes"]["stage1-form1"][1]["tables"]["robustness"]
+    assert "-->1.25<!--" in final.fill(mark.format("tables.robustness.area", "?"), {}, everything)
+    assert final.table_of(everything["shapes"], "stage1", {"fd": "rows.0.fd_local"}).endswith("| stage1-form1 | 11.5 |")
+
+
 def test_tables_have_every_variant_and_row(tmp_path):
     results = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=12.0), metrics("stage1-vae")))["shapes"]
     table = final.table_variants(results).splitlines()
