@@ -288,14 +288,18 @@ def find_files(folder, pattern="*"):
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
+def to_rgb(image):
+    """A PIL image of any mode as RGB. Of 16 bits of grey the upper 8 stay: PIL's own conversion clips them at 255."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def open_image(path):
     """An image file as RGB, upright; exits naming the file if it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey: PIL's own conversion clips them at 255
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 

@@ -662,6 +662,7 @@ def train_local(name, data_dir="data"):
 def read_folder(folder, flag, count=None):
     """All images below a folder, or a seeded choice of `count`: a list of uint8 (3, H, W), or a tensor if their sizes
     agree (grey is repeated, transparency dropped); and whether most are JPEG."""
+    from common import to_rgb
     suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     if count is not None and not 2 <= count <= len(files) or len(files) < 2:
@@ -670,7 +671,7 @@ def read_folder(folder, flag, count=None):
     for path in tqdm(files, desc=f"reading {folder}", unit="image"):
         try:
             with Image.open(path) as image:
-                images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+                images.append(torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
     agree = len({image.shape for image in images}) == 1

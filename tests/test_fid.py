@@ -813,6 +813,15 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
 
 
+def test_command_keeps_sixteen_bits_of_grey(tmp_path):
+    """The upper 8 of 16 bits, where PIL alone clips to white."""
+    grey = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
+    for name in "ab":
+        Image.fromarray(grey).save(tmp_path / f"{name}.png")
+    images, _ = fid.read_folder(tmp_path, "REAL")
+    assert images.shape == (2, 3, 64, 64) and (images[0].numpy() == grey >> 8).all()
+
+
 def test_command_on_a_data_set(folders, capsys, tmp_path, monkeypatch):
     import common
     data = {split: image_data(smooth_images(80, seed=i), name="shapes", split=split)
