@@ -52,6 +52,11 @@ def build_unet(train, variant):
     return common.build_unet(train, 3 if variant == "uncond" else 6)
 
 
+def build_diffusion(train, variant, device):
+    return common.Diffusion(train["objective"], device=device,
+                            residual_sd=0.0 if variant == "uncond" else train["residual_sd"])
+
+
 def network_cost(train, variant):
     return common.network_cost(train, variant != "uncond", {"vae": None, "uncond": 3}.get(variant, 6))
 
@@ -65,22 +70,25 @@ def vae_loss(vae, x0, noise, beta):
     return sse + beta * kl, sse, kl
 
 
-def condition(unet, x_hat, variant):
+def condition(unet, x_hat, variant, diffusion):
     """The denoiser of one batch, `denoise(y, t) -> output`, with x_hat (B, 3, H, W) fixed.
 
     In Formulation 2 the process runs in y = x_t - x_hat and the U-Net sees x_t = y + x_hat: the only difference.
     """
     if variant == "uncond":
         return unet
-    if variant == "form1":
-        return lambda y, t: unet(torch.cat([y, x_hat], 1), t)
-    return lambda y, t: unet(torch.cat([y + x_hat, x_hat], 1), t)
+
+    def denoise(y, t):
+        xt = y if variant == "form1" else y + x_hat
+        return diffusion.guess(y, x_hat, t) + diffusion.guess_sd(t) * unet(torch.cat([xt, x_hat], 1), t)
+
+    return denoise
 
 
 def refiner_loss(diffusion, denoise, x0, t, eps):
     """The simple loss (DDPM eq. 14): mean squared error of the prediction at x_t, shape (B,), mean over dimensions."""
     xt = diffusion.q_sample(x0, t, eps)
-    return ((denoise(xt, t) - diffusion.target(x0, t, eps)) ** 2).flatten(1).mean(1)
+    return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -172,7 +180,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         return state
     torch.manual_seed(train["seed"])
     unet = build_unet(train, variant)
-    diffusion = common.Diffusion(train["objective"], device=device)
+    diffusion = build_diffusion(train, variant, device)
     carried, vae = {}, None
     if variant != "uncond":
         vae = common.restore(common.build_vae(train), vae_state["ema"], device)
@@ -184,7 +192,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
         with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
             x_hat = vae(x0, z_noise)[0] if vae else None
-        mse = refiner_loss(diffusion, condition(unet, x_hat, variant), x0, t, eps)
+        mse = refiner_loss(diffusion, condition(unet, x_hat, variant, diffusion), x0, t, eps)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, unet, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],
@@ -199,7 +207,7 @@ def load_model(state, variant, device):
     train = state["train"]
     model = SimpleNamespace(name=variant, vae=None, unet=None, denoiser=None, priors={}, device=device,
                             size=train["image_size"],
-                            diffusion=common.Diffusion(train["objective"], device=device))
+                            diffusion=build_diffusion(train, variant, device))
     if variant != "uncond":
         weights = state["ema"] if variant == "vae" else state["vae"]
         model.vae = common.restore(common.build_vae(train), weights, device)
@@ -207,7 +215,7 @@ def load_model(state, variant, device):
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
         model.unet = common.restore(build_unet(train, variant), state["ema"], device)
-        model.denoiser = lambda x_hat, z: condition(model.unet, x_hat, variant)
+        model.denoiser = lambda x_hat, z: condition(model.unet, x_hat, variant, model.diffusion)
     return model
 
 

@@ -72,9 +72,9 @@ def variant_name(train):
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def condition(unet, x_hat):
+def condition(unet, x_hat, diffusion):
     """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input."""
-    return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
+    return lambda x, t: diffusion.guess(x, x_hat, t) + diffusion.guess_sd(t) * unet(torch.cat([x, x_hat], 1), t)
 
 
 def elbo_terms(x0, x_hat, mu, logvar):
@@ -85,7 +85,7 @@ def elbo_terms(x0, x_hat, mu, logvar):
 def simple_loss(diffusion, denoise, x0, t, eps):
     """Mean squared error of the prediction at x_t (DDPM eq. 14), mean over dimensions: (B,). As in stage 1."""
     xt = diffusion.q_sample(x0, t, eps)
-    return ((denoise(xt, t) - diffusion.target(x0, t, eps)) ** 2).flatten(1).mean(1)
+    return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 
 
 def time_probability(t, T, power):
@@ -178,9 +178,12 @@ def look(vae, unet, diffusion, images, gen):
     few, x_hat = x0[:64], vae.decoder(mu[:64])
     t = torch.linspace(1, diffusion.T, len(few), device=x0.device).long()
     eps, name = common.randn(few.shape, gen), f"{diffusion.objective}_mse"
+
+    def loss_given(x_hat):
+        return float(simple_loss(diffusion, condition(unet, x_hat, diffusion), few, t, eps).mean())
+
     return {"active_units": float((mu.var(0) > 0.01).sum()),
-            f"{name}_own": float(simple_loss(diffusion, condition(unet, x_hat), few, t, eps).mean()),
-            f"{name}_shuffled": float(simple_loss(diffusion, condition(unet, x_hat.roll(1, 0)), few, t, eps).mean())}
+            f"{name}_own": loss_given(x_hat), f"{name}_shuffled": loss_given(x_hat.roll(1, 0))}
 
 
 def train_joint(folder, train, data, device, resume):
@@ -193,7 +196,8 @@ def train_joint(folder, train, data, device, resume):
     torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
     unet = common.build_unet(train, 6).to(device, memory_format=torch.channels_last).train()
     common.compile_networks(torch.nn.ModuleList([vae, unet]), train)
-    diffusion, gen = common.Diffusion(train["objective"], device=device), common.generator(train["seed"] + 1, device)
+    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
+    gen = common.generator(train["seed"] + 1, device)
     fused = device.type in ("cpu", "cuda")
     balance = torch.zeros(2, device=device, requires_grad=True)  # a and b of `uncertainty`
     optimizers = {"vae": torch.optim.Adam(vae.parameters(), lr=train["vae_lr"], fused=fused),
@@ -252,10 +256,11 @@ def train_joint(folder, train, data, device, resume):
             with common.autocast(device):
                 x_hat, mu, logvar = vae(x0, z_noise)
                 cut = x_hat.detach().requires_grad_()  # what the refiner sees
+                denoise = condition(unet, cut, diffusion)
                 if train["loss"] == "bound":
-                    refiner = bound_loss(diffusion, condition(unet, cut), x0, t, eps, train["t_power"]) / size
+                    refiner = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size
                 else:
-                    refiner = simple_loss(diffusion, condition(unet, cut), x0, t, eps)
+                    refiner = simple_loss(diffusion, denoise, x0, t, eps)
             refiner.mean().backward()  # the refiner's own gradient, as in stage 1; cut.grad: (B, 3, H, W)
             sse, kl = elbo_terms(x0, x_hat, mu, logvar)
             elbo, weight, scale = sse + train["beta"] * kl, 1.0, 1.0  # scale: of the ELBO term
@@ -322,10 +327,12 @@ def load_model(state, device):
     train = state["train"]
     model = SimpleNamespace(name="joint", vae=common.restore(common.build_vae(train), state["vae"], device),
                             unet=common.restore(common.build_unet(train, 6), state["ema"], device), device=device,
-                            size=train["image_size"], diffusion=common.Diffusion(train["objective"], device=device))
+                            size=train["image_size"],
+                            diffusion=common.Diffusion(train["objective"], device=device,
+                                                       residual_sd=train["residual_sd"]))
     model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                     "gmm": common.GaussianMixture(**state["gmm"])}
-    model.denoiser = lambda x_hat, z: condition(model.unet, x_hat)
+    model.denoiser = lambda x_hat, z: condition(model.unet, x_hat, model.diffusion)
     return model
 
 

@@ -247,10 +247,11 @@ class Conditioner(nn.Module):
         return x_hat, None
 
 
-def condition(refiner, x_hat, s_vec, s):
+def condition(refiner, x_hat, s_vec, s, diffusion):
     """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat."""
     seen, extra = refiner["conditioner"](x_hat, s_vec, s)
-    return lambda x, t: refiner["unet"](torch.cat([x, seen], 1), t, extra)
+    return lambda x, t: (diffusion.guess(x, seen, t)
+                         + diffusion.guess_sd(t) * refiner["unet"](torch.cat([x, seen], 1), t, extra))
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -371,7 +372,8 @@ def train_refiner(folder, train, vae_state, data, device, resume):
         return state
     vae = common.restore(common.build_vae(train), vae_state["vae"], device)
     torch.manual_seed(train["seed"])
-    refiner, diffusion = build_refiner(train, vae.latent_dim), common.Diffusion(train["objective"], device=device)
+    refiner = build_refiner(train, vae.latent_dim)
+    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
     stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
     carried = {key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty", "uncertainty_facts")}
 
@@ -385,8 +387,8 @@ def train_refiner(folder, train, vae_state, data, device, resume):
             if train["conditioning"] != "fixed":
                 s_vec, s = (standardise(logvar, stats) if train["uncertainty"] == "posterior" else
                             uncertainty(vae, x_hat, stats))
-        output = condition(refiner, x_hat, s_vec, s)(diffusion.q_sample(x0, t, eps), t)
-        mse = ((output - diffusion.target(x0, t, eps)) ** 2).flatten(1).mean(1)
+        output = condition(refiner, x_hat, s_vec, s, diffusion)(diffusion.q_sample(x0, t, eps), t)
+        mse = (((output - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, refiner, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],
@@ -398,7 +400,8 @@ def load_model(state, device):
     `control(s_vec, s)` may change what the refiner is told."""
     train = state["train"]
     model = SimpleNamespace(name=train.get("conditioning", "vae"), device=device, size=train["image_size"],
-                            diffusion=common.Diffusion(train["objective"], device=device), denoiser=None,
+                            diffusion=common.Diffusion(train["objective"], device=device,
+                                                       residual_sd=train["residual_sd"]), denoiser=None,
                             stats={key: value.to(device) for key, value in state["uncertainty"].items()},
                             vae=common.restore(common.build_vae(train), state["vae"], device), control=None)
     d = model.vae.latent_dim
@@ -414,7 +417,7 @@ def load_model(state, device):
             if train["conditioning"] != "fixed":  # of z, whatever happened to x_hat
                 s_vec, s = uncertainty(model.vae, model.vae.decoder(z), model.stats)
                 s_vec, s = model.control(s_vec, s) if model.control else (s_vec, s)
-            return condition(model.refiner, x_hat, s_vec, s)
+            return condition(model.refiner, x_hat, s_vec, s, model.diffusion)
         model.denoiser = denoiser
     return model
 

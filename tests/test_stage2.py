@@ -28,7 +28,7 @@ def parts(gradient, weight=1.0):
     x0, eps = common.to_float(images_of(4).images), common.randn((4, 3, 32, 32), gen)
     x_hat, mu, logvar = vae(x0, common.randn((4, vae.latent_dim), gen))
     cut, t = x_hat.detach().requires_grad_(), torch.tensor([5, 100, 400, 900])
-    stage2.simple_loss(diffusion, stage2.condition(unet, cut), x0, t, eps).mean().backward()
+    stage2.simple_loss(diffusion, stage2.condition(unet, cut, diffusion), x0, t, eps).mean().backward()
     sse, kl = stage2.elbo_terms(x0, x_hat, mu, logvar)
     elbo, pull = (sse + kl).mean(), weight * cut.grad
     names = [name for name, _ in vae.named_parameters()]

@@ -278,7 +278,7 @@ def test_same_s_in_training_and_sampling(tmp_path, monkeypatch):
     data, seen = images_of(60), []
     vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
     condition = stage3.condition
-    monkeypatch.setattr(stage3, "condition", lambda r, x, v, s: seen.append((x, v, s)) or condition(r, x, v, s))
+    monkeypatch.setattr(stage3, "condition", lambda r, x, v, s, d: seen.append((x, v, s)) or condition(r, x, v, s, d))
     state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
     model = stage3.load_model(state, CPU)
     for x_hat, s_vec, s in seen[:2]:
