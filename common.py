@@ -993,8 +993,8 @@ def budget(name, dataset, size):
                        "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["dpm", 5], ["dpm", 10], ["dpm", 25]]}
     elif name == "cpu":
         tables = "cpu"
-        train |= {"batch": 16, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25} | (
-            {"steps": 20_000, "residual_sd": 0.2} if size == 32 else {"steps": 12_500, "residual_sd": 0.16})
+        train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
+                  "residual_sd": 0.2 if size == 32 else 0.16}
         evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         tables = "gpu"
@@ -1370,7 +1370,8 @@ def save_chart(path, panels):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
-    columns, rows = min(4, len(panels)), math.ceil(len(panels) / 4)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -1384,6 +1385,8 @@ def save_chart(path, panels):
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        elif all(isinstance(x, int) for xs, _ in panel["lines"].values() for x in xs):
+            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if "log_y" in panel:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

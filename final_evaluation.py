@@ -194,7 +194,11 @@ def table_steps(results):
 
 
 def found_at(seeds, path):
-    """What stands at `path` (keys joined by dots) in each seed's metrics: a list of numbers or scores."""
+    """What stands at `path` (keys joined by dots) in each seed's metrics: a list of numbers or scores. Times are the
+    first seed's alone: a mean over machines shared with more or less other work would tell nothing."""
+    if re.search("second|saved", path):
+        seeds = dict(list(seeds.items())[:1])
+
     def follow(metrics):
         return functools.reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], path.split("."),
                                 metrics)
@@ -305,29 +309,33 @@ def answers(results):
     name = headline(next(iter(next(iter(results.values())).values())))[0]
     score = lambda metrics: metrics["rows"][0][name]["value"]  # noqa: E731
     stage2 = next((v for v in results if v.startswith("stage2-anneal")), None)
-    adaptive = [v for v in ("stage3-flow-learned", "stage3-flow-flow", "stage3-flow-variance") if v in results][:1]
+    fixed = "stage3-flow-fixed"
+    adaptive = next((f"stage3-flow-{way}" for way in ("learned", "flow", "variance")
+                     if f"stage3-flow-{way}" in results), "")
     missing = lambda command: f"not run yet: `{command}`"  # noqa: E731
     seconds = lambda metrics: metrics["rows"][0]["seconds_per_image"]  # noqa: E731
     lines = ["**Does joint training improve the distance?** " + (
         f"`{stage2}` against `stage1-form1`: {verdict(*(values(results, v, score) for v in (stage2, 'stage1-form1')))}."
         if stage2 and "stage1-form1" in results else missing("python stage2_joint.py"))]
+    if fixed in results and "stage1-form1" in results:
+        against = verdict(*(values(results, v, score) for v in (fixed, "stage1-form1")))
+        lines[0] += f" A VAE trained under a flow prior instead (`{fixed}`): {against}."
     parts = []
-    for variant in adaptive:
-        spent = {(way, what): values(results, variant, lambda m, way=way, key=key: m["tables"]["uncertainty"][
-            "adaptive_steps"][way][key]) for way in ("even", "adaptive")
-            for what, key in (("distance", name), ("seconds", "seconds_per_image"))}
-        if not spent["even", "seconds"]:
-            continue
+    spent = {(way, what): values(results, adaptive, lambda m, way=way, key=key: m["tables"]["uncertainty"][
+        "adaptive_steps"][way][key]) for way in ("even", "adaptive")
+        for what, key in (("distance", name), ("seconds", "seconds_per_image"))}
+    if spent["even", "seconds"]:
         ratio = sum(spent["adaptive", "seconds"].values()) / sum(spent["even", "seconds"].values())
         even, adapted = ({seed: score["value"] for seed, score in spent[way, "distance"].items()} for way in
                          ("even", "adaptive"))
-        parts.append(f"`{variant}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean spent "
+        parts.append(f"`{adaptive}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean spent "
                      f"evenly, distance {verdict(adapted, even)}")
-        fixed = values(results, "-".join([*variant.split("-")[:2], "fixed"]), seconds)
-        mine = {seed: second for seed, second in values(results, variant, seconds).items() if seed in fixed}
-        if mine:
-            parts[-1] += (f"; at equal steps it takes {sum(mine.values()) / sum(fixed[s] for s in mine):.2f} times the "
-                          "time of `fixed`")
+        plain, mine = values(results, fixed, seconds), values(results, adaptive, seconds)
+        both = plain.keys() & mine.keys()
+        if both:
+            ratio = sum(mine[s] for s in both) / sum(plain[s] for s in both)
+            parts.append(f"at equal steps it takes {ratio:.2f} times the time of `fixed`, distance "
+                         f"{verdict(*(values(results, v, score) for v in (adaptive, fixed)))}")
     for prior in ("gaussian", "gmm", "flow"):
         for enough in list(values(results, f"stage3-{prior}-fixed",
                                   lambda m: m["tables"]["steps_to_quality"]["dpm"]).values())[:1]:
@@ -338,10 +346,11 @@ def answers(results):
     areas = {v: values(results, v, lambda m: m["tables"]["robustness"]["area"]) for v in results
              if "-w" not in v and "-grad" not in v}
     told = [f"`{v}` {over_seeds(list(a.values()))}" for v, a in areas.items() if a]
+    pairs = [(stage2, "stage1-form1"), (adaptive, fixed)]
     lines.append("**How does each model take noisy VAE outputs?** Distance over the clean one, mean over noise of sd 0 "
-                 "to 0.4 (1: unharmed): " + ", ".join(told) + (
-                     f". `{stage2}` against `stage1-form1`: {verdict(areas[stage2], areas['stage1-form1'])}."
-                     if areas.get(stage2) and areas.get("stage1-form1") else "."))
+                 "to 0.4 (1: unharmed): " + ", ".join(told) + "".join(
+                     f". `{a}` against `{b}`: {verdict(areas[a], areas[b])}" for a, b in pairs
+                     if areas.get(a) and areas.get(b)) + ".")
     path = lambda key: lambda m: m["tables"][key]["slerp"]["refined"]["path_over_distance"]  # noqa: E731
     ours, theirs = (values(results, stage2, path(key)) for key in ("latent_space", "latent_space_stage1"))
     lines.append("**Is the latent space smoother with joint training?** " + (

@@ -75,7 +75,9 @@ def test_answers(tmp_path):
         adaptive["tables"]["uncertainty"] = {"adaptive_steps": {
             "even": {"fd_local": {"value": 10}, "seconds_per_image": 1.0},
             "adaptive": {"fd_local": {"value": 9}, "seconds_per_image": 1.1}}}
-        fixed = metrics("stage3-flow-fixed", seed)
+        adaptive["tables"]["robustness"] = {"area": 1.5 + seed / 10}
+        fixed = metrics("stage3-flow-fixed", seed, 9.0 + seed)
+        fixed["tables"]["robustness"] = {"area": 3.0 + seed / 10}
         fixed["rows"][0]["seconds_per_image"] /= 2
         fixed["tables"]["steps_to_quality"] = {"dpm": {"steps": 5, "of": 25, "time_saved": 0.8}}
         many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive, fixed]
@@ -84,6 +86,17 @@ def test_answers(tmp_path):
     assert "1.10 times the time" in text and "distance better by 10% (3 paired seeds" in text
     assert "2.00 times the time of `fixed`" in text and "under the flow prior 5 steps come within 10% of 25" in text
     assert "end distance in feature space: better by 25%" in text
+    assert "(`stage3-flow-fixed`): better by 9%" in text
+    assert "`stage3-flow-learned` against `stage3-flow-fixed`: better by 48%" in text
+
+
+def test_times_are_the_first_seeds(tmp_path):
+    """Another seed may have shared the machine: its seconds are not averaged in, its scores are."""
+    both = [metrics(seed=seed, distance=10.0 + seed) for seed in range(2)]
+    both[1]["rows"][0]["seconds_per_image"] *= 3
+    seeds = final.load_all(save(tmp_path, *both))["shapes"]["stage1-form1"]
+    assert final.mean_at(seeds, "rows.0.seconds_per_image") == both[0]["rows"][0]["seconds_per_image"]
+    assert final.mean_at(seeds, "rows.0.fd_local.value") == 10.5
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
