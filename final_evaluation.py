@@ -418,7 +418,7 @@ def draw(results, folder, dataset):
         made.append(folder / f"{dataset}-uncertainty.png")
         draw_uncertainty(made[-1], title, told)
     paths = {variant: seeds[0]["tables"]["latent_space"]["slerp"] for variant, seeds in with_stage1(results).items()
-             if 0 in seeds and "latent_space" in seeds[0]["tables"]}
+             if 0 in seeds and "latent_space" in seeds[0]["tables"] and variant != "stage2-bound"}  # empty: no path
     if paths:
         made.append(folder / f"{dataset}-smoothness.png")
         common.save_chart(made[-1], [
@@ -438,7 +438,9 @@ def draw_uncertainty(path, title, told):
                                            for key in ("s", "sse")]
         before, after = ([table["terciles"][third][who]["fd_to_these"] for third in ("sure", "middle", "unsure")]
                          for who in ("vae", "refined"))
-        thirds |= {f"{vae} VAE, unrefined": ([1, 2, 3], before), variant: ([1, 2, 3], after)}
+        thirds[f"{vae} VAE, unrefined"] = [1, 2, 3], before
+        if ([1, 2, 3], after) not in thirds.values():  # refiners that differ in the prior alone reconstruct alike
+            thirds[variant] = [1, 2, 3], after
     common.save_chart(path, [
         {"title": f"{title}: error of x_hat by tenths of s", "x": "uncertainty s", "y": "squared error",
          "lines": errors},
