@@ -236,7 +236,7 @@ def load_model(state, device):
     return SimpleNamespace(ae=common.restore(Autoencoder(train["ae_width"]), state["ae"], device), train=train,
                            unet=common.restore(build_unet(train), state["ema"], device), device=device,
                            stats={key: value.to(device) for key, value in state["scale"].items()},
-                           diffusion=common.Diffusion(train["objective"], device=device))
+                           diffusion=common.Diffusion(train["objective"], device=device), temperature=1.0)
 
 
 @torch.no_grad()
@@ -254,6 +254,7 @@ def generate(model, count, sampler, steps, seed, batch, noise=0.0, z_T=None):
         gen = common.generator(1_000_000 * (seed + 1) + start)
         clock = time.time()
         x_T = common.randn(latent_shape(model.train, batch), gen) if z_T is None else z_T[start : start + batch]
+        x_T = model.temperature * x_T
         with common.autocast(model.device):
             z = common.sample(model.diffusion, model.unet, x_T.to(model.device), sampler, steps,
                               common.generator(gen.initial_seed() + 1, model.device), clamp=False)
@@ -380,6 +381,7 @@ def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel
     """Rows (headline, grid of steps), the autoencoder's reconstructions as the ceiling, noise in the latent, an
     interpolation, the savings; writes figures, returns the metrics."""
     model, train = load_model(state, device), state["train"]
+    model.temperature = evaluation["temperature"]
     seed, batch = train["seed"], evaluation["batch"]
     fd = "fd" + extractor.suffix if extractor.suffix else "fid"
 

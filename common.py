@@ -968,7 +968,8 @@ TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.0
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100,
         "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
                  ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
-        "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40}
+        "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40,
+        "temperature": 1.0}
 PAPER_GRID = [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["ddim", 100],
               ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50], ["dpm", 100], ["ddpm", 1000]]
 
@@ -995,7 +996,7 @@ def budget(name, dataset, size):
         tables = "cpu"
         train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
                   "residual_sd": 0.2 if size == 32 else 0.16}
-        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300}
+        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.9}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         tables = "gpu"
         train |= {"batch": 256, "steps": 12_000, "vae_lr": 4e-4, "unet_lr": 4e-4, "unet_ema": 0.9995, "dropout": 0.1,
@@ -1049,6 +1050,8 @@ def add_flags(parser):
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
     add("--sample-steps", type=int, help="its number of steps, 1 to 1000")
+    add("--temperature", type=float, help="sd of the noise x_T that sampling starts from: below 1 fewer artefacts and "
+        "less detail")
     add("--eval-samples", type=int, help="images generated for the headline scores")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file with the Inception weights, for --features inception")
@@ -1060,6 +1063,7 @@ def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings, device."""
     for flag, value, low, high in (("--steps", args.steps, 1, 10**9), ("--batch-size", args.batch_size, 1, 10**5),
                                    ("--sample-steps", args.sample_steps, 1, 1000), ("--seed", args.seed, 0, 2**31),
+                                   ("--temperature", args.temperature, 0, 2),
                                    ("--eval-samples", args.eval_samples, 40, 10**6)):
         if value is not None and not low <= value <= high:
             fail(f"{flag} {value}: must lie between {low} and {high}")
@@ -1075,7 +1079,8 @@ def read_settings(args):
     evaluation["features"] = features
     given = {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}
     train |= {key: value for key, value in given.items() if value is not None}
-    given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples}
+    given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
+             "temperature": args.temperature}
     evaluation |= {key: value for key, value in given.items() if value is not None}
     if not args.dry_run:
         device = join_ranks(device, train["batch"])
@@ -1422,7 +1427,8 @@ def print_table(rows, columns):
 
 # A *model* here is a SimpleNamespace: `name`; `vae` (or None); `priors` {name: with .sample(count, gen), .log_prob(z)};
 # `denoiser(x_hat, z)`, which returns `denoise(x, t)` with its conditions fixed (None: a VAE alone); `diffusion`, `size`
-# and `device`; `kl(z, mu, logvar)` where the VAE was trained against another prior than N(0, I).
+# and `device`; `temperature`, the standard deviation of x_T (1: as trained); `kl(z, mu, logvar)` where the VAE was
+# trained against another prior than N(0, I).
 
 
 def latent_kl(model, z, mu, logvar):
@@ -1453,7 +1459,7 @@ def refine(model, x_hat, z, gen, sampler, steps):
     generator (x_hat itself is returned if the model is a VAE alone)."""
     if model.denoiser is None:
         return x_hat
-    x_T = randn(x_hat.shape, gen).to(model.device)
+    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
     noise = generator(gen.initial_seed() + 1, model.device)
     with autocast(model.device):
         return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise)
@@ -1578,6 +1584,19 @@ def robustness(folder, measure, prior, sampler, evaluation, fd):
     return {"nfe": steps, "scores": scores, "area": float(torch.trapezoid(ratio / ratio[0], sd) / 0.4)}
 
 
+def temperatures(folder, model, draw):
+    """The same z and the same noise x_T at several temperatures (DiffuseVAE's demonstrations use 0.8): lower ones trade
+    fine detail and diversity for fewer artefacts. Writes temperature.png; returns {temperature: row}."""
+    chosen, rows, pictures = model.temperature, {}, {}
+    for model.temperature in (0.8, 0.85, 0.9, 0.95, 1.0):
+        rows[str(model.temperature)], x_hat, images = draw()
+        pictures |= {"VAE": x_hat[:12]} if model.vae else {}
+        pictures[f"x_T sd {model.temperature}"] = images[:12]
+    model.temperature = chosen
+    save_grid(folder / "temperature.png", list(pictures.values()), list(pictures))
+    return rows
+
+
 def draw_ranked(folder, images, extractor, reference):
     """ranked.png: generated images by the distance of their features to the nearest real image's. Twelve each of the
     worst, the middle and the best: what a distance between distributions does not show."""
@@ -1618,7 +1637,7 @@ def evaluate(folder, model, state, evaluation, test, extractor, reference, facts
     draw = functools.partial(measure, model, evaluation, train["seed"], test, extractor, reference)
     priors = [prior, *(name for name in model.priors if name != prior)] if model.priors else ["none"]
     sampler, steps = ("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"])
-    rows, tables = [], {}
+    rows, tables, model.temperature = [], {}, evaluation["temperature"]
     for name in priors:  # the headline row first
         headline = name == priors[0] or model.denoiser is None
         row, x_hat, images = draw(name, sampler, steps, evaluation["count" if headline else "grid_count"])
@@ -1640,6 +1659,9 @@ def evaluate(folder, model, state, evaluation, test, extractor, reference, facts
             pictures[f"{name} {n}"] = images[:12]
         save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
         draw_speed(folder, rows[len(priors) :], fd)
+        if model.temperature != 1:
+            tables["temperature"] = temperatures(folder, model, functools.partial(
+                draw, priors[0], sampler, steps, evaluation["grid_count"]))
     if model.vae is not None:
         tables["robustness"] = robustness(folder, draw, priors[0], sampler, evaluation, fd)
         real = test.images[:1000]

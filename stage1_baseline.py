@@ -205,7 +205,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
 def load_model(state, variant, device):
     """Rebuild a model (see common.py, section 9) from its checkpoint alone."""
     train = state["train"]
-    model = SimpleNamespace(name=variant, vae=None, unet=None, denoiser=None, priors={}, device=device,
+    model = SimpleNamespace(name=variant, vae=None, unet=None, denoiser=None, priors={}, device=device, temperature=1.0,
                             size=train["image_size"],
                             diffusion=build_diffusion(train, variant, device))
     if variant != "uncond":

@@ -327,7 +327,7 @@ def load_model(state, device):
     train = state["train"]
     model = SimpleNamespace(name="joint", vae=common.restore(common.build_vae(train), state["vae"], device),
                             unet=common.restore(common.build_unet(train, 6), state["ema"], device), device=device,
-                            size=train["image_size"],
+                            size=train["image_size"], temperature=1.0,
                             diffusion=common.Diffusion(train["objective"], device=device,
                                                        residual_sd=train["residual_sd"]))
     model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),

@@ -403,7 +403,8 @@ def load_model(state, device):
                             diffusion=common.Diffusion(train["objective"], device=device,
                                                        residual_sd=train["residual_sd"]), denoiser=None,
                             stats={key: value.to(device) for key, value in state["uncertainty"].items()},
-                            vae=common.restore(common.build_vae(train), state["vae"], device), control=None)
+                            vae=common.restore(common.build_vae(train), state["vae"], device), control=None,
+                            temperature=1.0)
     d = model.vae.latent_dim
     flow = common.restore(RealNVP(d), state["flow"], device)
     if train["vae_prior"] == "flow":

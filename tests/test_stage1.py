@@ -515,6 +515,26 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
         assert torch.equal(damaged[0], x_T), damage
 
 
+def test_temperature_is_the_sd_of_x_T(trained, tmp_path):
+    """It scales x_T and nothing else; `temperatures` draws the same images at each and leaves the model as it was."""
+    model, starts = stage1.load_model(trained["form1"], "form1", CPU), []
+    seen = spy(model)
+
+    def draw():
+        seen.clear()
+        x_hat, images, _ = common.generate(model, 4, "gaussian", "dpm", 2, 0, 4)
+        starts.append(seen[0])
+        return model.temperature, x_hat, images
+
+    model.temperature = 0.7
+    rows = common.temperatures(tmp_path, model, draw)
+    assert rows == {"0.8": 0.8, "0.85": 0.85, "0.9": 0.9, "0.95": 0.95, "1.0": 1.0} and model.temperature == 0.7
+    for value, start in zip(rows.values(), starts, strict=True):
+        assert torch.allclose(start[:, :3], value * starts[-1][:, :3]) and torch.equal(start[:, 3:], starts[-1][:, 3:])
+    with Image.open(tmp_path / "temperature.png") as image:
+        assert image.height == 6 * (32 * 3 + 2)  # the VAE's images and five temperatures
+
+
 def test_corruptions():
     """Noise has the stated sd; the blur keeps constants and brightness and spreads a point to a variance of 1 pixel."""
     x_hat, gen = torch.zeros(20, 3, 32, 32), common.generator(0)
@@ -622,6 +642,7 @@ def test_network_cost_counts_what_a_variant_uses():
     (["--batch-size", "-1"], ["--batch-size -1"]),
     (["--sample-steps", "1001"], ["--sample-steps 1001", "1000"]),
     (["--eval-samples", "3"], ["--eval-samples 3"]),
+    (["--temperature", "-0.5"], ["--temperature -0.5"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--device", "toaster"], ["--device toaster"]),
     (["--out", "file/runs"], ["--out", "file/runs"]),
@@ -730,17 +751,19 @@ def test_smoke_again_reuses(smoke, monkeypatch, capsys):
 
 
 def test_other_evaluation_settings_evaluate_again_without_training(smoke, monkeypatch):
-    """--sample-steps 3 asks for another headline: evaluated, not trained."""
+    """--sample-steps 3 and --temperature 0.9 ask for another headline: evaluated, not trained."""
     monkeypatch.chdir(smoke)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     monkeypatch.setattr(stage1, "fit", refuse)
     seen = []
     monkeypatch.setattr(fid, "reference", lambda *a: None)
     monkeypatch.setattr(common, "evaluate", lambda folder, model, state, evaluation, *a: seen.append(
-        (model.name, evaluation["sample_steps"])) or {"run": {"variant": model.name}, "rows": [], "tables": {}})
+        (model.name, evaluation["sample_steps"], evaluation["temperature"])) or {
+            "run": {"variant": model.name}, "rows": [], "tables": {}})
     monkeypatch.setattr(common, "write_metrics", lambda *a: None)
-    stage1.main(["--budget", "smoke", "--variant", "form1", "--sample-steps", "3", "--device", "cpu"])
-    assert seen == [("form1", 3)]
+    stage1.main(["--budget", "smoke", "--variant", "form1", "--sample-steps", "3", "--temperature", "0.9",
+                 "--device", "cpu"])
+    assert seen == [("form1", 3, 0.9)]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
