@@ -8,6 +8,7 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
        Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
        Formulation 2  x_t is moved by x_hat as well: N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With y_t = x_t - x_hat
                       that is the plain process again, so the two differ in one line: what the U-Net is shown.
+       On real images at the cpu budget the U-Net predicts only what a guess from x_hat leaves open (Diffusion.guess).
     3. Sampling       z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine. The prior is N(0, I) or a Gaussian mixture
                       fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
 
