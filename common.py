@@ -1370,21 +1370,25 @@ def save_grid(path, rows, labels=None, scale=None):
 
 
 def save_chart(path, panels):
-    """Save line charts, four in a row. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)},
+    """Save line charts, three in a row. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)},
     optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    names = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))
+    colours = {label: f"C{i}" for i, label in enumerate(names)}  # one colour per label, whichever panels it is in
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False,
+                                   layout="constrained")
+    handles = {}
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels, strict=False):
         for label, (xs, ys) in panel["lines"].items():
-            axis.plot(xs, ys, marker="o" if len(xs) < 30 else None, label=label)
+            handles[label], = axis.plot(xs, ys, colours[label], marker="o" if len(xs) < 30 else None, label=label)
         for label, y in panel.get("level", {}).items():
-            axis.axhline(y, linestyle="--", color="grey", label=label)
+            handles[label] = axis.axhline(y, linestyle="--", color="grey", label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"))
         if axis.get_xscale() == "log":
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -1394,13 +1398,15 @@ def save_chart(path, panels):
             axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if "log_y" in panel:
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         else:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+        if len(names) < 6:
+            axis.legend(fontsize=8)
+    if len(names) > 5:  # would hide lines
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)

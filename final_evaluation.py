@@ -325,16 +325,16 @@ def answers(results):
         "adaptive_steps"][way][key]) for way in ("even", "adaptive")
         for what, key in (("distance", name), ("seconds", "seconds_per_image"))}
     if spent["even", "seconds"]:
-        ratio = sum(spent["adaptive", "seconds"].values()) / sum(spent["even", "seconds"].values())
+        ratio = next(iter(spent["adaptive", "seconds"].values())) / next(iter(spent["even", "seconds"].values()))
         even, adapted = ({seed: score["value"] for seed, score in spent[way, "distance"].items()} for way in
                          ("even", "adaptive"))
         parts.append(f"`{adaptive}` with steps by thirds of s takes {ratio:.2f} times the time of the same mean spent "
-                     f"evenly, distance {verdict(adapted, even)}")
+                     f"evenly; in distance, {verdict(adapted, even)}")
         plain, mine = values(results, fixed, seconds), values(results, adaptive, seconds)
-        both = plain.keys() & mine.keys()
+        both = sorted(plain.keys() & mine.keys())
         if both:
-            ratio = sum(mine[s] for s in both) / sum(plain[s] for s in both)
-            parts.append(f"at equal steps it takes {ratio:.2f} times the time of `fixed`, distance "
+            ratio = mine[both[0]] / plain[both[0]]  # times: of one seed, see found_at
+            parts.append(f"at equal steps it takes {ratio:.2f} times the time of `fixed`; in distance, "
                          f"{verdict(*(values(results, v, score) for v in (adaptive, fixed)))}")
     for prior in ("gaussian", "gmm", "flow"):
         for enough in list(values(results, f"stage3-{prior}-fixed",
@@ -345,12 +345,15 @@ def answers(results):
         "; ".join(parts) + "." if parts else missing("python stage3_adaptive.py")))
     areas = {v: values(results, v, lambda m: m["tables"]["robustness"]["area"]) for v in results
              if "-w" not in v and "-grad" not in v}
-    told = [f"`{v}` {over_seeds(list(a.values()))}" for v, a in areas.items() if a]
-    pairs = [(stage2, "stage1-form1"), (adaptive, fixed)]
+    told = [f"`{v}` {over_seeds(list(a.values()))}" + " (noise in its latent, not comparable)" * v.startswith("bonus")
+            for v, a in areas.items() if a]
     lines.append("**How does each model take noisy VAE outputs?** Distance over the clean one, mean over noise of sd 0 "
-                 "to 0.4 (1: unharmed): " + ", ".join(told) + "".join(
-                     f". `{a}` against `{b}`: {verdict(areas[a], areas[b])}" for a, b in pairs
-                     if areas.get(a) and areas.get(b)) + ".")
+                 "to 0.4 (the *noise area*; 1: unharmed): " + ", ".join(told) + ".")
+    noisy = lambda m: m["tables"]["robustness"]["scores"]["noise 0.4"][name]["value"]  # noqa: E731
+    for ours, theirs in ((stage2, "stage1-form1"), (adaptive, fixed)):
+        if areas.get(ours) and areas.get(theirs):
+            lines[-1] += (f" `{ours}` against `{theirs}`: {verdict(areas[ours], areas[theirs])}; the distance itself "
+                          f"at sd 0.4: {verdict(*(values(results, v, noisy) for v in (ours, theirs)))}.")
     path = lambda key: lambda m: m["tables"][key]["slerp"]["refined"]["path_over_distance"]  # noqa: E731
     ours, theirs = (values(results, stage2, path(key)) for key in ("latent_space", "latent_space_stage1"))
     lines.append("**Is the latent space smoother with joint training?** " + (
@@ -382,23 +385,28 @@ def table_reproduced(fresh, committed):
 
 
 def draw(results, folder, dataset):
-    """figures/DATASET-speed.png (distance against steps and seconds) and -robustness.png (against noise)."""
+    """figures/DATASET-comparison.png (distance, mean over seeds, against steps, seconds and noise) and the charts of
+    stages 2 and 3 that there are results for (of seed 0); returns their paths."""
     steps, seconds, noise = {}, {}, {}
     device = next(iter((results.get("stage1-form1") or next(iter(results.values()))).values()))["run"]["device"]
     for variant in (v for v in results if v in COMMANDS):  # the others would bury the lines; the tables have them all
-        metrics = next(iter(results[variant].values()))
+        seeds = results[variant]
+        metrics = next(iter(seeds.values()))
         name, first = headline(metrics)
         for sampler in ("dpm",) if len(results) > 3 else ("ddim", "dpm"):  # of many variants one line each
-            grid = [r for r in metrics["rows"][1:] if r["sampler"] == sampler and r["prior"] == first["prior"]]
+            grid = [i for i, r in enumerate(metrics["rows"]) if i and r["sampler"] == sampler
+                    and r["prior"] == first["prior"]]
             if len(grid) > 1:
-                distances = [r[name]["value"] for r in grid]
-                steps[f"{variant} {sampler}"] = [r["nfe"] for r in grid], distances
+                label = variant if len(results) > 3 else f"{variant} {sampler}"
+                distances = [mean_at(seeds, f"rows.{i}.{name}") for i in grid]
+                steps[label] = [metrics["rows"][i]["nfe"] for i in grid], distances
                 if metrics["run"]["device"] == device:  # other threads or another processor: not comparable
-                    seconds[f"{variant} {sampler}"] = [r["seconds_per_image"] for r in grid], distances
-        scores = metrics["tables"].get("robustness", {}).get("scores", {})
-        if "noise 0.4" in scores and isinstance(scores["noise 0.4"].get(name), dict):
-            noise[variant] = [0, 0.1, 0.2, 0.4], [scores[k][name]["value"] for k in
-                                                  ("clean", "noise 0.1", "noise 0.2", "noise 0.4")]
+                    seconds[label] = [metrics["rows"][i]["seconds_per_image"] for i in grid], distances
+        scores = lambda m, name=name: [m["tables"]["robustness"]["scores"][k][name]["value"] for k in  # noqa: E731
+                                       ("clean", "noise 0.1", "noise 0.2", "noise 0.4")]
+        damaged = list(values(results, variant, scores).values())
+        if damaged:
+            noise[variant] = [0, 0.1, 0.2, 0.4], [sum(column) / len(damaged) for column in zip(*damaged, strict=True)]
     title, made = TITLES.get(dataset, dataset), []
     panels = [{"title": f"{title}: {name} against {what}", "x": what, "y": name, "lines": lines} | scales
               for what, lines, scales in (("U-Net evaluations", steps, {"log": "log", "log_y": True}),
@@ -492,10 +500,13 @@ def draw_sweep(path, title, sweep):
 
 
 def look_up(expression, everything):
-    """`DATASET/VARIANT key.key` -> the number there, the mean over seeds; exits naming what is not there."""
+    """`DATASET/VARIANT key.key` -> the number there, the mean over seeds, or with VARIANT@SEED one seed's; exits naming
+    what is not there."""
     where, _, path = expression.strip().partition(" ")
     dataset, _, variant = where.partition("/")
-    value = mean_at(everything.get(dataset, {}).get(variant, {}), path.strip())
+    variant, _, seed = variant.partition("@")
+    seeds = everything.get(dataset, {}).get(variant, {})
+    value = mean_at({s: m for s, m in seeds.items() if seed in ("", str(s))}, path.strip())
     if value is None:
         common.fail(f"'{expression.strip()}' in a text names no number of the results; correct it, or run what it "
                     "needs")

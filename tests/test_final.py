@@ -83,7 +83,7 @@ def test_answers(tmp_path):
         many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive, fixed]
     text = final.answers(final.load_all(save(tmp_path / "b", *many))["shapes"])
     assert "`stage2-anneal` against `stage1-form1`: better by 45%" in text and "not run yet" not in text
-    assert "1.10 times the time" in text and "distance better by 10% (3 paired seeds" in text
+    assert "1.10 times the time" in text and "in distance, better by 10% (3 paired seeds" in text
     assert "2.00 times the time of `fixed`" in text and "under the flow prior 5 steps come within 10% of 25" in text
     assert "end distance in feature space: better by 25%" in text
     assert "(`stage3-flow-fixed`): better by 9%" in text
@@ -97,6 +97,8 @@ def test_times_are_the_first_seeds(tmp_path):
     seeds = final.load_all(save(tmp_path, *both))["shapes"]["stage1-form1"]
     assert final.mean_at(seeds, "rows.0.seconds_per_image") == both[0]["rows"][0]["seconds_per_image"]
     assert final.mean_at(seeds, "rows.0.fd_local.value") == 10.5
+    look_up = lambda name: final.look_up(f"shapes/{name} rows.0.fd_local.value", {"shapes": {"a": seeds}})  # noqa: E731
+    assert (look_up("a"), look_up("a@0"), look_up("a@1")) == (10.5, 10.0, 11.0)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -207,18 +209,22 @@ def test_tables_of_stages(tmp_path):
 
 
 def test_chart_of_uncertainty(tmp_path, monkeypatch):
-    """One error curve per VAE; thirds of s before (once per VAE) and after refinement (once per variant)."""
-    part = lambda fd: {"vae": {"fd_to_these": 9 * fd}, "refined": {"fd_to_these": fd}}  # noqa: E731
-    table = {"error_by_uncertainty": [{"s": -1.0, "sse": 2.0}, {"s": 1.0, "sse": 3.0}],
-             "terciles": {"sure": part(1.0), "middle": part(2.0), "unsure": part(4.0)}}
+    """One error curve per VAE; thirds of s before (once per VAE) and after refinement (once per refiner: two that
+    differ in the prior alone have one line)."""
+    part = lambda fd, refined: {"vae": {"fd_to_these": 9 * fd}, "refined": {"fd_to_these": refined * fd}}  # noqa: E731
+    table = lambda refined: {  # noqa: E731
+        "error_by_uncertainty": [{"s": -1.0, "sse": 2.0}, {"s": 1.0, "sse": 3.0}],
+        "terciles": {"sure": part(1.0, refined), "middle": part(2.0, refined), "unsure": part(4.0, refined)}}
     charts = []
     monkeypatch.setattr(common, "save_chart", lambda path, panels: charts.append(panels))
-    final.draw_uncertainty(tmp_path / "x.png", "shapes", {name: table for name in (
-        "stage3-flow-fixed", "stage3-flow-learned", "stage3-gmm-fixed")})
+    final.draw_uncertainty(tmp_path / "x.png", "shapes", {
+        "stage3-flow-fixed": table(2.0), "stage3-flow-learned": table(1.0), "stage3-gaussian-fixed": table(3.0),
+        "stage3-gmm-fixed": table(3.0)})
     (error, thirds), = charts
     assert error["lines"] == {f"VAE with {k} prior": [[-1.0, 1.0], [2.0, 3.0]] for k in ("flow", "Gaussian")}
     assert thirds["lines"]["stage3-flow-learned"] == ([1, 2, 3], [1.0, 2.0, 4.0])
     assert thirds["lines"]["Gaussian VAE, unrefined"] == ([1, 2, 3], [9.0, 18.0, 36.0]) and len(thirds["lines"]) == 5
+    assert "stage3-gaussian-fixed" in thirds["lines"] and "stage3-gmm-fixed" not in thirds["lines"]
 
 
 def test_sheet_of_samples(tmp_path):
