@@ -453,11 +453,12 @@ def main(argv=None):
         stage1 = home / f"stage1-form1-s{args.seed}"
         pixel_state = common.load_checkpoint(stage1 / "checkpoint.pt") if (stage1 / "checkpoint.pt").is_file() else None
         if pixel_state and (not pixel_state["finished"] or common.first_difference(
-                {key: pixel_state["train"][key] for key in pixel_train}, pixel_train)):
+                {key: pixel_state["train"].get(key) for key in pixel_train}, pixel_train)):
             pixel_state = None  # of another budget, or not yet trained
         pixel_metrics = common.read_metrics(stage1 / "metrics.json") if pixel_state else None
-        if pixel_metrics and pixel_metrics["run"]["features"] != extractor.name:
-            pixel_metrics = None  # other features: not comparable
+        if pixel_metrics and (pixel_metrics["run"]["features"] != extractor.name or
+                              pixel_metrics["run"]["eval"].get("temperature", 1.0) != evaluation["temperature"]):
+            pixel_metrics = None  # not comparable
         metrics = evaluate(folders["latent"], state, evaluation, test, extractor,
                            common.reference(args, extractor, data, test),
                            common.run_facts(train, evaluation, data, device, "bonus-latent"), pixel_state,

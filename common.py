@@ -984,7 +984,8 @@ def budget(name, dataset, size):
         tables = "tiny"
         train |= {"steps": 8, "attention": [16], "components": 2, "every": 4, "residual_sd": 0.2}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]],
-                       "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4}
+                       "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4,
+                       "temperature": 0.9}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
         # Many small batches: at these sizes an image in a batch of 8 teaches more than one in a batch of 32
@@ -1278,7 +1279,7 @@ def run_facts(train, evaluation, data, device, variant):
             "stage": variant.split("-")[0], "budget": train["budget"], "seed": train["seed"],
             "n_real": len(data.images),
             "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
-            "commit": git.stdout.strip() or "unknown", "eval": evaluation,
+            "commit": git.stdout.strip() or "unknown", "eval": evaluation, "residual_sd": train["residual_sd"],
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -1370,8 +1371,8 @@ def save_grid(path, rows, labels=None, scale=None):
 
 
 def save_chart(path, panels):
-    """Save line charts, three in a row. `panels`: dictionaries with title, x, y (axis names), lines {label: (xs, ys)},
-    optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
+    """Save line charts, three in a row (four: two by two). `panels`: dictionaries with title, x, y (axis names), lines
+    {label: (xs, ys)}, optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
@@ -1472,11 +1473,11 @@ def refine(model, x_hat, z, gen, sampler, steps):
 
 
 @torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, temperature=1.0):
+def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, stretch=1.0):
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
 
     Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
-    `corrupt(x_hat, gen)` damages the VAE's output before refinement; `temperature` scales z around the prior's mean.
+    `corrupt(x_hat, gen)` damages the VAE's output before refinement; `stretch` multiplies z.
     """
     parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
     for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
@@ -1484,7 +1485,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, tem
         clock = time.time()
         z, x_hat = None, torch.zeros(batch, 3, model.size, model.size, device=model.device)
         if model.vae is not None:
-            z = (temperature * model.priors[prior].sample(batch, gen)).to(model.device)
+            z = (stretch * model.priors[prior].sample(batch, gen)).to(model.device)
             with autocast(model.device):
                 x_hat = model.vae.decoder(z)
         x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
@@ -1523,7 +1524,7 @@ CORRUPTIONS = {
     "noise 0.2": {"corrupt": add_noise(0.2)},
     "noise 0.4": {"corrupt": add_noise(0.4)},
     "blur 1 px": {"corrupt": blur},
-    "z x 1.3": {"temperature": 1.3},
+    "z x 1.3": {"stretch": 1.3},
 }
 
 
@@ -1592,10 +1593,11 @@ def robustness(folder, measure, prior, sampler, evaluation, fd):
 
 def temperatures(folder, model, draw):
     """The same z and the same noise x_T at several temperatures (DiffuseVAE's demonstrations use 0.8): lower ones trade
-    fine detail and diversity for fewer artefacts. Writes temperature.png; returns {temperature: row}."""
-    chosen, rows, pictures = model.temperature, {}, {}
-    for model.temperature in (0.8, 0.85, 0.9, 0.95, 1.0):
-        rows[str(model.temperature)], x_hat, images = draw()
+    fine detail and diversity for fewer artefacts. Writes temperature.png; returns the rows."""
+    chosen, rows, pictures = model.temperature, [], {}
+    for model.temperature in sorted({0.8, 0.85, 0.9, 0.95, 1.0, chosen}):
+        row, x_hat, images = draw()
+        rows.append(row | {"temperature": model.temperature})
         pictures |= {"VAE": x_hat[:12]} if model.vae else {}
         pictures[f"x_T sd {model.temperature}"] = images[:12]
     model.temperature = chosen

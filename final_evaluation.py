@@ -39,7 +39,7 @@ COMMANDS = {  # what every data set's table should hold
     "stage2-anneal": "stage2_joint.py", "stage3-flow-fixed": "stage3_adaptive.py --conditioning fixed",
     "stage3-flow-learned": "stage3_adaptive.py", "bonus-latent": "bonus_latent.py"}
 TITLES = {"shapes": "shapes", "cifar10": "CIFAR-10", "celeba64": "CelebA-64"}
-LARGE = ("robustness", "steps")  # half a megabyte each, and alike from variant to variant: kept of stage 1's refiner
+LARGE = ("robustness", "steps", "temperature")  # half a megabyte each, and alike: kept of stage 1's refiner alone
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # show real images, or what stands for them
 
 
@@ -79,7 +79,8 @@ def load_all(paths):
         run = metrics["run"]
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
         facts = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
-        facts |= {"train_images": run["train_images"], "n_generated": metrics["rows"][0]["n_generated"]}
+        facts |= {"train_images": run["train_images"], "n_generated": metrics["rows"][0]["n_generated"],
+                  "temperature": run["eval"].get("temperature", 1.0), "residual_sd": run.get("residual_sd", 0.0)}
         other, reference = first.setdefault(run["dataset"], (path, facts))
         difference = common.first_difference(reference, facts)
         if difference:
@@ -222,6 +223,18 @@ def table_of(results, start, columns, intervals=False):
     lines = [[variant, *(cell(seeds, path) for path in columns.values())]
              for variant, seeds in results.items() if variant.startswith(start)]
     return markdown(["variant", *columns], lines)
+
+
+def table_temperatures(results):
+    """Stage 1's refiner with the same z and noise at several temperatures of x_T, where they were drawn."""
+    lines, name = [], ""
+    for metrics in list(results.get("stage1-form1", {}).values())[:1]:
+        name = headline(metrics)[0]
+        local = name.removeprefix("fd") if name != "fid" else ""
+        lines = [[f"{row['temperature']:g}", f"{row['n_generated']:,}", interval_text(row[name]),
+                  *(f"{row[key]['value']:.3g}" for key in ("hf_energy", "precision" + local, "recall" + local))]
+                 for row in metrics["tables"].get("temperature", [])]
+    return markdown(["sd of x_T", "images", name, "hf_energy", "precision", "recall"], lines)
 
 
 def table_sample_size(folder):
@@ -542,7 +555,7 @@ def make_blocks(everything, folder):
               "sample size": table_sample_size(Path(folder) / "features")}
     for dataset, results in everything.items():
         blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
-                   f"answers {dataset}": answers(results)}
+                   f"answers {dataset}": answers(results), f"temperature {dataset}": table_temperatures(results)}
         blocks |= {f"{name} {dataset}": table for name, table in tables_of_stages(results).items()}
     return blocks
 

@@ -87,7 +87,8 @@ def condition(unet, x_hat, variant, diffusion):
 
 
 def refiner_loss(diffusion, denoise, x0, t, eps):
-    """The simple loss (DDPM eq. 14): mean squared error of the prediction at x_t, shape (B,), mean over dimensions."""
+    """The simple loss (DDPM eq. 14): mean squared error of the prediction at x_t in units of guess_sd (1 unless the
+    settings have a residual_sd), mean over dimensions: (B,)."""
     xt = diffusion.q_sample(x0, t, eps)
     return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 

@@ -73,7 +73,7 @@ def variant_name(train):
 
 
 def condition(unet, x_hat, diffusion):
-    """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input."""
+    """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input. As in stage 1."""
     return lambda x, t: diffusion.guess(x, x_hat, t) + diffusion.guess_sd(t) * unet(torch.cat([x, x_hat], 1), t)
 
 
@@ -83,7 +83,8 @@ def elbo_terms(x0, x_hat, mu, logvar):
 
 
 def simple_loss(diffusion, denoise, x0, t, eps):
-    """Mean squared error of the prediction at x_t (DDPM eq. 14), mean over dimensions: (B,). As in stage 1."""
+    """Mean squared error of the prediction at x_t (DDPM eq. 14) in units of guess_sd, mean over dimensions: (B,). As in
+    stage 1."""
     xt = diffusion.q_sample(x0, t, eps)
     return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 
@@ -264,10 +265,11 @@ def train_joint(folder, train, data, device, resume):
             refiner.mean().backward()  # the refiner's own gradient, as in stage 1; cut.grad: (B, 3, H, W)
             sse, kl = elbo_terms(x0, x_hat, mu, logvar)
             elbo, weight, scale = sse + train["beta"] * kl, 1.0, 1.0  # scale: of the ELBO term
+            unit = 1.0 if train["loss"] == "bound" else diffusion.guess_sd(t) ** 2  # M in the target's own units
             if train["loss"] == "bound":
                 elbo, scale = kl, 0.0  # no reconstruction term
             elif train["loss"] == "uncertainty":
-                terms = torch.stack([elbo.mean().detach(), size * refiner.mean().detach()])
+                terms = torch.stack([elbo.mean().detach(), size * (refiner.detach() * unit).mean()])
                 common.average_over_ranks([terms])
                 optimizers["balance"].zero_grad()
                 ((-balance).exp() * terms + balance).sum().backward()
@@ -275,7 +277,7 @@ def train_joint(folder, train, data, device, resume):
                 elbo = scale * elbo
             else:
                 weight = diffusion_weight(train, step) * guard.factor
-            pull = weight * size * cut.grad  # (B, 3, H, W): the diffusion term's gradient at x_hat
+            pull = weight * size * unit * cut.grad  # (B, 3, H, W): the diffusion term's gradient at x_hat
             push = scale * (x_hat.detach() - x0) / (2 * len(x0))  # the SSE's
             spread_gradients(vae, elbo.mean(), x_hat, pull, train["gradient"])
             for network in networks.values():
@@ -462,6 +464,7 @@ def main(argv=None):
         common.write_metrics(folder / "metrics.json", metrics)
     if len(earlier) == 2 and "latent_space_stage1" not in metrics["tables"]:
         baseline = load_model(common.load_checkpoint(list(earlier)[1] / "checkpoint.pt"), device)
+        baseline.temperature = evaluation["temperature"]
         metrics["tables"]["latent_space_stage1"] = latent_space(None, baseline, data, test, extractor, reference,
                                                                 evaluation, args.seed)
         common.write_metrics(folder / "metrics.json", metrics)

@@ -248,9 +248,10 @@ class Conditioner(nn.Module):
 
 
 def condition(refiner, x_hat, s_vec, s, diffusion):
-    """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat."""
+    """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat. The guess, where
+    there is one, is from x_hat itself under every strategy: dimmed, it would be no mean of x0."""
     seen, extra = refiner["conditioner"](x_hat, s_vec, s)
-    return lambda x, t: (diffusion.guess(x, seen, t)
+    return lambda x, t: (diffusion.guess(x, x_hat, t)
                          + diffusion.guess_sd(t) * refiner["unet"](torch.cat([x, seen], 1), t, extra))
 
 
@@ -514,7 +515,7 @@ def adaptive_steps(model, extractor, reference, evaluation, prior, seed):
     count, n = 3 * (evaluation["grid_count"] // 3), evaluation["probe_steps"]
     gen, fd = common.generator(85_000 + seed), "fd" + extractor.suffix if extractor.suffix else "fid"
     z = model.priors[prior].sample(count, gen).to(model.device)
-    x_T = common.randn((count, 3, model.size, model.size), gen).to(model.device)
+    x_T = model.temperature * common.randn((count, 3, model.size, model.size), gen).to(model.device)
     result = {"mean_steps": n}
     for name in ("even", "adaptive"):
         images, clock = torch.empty(x_T.shape, dtype=torch.uint8), time.time()

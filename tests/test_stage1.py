@@ -495,7 +495,7 @@ def spy(model):
 
 def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
     """Image k starts from the same x_hat and x_T whatever the sampler, the number of steps and of images; damage
-    changes x_hat alone, a temperature too."""
+    changes x_hat alone, a stretched z too."""
     def start(sampler="dpm", steps=2, count=8, batch=4, **damage):
         model = stage1.load_model(trained["form1"], "form1", CPU)
         seen = spy(model)
@@ -509,7 +509,7 @@ def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
     fewer = start(count=5)
     assert torch.equal(fewer[0], x_T[:5]) and torch.equal(fewer[1], x_hat[:5])
     assert not torch.equal(x_T[:4], x_T[4:])  # the second batch has its own draws
-    for damage in ({"corrupt": common.add_noise(0.1)}, {"corrupt": common.blur}, {"temperature": 1.3}):
+    for damage in ({"corrupt": common.add_noise(0.1)}, {"corrupt": common.blur}, {"stretch": 1.3}):
         damaged = start(**damage)
         assert not torch.equal(damaged[1], x_hat)
         assert torch.equal(damaged[0], x_T), damage
@@ -524,15 +524,16 @@ def test_temperature_is_the_sd_of_x_T(trained, tmp_path):
         seen.clear()
         x_hat, images, _ = common.generate(model, 4, "gaussian", "dpm", 2, 0, 4)
         starts.append(seen[0])
-        return model.temperature, x_hat, images
+        return {"nfe": 2}, x_hat, images
 
     model.temperature = 0.7
     rows = common.temperatures(tmp_path, model, draw)
-    assert rows == {"0.8": 0.8, "0.85": 0.85, "0.9": 0.9, "0.95": 0.95, "1.0": 1.0} and model.temperature == 0.7
-    for value, start in zip(rows.values(), starts, strict=True):
+    used = [row["temperature"] for row in rows]
+    assert used == [0.7, 0.8, 0.85, 0.9, 0.95, 1.0] and model.temperature == 0.7
+    for value, start in zip(used, starts, strict=True):
         assert torch.allclose(start[:, :3], value * starts[-1][:, :3]) and torch.equal(start[:, 3:], starts[-1][:, 3:])
     with Image.open(tmp_path / "temperature.png") as image:
-        assert image.height == 6 * (32 * 3 + 2)  # the VAE's images and five temperatures
+        assert image.height == 7 * (32 * 3 + 2)  # the VAE's images and six temperatures
 
 
 def test_corruptions():
@@ -710,9 +711,9 @@ def smoke(tmp_path_factory):
 def test_smoke_writes_everything(smoke):
     """Each variant: a metrics file that meets the schema, the rows that were asked for, its figures."""
     figures = {"vae": {"samples", "ranked", "robustness", "reconstructions", "training"},
-               "uncond": {"samples", "ranked", "speed", "spacing", "steps", "training"},
+               "uncond": {"samples", "ranked", "speed", "spacing", "steps", "temperature", "training"},
                "form1": {"samples", "ranked", "speed", "spacing", "steps", "robustness", "reconstructions",
-                         "training"}}
+                         "temperature", "training"}}
     figures["form2"] = figures["form1"]
     for variant in stage1.VARIANTS:
         folder = smoke / "runs" / "shapes-smoke" / f"stage1-{variant}-s0"

@@ -24,7 +24,7 @@ def parts(gradient, weight=1.0):
     torch.manual_seed(0)
     vae, unet = common.build_vae(settings()), common.build_unet(settings(), 6)
     torch.nn.init.normal_(unet.out.weight, std=0.1)  # the published start, zero, would send no gradient to x_hat
-    diffusion, gen = common.Diffusion("v"), common.generator(0)
+    diffusion, gen = common.Diffusion("v", residual_sd=0.2), common.generator(0)
     x0, eps = common.to_float(images_of(4).images), common.randn((4, 3, 32, 32), gen)
     x_hat, mu, logvar = vae(x0, common.randn((4, vae.latent_dim), gen))
     cut, t = x_hat.detach().requires_grad_(), torch.tensor([5, 100, 400, 900])
@@ -55,10 +55,13 @@ def test_the_diffusion_term_reaches_as_far_as_it_should(gradient):
 
 @pytest.fixture
 def handed_on(monkeypatch):
-    """What train_joint hands to spread_gradients, with a refiner whose loss is the mean square of x_hat itself."""
+    """What train_joint hands to spread_gradients, with a refiner whose loss is the mean square of x_hat itself (before
+    the division by guess_sd)."""
     seen, spread = [], stage2.spread_gradients
-    monkeypatch.setattr(stage2, "condition", lambda unet, x_hat: lambda x, t: x_hat + 0 * unet(x.repeat(1, 2, 1, 1), t))
-    monkeypatch.setattr(stage2, "simple_loss", lambda d, f, x0, t, eps: f(x0, t).square().flatten(1).mean(1))
+    monkeypatch.setattr(stage2, "condition", lambda unet, x_hat, *_: lambda x, t: x_hat + 0 * unet(
+        x.repeat(1, 2, 1, 1), t))
+    monkeypatch.setattr(stage2, "simple_loss", lambda d, f, x0, t, eps: (
+        f(x0, t) / d.guess_sd(t)).square().flatten(1).mean(1))
     monkeypatch.setattr(stage2, "spread_gradients", lambda *a: seen.append(a) or spread(*a))
     return seen
 
@@ -153,7 +156,7 @@ def test_bound_has_no_reconstruction_term(tmp_path, monkeypatch):
     """The VAE's own loss is the KL alone; the rest of its gradient is the bound's, in nats, at x_hat."""
     seen, spread = [], stage2.spread_gradients
     monkeypatch.setattr(stage2, "spread_gradients", lambda *a: seen.append(a) or spread(*a))
-    monkeypatch.setattr(stage2, "condition", lambda unet, x_hat: lambda x, t: x_hat + 0 * unet(
+    monkeypatch.setattr(stage2, "condition", lambda unet, x_hat, *_: lambda x, t: x_hat + 0 * unet(
         x.repeat(1, 2, 1, 1), t))
     monkeypatch.setattr(stage2, "bound_loss", lambda d, f, x0, t, eps, p: f(x0, t).flatten(1).sum(1))
     train = joint(loss="bound", diffusion_weight=None, t_power=4.0, steps=1)
