@@ -220,7 +220,7 @@ def train_latent(folder, train, ae_state, data, device, resume):
         z = z.contiguous(memory_format=torch.channels_last)
         t = diffusion.draw_t(len(z), train["t_power"], gen)  # (B,), in 1..T
         z, t, eps = common.share(z, t, common.randn(z.shape, gen))
-        mse = ((unet(diffusion.q_sample(z, t, eps), t) - diffusion.target(z, t, eps)) ** 2).flatten(1).mean(1)
+        mse = diffusion.simple_loss(unet, z, t, eps)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, unet, loss, len(mu), train["unet_lr"], train["unet_clip"], train["unet_ema"],

@@ -733,6 +733,16 @@ class Diffusion:
         a, s = self.factors(t)
         return (a if self.objective == "eps" else 1) * self.residual_sd / (a**2 * self.residual_sd**2 + s**2).sqrt()
 
+    def complete(self, output, xt, x_hat, t):
+        """The U-Net's output (B, C, H, W), in units of guess_sd about the guess -> the prediction of the target."""
+        return self.guess(xt, x_hat, t) + self.guess_sd(t) * output
+
+    def simple_loss(self, denoise, x0, t, eps):
+        """Mean squared error of the prediction `denoise(x_t, t)` (DDPM eq. 14), in units of guess_sd (1 without
+        residual_sd), mean over dimensions: (B,)."""
+        error = denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)
+        return ((error / self.guess_sd(t)) ** 2).flatten(1).mean(1)
+
     def predict(self, output, xt, t, clamp=True):
         """Network output -> (x0, eps). x0 is clamped to [-1, 1], then eps is derived from it again, so they agree."""
         a, s = self.factors(t)

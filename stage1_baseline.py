@@ -81,16 +81,9 @@ def condition(unet, x_hat, variant, diffusion):
 
     def denoise(y, t):
         xt = y if variant == "form1" else y + x_hat
-        return diffusion.guess(y, x_hat, t) + diffusion.guess_sd(t) * unet(torch.cat([xt, x_hat], 1), t)
+        return diffusion.complete(unet(torch.cat([xt, x_hat], 1), t), y, x_hat, t)
 
     return denoise
-
-
-def refiner_loss(diffusion, denoise, x0, t, eps):
-    """The simple loss (DDPM eq. 14): mean squared error of the prediction at x_t in units of guess_sd (1 unless the
-    settings have a residual_sd), mean over dimensions: (B,)."""
-    xt = diffusion.q_sample(x0, t, eps)
-    return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -194,7 +187,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
         with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
             x_hat = vae(x0, z_noise)[0] if vae else None
-        mse = refiner_loss(diffusion, condition(unet, x_hat, variant, diffusion), x0, t, eps)
+        mse = diffusion.simple_loss(condition(unet, x_hat, variant, diffusion), x0, t, eps)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, unet, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],

@@ -74,19 +74,12 @@ def variant_name(train):
 
 def condition(unet, x_hat, diffusion):
     """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input. As in stage 1."""
-    return lambda x, t: diffusion.guess(x, x_hat, t) + diffusion.guess_sd(t) * unet(torch.cat([x, x_hat], 1), t)
+    return lambda x, t: diffusion.complete(unet(torch.cat([x, x_hat], 1), t), x, x_hat, t)
 
 
 def elbo_terms(x0, x_hat, mu, logvar):
     """SSE in [0, 1] units and KL in nats, each (B,): stage 1's VAE loss in two parts."""
     return ((x_hat - x0) ** 2).flatten(1).sum(1) / 4, common.gaussian_kl(mu, logvar)
-
-
-def simple_loss(diffusion, denoise, x0, t, eps):
-    """Mean squared error of the prediction at x_t (DDPM eq. 14) in units of guess_sd, mean over dimensions: (B,). As in
-    stage 1."""
-    xt = diffusion.q_sample(x0, t, eps)
-    return (((denoise(xt, t) - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
 
 
 def time_probability(t, T, power):
@@ -181,7 +174,7 @@ def look(vae, unet, diffusion, images, gen):
     eps, name = common.randn(few.shape, gen), f"{diffusion.objective}_mse"
 
     def loss_given(x_hat):
-        return float(simple_loss(diffusion, condition(unet, x_hat, diffusion), few, t, eps).mean())
+        return float(diffusion.simple_loss(condition(unet, x_hat, diffusion), few, t, eps).mean())
 
     return {"active_units": float((mu.var(0) > 0.01).sum()),
             f"{name}_own": loss_given(x_hat), f"{name}_shuffled": loss_given(x_hat.roll(1, 0))}
@@ -261,7 +254,7 @@ def train_joint(folder, train, data, device, resume):
                 if train["loss"] == "bound":
                     refiner = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size
                 else:
-                    refiner = simple_loss(diffusion, denoise, x0, t, eps)
+                    refiner = diffusion.simple_loss(denoise, x0, t, eps)
             refiner.mean().backward()  # the refiner's own gradient, as in stage 1; cut.grad: (B, 3, H, W)
             sse, kl = elbo_terms(x0, x_hat, mu, logvar)
             elbo, weight, scale = sse + train["beta"] * kl, 1.0, 1.0  # scale: of the ELBO term

@@ -251,8 +251,7 @@ def condition(refiner, x_hat, s_vec, s, diffusion):
     """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat. The guess, where
     there is one, is from x_hat itself under every strategy: dimmed, it would be no mean of x0."""
     seen, extra = refiner["conditioner"](x_hat, s_vec, s)
-    return lambda x, t: (diffusion.guess(x, x_hat, t)
-                         + diffusion.guess_sd(t) * refiner["unet"](torch.cat([x, seen], 1), t, extra))
+    return lambda x, t: diffusion.complete(refiner["unet"](torch.cat([x, seen], 1), t, extra), x, x_hat, t)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -388,8 +387,7 @@ def train_refiner(folder, train, vae_state, data, device, resume):
             if train["conditioning"] != "fixed":
                 s_vec, s = (standardise(logvar, stats) if train["uncertainty"] == "posterior" else
                             uncertainty(vae, x_hat, stats))
-        output = condition(refiner, x_hat, s_vec, s, diffusion)(diffusion.q_sample(x0, t, eps), t)
-        mse = (((output - diffusion.target(x0, t, eps)) / diffusion.guess_sd(t)) ** 2).flatten(1).mean(1)
+        mse = diffusion.simple_loss(condition(refiner, x_hat, s_vec, s, diffusion), x0, t, eps)
         return mse, {f"{train['objective']}_mse": mse}
 
     return fit(folder, state, train, refiner, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],

@@ -102,16 +102,16 @@ def test_vae_loss_is_in_unit_range_and_nats():
 
 
 @pytest.mark.parametrize("objective", ["eps", "v"])
-def test_refiner_loss(objective):
+def test_simple_loss(objective):
     """An oracle loses nothing; a network that answers 0 loses the mean square of eps, or of v = a eps - s x0."""
     diffusion, gen = common.Diffusion(objective), common.generator(0)
     x0, eps, t = common.randn((2, 3, 4, 4), gen), common.randn((2, 3, 4, 4), gen), torch.tensor([1, 600])
     a, s = diffusion.factors(t)
     target = eps if objective == "eps" else a * eps - s * x0
     seen = []
-    loss = stage1.refiner_loss(diffusion, lambda xt, t: seen.append((xt, t)) or target, x0, t, eps)
+    loss = diffusion.simple_loss(lambda xt, t: seen.append((xt, t)) or target, x0, t, eps)
     assert loss.tolist() == [0, 0] and torch.allclose(seen[0][0], a * x0 + s * eps) and torch.equal(seen[0][1], t)
-    loss = stage1.refiner_loss(diffusion, lambda xt, t: 0 * xt, x0, t, eps)
+    loss = diffusion.simple_loss(lambda xt, t: 0 * xt, x0, t, eps)
     assert torch.allclose(loss, target.square().mean((1, 2, 3)))
 
 
@@ -158,7 +158,7 @@ def test_a_silent_network_samples_the_guess(variant, objective):
     rest = (x - x_hat).flatten(1)
     assert rest.mean(1).abs().max() < 0.01 and (rest.std(1) / 0.2 - 1).abs().max() < 0.02
     x0 = x_hat + 0.2 * common.randn(x_hat.shape, gen)
-    loss = stage1.refiner_loss(diffusion, denoise, x0, torch.tensor([5, 100, 900]), common.randn(x0.shape, gen))
+    loss = diffusion.simple_loss(denoise, x0, torch.tensor([5, 100, 900]), common.randn(x0.shape, gen))
     assert loss == pytest.approx(1, abs=0.05)
 
 
@@ -238,7 +238,7 @@ def test_refiner_overfits_one_batch(variant):
     optimizer = torch.optim.Adam(unet.parameters(), lr=3e-3)
     history = []
     for _ in range(100):
-        loss = stage1.refiner_loss(diffusion, denoise, x0, t, eps).mean()
+        loss = diffusion.simple_loss(denoise, x0, t, eps).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -266,8 +266,9 @@ def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
 def test_times_and_posterior_samples_of_training(tmp_path, monkeypatch):
     """t = ceil(T u^p) lies in 1..T, with mean T / (p + 1) + 1/2; x_hat is a fresh posterior sample at every step."""
     times, x_hats, condition = [], [], stage1.condition
-    loss = stage1.refiner_loss
-    monkeypatch.setattr(stage1, "refiner_loss", lambda d, f, x0, t, eps: times.append(t) or loss(d, f, x0, t, eps))
+    loss = common.Diffusion.simple_loss
+    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda d, f, x0, t, eps:
+                        times.append(t) or loss(d, f, x0, t, eps))
     monkeypatch.setattr(stage1, "condition", lambda u, x_hat, *a: x_hats.append(x_hat) or condition(u, x_hat, *a))
     data = images_of(1)
     data.images = data.images.expand(40, 3, 32, 32)  # one image: x_hat differs by the posterior sample alone

@@ -28,7 +28,7 @@ def parts(gradient, weight=1.0):
     x0, eps = common.to_float(images_of(4).images), common.randn((4, 3, 32, 32), gen)
     x_hat, mu, logvar = vae(x0, common.randn((4, vae.latent_dim), gen))
     cut, t = x_hat.detach().requires_grad_(), torch.tensor([5, 100, 400, 900])
-    stage2.simple_loss(diffusion, stage2.condition(unet, cut, diffusion), x0, t, eps).mean().backward()
+    diffusion.simple_loss(stage2.condition(unet, cut, diffusion), x0, t, eps).mean().backward()
     sse, kl = stage2.elbo_terms(x0, x_hat, mu, logvar)
     elbo, pull = (sse + kl).mean(), weight * cut.grad
     names = [name for name, _ in vae.named_parameters()]
@@ -60,7 +60,7 @@ def handed_on(monkeypatch):
     seen, spread = [], stage2.spread_gradients
     monkeypatch.setattr(stage2, "condition", lambda unet, x_hat, *_: lambda x, t: x_hat + 0 * unet(
         x.repeat(1, 2, 1, 1), t))
-    monkeypatch.setattr(stage2, "simple_loss", lambda d, f, x0, t, eps: (
+    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda d, f, x0, t, eps: (
         f(x0, t) / d.guess_sd(t)).square().flatten(1).mean(1))
     monkeypatch.setattr(stage2, "spread_gradients", lambda *a: seen.append(a) or spread(*a))
     return seen
@@ -222,7 +222,7 @@ def test_guard_by_hand():
 def test_an_injected_fault_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     """A loss that is infinite at two steps changes nothing else: no weight becomes NaN, lambda is raised, stored and
     logged; one that stays so stops the run and names the term."""
-    calls, loss = [], stage2.simple_loss
+    calls, loss = [], common.Diffusion.simple_loss
 
     def broken(diffusion, denoise, x0, t, eps):
         if torch.is_grad_enabled():
@@ -230,14 +230,14 @@ def test_an_injected_fault_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch,
         value = loss(diffusion, denoise, x0, t, eps)
         return value * math.inf if len(calls) in (3, 4) and torch.is_grad_enabled() else value
 
-    monkeypatch.setattr(stage2, "simple_loss", broken)
+    monkeypatch.setattr(common.Diffusion, "simple_loss", broken)
     state = stage2.train_joint(tmp_path / "two", joint(steps=8, every=4), images_of(60), CPU, False)
     assert state["guard"]["skipped"] == 2 and state["guard"]["raised"] == 2 and state["updates"] == 6
     assert all(v.isfinite().all() for part in ("vae", "ema") for v in state[part].values())
     log = common.read_log(tmp_path / "two" / "log.csv")
     assert log["skipped"] == [2, 2] and log["weight"][-1] == pytest.approx(1.5**2)
     assert "step 3 skipped: the refiner's loss" in capsys.readouterr().out
-    monkeypatch.setattr(stage2, "simple_loss", lambda *a: math.nan * loss(*a))
+    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *a: math.nan * loss(*a))
     with pytest.raises(SystemExit) as stop:
         stage2.train_joint(tmp_path / "all", joint(steps=30), images_of(60), CPU, False)
     err = capsys.readouterr().err
