@@ -1007,7 +1007,7 @@ def budget(name, dataset, size):
         tables = "cpu"
         train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
                   "residual_sd": 0.2 if size == 32 else 0.16}
-        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.8}
+        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.7}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         tables = "gpu"
         train |= {"batch": 256, "steps": 12_000, "vae_lr": 4e-4, "unet_lr": 4e-4, "unet_ema": 0.9995, "dropout": 0.1,
