@@ -7,7 +7,7 @@ BIN = .venv/bin
 demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 4 minutes on two cores
 	$(BIN)/python stage1_baseline.py --resume
 
-report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: half an hour
+report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: an hour at most
 	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --resume
 	$(BIN)/python stage2_joint.py --resume
 	$(BIN)/python stage3_adaptive.py --conditioning fixed --resume

@@ -23,6 +23,7 @@ import math
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -235,6 +236,19 @@ def table_temperatures(results):
                   *(f"{row[key]['value']:.3g}" for key in ("hf_energy", "precision" + local, "recall" + local))]
                  for row in metrics["tables"].get("temperature", [])]
     return markdown(["sd of x_T", "images", name, "hf_energy", "precision", "recall"], lines)
+
+
+def table_pairs(path):
+    """Verdicts on pairs of a VAE's image and its refinement, by temperature of x_T: a reader was shown them unnamed."""
+    sheets, counts = json.loads(Path(path).read_text())["sheets"], {}
+    for sheet in sheets:
+        told = counts.setdefault(sheet["temperature"], Counter())
+        for letter, side in zip(sheet["verdicts"], sheet["refined_side"], strict=True):
+            winner = "refined" if letter.lower() == side else "VAE"
+            told["equal" if letter == "=" else f"{winner} {'clearly' if letter.isupper() else 'slightly'}"] += 1
+    kinds = ["refined clearly", "refined slightly", "equal", "VAE slightly", "VAE clearly"]
+    return markdown(["sd of x_T", "pairs", *kinds], [[f"{sd:g}", str(told.total()), *(str(told[k]) for k in kinds)]
+                                                     for sd, told in sorted(counts.items())])
 
 
 def table_sample_size(folder):
@@ -553,6 +567,8 @@ def make_blocks(everything, folder):
     blocks = {"features": table_features(Path(folder) / "features"),
               "benchmark": f"```\n{benchmark.read_text().strip() if benchmark.is_file() else 'not run yet'}\n```",
               "sample size": table_sample_size(Path(folder) / "features")}
+    pairs = Path(folder) / "celeba64-pairs.json"
+    blocks |= {"pairs celeba64": table_pairs(pairs)} if pairs.is_file() else {}
     for dataset, results in everything.items():
         blocks |= {f"variants {dataset}": table_variants(results), f"steps {dataset}": table_steps(results),
                    f"answers {dataset}": answers(results), f"temperature {dataset}": table_temperatures(results)}
@@ -592,7 +608,7 @@ def main(argv=None):
             blocks[f"reproduced {dataset}"] = table_reproduced(everything[dataset], committed[dataset])
             print(blocks[f"reproduced {dataset}"])
         text = "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks.items()
-                           if name not in ("features", "sample size", "benchmark"))
+                           if name not in ("features", "sample size", "benchmark", "pairs celeba64"))
         with common.atomic(source / "REPORT.md") as temporary:
             temporary.write_text(f"# Fresh runs in {source}\n\n{text}\n")
         for dataset, results in everything.items():

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-def in_turn(contenders, rounds=7):
+def in_turn(contenders, rounds=15):
     """Median seconds of each of {name: function}, timed in turn after two warm-up calls."""
     times = {name: [] for name in contenders}
     for i in range(rounds + 2):
@@ -176,7 +176,7 @@ def overheads(train, seconds):
         def log():
             common.append_log(Path(folder) / "log.csv", {"step": 1, "v_mse": 0.1})
 
-        parts = in_turn({"feed": feed, "average": lambda: ema.update(net), "log": log, "save": save}, rounds=15)
+        parts = in_turn({"feed": feed, "average": lambda: ema.update(net), "log": log, "save": save})
     print(f"\nfeeding a batch: {parts['feed'] / seconds:.2%} of a step")
     kept = {"moving average": parts["average"] / seconds, "a row of the log": parts["log"] / train["every"] / seconds,
             "a checkpoint a minute": parts["save"] / 60}

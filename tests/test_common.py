@@ -1070,9 +1070,11 @@ def test_read_metrics_takes_damaged_ones_for_none(text, tmp_path):
 
 def test_run_facts_fit_the_schema():
     data = SimpleNamespace(name="shapes", crop="none", note="", images=[0] * 12)
-    facts = common.run_facts({"budget": "smoke", "seed": 3}, {}, data, torch.device("cpu"), "stage1-form1")
+    train = {"budget": "smoke", "seed": 3, "residual_sd": 0.2}
+    facts = common.run_facts(train, {}, data, torch.device("cpu"), "stage1-form1")
     later = {"features", "parameters", "gflops", "train_images", "train_seconds"}
-    assert set(facts) == common.RUN_KEYS - later and facts["stage"] == "stage1" and facts["n_real"] == 12
+    assert set(facts) == common.RUN_KEYS - later | {"residual_sd"}
+    assert facts["stage"] == "stage1" and facts["n_real"] == 12
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------

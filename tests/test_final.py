@@ -283,3 +283,13 @@ def test_the_texts_agree_with_the_results(capsys):
     with pytest.raises(SystemExit) as stop:
         final.main(["--check"])
     assert stop.value.code == 0, capsys.readouterr().out
+
+
+def test_verdicts_on_pairs_are_counted_by_side(tmp_path):
+    """A letter names a side; which image stood there is in refined_side. Sheets of one temperature are added up."""
+    sheets = [{"temperature": 1.0, "refined_side": "lrlr", "verdicts": "LRrl"},
+              {"temperature": 0.7, "refined_side": "lr", "verdicts": "=R"},
+              {"temperature": 1.0, "refined_side": "rl", "verdicts": "Ll"}]
+    (tmp_path / "pairs.json").write_text(json.dumps({"sheets": sheets}))
+    lines = final.table_pairs(tmp_path / "pairs.json").splitlines()
+    assert lines[2:] == ["| 0.7 | 2 | 1 | 0 | 1 | 0 | 0 |", "| 1 | 6 | 2 | 1 | 0 | 2 | 1 |"]
