@@ -18,16 +18,13 @@ Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructio
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
-from types import SimpleNamespace
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 import common
 import fid
@@ -37,12 +34,6 @@ CHANNELS, FACTOR, BETA = 4, 4, 0.01  # of the latent; beta of its KL, in units o
 # latent U-Net and autoencoder width per budget; U-Net table: (size relative to the latent, width, blocks down, up)
 SIZES = {"smoke": (16, [(1, 16, 1, 1)]), "cpu": (32, [(1, 96, 1, 1), (2, 128, 1, 1)]),
          "gpu": (96, [(1, 192, 2, 3), (2, 256, 2, 3)]), "paper": (128, [(1, 256, 2, 3), (2, 512, 2, 3)])}
-
-
-def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
-    common.add_flags(parser)
-    return parser.parse_args(argv)
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -84,17 +75,8 @@ def build_unet(train):
     return common.UNet(table, CHANNELS, CHANNELS, attention=[latent], heads=train["heads"], dropout=train["dropout"])
 
 
-def network_cost(train):
-    """Parameters and forward GFLOPs per image of the autoencoder and the latent U-Net."""
-    size, one = train["image_size"], torch.empty(latent_shape(train, 1), device="meta")
-    with torch.device("meta"):
-        return {"vae": common.count_cost(Autoencoder(train["ae_width"]), torch.empty(1, 3, size, size), one),
-                "unet": common.count_cost(build_unet(train), one, torch.ones(1))}
-
-
-def latent_shape(train, batch):
-    side = train["image_size"] // FACTOR
-    return batch, CHANNELS, side, side
+def latent_shape(train):
+    return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
 
 
 def scale(z, stats):
@@ -108,57 +90,6 @@ def unscale(z, stats):
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
-def fit(folder, state, train, network, loss, count, lr, clip, ema_decay, device, carried):
-    """Stage 1's loop with one difference: `loss(index, gen)` looks up its own data, images or latents."""
-    gen = common.generator(train["seed"] + 1, device)
-    network.to(device, memory_format=torch.channels_last).train()
-    common.compile_networks(network, train)
-    ema = common.EMA(network, ema_decay)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
-    step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])
-    if state:
-        step, seconds, sums = common.resume_training(state, network, ema, optimizer, gen, device)
-    common.start_log(folder / "log.csv", step)
-    started, saved = time.time() - seconds, time.time()
-
-    def checkpoint(step):
-        if not all(map(torch.isfinite, sums.values())):
-            return  # keep the last good one; the next row of the log stops the run
-        state = common.training_state(train, step, network, ema, optimizer, gen, time.time() - started, sums)
-        common.save_checkpoint(folder / "checkpoint.pt", state | carried)
-
-    with common.StopRequest() as stop, tqdm(total=train["steps"], initial=step, desc=folder.name, unit="step") as bar:
-        while step < train["steps"]:
-            for group in optimizer.param_groups:
-                group["lr"] = common.learning_rate(lr, step, train["steps"], train["warmup"], train["decay"])
-            index = torch.randint(count, (train["batch"],), generator=gen, device=device)
-            with common.autocast(device):
-                per_image, terms = loss(index, gen)
-            optimizer.zero_grad(set_to_none=True)
-            per_image.mean().backward()
-            common.average_gradients(network)
-            if clip:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-            optimizer.step()
-            ema.update(network)
-            step += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach().mean()
-            if step % every == 0:
-                common.log_means(folder, step, sums, every, bar)
-                sums = {}
-            bar.update()
-            if stop.signal or time.time() - saved > 60:
-                checkpoint(step)
-                saved = time.time()
-            if stop.signal:
-                print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
-                raise SystemExit(128 + stop.signal)
-    checkpoint(step)
-    common.wait_for_ranks()
-    return common.load_checkpoint(folder / "checkpoint.pt")
 
 
 @torch.no_grad()
@@ -179,28 +110,21 @@ def measure_scale(mu, sd):
 def train_autoencoder(folder, train, data, device, resume):
     """Train the autoencoder and measure its latent's scale; returns the checkpoint."""
     state = common.open_run(folder, train, resume)
-    if not state or not state["finished"]:
-        torch.manual_seed(train["seed"])
-        ae, images = Autoencoder(train["ae_width"]), data.images.to(device)
-
-        def loss(index, gen):
-            x0 = to_float(images[index]).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-            if train["flip"] != "none":
-                x0 = torch.where(torch.rand(len(x0), 1, 1, 1, generator=gen, device=device) < 0.5, x0.flip(3), x0)
-            x0, noise = common.share(x0, common.randn(latent_shape(train, len(x0)), gen))
+    if state and state["finished"]:
+        return state
+    torch.manual_seed(train["seed"])
+    ae = Autoencoder(train["ae_width"])
+    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", vae=ae)
+    for x0 in training:  # (B, 3, H, W) in [-1, 1]
+        noise = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
+        with common.autocast(device):
             x_hat, mu, logvar = ae(x0, noise)
-            sse = ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
+            sse = common.squared_error(x_hat, x0)
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
-            return sse + BETA * kl, {"sse": sse, "kl_nats": kl}
-
-        state = fit(folder, state, train, ae, loss, len(images), train["vae_lr"], train["vae_clip"], train["vae_ema"],
-                    device, {})
-    if "scale" not in state:
-        ae = common.restore(Autoencoder(train["ae_width"]), state["ema"], device)
-        measured = measure_scale(*encode_all(ae, data.images, device))
-        state["scale"] = {key: value.cpu() for key, value in measured.items()}
-        common.save_checkpoint(folder / "checkpoint.pt", state)
-    return state
+        training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
+    ae = common.restore(Autoencoder(train["ae_width"]), training.averages["vae"], device)
+    stats = measure_scale(*encode_all(ae, data.images, device))
+    return training.finish(scale={key: value.cpu() for key, value in stats.items()})
 
 
 def train_latent(folder, train, ae_state, data, device, resume):
@@ -208,61 +132,36 @@ def train_latent(folder, train, ae_state, data, device, resume):
     state = common.open_run(folder, train, resume)
     if state and state["finished"]:
         return state
-    ae = common.restore(Autoencoder(train["ae_width"]), ae_state["ema"], device)
+    ae = common.restore(Autoencoder(train["ae_width"]), ae_state["vae"], device)
     stats = {key: value.to(device) for key, value in ae_state["scale"].items()}
     images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
-    mu, sd = encode_all(ae, images, device)  # encoded once, re-sampled in every step
+    latents = torch.cat(encode_all(ae, images, device), 1)  # (N, 8, h, w): encoded once, re-sampled in every step
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
-
-    def loss(index, gen):
-        z = scale(mu[index] + sd[index] * common.randn(latent_shape(train, len(index)), gen), stats)
+    training = common.Training(folder, state, train, device, latents, False, unet=unet)
+    for mu_sd in training:  # (B, 8, h, w)
+        mu, sd = mu_sd.chunk(2, 1)
+        z = scale(mu + sd * training.draw(torch.randn, *latent_shape(train)), stats)  # (B, 4, h, w)
         z = z.contiguous(memory_format=torch.channels_last)
-        t = diffusion.draw_t(len(z), train["t_power"], gen)  # (B,), in 1..T
-        z, t, eps = common.share(z, t, common.randn(z.shape, gen))
-        mse = diffusion.simple_loss(unet, z, t, eps)
-        return mse, {f"{train['objective']}_mse": mse}
-
-    return fit(folder, state, train, unet, loss, len(mu), train["unet_lr"], train["unet_clip"], train["unet_ema"],
-               device, {"ae": ae_state["ema"], "scale": ae_state["scale"]})
+        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        eps = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
+        with common.autocast(device):
+            loss = diffusion.simple_loss(unet, z, t, eps)  # (B,)
+        training.step(loss, {f"{train['objective']}_mse": loss})
+    return training.finish(vae=ae_state["vae"], scale=ae_state["scale"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 
 def load_model(state, device):
-    """Rebuild autoencoder, scale, U-Net and process from the checkpoint alone."""
-    train = state["train"]
-    return SimpleNamespace(ae=common.restore(Autoencoder(train["ae_width"]), state["ae"], device), train=train,
-                           unet=common.restore(build_unet(train), state["ema"], device), device=device,
-                           stats={key: value.to(device) for key, value in state["scale"].items()},
-                           diffusion=common.Diffusion(train["objective"], device=device), temperature=1.0)
-
-
-@torch.no_grad()
-def decode(model, z):
-    """Scaled latents (B, 4, h, w) -> images in [-1, 1]."""
-    return model.ae.decode(unscale(z, model.stats))
-
-
-@torch.no_grad()
-def generate(model, count, sampler, steps, seed, batch, noise=0.0, z_T=None):
-    """Draw `count` images, uint8 (count, 3, H, W) on the CPU, and seconds per image. Batches have their own generators,
-    as in the other stages. `noise`: sd of Gaussian noise added to the sampled latent (which has sd 1)."""
-    parts, starts = [], range(0, count, batch)[common.rank() :: common.ranks()]  # batches are shared out
-    for start in tqdm(starts, desc=f"latent {sampler} {steps}", leave=False):
-        gen = common.generator(1_000_000 * (seed + 1) + start)
-        clock = time.time()
-        x_T = common.randn(latent_shape(model.train, batch), gen) if z_T is None else z_T[start : start + batch]
-        x_T = model.temperature * x_T
-        with common.autocast(model.device):
-            z = common.sample(model.diffusion, model.unet, x_T.to(model.device), sampler, steps,
-                              common.generator(gen.initial_seed() + 1, model.device), clamp=False)
-            z = z + noise * common.randn(z.shape, common.generator(gen.initial_seed() + 2)).to(z.device)
-            images = to_uint8(decode(model, z)).cpu()
-        parts.append((images, time.time() - clock))
-    images, seconds = zip(*common.gather(parts), strict=True)
-    return torch.cat(images)[:count], sum(seconds) / (batch * len(seconds))
+    """Rebuild a common.Model, and the autoencoder and U-Net in it, from the checkpoint alone."""
+    train, stats = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
+    ae = common.restore(Autoencoder(train["ae_width"]), state["vae"], device)
+    unet = common.restore(build_unet(train), state["unet"], device)
+    model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
+                         denoiser=lambda x_hat, z: unet, decode=lambda z: ae.decode(unscale(z, stats)))
+    return model, ae, unet
 
 
 # --- What it saves ---------------------------------------------------------------------------------------------------
@@ -316,8 +215,7 @@ def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
         passes(batch)
     where = "cuda" if device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
-    with common.atomic(folder / f"profile-{name}.txt") as temporary:
-        temporary.write_text(table)
+    common.write(folder / f"profile-{name}.txt", table.encode())
     after = {n: median_seconds(lambda n=n: decoder(n), device) / n if decoder else 0.0 for n in (1, batch)}
     seconds = {n: steps * median_seconds(lambda n=n: passes(n), device) / n + after[n] for n in (1, batch)}
     unet.requires_grad_(True)
@@ -326,33 +224,34 @@ def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
             "train_seconds_per_image": median_seconds(train_step, device, 5) / min(batch, train_batch)}
 
 
-def savings(folder, model, pixel_state, train, evaluation, device):
+def savings(folder, model, unet, pixel_state, train, setup):
     """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent.
     The pixel network is stage 1's refiner, trained if its run is there (cost does not depend on it)."""
-    steps, batch = evaluation["sample_steps"], evaluation["batch"]
-    pixel = common.build_unet(train, 6)
-    if pixel_state:
-        pixel.load_state_dict(pixel_state["ema"])
-    pixel = pixel.to(device, memory_format=torch.channels_last).eval()
-    vae = common.build_vae(train).to(device, memory_format=torch.channels_last).eval()
+    device, steps, batch = model.device, setup.evaluation["sample_steps"], setup.evaluation["batch"]
+    pixel, vae = common.build_unet(train, 6), common.build_vae(train)
+    pixel = common.restore(pixel, pixel_state["unet"] if pixel_state else pixel.state_dict(), device)
+    vae = common.restore(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
-    small = torch.randn(latent_shape(train, batch), device=device)
+    small = torch.randn(batch, *model.shape, device=device)
 
+    @torch.no_grad()
     def pixel_decoder(n):
-        with torch.no_grad(), common.autocast(device):
+        with common.autocast(device):
             vae.decoder(z[:n])
 
+    @torch.no_grad()
     def latent_decoder(n):
         with common.autocast(device):
-            decode(model, small[:n])
+            model.decode(small[:n])
 
-    common_terms = steps, batch, train["batch"], device, folder
-    result = {"device": str(device), "sampler_steps": steps, "batch": batch, "pixel_network_trained": bool(pixel_state),
-              "pixel": cost("pixel", pixel, (6, *2 * [train["image_size"]]), pixel_decoder, *common_terms),
-              "latent": cost("latent", model.unet, latent_shape(train, batch)[1:], latent_decoder, *common_terms)}
-    for name, parts in (("pixel", common.network_cost(train)), ("latent", network_cost(train))):
-        result[name]["gflops_per_pass"] = parts["unet"]["gflops"]
-        result[name]["gflops_per_image"] = steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]
+    result = {"device": str(device), "sampler_steps": steps, "batch": batch,
+              "pixel_network_trained": bool(pixel_state)}
+    for name, net, shape, decoder, parts in (
+            ("pixel", pixel, (6, *2 * [train["image_size"]]), pixel_decoder, common.network_cost(train)),
+            ("latent", unet, model.shape, latent_decoder, network_cost(train))):
+        result[name] = cost(name, net, shape, decoder, steps, batch, train["batch"], device, folder) | {
+            "gflops_per_pass": parts["unet"]["gflops"],
+            "gflops_per_image": steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]}
     result["saved_percent"] = {key: 100 * (1 - result["latent"][key] / result["pixel"][key]) for key in result["pixel"]}
     draw_savings(folder, result["saved_percent"])
     return result
@@ -360,111 +259,100 @@ def savings(folder, model, pixel_state, train, evaluation, device):
 
 def draw_savings(folder, saved):
     """savings.png: one bar per quantity, in percent of the pixel network's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(8, 3))
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axis = figure.add_subplot()
     bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
     axis.bar_label(bars, fmt="%.0f%%", padding=3)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) * 1.15, 115))
-    figure.tight_layout()
-    with common.atomic(folder / "savings.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
+    common.save_figure(folder / "savings.png", figure)
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def ceiling(folder, ae, setup):
+    """Scores of the autoencoder's reconstructions of held-out images: better, latent diffusion cannot become."""
+    real = setup.test.images[: setup.evaluation["count"]]
+    x_hat = torch.cat([to_uint8(ae.decode(encode_all(ae, chunk, setup.device)[0])).cpu() for chunk in real.split(500)])
+    common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
+    return fid.scores(setup.extractor, x_hat, setup.reference) | {
+        "hf_energy": common.hf_energy(x_hat, setup.test.images), "psnr_db": common.psnr_db(x_hat, real)}
 
 
-def evaluate(folder, state, evaluation, test, extractor, reference, facts, pixel_state, pixel_metrics, device):
-    """Rows (headline, grid of steps), the autoencoder's reconstructions as the ceiling, noise in the latent, an
-    interpolation, the savings; writes figures, returns the metrics."""
-    model, train = load_model(state, device), state["train"]
-    model.temperature = evaluation["temperature"]
-    seed, batch = train["seed"], evaluation["batch"]
-    fd = "fd" + extractor.suffix if extractor.suffix else "fid"
+@torch.no_grad()
+def draw_interpolation(folder, model, steps, seed):
+    """interpolation.png: three paths from noise to noise along a great circle, where every point is N(0, I) again since
+    the ends are nearly orthogonal."""
+    ends = common.randn((2, 3, *model.shape), common.generator(95_000 + seed))
+    angle = torch.linspace(0, torch.pi / 2, 9)[:, None, None, None, None]
+    x_T = model.temperature * (angle.cos() * ends[0] + angle.sin() * ends[1]).to(model.device)  # (9, 3, 4, h, w)
+    with common.autocast(model.device):
+        z = common.sample(model.diffusion, model.denoiser(None, None), x_T.flatten(0, 1), "dpm", steps, clamp=False)
+        images = to_uint8(model.decode(z)).cpu().unflatten(0, (9, 3))
+    common.save_grid(folder / "interpolation.png", {str(i + 1): images[:, i] for i in range(3)})
 
-    def draw(sampler, steps, count, noise=0.0):
-        images, seconds = generate(model, count, sampler, steps, seed, batch, noise)
-        row = {"prior": "none", "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
-               "peak_memory_mb": None} | fid.scores(extractor, images, reference)
-        return row | {"hf_energy": common.hf_energy(images, test.images)}, images
 
-    row, images = draw(evaluation["sampler"], evaluation["sample_steps"], evaluation["count"])
-    rows, tables, pictures = [row], {}, {}
-    common.save_grid(folder / "samples.png", [images[i : i + 12] for i in (0, 12, 24)], ["latent"] * 3)
-    common.draw_ranked(folder, images, extractor, reference)
-    for sampler, steps in evaluation["grid"]:
-        row, images = draw(sampler, steps, evaluation["grid_count"])
-        rows.append(row)
-        pictures[f"{sampler} {steps}"] = images[:12]
-    common.save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
-    common.draw_speed(folder, rows[1:], fd)
-    real = test.images[: evaluation["count"]]
-    with torch.no_grad():
-        x_hat = torch.cat([to_uint8(model.ae.decode(next(model.ae.encode(to_float(chunk.to(device)))))).cpu()
-                           for chunk in real.split(500)])
-    error = (x_hat.float() - real.float()).div(255).square().mean((1, 2, 3))
-    tables["ceiling"] = fid.scores(extractor, x_hat, reference) | {
-        "hf_energy": common.hf_energy(x_hat, test.images), "psnr_db": float((-10 * error.log10()).mean())}
-    common.save_grid(folder / "reconstructions.png", [real[:12], x_hat[:12]], ["real", "autoencoder"])
-    scores = {f"noise {sd}": draw("dpm", evaluation["probe_steps"], evaluation["probe_count"], sd)[0][fd]
-              for sd in (0.0, 0.1, 0.2, 0.4)}
-    ratio = torch.tensor([score["value"] for score in scores.values()])
-    area = float(torch.trapezoid(ratio / ratio[0], torch.tensor([0, 0.1, 0.2, 0.4])) / 0.4)
-    tables["robustness"] = {"nfe": evaluation["probe_steps"], "scores": scores, "area": area}
-    ends, w = common.randn((2, *latent_shape(train, 3)), common.generator(95_000 + seed)), torch.linspace(0, 1, 9)
-    angle = w * torch.pi / 2  # along a great circle: the ends are nearly orthogonal, and every point is N(0, I) again
-    path = (angle.cos()[:, None, None, None, None] * ends[0] + angle.sin()[:, None, None, None, None] * ends[1])
-    strip, _ = generate(model, 27, "dpm", evaluation["probe_steps"], seed, 27, z_T=path.flatten(0, 1))
-    common.save_grid(folder / "interpolation.png", list(strip.unflatten(0, (9, 3)).transpose(0, 1)))
-    tables["savings"] = savings(folder, model, pixel_state, train, evaluation, device)
-    if pixel_metrics:  # quality at equal seconds, of equal counts: every row of the grid and the pixel rows as quick
-        brief = lambda r: {k: r[k] for k in ("prior", "sampler", "nfe", "seconds_per_image", fd)}  # noqa: E731
-        tables["equal_seconds"] = [
-            {"latent": brief(ours), "pixel": [brief(r) for r in pixel_metrics["rows"] if r["n_generated"] ==
-                                              ours["n_generated"] and r["sampler"] == ours["sampler"] and
-                                              r["prior"] == pixel_metrics["rows"][0]["prior"] and
-                                              r["seconds_per_image"] <= 1.1 * ours["seconds_per_image"]]}
-            for ours in rows]
-    tables["training"] = common.draw_training(folder)
-    parameters, gflops = (sum(c[key] for c in network_cost(train).values()) for key in ("parameters", "gflops"))
-    return {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters, "gflops": gflops,
-                                         "train_images": train["steps"] * train["batch"],
-                                         "train_seconds": state["seconds"]}, "rows": rows, "tables": tables}
+def equal_seconds(rows, pixel_rows, fd):
+    """Quality at equal seconds, of equal counts: each row, and the pixel model's of the same sampler and its headline
+    prior that are as quick."""
+    def brief(row):
+        return {key: row[key] for key in ("prior", "sampler", "nfe", "seconds_per_image", fd)}
+
+    return [{"latent": brief(ours), "pixel": [
+        brief(row) for row in pixel_rows if row["seconds_per_image"] <= 1.1 * ours["seconds_per_image"] and
+        row["prior"] == pixel_rows[0]["prior"] and all(row[key] == ours[key] for key in ("n_generated", "sampler"))]}
+        for ours in rows]
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def network_cost(train):
+    """Parameters and forward GFLOPs per image of the autoencoder and the latent U-Net."""
+    size = train["image_size"]
+    with torch.device("meta"):
+        one = torch.empty(1, *latent_shape(train))
+        return {"vae": common.count_cost(Autoencoder(train["ae_width"]), torch.empty(1, 3, size, size), one),
+                "unet": common.count_cost(build_unet(train), one, torch.ones(1))}
+
+
+def pixel_run(folder, train, setup):
+    """Checkpoint and rows of stage 1's refiner of the same settings, each None where there are none to compare with."""
+    path = folder / "checkpoint.pt"
+    state = common.load_checkpoint(path) if path.is_file() else None
+    if not state or not state["finished"] or common.first_difference(
+            state["train"], {key: train[key] for key in train if key not in ("ae_width", "latent_unet")}):
+        return None, None
+    metrics = common.read_metrics(folder / "metrics.json")
+    same = metrics and all(metrics["run"]["eval"].get(key) == setup.evaluation[key] for key in
+                           ("features", "temperature"))
+    return state, metrics["rows"] if same else None
 
 
 def main(argv=None):
-    args = parse_flags(argv)
+    parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
+    common.add_flags(parser)
+    args = parser.parse_args(argv)
     train, evaluation, device = common.read_settings(args)
-    pixel_train = dict(train)
     width, table = SIZES[train["budget"]]
     train |= {"ae_width": width, "latent_unet": [list(row) for row in table]}
     if args.dry_run:
-        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": network_cost(train)}, indent=1))
-        return
-    home, extractor, data, test = common.prepare(args, train, evaluation, device)
-    folders = {name: home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent")}
-    ae_state = train_autoencoder(folders["ae"], train, data, device, args.resume)
-    state = train_latent(folders["latent"], train, ae_state, data, device, args.resume)
-    metrics = common.read_metrics(folders["latent"] / "metrics.json", evaluation)
-    if metrics is None:
-        stage1 = home / f"stage1-form1-s{args.seed}"
-        pixel_state = common.load_checkpoint(stage1 / "checkpoint.pt") if (stage1 / "checkpoint.pt").is_file() else None
-        if pixel_state and (not pixel_state["finished"] or common.first_difference(
-                {key: pixel_state["train"].get(key) for key in pixel_train}, pixel_train)):
-            pixel_state = None  # of another budget, or not yet trained
-        pixel_metrics = common.read_metrics(stage1 / "metrics.json") if pixel_state else None
-        if pixel_metrics and (pixel_metrics["run"]["features"] != extractor.name or
-                              pixel_metrics["run"]["eval"].get("temperature", 1.0) != evaluation["temperature"]):
-            pixel_metrics = None  # not comparable
-        metrics = evaluate(folders["latent"], state, evaluation, test, extractor,
-                           common.reference(args, extractor, data, test),
-                           common.run_facts(train, evaluation, data, device, "bonus-latent"), pixel_state,
-                           pixel_metrics, device)
-        common.write_metrics(folders["latent"] / "metrics.json", metrics)
-    common.print_results({folders["latent"]: metrics}, data, extractor)
+        return common.print_settings(train, evaluation, network_cost(train))
+    setup = common.prepare(args, train, evaluation, device)
+    train, device = setup.train, setup.device
+    ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
+    ae_state = train_autoencoder(ae_folder, train, setup.data, device, args.resume)
+    state = train_latent(folder, train, ae_state, setup.data, device, args.resume)
+    model, ae, unet = load_model(state, device)
+
+    def more(model, rows):
+        pixel_state, pixel_rows = pixel_run(setup.home / f"stage1-form1-s{args.seed}", train, setup)
+        draw_interpolation(folder, model, evaluation["probe_steps"], args.seed)
+        return {"ceiling": ceiling(folder, ae, setup),
+                "savings": savings(folder, model, unet, pixel_state, train, setup)} | (
+                    {"equal_seconds": equal_seconds(rows, pixel_rows, setup.fd)} if pixel_rows else {})
+
+    metrics = common.evaluate(folder, setup, state, model, network_cost(train), more)
+    common.print_results({folder: metrics}, setup)
     saved = metrics["tables"]["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "
           + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in saved["saved_percent"].items()))

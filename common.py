@@ -1,22 +1,26 @@
-"""Primitives that two or more stages share. Read this file once; each stage then reads as maths.
+"""What two or more stages share. Part I is the models, to be read once; Part II is the machinery, to be looked up.
 
-Contents (in order)
-    1. Small things      errors, atomic files, device and precision, random numbers
-    2. Data              shapes, cifar10, celeba64, folder
-    3. Networks          bottleneck-residual VAE, DDPM U-Net, EMA, counting FLOPs
-    4. Diffusion         schedule, q_sample, posterior, samplers (DDPM, DDIM, DPM-Solver++), bits per dimension
-    5. Priors            N(0, I), the Gaussian mixture fitted ex post
+Part I, the models
+    1. Diffusion         schedule, q_sample, losses, samplers (DDPM, DDIM, DPM-Solver++), the bound
+    2. Networks          bottleneck-residual VAE, DDPM U-Net
+    3. Priors            N(0, I), the Gaussian mixture fitted ex post
+    4. Data              shapes, cifar10, celeba64, folder
+    5. A model           what a stage hands to sampling: decode z, refine x_hat
+Part II, the machinery
     6. Budgets           one table: how large, how long, how much is evaluated
-    7. Runs              flags, config, log, checkpoints, metrics schema
-    8. Pictures          grids, charts, hf_energy, tables
-    9. Evaluation        drawing images, damaging x_hat, bits per dimension, everything measured of one model
+    7. Processes         several of them under torchrun
+    8. Training          one loop for all networks: everything but the loss
+    9. Runs              flags, folders, checkpoints, the schema of metrics.json
+    10. Evaluation       everything that is measured of one model
+    11. Pictures         grids, charts, tables
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
-    `x_hat` is the VAE's reconstruction in [-1, 1]; its squared error `sse` is counted in [0, 1] units (SSE / 4).
+    `x_hat` is the VAE's image in [-1, 1]; its squared error `sse` is counted in [0, 1] units (SSE / 4).
     Time `t` runs 1..T and `alpha_bar[0] = 1`. Schedule constants are float64, cast where they are used.
-    Losses have shape (B,), in nats per image unless the name says otherwise (`eps_mse`: mean over dimensions).
-    Every random draw that decides a result comes from an explicit torch.Generator; dropout alone uses the global one.
+    Losses have shape (B,), in nats per image unless the name says otherwise (`v_mse`: mean over dimensions).
+    Every random draw that decides a result comes from an explicit torch.Generator. Dropout alone uses torch's global
+    one, which is seeded anew in every step.
 """
 
 import argparse
@@ -24,8 +28,8 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import functools
-import gc
 import hashlib
 import io
 import json
@@ -33,150 +37,25 @@ import math
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import traceback
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import distributed, nn
 from tqdm import tqdm
 
 import fid
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Small things
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message):
-    """Print one line that says what is wrong and what to do, and exit with status 2."""
-    gc.collect()  # else a forgotten bar may be closed while tqdm goes through all bars to clear them, which it resents
-    tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own print: it does not tear a progress bar
-    raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary path; rename it to `path` if the block succeeds, so that no half-written file is ever seen. Of
-    several processes only the first one's file is kept."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if rank() == 0:
-            os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; free some space there or choose another --out / --data-dir")
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def choose_device(name):
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> torch.device; exits if that device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not index.isdigit()):
-        fail(f"--device {name}: unknown device; use auto, cpu, cuda, cuda:N or mps")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        fail("--device mps: not available on this machine; use --device cpu or auto")
-    return torch.device(name)
-
-
-def autocast(device):
-    """bfloat16 autocast where the hardware has it natively (emulation is slower than float32), else a no-op."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native))
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed: handing every large tensor back to the kernel costs 33,000 page faults, a tenth of
-    the time, in each training step on a CPU. Does nothing where the C library is another."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-
-
-# Several processes (torchrun --nproc_per_node N stageX.py ...): all of them run the same script on the same random
-# numbers, take their slice of every training batch, average the gradients, and share out what is sampled. So they stay
-# equal, the number of processes changes nothing but the speed, and the first one alone writes. This is what
-# DistributedDataParallel does, without its overlap of sending and computing, and works for stage 2's backward, too.
-
-
-def rank():
-    """This process's number among those that torchrun started: 0 where there is but one."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def ranks():
-    """How many processes torchrun started."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def join_ranks(device, batch):
-    """Meet the other processes, if torchrun started any (gloo on a CPU, nccl on GPUs); returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if batch % int(os.environ["WORLD_SIZE"]):
-        fail(f"--batch-size {batch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(distributed.destroy_process_group)
-    if rank() > 0:  # the first process speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-    return device
-
-
-def wait_for_ranks():
-    """Go on when all processes have come this far."""
-    if ranks() > 1:
-        distributed.barrier()
-
-
-def share(*batches):
-    """This process's slices of tensors that hold a whole batch, each (B, ...) -> (B / ranks, ...)."""
-    return [x.chunk(ranks())[rank()] for x in batches]
-
-
-def average_over_ranks(tensors):
-    """Replace tensors, such as gradients, by their means over all processes, in place."""
-    if ranks() > 1:
-        flat = torch.cat([x.flatten() for x in tensors])
-        distributed.all_reduce(flat)
-        torch._foreach_copy_(tensors, [part.view_as(x) / ranks() for part, x in
-                                       zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)])
-
-
-def average_gradients(network):
-    """Make the gradient of this process's slice that of the whole batch: losses are means, and slices equally large."""
-    average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
-
-
-def gather(parts):
-    """Lists of batches, one list per process, in turn: process r has made batch r, r + ranks, ... Returns all."""
-    if ranks() == 1:
-        return parts
-    lists = [None] * ranks()
-    distributed.all_gather_object(lists, parts)
-    return [lists[i % ranks()][i // ranks()] for i in range(sum(map(len, lists)))]
+from fid import autocast, fail, write
 
 
 def generator(seed, device="cpu"):
@@ -200,485 +79,7 @@ def to_uint8(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-DATASETS = ("shapes", "cifar10", "celeba64", "folder")
-SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "flower", "cross", "pill", "crescent")
-FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "rotation sine", "rotation cosine", "band period", "band angle")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-CACHE_VERSION = 1  # raise it when decoding changes: older caches are then rebuilt
-
-
-@dataclass
-class ImageData:
-    """One split of a data set, held whole in memory: images uint8 (N, 3, H, W), labels int64 (N,) or None,
-    factors float32 (N, len(FACTORS)) or None, and what a result must say about its data."""
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    factors: torch.Tensor | None
-    name: str
-    split: str
-    crop: str
-    note: str
-
-
-def hue_to_rgb(hue):
-    """Fully saturated colour of hue in [0, 1): (...,) -> (..., 3) in [0, 1]."""
-    return ((hue[..., None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
-
-
-def draw_shapes(count, seed, size=32):
-    """The built-in data set: `count` anti-aliased shapes over a two-colour gradient, with fine two-tone bands inside.
-
-    A small VAE cannot afford the bands and the exact edges, so it blurs them: what the refiner has to restore.
-    The bands are fixed to the image grid (period 3 or 4 pixels; horizontal, vertical or diagonal).
-    Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS.
-    """
-    gen = generator(seed)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(count, generator=gen)
-
-    label = torch.randint(len(SHAPE_CLASSES), (count,), generator=gen)
-    radius, cx, cy = uniform(8, 13), uniform(11, 21), uniform(11, 21)
-    hue, angle = uniform(0, 1), uniform(0, 2 * math.pi)
-    period = torch.randint(3, 5, (count,), generator=gen)
-    direction = torch.randint(3, (count,), generator=gen)
-    backdrop, tilt = hue_to_rgb(torch.rand(count, 2, generator=gen)) * 0.5 + 0.1, uniform(0, 2 * math.pi)
-    colour = hue_to_rgb(hue) * 0.75 + 0.2  # (N, 3)
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    for part in torch.arange(count).split(1000):
-        at = lambda v, part=part: v[part][:, None, None]  # noqa: E731 - (P,) -> (P, 1, 1), to meet (H, W)
-        x, y = columns + 0.5 - at(cx), rows + 0.5 - at(cy)
-        u = (x * at(angle).cos() + y * at(angle).sin()) / at(radius)  # the shape's own frame, radius 1
-        v = (y * at(angle).cos() - x * at(angle).sin()) / at(radius)
-        rho, theta = torch.hypot(u, v), torch.atan2(v, u)
-        arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
-        distances = torch.stack([  # signed distance to each outline (negative inside), about exact near it
-            rho - 0.9,
-            (rho - 0.7).abs() - 0.27,
-            torch.maximum(u.abs(), v.abs()) - 0.78,
-            torch.maximum(u, torch.maximum(-u / 2 + v * 0.866, -u / 2 - v * 0.866)) - 0.5,
-            (rho - 0.72 - 0.24 * torch.cos(5 * theta)) * 0.7,
-            torch.minimum(arm, bar),
-            torch.hypot((u.abs() - 0.55).clamp(min=0), v) - 0.42,
-            torch.maximum(rho - 0.95, 0.75 - torch.hypot(u - 0.5, v)),
-        ], dim=1)  # (P, 8, H, W)
-        distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
-        cover = (0.5 - distance * at(radius)).clamp(0, 1)  # share of the pixel inside the outline
-        along = torch.stack([rows + 0 * columns, columns + 0 * rows, rows + columns])[direction[part]]  # (P, H, W)
-        light = (along % at(period) < at(period) // 2).float()  # two-tone: 1 light, 0 dark
-        blend = ((columns - 16) * at(tilt).cos() + (rows - 16) * at(tilt).sin()) / (1.4 * size) + 0.5
-        low, high = backdrop[part, 0, :, None, None], backdrop[part, 1, :, None, None]
-        ground = low + (high - low) * blend[:, None]  # (P, 3, H, W)
-        inside = colour[part][:, :, None, None] * (0.55 + 0.45 * light[:, None])
-        images[part] = ((ground + (inside - ground) * cover[:, None]).clamp(0, 1) * 255).round().to(torch.uint8)
-    factors = torch.stack([(radius - 10.5) / 2.5, (cx - 16) / 5, (cy - 16) / 5,
-                           (2 * math.pi * hue).sin(), (2 * math.pi * hue).cos(), angle.sin(), angle.cos(),
-                           period * 2.0 - 7, direction - 1.0], dim=1)
-    return images, label, factors
-
-
-def find_files(folder, pattern="*"):
-    """Image files below `folder`, recursively, sorted by their path; hidden ones are left out."""
-    found = (p for p in Path(folder).rglob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def to_rgb(image):
-    """A PIL image of any mode as RGB. Of 16 bits of grey the upper 8 stay: PIL's own conversion clips them at 255."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def open_image(path):
-    """An image file as RGB, upright; exits naming the file if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
-
-
-def decode(path, size, crop):
-    """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
-    the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as NVAE crops)."""
-    image = open_image(path)
-    width, height = image.size
-    if crop == "celeba-148":
-        scale = width / 178
-        box = (15 * scale, 40 * scale, 163 * scale, 188 * scale)
-        if box[3] > height:
-            fail(f"{path}: {width}x{height} is not an aligned CelebA image (178x218 or smaller in proportion)")
-    else:
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-    if (width, height) != (size, size):  # PIL's filter is anti-aliased when it shrinks
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image)
-
-
-def list_split(dataset, split, folder):
-    """The files of a split, their labels (or None), the crop's name and the data note; None where there are none."""
-    if dataset == "cifar10":
-        files = find_files(folder / "cifar10" / split)
-        classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
-        labels = [classes.index(p.parent.name) for p in files]
-        lossy = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
-        return files, labels, "none", "JPEG copies" if lossy else ""
-    if dataset == "celeba64":
-        files = find_files(folder / "celeba" / "img_align_celeba")
-        partition = folder / "celeba" / "list_eval_partition.txt"
-        if partition.is_file():
-            part = dict(line.split()[:2] for line in partition.read_text().splitlines() if line.strip())
-            files = [p for p in files if part.get(p.name) == {"train": "0", "test": "2"}[split]]
-        else:
-            edge = len(files) - len(files) // 10  # no partition file: the last tenth by name is the test split
-            files = files[:edge] if split == "train" else files[edge:]
-        width, height = open_image(files[0]).size if files else (178, 218)
-        return files, None, "celeba-148", "" if width == 178 else f"JPEG copies at {width}x{height}"
-    files = find_files(folder)
-    edge = len(files) - len(files) // 10
-    lossy = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
-    return files[:edge] if split == "train" else files[edge:], None, "centre", "JPEG files" if lossy else ""
-
-
-def download(dataset, split, folder):
-    """Fetch CIFAR-10 or CelebA through torchvision into its own layout; returns images, labels, crop, note."""
-    if dataset == "cifar10":
-        from torchvision.datasets import CIFAR10
-        source = CIFAR10(str(folder), train=split == "train", download=not (folder / "cifar-10-batches-py").is_dir())
-        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets), "none", ""
-    import gdown  # noqa: F401 - torchvision needs it to fetch CelebA
-    from torchvision.datasets import CelebA
-    CelebA(str(folder), split="all", download=True)
-    return None
-
-
-def load_images(dataset, split, data_dir="data", image_size=None):
-    """Load one split (`train` or `test`) of a data set into memory as uint8; see DATASETS.
-
-    Decoded files are cached as one array (in `DATA_DIR/cache`); the cache is rebuilt when the files change.
-    Exits with one line that names the folder, the accepted layouts and the remedy if there is nothing to load.
-    """
-    if dataset == "shapes":
-        images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
-        return ImageData(images, labels, factors, "shapes", split, "none", "drawn by the program")
-    folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
-    if dataset == "folder" and not folder.is_dir():
-        fail(f"--data-dir {folder}: no such folder; give the folder that holds your images")
-    files, labels, crop, note = list_split(dataset, split, folder)
-    if dataset == "folder" and len(find_files(folder)) < 20:
-        fail(f"--data-dir {folder}: found {len(find_files(folder))} images there; at least 20 are needed")
-    if not files:
-        try:
-            loaded = download(dataset, split, folder)
-        except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
-            layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
-                      "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
-            fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
-                 f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
-        if loaded is not None:
-            return ImageData(loaded[0], loaded[1], None, dataset, split, loaded[2], loaded[3])
-        files, labels, crop, note = list_split(dataset, split, folder)
-    name = folder.resolve().name if dataset == "folder" else dataset
-    listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
-    key = hashlib.sha256(f"{CACHE_VERSION} {crop} {size} {folder.resolve()}\n{listing}".encode()).hexdigest()
-    home = Path("data") if dataset == "folder" else folder
-    cache = home / "cache" / f"{name}-{split}-{crop}-{size}.npz"
-    images = None
-    if cache.is_file():
-        with contextlib.suppress(Exception):  # a damaged cache is simply rebuilt
-            stored = np.load(cache)
-            if str(stored["key"]) == key:
-                images = stored["images"]
-    if images is None:
-        images = np.stack([decode(p, size, crop) for p in tqdm(files, desc=f"decoding {name} {split}", unit="image")])
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        with atomic(cache) as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, images=images, key=key)
-    images, labels = torch.from_numpy(images), torch.tensor(labels) if labels is not None else None
-    if split == "test":  # files come class by class: in random order the first N held-out images stand for all
-        order = torch.randperm(len(images), generator=generator(0))
-        images, labels = images[order], labels[order] if labels is not None else None
-    return ImageData(images, labels, None, name, split, crop, note)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Networks
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class BottleneckBlock(nn.Module):
-    """Residual block of the VAE: GELU before each of 1x1, 3x3, 3x3, 1x1 convolutions, half the width inside, no
-    normalisation (VDVAE, Child 2021, as DiffuseVAE uses it). At resolution 1 the 3x3s are 1x1. (B, C, H, W) kept."""
-
-    def __init__(self, width, resolution):
-        super().__init__()
-        inner, kernel = width // 2, 3 if resolution > 1 else 1
-        shapes = [(width, inner, 1), (inner, inner, kernel), (inner, inner, kernel), (inner, width, 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in shapes)
-        for conv in self.convs:
-            nn.init.zeros_(conv.bias)
-
-    def forward(self, x):
-        h = x
-        for conv in self.convs:
-            h = conv(F.gelu(h))
-        return x + h
-
-
-def keep_variance(conv, fan_in):
-    """Draw the weights of a linear layer so that its output has its input's variance at the start."""
-    nn.init.normal_(conv.weight, std=fan_in**-0.5)
-    return conv
-
-
-class Encoder(nn.Module):
-    """x (B, 3, H, W) -> mu, logvar, each (B, d). `table` lists (resolution, width, blocks) from the image down to
-    resolution 1, whose width is d. Between resolutions: one block, then `pool`, as published (average pooling and a
-    bias-free 1x1 convolution), or a strided convolution over the same window, which keeps where things are: the
-    published one has to learn that from the zero padding, which takes far more images than a short training sees."""
-
-    def __init__(self, table, pool):
-        super().__init__()
-        layers = [nn.Conv2d(3, table[0][1], 3, padding=1, bias=False)]
-        for (resolution, width, blocks), below in zip(table, table[1:] + [None], strict=True):
-            layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
-            if below:
-                k = resolution // below[0]
-                layers += [BottleneckBlock(width, resolution)]
-                layers += ([nn.AvgPool2d(k), nn.Conv2d(width, below[1], 1, bias=False)] if pool
-                           else [keep_variance(nn.Conv2d(width, below[1], k, stride=k, bias=False), k * k * width)])
-        self.body = nn.Sequential(*layers)
-        self.mu = nn.Conv2d(table[-1][1], table[-1][1], 1, bias=False)
-        self.logvar = nn.Conv2d(table[-1][1], table[-1][1], 1, bias=False)
-
-    def forward(self, x):
-        h = self.body(x)  # (B, d, 1, 1)
-        return self.mu(h).flatten(1).float(), self.logvar(h).flatten(1).float()
-
-
-class Decoder(nn.Module):
-    """z (B, d) -> x_hat (B, 3, H, W) in [-1, 1]. `table` lists (resolution, width, blocks) from resolution 1 up.
-    Between resolutions, as published, nearest upsampling and a bias-free 1x1 convolution (`pool`), or a transposed
-    convolution (see Encoder). Ends in a 3x3 convolution, sigmoid, 2y - 1."""
-
-    def __init__(self, table, pool):
-        super().__init__()
-        layers = []
-        for (resolution, width, blocks), above in zip(table, table[1:] + [None], strict=True):
-            layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
-            if above:
-                k = above[0] // resolution
-                layers += ([nn.Upsample(scale_factor=k), nn.Conv2d(width, above[1], 1, bias=False)] if pool
-                           else [keep_variance(nn.ConvTranspose2d(width, above[1], k, k, bias=False), width)])
-        self.body = nn.Sequential(*layers, nn.Conv2d(table[-1][1], 3, 3, padding=1))
-
-    def forward(self, z):
-        return 2 * torch.sigmoid(self.body(z[:, :, None, None]).float()) - 1
-
-
-class VAE(nn.Module):
-    """The bottleneck-residual VAE of DiffuseVAE (Pandey et al. 2022) with a vector latent z of shape (B, d)."""
-
-    def __init__(self, encoder, decoder, pool=True):
-        super().__init__()
-        self.encoder, self.decoder = Encoder(encoder, pool), Decoder(decoder, pool)
-        self.latent_dim = encoder[-1][1]
-
-    def forward(self, x0, noise):
-        """x0 (B, 3, H, W), noise (B, d) standard normal -> x_hat, mu, logvar (reparameterised, Kingma & Welling)."""
-        mu, logvar = self.encoder(x0)
-        return self.decoder(mu + (0.5 * logvar).exp() * noise), mu, logvar
-
-
-def gaussian_kl(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, I)) summed over dimensions: (B, d), (B, d) -> (B,) nats."""
-    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups at the published widths and groups of 4 channels in narrow layers. Autocast
-    does so on a GPU; on a CPU it leaves it in bfloat16, which is coarser and four times as slow."""
-
-    def __init__(self, width):
-        super().__init__(math.gcd(32, width // 4), width)
-
-    def forward(self, x):
-        return super().forward(x.float())
-
-
-def zero_init(module):
-    """Zero a layer's parameters, so that its block starts as the identity."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice with the time embedding added between (DDPM, Ho et al. 2020); second conv from zero."""
-
-    def __init__(self, width_in, width_out, emb_dim, dropout):
-        super().__init__()
-        self.norm1, self.conv1 = GroupNorm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, width_out)
-        self.norm2, self.dropout = GroupNorm(width_out), nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(width_out, width_out, 3, padding=1))
-        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
-
-    def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
-
-
-class Attention(nn.Module):
-    """Self-attention over all positions, (B, C, H, W) kept; the projection starts from zero."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, self.norm = heads, GroupNorm(width)
-        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), zero_init(nn.Conv2d(width, width, 1))
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
-        q, k, v = qkv.unbind(1)  # (B, heads, H*W, C/heads)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        return x + self.out(y)
-
-
-class UNet(nn.Module):
-    """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down;
-    `attention` the resolutions with self-attention. DDPM has one block more going up than down, so that every skip
-    is used; equal numbers (the first skip of a level then goes unused) are cheaper where resolution is dear.
-
-    x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4 * first width), where given,
-    is added to the time embedding. The output starts at zero.
-    """
-
-    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
-        super().__init__()
-        width = table[0][1]
-        emb_dim = 4 * width
-        self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-
-        def layer(width_in, width_out, resolution):
-            return nn.ModuleList([ResidualBlock(width_in, width_out, emb_dim, dropout),
-                                  Attention(width_out, heads) if resolution in attention else nn.Identity()])
-
-        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), []
-        for resolution, out, down, _ in table:
-            widths = [width] + down * [out]  # of the features that enter the level and leave each of its blocks
-            self.down.append(nn.ModuleList(layer(w, out, resolution) for w in widths[:-1]))
-            skips.append(widths)
-            width = out
-            self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout), Attention(width, heads),
-                                     ResidualBlock(width, width, emb_dim, dropout)])
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        for (resolution, out, _, up), widths in zip(reversed(table), reversed(skips), strict=True):
-            blocks = nn.ModuleList()
-            for _ in range(up):
-                blocks.append(layer(width + widths.pop(), out, resolution))
-                width = out
-            self.up.append(blocks)
-            self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        del self.shrink[-1], self.grow[-1]  # nothing below the last level, nothing above the first
-        self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
-
-    def forward(self, x, t, extra=None):
-        half = self.time[0].in_features // 2
-        frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=x.device) / half)
-        angle = t[:, None].float() * frequency  # (B, half)
-        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
-        emb = F.silu(emb if extra is None else emb + extra)
-        h, levels = self.stem(x), []
-        for i, blocks in enumerate(self.down):
-            levels.append([h])
-            for residual, attention in blocks:
-                h = attention(residual(h, emb))
-                levels[-1].append(h)
-            h = self.shrink[i](h) if i < len(self.shrink) else h
-        h = self.middle[2](self.middle[1](self.middle[0](h, emb)), emb)
-        for i, blocks in enumerate(self.up):
-            skips = levels.pop()
-            for residual, attention in blocks:
-                h = attention(residual(torch.cat([h, skips.pop()], 1), emb))
-            h = self.grow[i](h) if i < len(self.grow) else h
-        return self.out(F.silu(self.norm(h))).float()
-
-
-def build_vae(train):
-    """The VAE of the train settings."""
-    return VAE(train["encoder"], train["decoder"], train["pool"])
-
-
-def build_unet(train, in_channels):
-    """The U-Net of the train settings; it sees x_t (3 channels) and, below it, what conditions it."""
-    return UNet(train["unet"], in_channels, attention=train["attention"], heads=train["heads"],
-                dropout=train["dropout"])
-
-
-def restore(network, weights, device):
-    """Load weights into a network, in evaluation mode on the device."""
-    network.load_state_dict(weights)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def compile_networks(module, train):
-    """torch.compile each encoder, decoder and U-Net within a module, if the settings say so; parameters stay theirs."""
-    for part in module.modules():
-        if train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
-            part.compile()
-
-
-class EMA:
-    """Exponential moving average of a model's parameters with warm-up: decay = min(decay, (1 + n) / (10 + n)).
-
-    Without the warm-up a short run would be judged on its random start: 0.9999^10000 = 0.37. Decay 0 copies."""
-
-    def __init__(self, model, decay):
-        self.decay, self.updates = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
-
-    def update(self, model):
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        mine, theirs = list(self.weights.values()), [p.detach() for p in model.state_dict().values()]
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-
-
-def count_cost(model, *inputs):
-    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model` built on the `meta` device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
-        model(*inputs)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
-
-
-def network_cost(train, vae=True, channels=6):
-    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
-    size, cost = train["image_size"], {}
-    with torch.device("meta"):
-        if vae:
-            net = build_vae(train)
-            cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
-        if channels:
-            net = build_unet(train, channels)
-            cost["unet"] = count_cost(net, torch.empty(1, channels, size, size), torch.ones(1))
-    return cost
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Diffusion
+# 1. Diffusion
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -706,9 +107,8 @@ class Diffusion:
         a, s = self.factors(t)
         return a * x0 + s * eps
 
-    def draw_t(self, count, power, gen):
-        """Training times t = ceil(T u^power), u uniform: (count,) in 1..T. A power above 1 prefers low noise."""
-        u = torch.rand(count, generator=gen, device=gen.device)
+    def draw_t(self, u, power):
+        """Training times t = ceil(T u^power) for uniform u (B,): (B,) in 1..T. A power above 1 prefers low noise."""
         return (self.T * u**power).long() + 1
 
     def target(self, x0, t, eps):
@@ -867,7 +267,237 @@ def diffusion_nats(diffusion, denoise, images, draws, gen, variance="fixedlarge"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Priors over z
+# 2. Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BottleneckBlock(nn.Module):
+    """Residual block of the VAE: GELU before each of 1x1, 3x3, 3x3, 1x1 convolutions, half the width inside, no
+    normalisation (VDVAE, Child 2021, as DiffuseVAE uses it). At resolution 1 the 3x3s are 1x1. (B, C, H, W) kept."""
+
+    def __init__(self, width, resolution):
+        super().__init__()
+        inner, kernel = width // 2, 3 if resolution > 1 else 1
+        shapes = [(width, inner, 1), (inner, inner, kernel), (inner, inner, kernel), (inner, width, 1)]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in shapes)
+        for conv in self.convs:
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x):
+        h = x
+        for conv in self.convs:
+            h = conv(F.gelu(h))
+        return x + h
+
+
+def keep_variance(conv, fan_in):
+    """Draw the weights of a linear layer so that its output has its input's variance at the start."""
+    nn.init.normal_(conv.weight, std=fan_in**-0.5)
+    return conv
+
+
+class Encoder(nn.Module):
+    """x (B, 3, H, W) -> mu, logvar, each (B, d). `table` lists (resolution, width, blocks) from the image down to
+    resolution 1, whose width is d. Between resolutions: one block, then `pool`, as published (average pooling and a
+    bias-free 1x1 convolution), or a strided convolution over the same window, which keeps where things are: the
+    published one has to learn that from the zero padding, which takes far more images than a short training sees."""
+
+    def __init__(self, table, pool):
+        super().__init__()
+        layers = [nn.Conv2d(3, table[0][1], 3, padding=1, bias=False)]
+        for (resolution, width, blocks), below in zip(table, table[1:] + [None], strict=True):
+            layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
+            if below:
+                k = resolution // below[0]
+                layers += [BottleneckBlock(width, resolution)]
+                layers += ([nn.AvgPool2d(k), nn.Conv2d(width, below[1], 1, bias=False)] if pool
+                           else [keep_variance(nn.Conv2d(width, below[1], k, stride=k, bias=False), k * k * width)])
+        self.body = nn.Sequential(*layers)
+        self.mu = nn.Conv2d(table[-1][1], table[-1][1], 1, bias=False)
+        self.logvar = nn.Conv2d(table[-1][1], table[-1][1], 1, bias=False)
+
+    def forward(self, x):
+        h = self.body(x)  # (B, d, 1, 1)
+        return self.mu(h).flatten(1).float(), self.logvar(h).flatten(1).float()
+
+
+class Decoder(nn.Module):
+    """z (B, d) -> x_hat (B, 3, H, W) in [-1, 1]. `table` lists (resolution, width, blocks) from resolution 1 up.
+    Between resolutions, as published, nearest upsampling and a bias-free 1x1 convolution (`pool`), or a transposed
+    convolution (see Encoder). Ends in a 3x3 convolution, sigmoid, 2y - 1."""
+
+    def __init__(self, table, pool):
+        super().__init__()
+        layers = []
+        for (resolution, width, blocks), above in zip(table, table[1:] + [None], strict=True):
+            layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
+            if above:
+                k = above[0] // resolution
+                layers += ([nn.Upsample(scale_factor=k), nn.Conv2d(width, above[1], 1, bias=False)] if pool
+                           else [keep_variance(nn.ConvTranspose2d(width, above[1], k, k, bias=False), width)])
+        self.body = nn.Sequential(*layers, nn.Conv2d(table[-1][1], 3, 3, padding=1))
+
+    def forward(self, z):
+        return 2 * torch.sigmoid(self.body(z[:, :, None, None]).float()) - 1
+
+
+class VAE(nn.Module):
+    """The bottleneck-residual VAE of DiffuseVAE (Pandey et al. 2022) with a vector latent z of shape (B, d)."""
+
+    def __init__(self, encoder, decoder, pool=True):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(encoder, pool), Decoder(decoder, pool)
+        self.latent_dim = encoder[-1][1]
+
+    def forward(self, x0, noise):
+        """x0 (B, 3, H, W), noise (B, d) standard normal -> x_hat, mu, logvar (reparameterised, Kingma & Welling)."""
+        mu, logvar = self.encoder(x0)
+        return self.decoder(mu + (0.5 * logvar).exp() * noise), mu, logvar
+
+
+def squared_error(x_hat, x0):
+    """SSE of images in [-1, 1], counted in [0, 1] units: (B, 3, H, W) twice -> (B,)."""
+    return ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
+
+
+def gaussian_kl(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, I)) summed over dimensions: (B, d), (B, d) -> (B,) nats."""
+    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)
+
+
+def gaussian_log_prob(z, mu, logvar):
+    """log N(z; mu, exp(logvar)) summed over dimensions: three (B, d) -> (B,) nats."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in float32, with 32 groups at the published widths and groups of 4 channels in narrow layers. Autocast
+    does so on a GPU; on a CPU it leaves it in bfloat16, which is coarser and four times as slow."""
+
+    def __init__(self, width):
+        super().__init__(math.gcd(32, width // 4), width)
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def zero_init(module):
+    """Zero a layer's parameters, so that its block starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice with the time embedding added between (DDPM, Ho et al. 2020); second conv from zero."""
+
+    def __init__(self, width_in, width_out, emb_dim, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = GroupNorm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, width_out)
+        self.norm2, self.dropout = GroupNorm(width_out), nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(width_out, width_out, 3, padding=1))
+        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, (B, C, H, W) kept; the projection starts from zero."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.norm = heads, GroupNorm(width)
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), zero_init(nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)  # (B, heads, H*W, C/heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        return x + self.out(y)
+
+
+class UNet(nn.Module):
+    """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down;
+    `attention` the resolutions with self-attention. DDPM has one block more going up than down, so that every skip
+    is used; equal numbers (the first skip of a level then goes unused) are cheaper where resolution is dear.
+
+    x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4 * first width), where given,
+    is added to the time embedding. The output starts at zero.
+    """
+
+    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
+        super().__init__()
+        width = table[0][1]
+        emb_dim = 4 * width
+        self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+
+        def layer(width_in, width_out, resolution):
+            return nn.ModuleList([ResidualBlock(width_in, width_out, emb_dim, dropout),
+                                  Attention(width_out, heads) if resolution in attention else nn.Identity()])
+
+        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), []
+        for resolution, out, down, _ in table:
+            widths = [width] + down * [out]  # of the features that enter the level and leave each of its blocks
+            self.down.append(nn.ModuleList(layer(w, out, resolution) for w in widths[:-1]))
+            skips.append(widths)
+            width = out
+            self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+        self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout), Attention(width, heads),
+                                     ResidualBlock(width, width, emb_dim, dropout)])
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for (resolution, out, _, up), widths in zip(reversed(table), reversed(skips), strict=True):
+            blocks = nn.ModuleList()
+            for _ in range(up):
+                blocks.append(layer(width + widths.pop(), out, resolution))
+                width = out
+            self.up.append(blocks)
+            self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
+        del self.shrink[-1], self.grow[-1]  # nothing below the last level, nothing above the first
+        self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(self, x, t, extra=None):
+        half = self.time[0].in_features // 2
+        frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=x.device) / half)
+        angle = t[:, None].float() * frequency  # (B, half)
+        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
+        emb = F.silu(emb if extra is None else emb + extra)
+        h, levels = self.stem(x), []
+        for i, blocks in enumerate(self.down):
+            levels.append([h])
+            for residual, attention in blocks:
+                h = attention(residual(h, emb))
+                levels[-1].append(h)
+            h = self.shrink[i](h) if i < len(self.shrink) else h
+        h = self.middle[2](self.middle[1](self.middle[0](h, emb)), emb)
+        for i, blocks in enumerate(self.up):
+            skips = levels.pop()
+            for residual, attention in blocks:
+                h = attention(residual(torch.cat([h, skips.pop()], 1), emb))
+            h = self.grow[i](h) if i < len(self.grow) else h
+        return self.out(F.silu(self.norm(h))).float()
+
+
+def build_vae(train):
+    """The VAE of the train settings (see budget)."""
+    return VAE(train["encoder"], train["decoder"], train["pool"])
+
+
+def build_unet(train, in_channels):
+    """The U-Net of the train settings; it sees x_t (3 channels) and, below it, what conditions it."""
+    return UNet(train["unet"], in_channels, attention=train["attention"], heads=train["heads"],
+                dropout=train["dropout"])
+
+
+def restore(network, weights, device):
+    """Load weights into a network, in evaluation mode on the device."""
+    network.load_state_dict(weights)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+# 3. Priors over z
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -901,18 +531,18 @@ class GaussianMixture:
         from scipy.cluster.vq import kmeans2
         z = z.double().cpu()
         _, label = kmeans2(z.numpy(), components, minit="++", rng=np.random.default_rng(seed))
-        share = F.one_hot(torch.from_numpy(label).long(), components).double()  # (N, K) responsibilities
+        belongs = F.one_hot(torch.from_numpy(label).long(), components).double()  # (N, K) responsibilities
         for _ in range(rounds):
-            mass = share.sum(0) + 1e-9
-            means = share.T @ z / mass[:, None]  # M step
+            mass = belongs.sum(0) + 1e-9
+            means = belongs.T @ z / mass[:, None]  # M step
             factors = []
             for k in range(components):
                 centred = z - means[k]
-                cov = (share[:, k, None] * centred).T @ centred / mass[k]
+                cov = (belongs[:, k, None] * centred).T @ centred / mass[k]
                 factors.append(torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
             mixture = cls(mass / mass.sum(), means, torch.stack(factors))
             joint = mixture.log_joint(z)  # E step
-            share = (joint - joint.logsumexp(1, keepdim=True)).exp()
+            belongs = (joint - joint.logsumexp(1, keepdim=True)).exp()
         return mixture
 
     def log_joint(self, z):
@@ -934,6 +564,272 @@ class GaussianMixture:
         noise = torch.randn(count, self.means.shape[1], generator=gen, dtype=torch.float64)
         return (self.means[k] + (self.factors[k] @ noise[:, :, None])[:, :, 0]).float()
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATASETS = ("shapes", "cifar10", "celeba64", "folder")
+SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "flower", "cross", "pill", "crescent")
+FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "rotation sine", "rotation cosine", "band period", "band angle")
+
+
+@dataclass
+class ImageData:
+    """One split of a data set, held whole in memory: images uint8 (N, 3, H, W), labels int64 (N,) or None,
+    factors float32 (N, len(FACTORS)) or None, and what a result must say about its data."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    factors: torch.Tensor | None
+    name: str
+    split: str
+    crop: str
+    note: str
+
+
+def hue_to_rgb(hue):
+    """Fully saturated colour of hue in [0, 1): (...,) -> (..., 3) in [0, 1]."""
+    return ((hue[..., None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
+
+
+def draw_shapes(count, seed, size=32):
+    """The built-in data set: `count` anti-aliased shapes over a two-colour gradient, with fine two-tone bands inside.
+
+    A small VAE cannot afford the bands and the exact edges, so it blurs them: what the refiner has to restore.
+    The bands are fixed to the image grid (period 3 or 4 pixels; horizontal, vertical or diagonal).
+    Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS.
+    """
+    gen = generator(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(count, generator=gen)
+
+    label = torch.randint(len(SHAPE_CLASSES), (count,), generator=gen)
+    radius, cx, cy = uniform(8, 13), uniform(11, 21), uniform(11, 21)
+    hue, angle = uniform(0, 1), uniform(0, 2 * math.pi)
+    period = torch.randint(3, 5, (count,), generator=gen)
+    direction = torch.randint(3, (count,), generator=gen)
+    backdrop, tilt = hue_to_rgb(torch.rand(count, 2, generator=gen)) * 0.5 + 0.1, uniform(0, 2 * math.pi)
+    colour = hue_to_rgb(hue) * 0.75 + 0.2  # (N, 3)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    for part in torch.arange(count).split(1000):
+        at = lambda v, part=part: v[part][:, None, None]  # noqa: E731 - (P,) -> (P, 1, 1), to meet (H, W)
+        x, y = columns + 0.5 - at(cx), rows + 0.5 - at(cy)
+        u = (x * at(angle).cos() + y * at(angle).sin()) / at(radius)  # the shape's own frame, radius 1
+        v = (y * at(angle).cos() - x * at(angle).sin()) / at(radius)
+        rho, theta = torch.hypot(u, v), torch.atan2(v, u)
+        arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
+        distances = torch.stack([  # signed distance to each outline (negative inside), about exact near it
+            rho - 0.9,
+            (rho - 0.7).abs() - 0.27,
+            torch.maximum(u.abs(), v.abs()) - 0.78,
+            torch.maximum(u, torch.maximum(-u / 2 + v * 0.866, -u / 2 - v * 0.866)) - 0.5,
+            (rho - 0.72 - 0.24 * torch.cos(5 * theta)) * 0.7,
+            torch.minimum(arm, bar),
+            torch.hypot((u.abs() - 0.55).clamp(min=0), v) - 0.42,
+            torch.maximum(rho - 0.95, 0.75 - torch.hypot(u - 0.5, v)),
+        ], dim=1)  # (P, 8, H, W)
+        distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
+        cover = (0.5 - distance * at(radius)).clamp(0, 1)  # share of the pixel inside the outline
+        along = torch.stack([rows + 0 * columns, columns + 0 * rows, rows + columns])[direction[part]]  # (P, H, W)
+        light = (along % at(period) < at(period) // 2).float()  # two-tone: 1 light, 0 dark
+        blend = ((columns - 16) * at(tilt).cos() + (rows - 16) * at(tilt).sin()) / (1.4 * size) + 0.5
+        low, high = backdrop[part, 0, :, None, None], backdrop[part, 1, :, None, None]
+        ground = low + (high - low) * blend[:, None]  # (P, 3, H, W)
+        inside = colour[part][:, :, None, None] * (0.55 + 0.45 * light[:, None])
+        images[part] = ((ground + (inside - ground) * cover[:, None]).clamp(0, 1) * 255).round().to(torch.uint8)
+    factors = torch.stack([(radius - 10.5) / 2.5, (cx - 16) / 5, (cy - 16) / 5,
+                           (2 * math.pi * hue).sin(), (2 * math.pi * hue).cos(), angle.sin(), angle.cos(),
+                           period * 2.0 - 7, direction - 1.0], dim=1)
+    return images, label, factors
+
+
+def decode(path, size, crop):
+    """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
+    the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as NVAE crops)."""
+    image = fid.read_image(path)
+    width, height = image.size
+    if crop == "celeba-148":
+        scale = width / 178
+        box = (15 * scale, 40 * scale, 163 * scale, 188 * scale)
+        if box[3] > height:
+            fail(f"{path}: {width}x{height} is not an aligned CelebA image (178x218 or smaller in proportion)")
+    else:
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    if (width, height) != (size, size):  # PIL's filter is anti-aliased when it shrinks
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image)
+
+
+def list_split(dataset, split, folder):
+    """The files of a split, their labels (or None), the name of the crop, and what results must say of the data."""
+    if dataset == "cifar10":
+        files = fid.find_images(folder / "cifar10" / split)
+        classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
+        return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if is_jpeg(files) else ""
+    files = fid.find_images(folder / "celeba" / "img_align_celeba" if dataset == "celeba64" else folder)
+    edge = len(files) - len(files) // 10  # the last tenth by name is the test split, unless there is a partition file
+    chosen = files[:edge] if split == "train" else files[edge:]
+    if dataset == "folder":
+        return chosen, None, "centre", "JPEG files" if is_jpeg(files) else ""
+    partition = folder / "celeba" / "list_eval_partition.txt"
+    if partition.is_file():
+        part = dict(line.split()[:2] for line in partition.read_text().splitlines() if line.strip())
+        chosen = [p for p in files if part.get(p.name) == {"train": "0", "test": "2"}[split]]
+    width, height = fid.read_image(chosen[0]).size if chosen else (178, 218)
+    return chosen, None, "celeba-148", "" if width == 178 else f"JPEG copies at {width}x{height}"
+
+
+def is_jpeg(files):
+    """Whether any of the files is a JPEG, which moves every distance."""
+    return any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
+
+
+def download(dataset, split, folder):
+    """Fetch CIFAR-10 or CelebA through torchvision, into its own layout, unless it is there. CIFAR-10's images and
+    labels are returned, CelebA's are files to be listed."""
+    from torchvision.datasets import CIFAR10, CelebA
+    if dataset == "celeba64":
+        CelebA(str(folder), split="all", download=True)  # needs the package gdown
+        return None
+    source = CIFAR10(str(folder), train=split == "train", download=not (folder / "cifar-10-batches-py").is_dir())
+    return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+
+
+def load_images(dataset, split, data_dir="data", image_size=None):
+    """Load one split (`train` or `test`) of a data set into memory: an ImageData.
+
+    Decoded files are cached as one array (in `DATA_DIR/cache`); the cache is rebuilt when the files change.
+    Exits with one line that names the folder, the accepted layouts and the remedy if there is nothing to load.
+    """
+    if dataset == "shapes":
+        images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
+        return ImageData(images, labels, factors, "shapes", split, "none", "drawn by the program")
+    folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
+    if dataset == "folder" and not folder.is_dir():
+        fail(f"--data-dir {folder}: no such folder; give the folder that holds your images")
+    if dataset == "folder" and len(fid.find_images(folder)) < 20:
+        fail(f"--data-dir {folder}: found {len(fid.find_images(folder))} images there; at least 20 are needed")
+    files, labels, crop, note = list_split(dataset, split, folder)
+    if not files:
+        try:
+            loaded = download(dataset, split, folder)
+        except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
+            layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
+                      "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
+            fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
+                 f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
+        if loaded:
+            return ImageData(*loaded, None, dataset, split, "none", "")
+        files, labels, crop, note = list_split(dataset, split, folder)
+    name = folder.resolve().name if dataset == "folder" else dataset
+    cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"
+    images = torch.from_numpy(decode_all(files, size, crop, cache))
+    labels = torch.tensor(labels) if labels is not None else None
+    if split == "test":  # files come class by class: in random order the first N held-out images stand for all
+        order = torch.randperm(len(images), generator=generator(0))
+        images, labels = images[order], labels[order] if labels is not None else None
+    return ImageData(images, labels, None, name, split, crop, note)
+
+
+def decode_all(files, size, crop, cache):
+    """Image files -> uint8 array (N, 3, size, size), kept in the file `cache` until a file's path, size or time
+    changes."""
+    listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
+    key = hashlib.sha256(f"{crop} {size}\n{listing}".encode()).hexdigest()
+    with contextlib.suppress(Exception):  # there is none, or it is damaged: decode again
+        stored = np.load(cache)
+        if str(stored["key"]) == key:
+            return stored["images"]
+    images = np.stack([decode(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
+    images, buffer = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), io.BytesIO()
+    np.savez(buffer, images=images, key=key)
+    write(cache, buffer.getvalue())
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or the one behind the other."""
+
+    name: str
+    device: torch.device
+    shape: tuple  # (C, H, W) of what is diffused
+    diffusion: Diffusion
+    vae: VAE | None = None
+    priors: dict = dataclasses.field(default_factory=dict)  # over z, by name: each has sample(count, gen), log_prob(z)
+    denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
+    decode: Callable | None = None  # from what is diffused to images, where that is a latent
+    temperature: float = 1.0  # standard deviation of x_T: 1 as trained, below 1 fewer artefacts and less detail
+
+
+@torch.no_grad()
+def encode(vae, images, gen, device, batch=500):
+    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
+    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
+    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
+
+
+def fit_mixture(vae, images, train, device):
+    """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
+    images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
+    gen = generator(train["seed"] + 2)
+    _, mu, logvar = encode(vae, images, gen, device)
+    draws = max(1, min(10, 60_000 // len(mu)))
+    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
+    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
+
+
+@torch.no_grad()
+def refine(model, x_hat, z, gen, sampler, steps):
+    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
+    generator (x_hat itself is returned if the model is a VAE alone)."""
+    if model.denoiser is None:
+        return x_hat
+    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
+    noise = generator(gen.initial_seed() + 1, model.device)
+    with autocast(model.device):
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise,
+                      clamp=model.decode is None)  # latents have no [-1, 1]
+
+
+@torch.no_grad()
+def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
+    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
+
+    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
+    `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
+    """
+    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
+    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
+        gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
+        z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
+        with autocast(model.device):
+            if model.vae is not None:
+                z = model.priors[prior].sample(batch, gen).to(model.device)
+                x_hat = model.vae.decoder(z)
+                x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
+            x = refine(model, x_hat, z, gen, sampler, steps)
+            if model.decode is not None:
+                x = model.decode(corrupt(x, generator(gen.initial_seed() + 2)) if corrupt else x)
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
+    before, after, seconds = zip(*gather(parts), strict=True)
+    return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
+
+
+# =====================================================================================================================
+# Part II, the machinery: below this line nothing is about generative models.
+# =====================================================================================================================
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Budgets
@@ -1033,19 +929,327 @@ def budget(name, dataset, size):
     return json.loads(json.dumps(train)), evaluation
 
 
+def count_cost(model, *inputs):
+    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model` built on the `meta` device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
+        model(*inputs)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
+
+
+def network_cost(train, vae=True, channels=6):
+    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
+    size, cost = train["image_size"], {}
+    with torch.device("meta"):
+        if vae:
+            net = build_vae(train)
+            cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
+        if channels:
+            cost["unet"] = count_cost(build_unet(train, channels), torch.empty(1, channels, size, size), torch.ones(1))
+    return cost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+# torchrun --nproc_per_node N stageX.py ...: all processes run the same script on the same random numbers, take their
+# slice of every training batch, average the gradients, and share out what is sampled. So they stay equal, the number of
+# processes changes nothing but the speed, and the first one alone writes. This is what DistributedDataParallel does,
+# without its overlap of sending and computing.
+
+
+def rank():
+    """This process's number among those that torchrun started: 0 where there is but one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    """How many processes torchrun started."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def choose_device(name):
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> torch.device; exits if that device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        fail(f"--device {name}: not a device of this machine; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def join_ranks(device, batch):
+    """Meet the other processes, if torchrun started any (gloo on a CPU, nccl on GPUs); returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if batch % int(os.environ["WORLD_SIZE"]):
+        fail(f"--batch-size {batch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    if rank() > 0:  # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    return device
+
+
+def wait_for_ranks():
+    """Go on when all processes have come this far."""
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def local_slice(batch):
+    """This process's slice of a tensor that holds a whole batch: (B, ...) -> (B / ranks, ...)."""
+    return batch.chunk(ranks())[rank()]
+
+
+def average_over_ranks(tensors):
+    """Replace tensors, such as the gradients of equally large slices, by their means over all processes, in place."""
+    if ranks() > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        distributed.all_reduce(flat)
+        torch._foreach_copy_(tensors, [part.view_as(x) / ranks() for part, x in
+                                       zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)])
+
+
+def gather(parts):
+    """Lists of batches, one list per process, in turn: process r has made batch r, r + ranks, ... Returns all."""
+    if ranks() == 1:
+        return parts
+    lists = [None] * ranks()
+    distributed.all_gather_object(lists, parts)
+    return [lists[i % ranks()][i // ranks()] for i in range(sum(map(len, lists)))]
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: handing every large tensor back to the kernel costs 33,000 page faults, a tenth of
+    the time, in each training step on a CPU. Does nothing where the C library is another."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A training loop without its maths: a stage builds networks, iterates over batches, and hands over a loss.
+
+        training = Training(folder, state, train, device, data.images, flip, unet=unet)
+        for x0 in training:                                         # (B, 3, H, W) in [-1, 1]
+            eps = training.draw(torch.randn, *x0.shape[1:])         # (B, 3, H, W)
+            training.step(loss, {"v_mse": loss})                    # loss (B,)
+        return training.finish(vae=vae_state["vae"])
+
+    It owns the learning rates, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_clip
+    and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or Ctrl-C is
+    obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's part.
+    `guard`: a step is skipped whose gradient norm, of any network, is not finite or above ten times its median over the
+    last 20 steps; twenty skipped in a row end the run.
+    """
+
+    def __init__(self, folder, state, train, device, data, flip, guard=False, **networks):
+        self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
+        self.data, self.flip, self.guard = data.to(device), flip, guard
+        for network in networks.values():
+            network.to(device, memory_format=torch.channels_last).train()
+            for part in network.modules():
+                if train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
+                    part.compile()  # in place: parameters keep their names
+        self.averages = {name: {key: value.detach().clone() for key, value in network.state_dict().items()}
+                         for name, network in networks.items()}
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), train[f"{name}_lr"],
+                                                  fused=device.type in ("cpu", "cuda"))
+                           for name, network in networks.items()}
+        self.gen = generator(train["seed"] + 1, device)
+        self.steps, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.log, self.sums, self.norms = [], {}, {name: [] for name in networks}  # sums: since the last row of the log
+        if state:
+            self.restore(state)
+        self.write_log()
+
+    def restore(self, state):
+        """Go on where a checkpoint was written."""
+        for name, network in self.networks.items():
+            network.load_state_dict(state["weights"][name])
+            self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        self.gen.set_state(state["generator"])
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        for name in ("steps", "seconds", "skipped", "skipped_in_a_row", "log", "norms"):
+            setattr(self, name, state[name])
+
+    def __iter__(self):
+        self.started = saved = time.time()
+        with StopRequest() as stop, tqdm(total=self.train["steps"], initial=self.steps, desc=self.folder.name,
+                                         unit="step") as self.bar:
+            while self.steps < self.train["steps"]:
+                yield self.batch()
+                if stop.signal or time.time() - saved > 60:
+                    self.checkpoint()
+                    saved = time.time()
+                if stop.signal:
+                    print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
+                    raise SystemExit(128 + stop.signal)
+        self.checkpoint()
+
+    def batch(self):
+        """Random training data, this process's part: images as floats, mirrored at random if `flip`."""
+        torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * ranks() + rank())  # for dropout
+        index = torch.randint(len(self.data), (self.train["batch"],), generator=self.gen, device=self.device)
+        x = self.data[local_slice(index)]
+        x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
+        if self.flip:
+            x = torch.where(self.draw(torch.rand, 1, 1, 1) < 0.5, x.flip(3), x)
+        return x
+
+    def draw(self, sample, *shape):
+        """`sample` is torch.rand or torch.randn: draws (B, *shape), the same whatever the number of processes."""
+        return local_slice(sample(self.train["batch"], *shape, generator=self.gen, device=self.device))
+
+    def step(self, loss, terms, watch=dict):
+        """One step of every optimiser down the mean of `loss` (B,). The log gets the means of `terms` {name: tensor}
+        (or numbers) over the steps since its last row, and what `watch()` returns when a row is due."""
+        train = self.train
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.mean().backward()
+        norms = {}
+        for name, network in self.networks.items():
+            average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
+            norms[name] = nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
+        if not (self.guard and self.spiked({name: float(norm) for name, norm in norms.items()})):
+            for name, optimizer in self.optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(train[f"{name}_lr"], self.steps, train["steps"], train["warmup"],
+                                                train["decay"])
+                optimizer.step()
+                update_average(self.averages[name], self.networks[name], train[f"{name}_ema"],
+                               self.steps + 1 - self.skipped)
+            for name, value in (terms | {"counted": 1.0}).items():
+                self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value, device=self.device).detach().mean()
+        self.steps += 1
+        if self.steps % min(train["every"], train["steps"]) == 0:
+            self.write_row(watch())
+        self.bar.update()
+
+    def spiked(self, norms):
+        """Whether to skip this step for its gradient norms {network: float}."""
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm) or
+               len(self.norms[name]) == 20 and norm > 10 * statistics.median(self.norms[name])]
+        for name, norm in norms.items():  # a norm that stays high becomes the median
+            self.norms[name] = [*self.norms[name], norm][-20:] if math.isfinite(norm) else self.norms[name]
+        self.skipped, self.skipped_in_a_row = self.skipped + bool(bad), self.skipped_in_a_row + 1 if bad else 0
+        if bad:
+            what = f"{self.folder.name}: step {self.steps + 1} skipped, gradient of {' and '.join(bad)} exploded"
+            last = self.steps + 1 == self.train["steps"] and not all(map(math.isfinite, norms.values()))
+            if last or self.skipped_in_a_row == 20:
+                fail(f"{what} ({norms}, {self.skipped_in_a_row} in a row); see log.csv, take a lower rate, another "
+                     "weight or a larger --batch-size")
+            tqdm.write(f"{what} ({norms})")
+        return bool(bad)
+
+    def check_finite(self):
+        """Exit naming what is not finite, before it is written anywhere."""
+        bad = [name for name, value in self.sums.items() if not torch.isfinite(value)]
+        if bad:
+            fail(f"{self.folder.name}: {' and '.join(bad)} not finite by step {self.steps}; restart with a lower rate "
+                 f"or look at the data (the last good checkpoint is in {self.folder})")
+
+    def write_row(self, watched):
+        """Add a row to the log: means since the last one, and what was watched."""
+        average_over_ranks(list(self.sums.values()))
+        self.check_finite()
+        counted = float(self.sums.pop("counted", math.nan))
+        means = {name: float(value) / counted for name, value in self.sums.items()} | watched
+        if self.guard:
+            means["skipped"] = self.skipped
+        self.log.append({"step": self.steps, **means})
+        self.sums = {}
+        self.write_log()
+        self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+
+    def write_log(self):
+        """log.csv is a copy of the log, which lives in the checkpoint."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.log for name in row)))
+        writer.writeheader()
+        writer.writerows(self.log)
+        write(self.folder / "log.csv", text.getvalue().encode())
+
+    def checkpoint(self):
+        """All that is needed to go on to the same bits."""
+        self.check_finite()
+        now = time.time()
+        self.seconds, self.started = self.seconds + now - self.started, now
+        if rank() == 0:
+            save_checkpoint(self.folder / "checkpoint.pt", {
+                "train": self.train, "finished": False, "steps": self.steps, "seconds": self.seconds, "log": self.log,
+                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "norms": self.norms,
+                "sums": self.sums, "generator": self.gen.get_state(), "averages": self.averages,
+                "weights": {name: network.state_dict() for name, network in self.networks.items()},
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
+
+    def finish(self, **parts):
+        """The finished checkpoint, on the CPU: the averaged weights by network, and `parts`, what a model needs beside
+        them."""
+        if rank() == 0:
+            state = {"train": self.train, "finished": True, "seconds": self.seconds, "log": self.log}
+            save_checkpoint(self.folder / "checkpoint.pt", state | self.averages | parts)
+        wait_for_ranks()
+        return load_checkpoint(self.folder / "checkpoint.pt")
+
+
 def learning_rate(base, step, steps, warmup, decay):
     """Linear warm-up (over `warmup` steps, or that share of all if below 1), then linear decay to 0 or constant."""
     warmup = warmup * steps if warmup < 1 else warmup
     return base * min(1, (step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup) if decay else 1)
 
 
+def update_average(average, network, decay, updates):
+    """The `updates`-th update of a moving average {name: tensor} of a network's weights, in place, with warm-up: decay
+    = min(decay, (1 + n) / (10 + n)). Without it a short run would be judged on its random start: 0.9999^10000 = 0.37.
+    Decay 0 copies."""
+    decay = min(decay, (1 + updates) / (10 + updates))
+    weights = [p.detach() for p in network.state_dict().values()]
+    torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
+
+
+class StopRequest:
+    """Context manager that turns SIGTERM and Ctrl-C into `.signal`, so that a loop can save before it ends."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {s: signal.signal(s, self.remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def remember(self, number, frame):
+        self.signal = number if rank() == 0 else 0  # the first process saves and ends; the others end with it
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Runs
+# 9. Runs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser):
-    """The flags that all stages share."""
+def add_flags(parser, *priors):
+    """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
     parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fail
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="shapes", help="shapes is built in; the others read --data-dir")
@@ -1068,6 +1272,8 @@ def add_flags(parser):
     add("--weights", help="file with the Inception weights, for --features inception")
     add("--compile", action="store_true", help="torch.compile the networks for training (on a CPU: needs a compiler)")
     add("--dry-run", action="store_true", help="print settings and network sizes as JSON, and stop")
+    if priors:
+        add("--prior", choices=priors, default=priors[-1], help="over z, of the headline row")
 
 
 def read_settings(args):
@@ -1079,56 +1285,67 @@ def read_settings(args):
         if value is not None and not low <= value <= high:
             fail(f"{flag} {value}: must lie between {low} and {high}")
     device = choose_device("auto" if args.dry_run and not torch.cuda.is_available() else args.device)
-    keep_freed_memory()
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
-    train = {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed} | train
-    features = args.features
-    if features == "auto":
-        features = "inception" if name in ("gpu", "paper") and args.dataset != "shapes" else "local"
-    evaluation["features"] = features
     given = {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}
-    train |= {key: value for key, value in given.items() if value is not None}
+    train = {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed} | train | {
+        key: value for key, value in given.items() if value is not None}
+    inception = name in ("gpu", "paper") and args.dataset != "shapes"
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}
     evaluation |= {key: value for key, value in given.items() if value is not None}
-    if not args.dry_run:
-        device = join_ranks(device, train["batch"])
-        try:
-            probe = Path(args.out) / ".writable"
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            fail(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder")
+    evaluation["features"] = ("inception" if inception else "local") if args.features == "auto" else args.features
+    evaluation["prior"] = vars(args).get("prior", "none")
     return train, evaluation, device
 
 
-def write_json(path, data):
-    """Write `data` as JSON, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
+def print_settings(train, evaluation, networks):
+    """What --dry-run shows: one JSON object."""
+    print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": networks}, indent=1))
+
+
+@dataclass
+class Setup:
+    """What a command works with once all that can fail early has been tried."""
+
+    train: dict
+    evaluation: dict
+    device: torch.device
+    home: Path  # the folder of the runs
+    extractor: nn.Module
+    data: ImageData
+    test: ImageData
+    cache: Path
+
+    @functools.cached_property
+    def reference(self):
+        """What the scores compare with: the training split's features, cached beside the data."""
+        return fid.reference(self.extractor, self.data, self.test, self.cache)
+
+    @property
+    def fd(self):
+        """The name of the Frechet distance: `fid`, or with local features `fd_local`."""
+        return "fd_local" if self.extractor.suffix else "fid"
 
 
 def prepare(args, train, evaluation, device):
-    """What can fail is tried before any training: the feature network, the data. Completes both settings; returns the
-    folder of the runs, the extractor, the training and the test images."""
-    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    """Try what can fail before any training: processes, the output folder, the feature network, the data."""
+    keep_freed_memory()
+    device = join_ranks(device, train["batch"])
     try:
-        extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
-    except ValueError as error:
-        fail(error)
+        probe = Path(args.out) / f".writable-{os.getpid()}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        fail(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder")
+    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
     data, test = (load_images(args.dataset, split, args.data_dir, train["image_size"]) for split in ("train", "test"))
-    train |= {"crop": data.crop, "n_train": len(data.images)}
-    evaluation["features"] = extractor.name
-    return Path(args.out) / f"{name}-{train['budget']}", extractor, data, test
-
-
-def reference(args, extractor, data, test):
-    """What the scores compare with: the training split's features, cached beside the data."""
-    home = "data" if args.dataset in ("shapes", "folder") else args.data_dir
-    return fid.reference(extractor, data, test, Path(home) / "cache")
+    cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
+    return Setup(train | {"crop": data.crop, "n_train": len(data.images)}, evaluation | {"features": extractor.name},
+                 device, Path(args.out) / f"{name}-{train['budget']}", extractor, data, test, cache)
 
 
 def first_difference(old, new):
@@ -1139,21 +1356,9 @@ def first_difference(old, new):
     return None
 
 
-HELD = {}  # open files of the run folders that this process has locked, until it ends
-
-
-def lock(folder):
-    """Keep other processes out of a run's folder until this one ends, however it ends; exits if one is in it."""
-    if rank() > 0 or folder in HELD:
-        return
-    with contextlib.suppress(ImportError):  # fcntl: not on Windows
-        import fcntl
-        folder.mkdir(parents=True, exist_ok=True)
-        HELD[folder] = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{folder} is in use by another process; wait for it or choose another --out")
+def write_json(path, data):
+    """Write `data` as JSON, atomically."""
+    write(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def open_run(folder, train, resume):
@@ -1161,35 +1366,30 @@ def open_run(folder, train, resume):
 
     Finished with the same settings: reused. Unfinished: needs --resume. Other settings: exits naming the key.
     """
-    folder, config = Path(folder), Path(folder) / "config.json"
-    lock(folder.resolve())
-    if config.is_file():
-        try:
-            old = dict(json.loads(config.read_text())["train"])
-        except (ValueError, KeyError, TypeError):
-            fail(f"{config}: damaged; remove {folder} or choose another --out")
-        difference = first_difference(old, train)
-        if difference:
-            fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
-        if (folder / "checkpoint.pt").is_file():
-            state = load_checkpoint(folder / "checkpoint.pt")
-            if state["finished"] or resume:
-                return state
-        if not resume:
-            fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
+    config, checkpoint = Path(folder) / "config.json", Path(folder) / "checkpoint.pt"
+    if not config.is_file():
+        wait_for_ranks()  # none looks for a config that another has just written
+        (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of a run whose settings are gone
+        write_json(config, {"train": train})
         return None
-    wait_for_ranks()  # none looks for a config that another has just written
-    (folder / "metrics.json").unlink(missing_ok=True)  # of a run whose settings are gone
-    write_json(config, {"train": train})
-    return None
+    try:
+        old = dict(json.loads(config.read_text())["train"])
+    except (ValueError, KeyError, TypeError):
+        fail(f"{config}: damaged; remove {folder} or choose another --out")
+    state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
+    difference = first_difference(old, train) or state and first_difference(state["train"], train)
+    if difference:
+        fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
+    if not resume and not (state and state["finished"]):
+        fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
+    return state
 
 
 def save_checkpoint(path, state):
     """Save a dictionary of tensors and plain values, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
 def load_checkpoint(path):
@@ -1206,91 +1406,6 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).split("\n")[0][:80]
         fail(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason}); remove it to train again")
-
-
-class StopRequest:
-    """Context manager that turns SIGTERM and Ctrl-C into `.signal`, so that a loop can save before it ends."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = {s: signal.signal(s, self.remember) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def remember(self, number, frame):
-        self.signal = number if rank() == 0 else 0  # the first process saves and ends; the others end with it
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def start_log(path, step):
-    """Cut a log back to the rows up to `step` (0 empties it), so that a resumed run writes each row once."""
-    rows = list(csv.DictReader(open(path))) if path.is_file() and step else []
-    rows = [row for row in rows if int(row["step"]) <= step]
-    with atomic(path) as temporary, open(temporary, "w", newline="") as handle:
-        if rows:
-            writer = csv.DictWriter(handle, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def training_state(train, step, network, ema, optimizer, gen, seconds, sums):
-    """All that a training loop of one network needs to go on to the same bits: a checkpoint."""
-    return {"train": train, "step": step, "finished": step == train["steps"], "weights": network.state_dict(),
-            "ema": ema.weights, "optimizer": optimizer.state_dict(), "generator": gen.get_state(),
-            "global_rng": torch.get_rng_state(), "seconds": seconds, "sums": sums}
-
-
-def resume_training(state, network, ema, optimizer, gen, device):
-    """Put a training_state back in place; returns step, seconds spent and the sums since the last row of the log."""
-    network.load_state_dict(state["weights"])
-    ema.weights = {name: tensor.to(device) for name, tensor in state["ema"].items()}
-    ema.updates = state["step"]
-    optimizer.load_state_dict(state["optimizer"])
-    gen.set_state(state["generator"])
-    torch.set_rng_state(state["global_rng"])
-    return state["step"], state["seconds"], {name: value.to(device) for name, value in state["sums"].items()}
-
-
-def log_means(folder, step, sums, every, bar):
-    """Write the means of the last `every` steps to the log and the bar; exits naming a term that is not finite."""
-    means = {name: float(value) / every for name, value in sums.items()}
-    if not all(map(math.isfinite, means.values())):
-        fail(f"{folder.name}: {means} at step {step} is not finite; restart with a lower rate or look at the data (the "
-             f"last good checkpoint is in {folder})")
-    append_log(folder / "log.csv", {"step": step, **means})
-    bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
-
-
-def append_log(path, row):
-    """Append one row to a CSV log (with a header if it is empty)."""
-    if rank() > 0:
-        return
-    with open(path, "a", newline="") as handle:
-        writer = csv.DictWriter(handle, row.keys())
-        if handle.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_log(path):
-    """A CSV log as columns: {name: [floats]}."""
-    rows = list(csv.DictReader(open(path)))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
-
-
-def run_facts(train, evaluation, data, device, variant):
-    """The `run` part of metrics.json that does not depend on the model."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"dataset": data.name, "crop": data.crop, "data_note": data.note, "variant": variant,
-            "stage": variant.split("-")[0], "budget": train["budget"], "seed": train["seed"],
-            "n_real": len(data.images),
-            "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
-            "commit": git.stdout.strip() or "unknown", "eval": evaluation, "residual_sd": train["residual_sd"],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
 RUN_KEYS = {"dataset", "crop", "data_note", "variant", "stage", "budget", "seed", "features", "n_real", "parameters",
@@ -1340,8 +1455,22 @@ def write_metrics(path, metrics):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Pictures
+# 10. Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
+
+NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
+
+
+def mean_score(values):
+    """The mean of values (N,) as a score dictionary, with a 95% interval over them."""
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def hf_energy(images, real):
+    """Sharpness: high-frequency power of `images` over that of held-out `real` images, uint8 (N, 3, H, W); 1 is as
+    sharp as real. A score dictionary."""
+    return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
 
 
 def high_frequency_power(images):
@@ -1355,208 +1484,141 @@ def high_frequency_power(images):
     return spectrum.abs().square()[:, high].mean(1)
 
 
-def hf_energy(images, real):
-    """Sharpness: high-frequency power of `images` over that of held-out `real` images; 1 is as sharp as real.
-    A score dictionary with a 95% interval over the images."""
-    power = high_frequency_power(images) / high_frequency_power(real).mean()
-    half = 1.96 * float(power.std()) / math.sqrt(len(power))
-    return {"value": float(power.mean()), "low": float(power.mean()) - half, "high": float(power.mean()) + half}
-
-
-def save_grid(path, rows, labels=None, scale=None):
-    """Save rows of uint8 images, each (N, 3, H, W), as one picture with the rows' labels on the left."""
-    size = rows[0].shape[-1]
-    scale = scale or max(1, 96 // size)
-    margin = 8 * max(len(label) for label in labels) if labels else 0
-    side = scale * size
-    page = Image.new("RGB", (margin + max(map(len, rows)) * (side + 2), len(rows) * (side + 2)), "white")
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (margin + j * (side + 2), i * (side + 2)))
-        if labels:
-            ImageDraw.Draw(page).text((4, i * (side + 2) + side // 2 - 6), labels[i], fill="black")
-    with atomic(path) as temporary:
-        page.save(temporary, format="PNG")
-
-
-def save_chart(path, panels):
-    """Save line charts, three in a row (four: two by two). `panels`: dictionaries with title, x, y (axis names), lines
-    {label: (xs, ys)}, optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    names = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))
-    colours = {label: f"C{i}" for i, label in enumerate(names)}  # one colour per label, whichever panels it is in
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False,
-                                   layout="constrained")
-    handles = {}
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for label, (xs, ys) in panel["lines"].items():
-            handles[label], = axis.plot(xs, ys, colours[label], marker="o" if len(xs) < 30 else None, label=label)
-        for label, y in panel.get("level", {}).items():
-            handles[label] = axis.axhline(y, linestyle="--", color="grey", label=label)
-        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"))
-        if axis.get_xscale() == "log":
-            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        elif all(isinstance(x, int) for xs, _ in panel["lines"].values() for x in xs):
-            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        if "log_y" in panel:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-        else:
-            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
-        if len(names) < 6:
-            axis.legend(fontsize=8)
-    if len(names) > 5:  # would hide lines
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
-
-
-def show(score):
-    """A score dictionary as text: value [low, high]."""
-    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if score["low"] is not None else ""
-    return f"{score['value']:.3g}{interval}"
-
-
-def print_table(rows, columns):
-    """Print dictionaries as an aligned table of the given columns."""
-    cells = [columns] + [[show(r[c]) if isinstance(r[c], dict) else f"{r[c]:.3g}" if isinstance(r[c], float)
-                          else str(r[c]) for c in columns] for r in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-# A *model* here is a SimpleNamespace: `name`; `vae` (or None); `priors` {name: with .sample(count, gen), .log_prob(z)};
-# `denoiser(x_hat, z)`, which returns `denoise(x, t)` with its conditions fixed (None: a VAE alone); `diffusion`, `size`
-# and `device`; `temperature`, the standard deviation of x_T (1: as trained); `kl(z, mu, logvar)` where the VAE was
-# trained against another prior than N(0, I).
-
-
-def latent_kl(model, z, mu, logvar):
-    """KL of q(z|x) to the prior that the model's VAE was trained against: (B,) nats."""
-    return model.kl(z, mu, logvar) if hasattr(model, "kl") else gaussian_kl(mu, logvar)
-
-
-@torch.no_grad()
-def encode(vae, images, gen, device, batch=500):
-    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
-    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
-    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
-
-
-def fit_mixture(vae, images, train, device):
-    """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
-    images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
-    gen = generator(train["seed"] + 2)
-    _, mu, logvar = encode(vae, images, gen, device)
-    draws = max(1, min(10, 60_000 // len(mu)))
-    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
-    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
-
-
-def refine(model, x_hat, z, gen, sampler, steps):
-    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
-    generator (x_hat itself is returned if the model is a VAE alone)."""
-    if model.denoiser is None:
-        return x_hat
-    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
-    noise = generator(gen.initial_seed() + 1, model.device)
-    with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise)
-
-
-@torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, stretch=1.0):
-    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
-
-    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
-    `corrupt(x_hat, gen)` damages the VAE's output before refinement; `stretch` multiplies z.
-    """
-    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
-    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
-        gen = generator(1_000_000 * (seed + 1) + start)
-        clock = time.time()
-        z, x_hat = None, torch.zeros(batch, 3, model.size, model.size, device=model.device)
-        if model.vae is not None:
-            z = (stretch * model.priors[prior].sample(batch, gen)).to(model.device)
-            with autocast(model.device):
-                x_hat = model.vae.decoder(z)
-        x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
-        images = to_uint8(refine(model, x_hat, z, gen, sampler, steps)).cpu()
-        seconds = time.time() - clock
-        parts.append((to_uint8(x_hat).cpu(), images, seconds))
-    before, after, seconds = zip(*gather(parts), strict=True)
-    return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
-
-
-def reconstruct(model, images, evaluation, seed):
-    """Held-out uint8 images -> x_hat and refined as uint8, with mu, logvar (CPU)."""
-    gen = generator(50_000 + seed)
-    _, mu, logvar = encode(model.vae, images, gen, model.device)
-    with torch.no_grad():
-        x_hat = model.vae.decoder(mu.to(model.device))
-        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", evaluation["sample_steps"])
-    return to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), mu, logvar
+def psnr_db(images, real):
+    """Mean peak signal-to-noise ratio of uint8 images (N, 3, H, W), in decibels."""
+    return float(-10 * (images.float() - real.float()).div(255).square().mean((1, 2, 3)).log10().mean())
 
 
 def add_noise(sd):
-    """Corruption of x_hat: Gaussian noise of standard deviation `sd` (images span [-1, 1])."""
-    return lambda x_hat, gen: x_hat + sd * randn(x_hat.shape, gen).to(x_hat.device)
+    """Corruption of x_hat or of a latent: Gaussian noise of standard deviation `sd`."""
+    return lambda x, gen: x + sd * randn(x.shape, gen).to(x.device)
 
 
-def blur(x_hat, gen):
-    """Corruption of x_hat: Gaussian blur with a standard deviation of 1 pixel."""
-    tap = torch.exp(-torch.arange(-3.0, 4.0, device=x_hat.device) ** 2 / 2)
-    kernel = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 7, 7)
-    return F.conv2d(F.pad(x_hat, (3, 3, 3, 3), mode="reflect"), kernel, groups=3)
+def measure(model, setup, prior, sampler, steps, count, corrupt=None):
+    """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    x_hat, images, seconds = generate(model, count, prior, sampler, steps, setup.train["seed"],
+                                      setup.evaluation["batch"], corrupt)
+    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else None
+    row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
+           "peak_memory_mb": peak} | fid.scores(setup.extractor, images, setup.reference)
+    return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
-CORRUPTIONS = {
-    "clean": {},
-    "noise 0.1": {"corrupt": add_noise(0.1)},
-    "noise 0.2": {"corrupt": add_noise(0.2)},
-    "noise 0.4": {"corrupt": add_noise(0.4)},
-    "blur 1 px": {"corrupt": blur},
-    "z x 1.3": {"stretch": 1.3},
-}
+def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
+    """The metrics of a finished run: read again if its folder holds them for these settings, else measured and written
+    together with figures. `model` is the Model of the checkpoint `state`, `cost` its network_cost, and `more(model,
+    rows)` gives the tables that only its stage has. Every image k has the same z and x_T throughout."""
+    metrics = read_metrics(folder / "metrics.json", setup.evaluation)
+    if metrics is not None:
+        return metrics
+    train, data = state["train"], setup.data
+    model = dataclasses.replace(model, temperature=setup.evaluation["temperature"])
+    rows, tables = measure_samples(folder, model, setup)
+    if model.vae is not None:
+        tables |= measure_vae(folder, model, setup)
+        print(f"{folder.name}: {tables['latent']['verdict']}")
+    if model.denoiser is not None and model.decode is None:
+        tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
+    tables["training"] = draw_training(folder, state["log"])
+    tables |= more(model, rows)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
+    variant = folder.name.removesuffix(f"-s{train['seed']}")
+    run = {"dataset": data.name, "crop": data.crop, "data_note": data.note, "variant": variant,
+           "stage": variant.split("-")[0], "budget": train["budget"], "seed": train["seed"],
+           "features": setup.extractor.name, "n_real": len(data.images),
+           "parameters": sum(part["parameters"] for part in cost.values()),
+           "gflops": sum(part["gflops"] for part in cost.values()),
+           "train_images": train["steps"] * train["batch"], "train_seconds": state["seconds"],
+           "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
+           "commit": git.stdout.strip() or "unknown", "eval": setup.evaluation, "residual_sd": train["residual_sd"],
+           "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    write_metrics(folder / "metrics.json", {"schema": 1, "run": run, "rows": rows, "tables": tables})
+    return read_metrics(folder / "metrics.json")
 
 
-def bits_per_dim(model, images, evaluation, seed):
-    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the
-    diffusion model given x_hat = Dec(z), z ~ q(z|x), plus KL(q(z|x) || p(z)). None for the VAE alone."""
-    if model.denoiser is None:
-        return None
-    images, gen = images[: evaluation["bits_images"]].to(model.device), generator(60_000 + seed, model.device)
-    parts, x_hat, z = {}, None, None
-    with torch.no_grad(), autocast(model.device):
-        if model.vae is not None:
-            mu, logvar = model.vae.encoder(to_float(images))
-            z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
-            x_hat, parts["kl"] = model.vae.decoder(z), latent_kl(model, z, mu, logvar).cpu()
-        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, evaluation["bits_draws"], gen)
-    unit = images[0].numel() * math.log(2)
-    total = sum(parts.values()) / unit  # (N,) bits per dimension
-    half = 1.96 * float(total.std()) / len(total) ** 0.5
-    mean = float(total.mean())
-    return {"bound": {"value": mean, "low": mean - half, "high": mean + half}, "images": len(images),
-            **{name: float((value / unit).mean()) for name, value in parts.items()}}
+def measure_samples(folder, model, setup):
+    """Scores and pictures of samples: every prior (the headline first), every number of steps, temperatures, noise.
+    Returns rows and tables."""
+    evaluation, tables, draw = setup.evaluation, {}, functools.partial(measure, model, setup)
+    prior = evaluation["prior"] if model.vae is not None else "none"
+    sampler, steps = ("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"])
+    row, x_hat, images = draw(prior, sampler, steps, evaluation["count"])
+    both = model.vae is not None and model.denoiser is not None
+    pairs = [("VAE", x_hat), ("refined", images)] if both else [(model.name, images)]
+    save_grid(folder / "samples.png", {f"{label} {i}": part[12 * i : 12 * i + 12] for i in range(3)
+                                       for label, part in pairs})
+    draw_ranked(folder, images, setup)
+    if both:
+        tables["before_refinement"] = fid.scores(setup.extractor, x_hat, setup.reference) | {
+            "hf_energy": hf_energy(x_hat, setup.test.images)}
+    others = evaluation["count" if model.denoiser is None else "grid_count"]
+    rows = [row, *(draw(name, sampler, steps, others)[0] for name in model.priors if name != prior)]
+    if model.denoiser is not None:
+        pictures = {}
+        for name, n in evaluation["grid"]:
+            row, _, images = draw(prior, name, n, evaluation["grid_count"])
+            rows.append(row)
+            pictures[f"{name} {n}"] = images[:12]
+        save_grid(folder / "steps.png", pictures)
+        if model.temperature != 1:
+            tables["temperature"] = temperatures(folder, model, setup, prior)
+    if model.vae is not None or model.decode is not None:
+        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
+    return rows, tables
+
+
+def temperatures(folder, model, setup, prior):
+    """The same z and the same noise x_T at several temperatures (DiffuseVAE's demonstrations use 0.8): lower ones trade
+    fine detail and diversity for fewer artefacts. Writes temperature.png; returns the rows."""
+    rows, pictures, evaluation = [], {}, setup.evaluation
+    for value in sorted({0.8, 0.85, 0.9, 0.95, 1.0, model.temperature}):
+        row, x_hat, images = measure(dataclasses.replace(model, temperature=value), setup, prior,
+                                     evaluation["sampler"], evaluation["sample_steps"], evaluation["grid_count"])
+        rows.append(row | {"temperature": value})
+        pictures |= {"VAE": x_hat[:12]} if model.vae else {}
+        pictures[f"x_T sd {value}"] = images[:12]
+    save_grid(folder / "temperature.png", pictures)
+    return rows
+
+
+def robustness(folder, draw, prior, evaluation, fd, refined):
+    """Refine VAE outputs with noise on them, or decode latents with noise (same z, same x_T). The area is the mean of
+    score / clean score over noise sd 0 to 0.4: 1 means unharmed. Writes robustness.png."""
+    sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
+    scores, pictures = {}, {}
+    for name, sd in NOISE.items():
+        row, x_hat, images = draw(prior, sampler, steps, evaluation["probe_count"], add_noise(sd) if sd else None)
+        scores[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
+        pictures |= {name: x_hat[:12]} if prior != "none" else {}
+        pictures |= {f"{name}, refined": images[:12]} if refined else {}
+    save_grid(folder / "robustness.png", pictures)
+    ratio = torch.tensor([score[fd]["value"] for score in scores.values()])
+    area = float(torch.trapezoid(ratio / ratio[0], torch.tensor(list(NOISE.values()))) / 0.4)
+    return {"nfe": steps, "scores": scores, "area": area}
+
+
+def measure_vae(folder, model, setup):
+    """Tables of a VAE, with the refiner behind it: held-out reconstructions, the latent, the priors' fit."""
+    test, seed = setup.test.images, setup.train["seed"]
+    real, gen = test[: min(1000, setup.evaluation["grid_count"])], generator(50_000 + seed)
+    mu, logvar = encode(model.vae, real, gen, model.device)[1:]
+    with torch.no_grad():
+        x_hat = model.vae.decoder(mu.to(model.device))
+        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", setup.evaluation["sample_steps"])
+    x_hat, refined = to_uint8(x_hat).cpu(), to_uint8(refined).cpu()
+    parts = {"real": real, "VAE": x_hat} | ({"refined": refined} if model.denoiser is not None else {})
+    save_grid(folder / "reconstructions.png", {label: part[:12] for label, part in parts.items()})
+    sharp = hf_energy(x_hat, test)
+    z = encode(model.vae, test, generator(70_000 + seed), model.device)[0]
+    return {"reconstruction": {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
+                               "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)},
+            "latent": diagnose(mu, logvar, sharp["value"]),
+            "prior_log_density": {name: float(p.log_prob(z).mean()) for name, p in model.priors.items()}}
 
 
 def diagnose(mu, logvar, sharpness):
@@ -1575,142 +1637,118 @@ def diagnose(mu, logvar, sharpness):
     return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "verdict": text}
 
 
-def measure(model, evaluation, seed, test, extractor, reference, prior, sampler, steps, count, **damage):
-    """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    x_hat, images, seconds = generate(model, count, prior, sampler, steps, seed, evaluation["batch"], **damage)
-    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if model.device.type == "cuda" else None
-    row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
-           "peak_memory_mb": peak} | fid.scores(extractor, images, reference)
-    return row | {"hf_energy": hf_energy(images, test.images)}, x_hat, images
+@torch.no_grad()
+def bits_per_dim(model, prior, setup):
+    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the diffusion model
+    given x_hat = Dec(z), z ~ q(z|x), plus log q(z|x) - log p(z) under the prior that is named."""
+    evaluation, gen = setup.evaluation, generator(60_000 + setup.train["seed"], model.device)
+    images, parts, x_hat, z = setup.test.images[: evaluation["bits_images"]].to(model.device), {}, None, None
+    with autocast(model.device):
+        if model.vae is not None:
+            mu, logvar = model.vae.encoder(to_float(images))
+            z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
+            x_hat = model.vae.decoder(z)
+            parts["kl"] = gaussian_log_prob(z, mu, logvar).cpu() - model.priors[prior].log_prob(z.cpu()).cpu()
+        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, evaluation["bits_draws"], gen)
+    unit = images[0].numel() * math.log(2)
+    return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
+            **{name: float((value / unit).mean()) for name, value in parts.items()}}
 
 
-def robustness(folder, measure, prior, sampler, evaluation, fd):
-    """Refine damaged VAE outputs (same z, same x_T). The area is the mean of score / clean score over noise sd 0 to
-    0.4: 1 means unharmed. Writes robustness.png: damaged x_hat above, refined below."""
-    steps, scores, pictures = 0 if sampler == "none" else evaluation["probe_steps"], {}, []
-    for name, damage in CORRUPTIONS.items():
-        row, x_hat, images = measure(prior, sampler if sampler == "none" else "dpm", steps, evaluation["probe_count"],
-                                     **damage)
-        scores[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
-        pictures += [(name, x_hat[:12])] + ([("  refined", images[:12])] if steps else [])
-    save_grid(folder / "robustness.png", [p for _, p in pictures], [label for label, _ in pictures])
-    sd = torch.tensor([0, 0.1, 0.2, 0.4])
-    ratio = torch.tensor([scores[k][fd]["value"] for k in ("clean", "noise 0.1", "noise 0.2", "noise 0.4")])
-    return {"nfe": steps, "scores": scores, "area": float(torch.trapezoid(ratio / ratio[0], sd) / 0.4)}
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Pictures
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def temperatures(folder, model, draw):
-    """The same z and the same noise x_T at several temperatures (DiffuseVAE's demonstrations use 0.8): lower ones trade
-    fine detail and diversity for fewer artefacts. Writes temperature.png; returns the rows."""
-    chosen, rows, pictures = model.temperature, [], {}
-    for model.temperature in sorted({0.8, 0.85, 0.9, 0.95, 1.0, chosen}):
-        row, x_hat, images = draw()
-        rows.append(row | {"temperature": model.temperature})
-        pictures |= {"VAE": x_hat[:12]} if model.vae else {}
-        pictures[f"x_T sd {model.temperature}"] = images[:12]
-    model.temperature = chosen
-    save_grid(folder / "temperature.png", list(pictures.values()), list(pictures))
-    return rows
+def save_grid(path, rows, scale=None):
+    """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""
+    size = next(iter(rows.values())).shape[-1]
+    scale = scale or max(1, 96 // size)
+    margin, side = 8 + 7 * max(map(len, rows)), scale * size
+    page = Image.new("RGB", (margin + max(map(len, rows.values())) * (side + 2), len(rows) * (side + 2)), "white")
+    for i, (label, row) in enumerate(rows.items()):
+        ImageDraw.Draw(page).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
+        for j, image in enumerate(row):
+            tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (margin + j * (side + 2), i * (side + 2)))
+    buffer = io.BytesIO()
+    page.save(buffer, format="PNG")
+    write(path, buffer.getvalue())
 
 
-def draw_ranked(folder, images, extractor, reference):
+def save_figure(path, figure):
+    """Save a matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write(path, buffer.getvalue())
+
+
+def save_chart(path, panels):
+    """Save line charts, three in a row (four: two by two). `panels`: dictionaries with title, x, y (axis names), lines
+    {label: (xs, ys)}, optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
+    from matplotlib.figure import Figure
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    names = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))
+    colours = {label: f"C{i}" for i, label in enumerate(names)}  # one colour per label, whichever panels it is in
+    figure, handles = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained"), {}
+    for i, panel in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, i)
+        for label, (xs, ys) in panel["lines"].items():
+            handles[label], = axis.plot(xs, ys, colours[label], marker="o" if len(xs) < 30 else None, label=label)
+        for label, y in panel.get("level", {}).items():
+            handles[label] = axis.axhline(y, linestyle="--", color="grey", label=label)
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"),
+                 yscale="log" if "log_y" in panel else "linear")
+        if "log_y" not in panel:
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    save_figure(path, figure)
+
+
+def draw_ranked(folder, images, setup):
     """ranked.png: generated images by the distance of their features to the nearest real image's. Twelve each of the
     worst, the middle and the best: what a distance between distributions does not show."""
-    nearest = torch.cdist(fid.extract(extractor, images)[0].float(), reference.features.float()).amin(1)  # (N,)
+    features = fid.extract(setup.extractor, images)[0].float()
+    nearest = torch.cdist(features, setup.reference.features.float()).amin(1)  # (N,)
     order = nearest.argsort(descending=True)
     middle = max(0, len(order) // 2 - 6)
-    rows = [images[order[part]] for part in (slice(12), slice(middle, middle + 12), slice(-12, None))]
-    save_grid(folder / "ranked.png", rows, ["worst", "median", "best"])
+    parts = {"worst": order[:12], "median": order[middle : middle + 12], "best": order[-12:]}
+    save_grid(folder / "ranked.png", {label: images[part] for label, part in parts.items()})
 
 
-def draw_speed(folder, rows, fd):
-    """Chart quality against the number of steps and against time."""
-    panels = []
-    for key, axis in (("nfe", "U-Net evaluations"), ("seconds_per_image", "seconds per image")):
-        lines = {}
-        for name in sorted({row["sampler"] for row in rows}):
-            mine = [row for row in rows if row["sampler"] == name]
-            lines[name] = [row[key] for row in mine], [row[fd]["value"] for row in mine]
-        panels.append({"title": f"{fd} against {axis}", "x": axis, "y": fd, "lines": lines, "log": "log"})
-    save_chart(folder / "speed.png", panels)
-
-
-def draw_training(folder):
-    """Chart the log; returns each column's last value."""
-    columns = read_log(folder / "log.csv")
+def draw_training(folder, log):
+    """Chart the log, a list of rows; returns the last row."""
+    columns = {name: [row[name] for row in log] for name in log[-1]}
     steps = columns.pop("step")
     save_chart(folder / "training.png", [{"title": f"{folder.name}: {name}", "x": "step", "y": name,
                                           "lines": {name: (steps, values)}} for name, values in columns.items()])
     return {name: values[-1] for name, values in columns.items()}
 
 
-def evaluate(folder, model, state, evaluation, test, extractor, reference, facts, cost):
-    """Everything that is measured of a model in every stage: writes figures into `folder`, returns the metrics.
-
-    `state`: its checkpoint; `facts`: run_facts; `cost`: network_cost. Every image k has the same z and x_T throughout.
-    """
-    train, fd, prior = state["train"], "fd" + extractor.suffix if extractor.suffix else "fid", evaluation["prior"]
-    draw = functools.partial(measure, model, evaluation, train["seed"], test, extractor, reference)
-    priors = [prior, *(name for name in model.priors if name != prior)] if model.priors else ["none"]
-    sampler, steps = ("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"])
-    rows, tables, model.temperature = [], {}, evaluation["temperature"]
-    for name in priors:  # the headline row first
-        headline = name == priors[0] or model.denoiser is None
-        row, x_hat, images = draw(name, sampler, steps, evaluation["count" if headline else "grid_count"])
-        rows.append(row)
-        if name == priors[0]:
-            both = model.vae is not None and model.denoiser is not None
-            pairs = [("VAE", x_hat), ("refined", images)] if both else [(model.name, images)]
-            shown = [(label, part[i : i + 12]) for i in (0, 12, 24) for label, part in pairs]
-            save_grid(folder / "samples.png", [p for _, p in shown], [label for label, _ in shown])
-            draw_ranked(folder, images, extractor, reference)
-            if both:
-                tables["before_refinement"] = fid.scores(extractor, x_hat, reference) | {
-                    "hf_energy": hf_energy(x_hat, test.images)}
-    if model.denoiser is not None:
-        pictures = {}
-        for name, n in evaluation["grid"]:
-            row, _, images = draw(priors[0], name, n, evaluation["grid_count"])
-            rows.append(row)
-            pictures[f"{name} {n}"] = images[:12]
-        save_grid(folder / "steps.png", list(pictures.values()), list(pictures))
-        draw_speed(folder, rows[len(priors) :], fd)
-        if model.temperature != 1:
-            tables["temperature"] = temperatures(folder, model, functools.partial(
-                draw, priors[0], sampler, steps, evaluation["grid_count"]))
-    if model.vae is not None:
-        tables["robustness"] = robustness(folder, draw, priors[0], sampler, evaluation, fd)
-        real = test.images[:1000]
-        x_hat, refined, mu, logvar = reconstruct(model, real[: evaluation["grid_count"]], evaluation, train["seed"])
-        error = (x_hat.float() - real[: len(x_hat)].float()).div(255).square().mean((1, 2, 3))  # (N,)
-        tables["reconstruction"] = {"psnr_db": float((-10 * error.log10()).mean()),
-                                    "kl_nats": float(gaussian_kl(mu, logvar).mean()),
-                                    "hf_energy_vae": hf_energy(x_hat, test.images),
-                                    "hf_energy_refined": hf_energy(refined, test.images)}
-        tables["latent"] = diagnose(mu, logvar, tables["reconstruction"]["hf_energy_vae"]["value"])
-        z = encode(model.vae, test.images, generator(70_000 + train["seed"]), model.device)[0]
-        tables["prior_log_density"] = {name: float(p.log_prob(z).mean()) for name, p in model.priors.items()}
-        parts = [("real", real), ("VAE", x_hat)] + ([("refined", refined)] if model.denoiser is not None else [])
-        save_grid(folder / "reconstructions.png", [p[:12] for _, p in parts], [name for name, _ in parts])
-        print(f"{folder.name}: {tables['latent']['verdict']}")
-    tables["bits_per_dim"] = bits_per_dim(model, test.images, evaluation, train["seed"])
-    tables["training"] = draw_training(folder)
-    parameters, gflops = (sum(c[key] for c in cost.values()) for key in ("parameters", "gflops"))
-    return {"schema": 1, "run": facts | {"features": extractor.name, "parameters": parameters, "gflops": gflops,
-                                         "train_images": train["steps"] * train["batch"],
-                                         "train_seconds": state["seconds"]}, "rows": rows, "tables": tables}
+def show(score):
+    """A score dictionary as text: value [low, high]."""
+    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if score["low"] is not None else ""
+    return f"{score['value']:.3g}{interval}"
 
 
-def print_results(finished, data, extractor):
+def print_table(rows, columns):
+    """Print dictionaries as an aligned table of the given columns."""
+    cells = [columns] + [[show(r[c]) if isinstance(r[c], dict) else f"{r[c]:.3g}" if isinstance(r[c], float)
+                          else str(r[c]) for c in columns] for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def print_results(finished, setup):
     """Print the rows of all metrics, {folder: metrics}, as one table, and the paths of pictures and files."""
-    local = "_local" if extractor.suffix else ""
-    scores = ["fd_local" if local else "fid", *(s + local for s in ("floor", "is", "precision", "recall"))]
-    table = [{"variant": m["run"]["variant"], "steps": row["nfe"], "sec/image": row["seconds_per_image"]} | row
-             for m in finished.values() for row in m["rows"]]
+    scores = [setup.fd, *(name + setup.extractor.suffix for name in ("floor", "is", "precision", "recall"))]
+    rows = [{"variant": m["run"]["variant"], "steps": row["nfe"], "sec/image": row["seconds_per_image"]} | row
+            for m in finished.values() for row in m["rows"]]
     print()
-    print_table(table, ["variant", "prior", "sampler", "steps", "n_generated", "sec/image", *scores, "hf_energy"])
-    print(f"\nfeatures: {extractor.name}; data: {data.name} ({data.note}); intervals: 95%, resampling only, one run")
+    print_table(rows, ["variant", "prior", "sampler", "steps", "n_generated", "sec/image", *scores, "hf_energy"])
+    print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
+          "resampling only, one run")
     for folder in finished:
         print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))

@@ -21,32 +21,22 @@ Expect  4 minutes on two CPU cores (three times that on slow ones), then picture
 """
 
 import argparse
-import json
-import sys
-import time
-from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import common
-from common import to_float
 
 VARIANTS = ("vae", "uncond", "form1", "form2")
 
-
-def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
-    common.add_flags(parser)
-    parser.add_argument("--variant", nargs="+", choices=(*VARIANTS, "all"), default=["vae", "form1"],
-                        help="what to train and evaluate; refiners train the VAE they need")
-    parser.add_argument("--prior", choices=("gaussian", "gmm"), default="gmm", help="prior over z of the headline row")
-    args = parser.parse_args(argv)
-    args.variant = list(VARIANTS) if "all" in args.variant else args.variant
-    return args
-
-
 # --- The model and its losses ----------------------------------------------------------------------------------------
+
+
+def vae_loss(vae, x0, noise, beta):
+    """Negative ELBO up to a constant, with a Gaussian decoder of variance 1/2 in [0, 1] units (DiffuseVAE's loss).
+    x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,)."""
+    x_hat, mu, logvar = vae(x0, noise)
+    sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
+    return sse + beta * kl, sse, kl
 
 
 def build_unet(train, variant):
@@ -56,19 +46,6 @@ def build_unet(train, variant):
 def build_diffusion(train, variant, device):
     return common.Diffusion(train["objective"], device=device,
                             residual_sd=0.0 if variant == "uncond" else train["residual_sd"])
-
-
-def network_cost(train, variant):
-    return common.network_cost(train, variant != "uncond", {"vae": None, "uncond": 3}.get(variant, 6))
-
-
-def vae_loss(vae, x0, noise, beta):
-    """Negative ELBO up to a constant, with a Gaussian decoder of variance 1/2 in [0, 1] units (DiffuseVAE's loss).
-    x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,)."""
-    x_hat, mu, logvar = vae(x0, noise)
-    sse = ((x_hat - x0) ** 2).flatten(1).sum(1) / 4  # (B,), in [0, 1] units: DiffuseVAE trains on images in [0, 1]
-    kl = common.gaussian_kl(mu, logvar)
-    return sse + beta * kl, sse, kl
 
 
 def condition(unet, x_hat, variant, diffusion):
@@ -89,83 +66,21 @@ def condition(unet, x_hat, variant, diffusion):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def fit(folder, state, train, network, loss, images, flip, lr, clip, ema_decay, device, carried):
-    """Train one network and return its finished checkpoint. `loss(x0, gen) -> (loss (B,), {name: (B,)})`.
-
-    `state` is None or a checkpoint to continue from; `carried` goes into every checkpoint as it is.
-    """
-    gen = common.generator(train["seed"] + 1, device)
-    network.to(device, memory_format=torch.channels_last).train()
-    common.compile_networks(network, train)
-    ema = common.EMA(network, ema_decay)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
-    step, seconds, sums, every = 0, 0.0, {}, min(train["every"], train["steps"])
-    if state:
-        step, seconds, sums = common.resume_training(state, network, ema, optimizer, gen, device)
-    common.start_log(folder / "log.csv", step)
-    started, saved = time.time() - seconds, time.time()
-
-    def checkpoint(step):
-        if not all(map(torch.isfinite, sums.values())):
-            return  # keep the last good one; the next row of the log stops the run
-        state = common.training_state(train, step, network, ema, optimizer, gen, time.time() - started, sums)
-        common.save_checkpoint(folder / "checkpoint.pt", state | carried)
-
-    with common.StopRequest() as stop, tqdm(total=train["steps"], initial=step, desc=folder.name, unit="step") as bar:
-        while step < train["steps"]:
-            for group in optimizer.param_groups:
-                group["lr"] = common.learning_rate(lr, step, train["steps"], train["warmup"], train["decay"])
-            index = torch.randint(len(images), (train["batch"],), generator=gen, device=device)
-            x0 = to_float(images[index]).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-            if flip:
-                mirrored = torch.rand(len(x0), generator=gen, device=device) < 0.5
-                x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
-            with common.autocast(device):
-                per_image, terms = loss(x0, gen)
-            optimizer.zero_grad(set_to_none=True)
-            per_image.mean().backward()
-            common.average_gradients(network)
-            if clip:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-            optimizer.step()
-            ema.update(network)
-            step += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach().mean()
-            if step % every == 0:
-                common.log_means(folder, step, sums, every, bar)
-                sums = {}
-            bar.update()
-            if stop.signal or time.time() - saved > 60:
-                checkpoint(step)
-                saved = time.time()
-            if stop.signal:
-                print(f"\nstopped at step {step}; continue with --resume", file=sys.stderr)
-                raise SystemExit(128 + stop.signal)
-    checkpoint(step)
-    common.wait_for_ranks()
-    return common.load_checkpoint(folder / "checkpoint.pt")
-
-
 def train_vae(folder, train, data, device, resume):
     """Train the VAE and fit the Gaussian mixture to its training latents; returns the checkpoint."""
     state = common.open_run(folder, train, resume)
-    if not state or not state["finished"]:
-        torch.manual_seed(train["seed"])
-        vae = common.build_vae(train)
-
-        def loss(x0, gen):
-            x0, noise = common.share(x0, common.randn((len(x0), vae.latent_dim), gen))
-            total, sse, kl = vae_loss(vae, x0, noise, train["beta"])
-            return total, {"sse": sse, "kl_nats": kl}
-
-        state = fit(folder, state, train, vae, loss, data.images.to(device), train["flip"] == "both",
-                    train["vae_lr"], train["vae_clip"], train["vae_ema"], device, {})
-    if "gmm" not in state:
-        vae = common.restore(common.build_vae(train), state["ema"], device)
-        state["gmm"] = common.fit_mixture(vae, data.images, train, device)
-        common.save_checkpoint(folder / "checkpoint.pt", state)
-    return state
+    if state and state["finished"]:
+        return state
+    torch.manual_seed(train["seed"])
+    vae = common.build_vae(train)
+    training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
+    for x0 in training:  # (B, 3, H, W) in [-1, 1]
+        noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
+        with common.autocast(device):
+            loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
+        training.step(loss, {"sse": sse, "kl_nats": kl})
+    average = common.restore(common.build_vae(train), training.averages["vae"], device)
+    return training.finish(gmm=common.fit_mixture(average, data.images, train, device))
 
 
 def train_refiner(folder, variant, train, vae_state, data, device, resume):
@@ -174,44 +89,39 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
     if state and state["finished"]:
         return state
     torch.manual_seed(train["seed"])
-    unet = build_unet(train, variant)
-    diffusion = build_diffusion(train, variant, device)
-    carried, vae = {}, None
-    if variant != "uncond":
-        vae = common.restore(common.build_vae(train), vae_state["ema"], device)
-        carried = {"vae": vae_state["ema"], "gmm": vae_state["gmm"]}
-
-    def loss(x0, gen):
-        z_noise = common.randn((len(x0), vae.latent_dim), gen) if vae else x0
-        t = diffusion.draw_t(len(x0), train["t_power"], gen)  # (B,), in 1..T
-        x0, z_noise, t, eps = common.share(x0, z_noise, t, common.randn(x0.shape, gen))
-        with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
-            x_hat = vae(x0, z_noise)[0] if vae else None
-        mse = diffusion.simple_loss(condition(unet, x_hat, variant, diffusion), x0, t, eps)
-        return mse, {f"{train['objective']}_mse": mse}
-
-    return fit(folder, state, train, unet, loss, data.images.to(device), train["flip"] != "none", train["unet_lr"],
-               train["unet_clip"], train["unet_ema"], device, carried)
+    unet, diffusion = build_unet(train, variant), build_diffusion(train, variant, device)
+    vae = common.restore(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
+    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=unet)
+    for x0 in training:  # (B, 3, H, W) in [-1, 1]
+        z_noise = training.draw(torch.randn, vae.latent_dim) if vae else None  # (B, d)
+        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
+        with common.autocast(device):
+            with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
+                x_hat = vae(x0, z_noise)[0] if vae else None
+            loss = diffusion.simple_loss(condition(unet, x_hat, variant, diffusion), x0, t, eps)  # (B,)
+        training.step(loss, {f"{train['objective']}_mse": loss})
+    return training.finish(**{"vae": vae_state["vae"], "gmm": vae_state["gmm"]} if vae else {})
 
 
-# --- Sampling and evaluation -----------------------------------------------------------------------------------------
+# --- Sampling --------------------------------------------------------------------------------------------------------
 
 
 def load_model(state, variant, device):
-    """Rebuild a model (see common.py, section 9) from its checkpoint alone."""
+    """Rebuild a common.Model from its checkpoint alone."""
     train = state["train"]
-    model = SimpleNamespace(name=variant, vae=None, unet=None, denoiser=None, priors={}, device=device, temperature=1.0,
-                            size=train["image_size"],
-                            diffusion=build_diffusion(train, variant, device))
+    model = common.Model(variant, device, (3, *2 * [train["image_size"]]), build_diffusion(train, variant, device))
     if variant != "uncond":
-        weights = state["ema"] if variant == "vae" else state["vae"]
-        model.vae = common.restore(common.build_vae(train), weights, device)
+        model.vae = common.restore(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
-        model.unet = common.restore(build_unet(train, variant), state["ema"], device)
-        model.denoiser = lambda x_hat, z: condition(model.unet, x_hat, variant, model.diffusion)
+        unet = common.restore(build_unet(train, variant), state["unet"], device)
+        model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant, model.diffusion)
     return model
+
+
+# --- What it shows ---------------------------------------------------------------------------------------------------
 
 
 def draw_spacing(path, sd=0.05):
@@ -233,32 +143,43 @@ def draw_spacing(path, sd=0.05):
     return lines
 
 
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
+    common.add_flags(parser, "gaussian", "gmm")
+    parser.add_argument("--variant", nargs="+", choices=(*VARIANTS, "all"), default=["vae", "form1"],
+                        help="what to train and evaluate; refiners train the VAE they need")
+    args = parser.parse_args(argv)
+    args.variant = list(VARIANTS) if "all" in args.variant else args.variant
+    return args
+
+
+def network_cost(train, variant):
+    return common.network_cost(train, variant != "uncond", {"vae": None, "uncond": 3}.get(variant, 6))
+
+
 def main(argv=None):
     args = parse_flags(argv)
     train, evaluation, device = common.read_settings(args)
-    evaluation["prior"] = args.prior
     if args.dry_run:
-        networks = network_cost(train, next((v for v in args.variant if v in ("form1", "form2")), "form1"))
-        print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": networks}, indent=1))
-        return
-    home, extractor, data, test = common.prepare(args, train, evaluation, device)
-    reference, finished, vae_state = None, {}, None
+        return common.print_settings(train, evaluation, network_cost(train, args.variant[-1]))
+    setup = common.prepare(args, train, evaluation, device)
+    train, data, device, vae_state, finished = setup.train, setup.data, setup.device, None, {}
     if args.variant != ["uncond"]:
-        vae_state = train_vae(home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)
+        vae_state = train_vae(setup.home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)
     for variant in args.variant:
-        folder = home / f"stage1-{variant}-s{args.seed}"
-        state = (vae_state if variant == "vae" else
-                 train_refiner(folder, variant, train, vae_state, data, device, args.resume))
-        finished[folder] = common.read_metrics(folder / "metrics.json", evaluation)
-        if finished[folder] is None:
-            reference = reference or common.reference(args, extractor, data, test)
-            facts = common.run_facts(train, evaluation, data, device, f"stage1-{variant}")
-            finished[folder] = common.evaluate(folder, load_model(state, variant, device), state, evaluation, test,
-                                               extractor, reference, facts, network_cost(train, variant))
-            if variant != "vae":
-                finished[folder]["tables"]["spacing"] = draw_spacing(folder / "spacing.png")
-            common.write_metrics(folder / "metrics.json", finished[folder])
-    common.print_results(finished, data, extractor)
+        folder, state = setup.home / f"stage1-{variant}-s{args.seed}", vae_state
+        if variant != "vae":
+            state = train_refiner(folder, variant, train, vae_state, data, device, args.resume)
+
+        def more(model, rows, folder=folder):
+            return {"spacing": draw_spacing(folder / "spacing.png")} if model.denoiser else {}
+
+        finished[folder] = common.evaluate(folder, setup, state, load_model(state, variant, device),
+                                           network_cost(train, variant), more)
+    common.print_results(finished, setup)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,18 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Commands run in an empty folder, on a twentieth of the built-in data set."""
+    import common
+    from helpers import small_shapes
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "draw_shapes", small_shapes)
+    return tmp_path

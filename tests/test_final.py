@@ -1,126 +1,105 @@
-"""Final evaluation: verdicts on planted results, comparability, marks in texts, and that the texts of this repository
-agree with its results."""
+"""Final evaluation: verdicts on planted results, comparability, tables, and that this repository's texts agree with its
+results: no number was typed, no picture is missing or left over."""
 
-import copy
 import json
 import math
+import re
+import shutil
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from test_stage1 import expect_error
 
 import common
 import final_evaluation as final
 
+README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
+PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
+RESULTS = "*/*-s[0-9]*.json"
+
+
+def score(value):
+    return {"value": float(value), "low": value - 1.0, "high": value + 1.0}
+
 
 def metrics(variant="stage1-form1", seed=0, distance=10.0, **run):
-    """A metrics file with one headline row and one row of the grid."""
-    score = lambda value: {"value": float(value), "low": value - 1.0, "high": value + 1.0}  # noqa: E731
+    """A metrics file with one headline row, one of another prior and two of other steps."""
     names = [f"{name}_local" for name in ("floor", "is", "kid", "precision", "recall", "diversity")] + ["hf_energy"]
     row = {"prior": "gmm", "sampler": "dpm", "nfe": 25, "n_generated": 100, "seconds_per_image": 0.5,
            "peak_memory_mb": None, "fd_local": score(distance)} | {name: score(0.5) for name in names}
-    facts = {"dataset": "shapes", "crop": "none", "data_note": "", "variant": variant, "stage": variant[:6],
+    facts = {"dataset": "shapes", "crop": "none", "data_note": "drawn", "variant": variant, "stage": variant[:6],
              "budget": "cpu", "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5,
-             "train_images": 100, "train_seconds": 60.0, "device": "cpu", "commit": "c", "versions": {}, "eval": {}}
-    table = {"bits_per_dim": {"bound": score(3)}, "robustness": {"area": 1.25}}
-    grid = [row | {"nfe": n, "n_generated": 50, "fd_local": score(distance + 50 / n)} for n in (5, 10)]
-    return {"schema": 1, "run": facts | run, "rows": [row, *grid], "tables": table}
+             "train_images": 7100, "train_seconds": 90.0, "device": "cpu", "commit": "c", "versions": {},
+             "eval": {"grid_count": 50}}
+    grid = [row | {"nfe": n, "n_generated": 50, "fd_local": score(distance + 50 / n)} for n in (5, 25)]
+    rows = [row, row | {"prior": "gaussian", "fd_local": score(3 * distance)}, *grid]
+    return {"schema": 1, "run": facts | run, "rows": rows, "tables": {
+        "bits_per_dim": {"bound": score(3)},
+        "robustness": {"area": 1.25, "scores": {"clean": {"fd_local": score(distance)},
+                                                "noise 0.4": {"fd_local": score(4 * distance)}}}}}
 
 
 def save(folder, *many):
+    """Write metrics where committed ones lie, under `folder`; returns their paths."""
     for m in many:
-        path = folder / "shapes" / f"{m['run']['variant']}-s{m['run']['seed']}.json"
-        common.write_json(path, m)
-    return sorted(folder.glob("shapes/*.json"))
+        path = folder / m["run"]["dataset"] / f"{m['run']['variant']}-s{m['run']['seed']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(m))
+    return sorted(folder.glob(RESULTS))
 
 
-# --- Verdicts --------------------------------------------------------------------------------------------------------
+def load(folder, *many):
+    return final.load_all(save(folder, *many))
+
+
+# --- Verdicts and names ----------------------------------------------------------------------------------------------
 
 
 def test_verdicts_on_planted_results():
-    """Clear win, clear loss, tie, one and two seeds, none in common; the interval is Student's over the pairs."""
-    base = {0: 10.0, 1: 11.0, 2: 12.0}
-    assert final.verdict({s: 0.5 * v for s, v in base.items()}, base).startswith("better by 50%")
-    assert final.verdict({s: 2 * v for s, v in base.items()}, base).startswith("worse by 100%")
-    assert final.verdict({s: 2 * v for s, v in base.items()}, base, lower_is_better=False).startswith("better by 100%")
-    assert final.verdict({0: 12.0, 1: 9.5, 2: 12.5}, base).startswith("no difference shown (3 paired seeds")
-    assert final.verdict({0: 8.0}, base) == "20% lower (one run, not tested)"
-    assert final.verdict({0: 11.0, 1: 12.1}, {0: 10.0, 1: 11.0}) == "10% higher (two runs, not tested)"
-    assert final.verdict({7: 1.0}, base) == "no common seed, not compared"
-    differences = [-1.0, -2.0, -1.5]  # mean -1.5, sd 0.5, t(0.975, 2) = 4.3027
-    text = final.verdict({s: base[s] + d for s, d in enumerate(differences)}, base)
+    """Clear win, clear loss, tie, one and two seeds; the interval is Student's over the pairs."""
+    base = [10.0, 11.0, 12.0]
+    assert final.verdict([0.5 * v for v in base], base).startswith("better by 50%")
+    assert final.verdict([2 * v for v in base], base).startswith("worse by 100%")
+    assert final.verdict([12.0, 9.5, 12.5], base).startswith("no difference shown (3 paired seeds")
+    assert final.verdict([8.0], [10.0]) == "-20% (one run, not tested)"
+    assert final.verdict([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs, not tested)"
+    text = final.verdict([9.0, 9.0, 10.5], base)  # differences -1, -2, -1.5: sd 0.5, t(0.975, 2) = 4.3027
     half = 4.302653 * 0.5 / math.sqrt(3)
     assert text.endswith(f"95%: {100 * (-1.5 - half) / 11:+.0f}% to {100 * (-1.5 + half) / 11:+.0f}%)")
 
 
-def test_formats():
-    assert final.interval_text({"value": 1.23456, "low": 1.0, "high": 1.5}) == "1.23 [1, 1.5]"
-    assert final.interval_text({"value": 2.0, "low": None, "high": None}) == "2"
-    assert final.over_seeds([1.0, 2.0, 3.0]) == "2 ± 1" and final.over_seeds([1.5]) == "1.5"
-
-
-def test_answers(tmp_path):
-    """Each question is answered from the numbers, or names the command that is missing."""
-    alone = final.answers(final.load_all(save(tmp_path / "a", metrics()))["shapes"])
-    assert alone.count("not run yet") == 3 and "python stage2_joint.py" in alone and "`stage1-form1` 1.25" in alone
-    many = []
-    for seed in range(3):
-        joint = metrics("stage2-anneal", seed, 5.0 + seed)
-        space = {"slerp": {"refined": {"path_over_distance": 1.2}}}
-        joint["tables"] |= {"latent_space": space,
-                            "latent_space_stage1": {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}}
-        adaptive = metrics("stage3-flow-learned", seed)
-        adaptive["tables"]["uncertainty"] = {"adaptive_steps": {
-            "even": {"fd_local": {"value": 10}, "seconds_per_image": 1.0},
-            "adaptive": {"fd_local": {"value": 9}, "seconds_per_image": 1.1}}}
-        adaptive["tables"]["robustness"] = {"area": 1.5 + seed / 10}
-        fixed = metrics("stage3-flow-fixed", seed, 9.0 + seed)
-        fixed["tables"]["robustness"] = {"area": 3.0 + seed / 10}
-        fixed["rows"][0]["seconds_per_image"] /= 2
-        fixed["tables"]["steps_to_quality"] = {"dpm": {"steps": 5, "of": 25, "time_saved": 0.8}}
-        many += [metrics(seed=seed, distance=10.0 + seed), joint, adaptive, fixed]
-    text = final.answers(final.load_all(save(tmp_path / "b", *many))["shapes"])
-    assert "`stage2-anneal` against `stage1-form1`: better by 45%" in text and "not run yet" not in text
-    assert "1.10 times the time" in text and "in distance, better by 10% (3 paired seeds" in text
-    assert "2.00 times the time of `fixed`" in text and "under the flow prior 5 steps come within 10% of 25" in text
-    assert "end distance in feature space: better by 25%" in text
-    assert "(`stage3-flow-fixed`): better by 9%" in text
-    assert "`stage3-flow-learned` against `stage3-flow-fixed`: better by 48%" in text
+def test_a_columns_name_is_its_place(tmp_path):
+    """Headline, steps, other priors, tables and costs; a single score has its interval, several seeds their spread."""
+    both = load(tmp_path, metrics(), metrics(seed=1, distance=13.0))["shapes"]["stage1-form1"]
+    one = {0: both[0]}
+    assert [final.cell(one, name) for name in ("fd", "gaussian/fd", "dpm 5/fd", "own prior/fd", "noise 0.4/fd")] == [
+        "10 [9, 11]", "30 [29, 31]", "20 [19, 21]", "12 [11, 13]", "40 [39, 41]"]
+    assert [final.cell(one, name) for name in ("noise area", "train minutes", "no such")] == ["1.25", "1.5", ""]
+    assert final.cell(both, "fd") == "11.5 ± 2.1" and final.cell(both, "noise area") == "1.25"
+    assert final.show([1234.5]) == "1,234" and final.show([1.0, 2.0, 3.0]) == "2 ± 1"
 
 
 def test_times_are_the_first_seeds(tmp_path):
     """Another seed may have shared the machine: its seconds are not averaged in, its scores are."""
-    both = [metrics(seed=seed, distance=10.0 + seed) for seed in range(2)]
-    both[1]["rows"][0]["seconds_per_image"] *= 3
-    seeds = final.load_all(save(tmp_path, *both))["shapes"]["stage1-form1"]
-    assert final.mean_at(seeds, "rows.0.seconds_per_image") == both[0]["rows"][0]["seconds_per_image"]
-    assert final.mean_at(seeds, "rows.0.fd_local.value") == 10.5
-    look_up = lambda name: final.look_up(f"shapes/{name} rows.0.fd_local.value", {"shapes": {"a": seeds}})  # noqa: E731
-    assert (look_up("a"), look_up("a@0"), look_up("a@1")) == (10.5, 10.0, 11.0)
+    slow = metrics(seed=1, distance=11.0)
+    slow["rows"][0]["seconds_per_image"] *= 3
+    seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
+    assert final.values(seeds, "s/image") == {0: 0.5} and final.values(seeds, "fd") == {0: 10.0, 1: 11.0}
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key,value", [("features", "local-b"), ("crop", "celeba-148"), ("n_real", 6),
-                                       ("train_images", 99), ("budget", "smoke")])
-def test_what_cannot_be_compared_is_refused(key, value, tmp_path, capsys):
+@pytest.mark.parametrize("change,key", [
+    ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
+    ({"n_real": 6}, "n_real"), ({"train_images": 99}, "train_images"), ({"budget": "smoke"}, "budget"),
+    ({"residual_sd": 0.2}, "residual_sd"), ({"eval": {"temperature": 0.7}}, "temperature"), ({}, "n_generated")])
+def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
     """The file and the key are named."""
-    paths = save(tmp_path, metrics(), metrics("stage1-vae", **{key: value}))
+    other = metrics("stage1-vae", **change)
+    other["rows"][0]["n_generated"] += not change
     with pytest.raises(SystemExit) as stop:
-        final.load_all(paths)
+        load(tmp_path, metrics(), other)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and key in err and "stage1-vae-s0.json" in err and str(value) in err
-
-
-def test_other_counts_are_refused(tmp_path, capsys):
-    other = metrics("stage1-vae")
-    other["rows"][0]["n_generated"] = 99
-    with pytest.raises(SystemExit):
-        final.load_all(save(tmp_path, metrics(), other))
-    assert "n_generated was 100, is now 99" in capsys.readouterr().err
+    assert stop.value.code == 2 and f" {key} was " in err and "stage1-vae-s0.json" in err
 
 
 def test_a_damaged_file_is_named(tmp_path, capsys):
@@ -129,167 +108,182 @@ def test_a_damaged_file_is_named(tmp_path, capsys):
         path.write_text(text)
         with pytest.raises(SystemExit) as stop:
             final.load_all([path])
-        assert stop.value.code == 2 and "stage1-form1-s0.json: damaged" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "stage1-form1-s0.json: damaged" in err and err.count("\n") == 1
 
 
 def test_order(tmp_path):
-    names = ["bonus-latent", "stage3-flow-fixed", "stage2-anneal", "stage1-form1", "stage1-vae", "stage1-uncond"]
-    found = final.load_all(save(tmp_path, *map(metrics, names)))["shapes"]
-    assert list(found) == ["stage1-vae", "stage1-uncond", "stage1-form1", *names[2::-1]]
+    names = ["bonus-latent", "stage3-flow-fixed", "stage2-anneal", "stage1-form1", "stage1-uncond", "stage1-vae"]
+    found = load(tmp_path, *map(metrics, names), metrics(dataset="cifar10"), metrics(dataset="a-folder"))
+    assert list(found["shapes"]) == names[::-1] and list(found) == ["shapes", "cifar10", "a-folder"]
 
 
-# --- Texts -----------------------------------------------------------------------------------------------------------
+# --- Tables and charts -----------------------------------------------------------------------------------------------
 
 
-def test_marks(tmp_path, capsys):
-    """Numbers, ratios and blocks are rewritten in place and again; what is not there is an error."""
-    everything = final.load_all(save(tmp_path, metrics(), metrics("stage1-vae", distance=40.0)))
-    text = ("a <!-- = shapes/stage1-form1 rows.0.fd_local.value .1f -->?<!-- . --> b "
-            "<!-- = shapes/stage1-vae rows.0.fd_local.value / shapes/stage1-form1 rows.0.fd_local.value .2f -->"
-            "<!-- . -->\n<!-- block t -->\nold\n<!-- end --> c")
-    once = final.fill(text, {"t": "| new |"}, everything)
-    assert "-->10.0<!-- . -->" in once and "-->4.00<!-- . -->" in once
-    assert "<!-- block t -->\n| new |\n<!-- end --> c" in once and "old" not in once
-    assert final.fill(once, {"t": "| new |"}, everything) == once
-    for wrong in ("<!-- block u -->x<!-- end -->", "<!-- = shapes/stage1-form1 rows.9.nfe d -->1<!-- . -->",
-                  "<!-- = shapes/stage9 rows.0.nfe d -->1<!-- . -->"):
-        with pytest.raises(SystemExit):
-            final.fill(wrong, {"t": ""}, everything)
-    capsys.readouterr()
+def test_claims(tmp_path):
+    """Each claim is judged over the seeds that both sides have, on each data set that has both, or is not run."""
+    many = [metrics(seed=s, distance=10.0 + s) for s in range(4)]  # the joint variant has three of them
+    for seed in range(3):
+        joint = metrics("stage2-anneal", seed, 5.0 + seed / 2)
+        joint["tables"]["latent_space"] = {"slerp": {"refined": {"path_over_distance": 1.2}}}
+        joint["tables"]["latent_space_stage1"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
+        many.append(joint)
+    table = final.table_claims(load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0)))
+    quality, = [line for line in table.splitlines() if "**Quality**" in line]
+    assert "| shapes | fd of stage2-anneal | fd of stage1-form1 | 5.5 ± 0.5 | 11 ± 1 | better by 50%" in quality
+    assert "| 1.2 | 1.6 ± 0.1 | better by 25% (3 paired seeds" in table  # as stage 2 measured it
+    assert table.count("-75% (one run, not tested)") == 1  # VAE and refiner
+    assert len(re.findall("Does adaptive conditioning .* not run", table)) == 2
+    assert table.count("own prior/fd of stage1-form1") == 2  # on both data sets
+    assert "budget `cpu`, 7,100 images per network; 100 samples (50 for steps" in table and "`local-a`" in table
 
 
-def test_marks_are_means_over_seeds(tmp_path):
-    """10 and 13 make 11.5 in a text and in a stage's table; a seed without the number is left out."""
-    everything = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=13.0)))
-    mark = "<!-- = shapes/stage1-form1 {} .2f -->{}<!-- . -->"
-    assert final.fill(mark.format("rows.0.fd_local.value", "?"), {}, everything) == mark.format(
-        "rows.0.fd_local.value", "11.50")
-    del everything["shapes"]["stage1-form1"][1]["tables"]["robustness"]
-    assert "-->1.25<!--" in final.fill(mark.format("tables.robustness.area", "?"), {}, everything)
-    assert final.table_of(everything["shapes"], "stage1", {"fd": "rows.0.fd_local"}).endswith("| stage1-form1 | 11.5 |")
+def test_tables_have_the_variants_of_their_patterns(tmp_path):
+    """A line for each that has a number; what the numbers rest on stands below."""
+    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), metrics("stage2-sum"))
+    table = final.table_of(everything, "stage1-*", "fd; bits/dim; no such").splitlines()
+    assert table[2] == "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] |  |"
+    assert table[3] == "| shapes stage1-form1 | 11.5 ± 2.1 | 3 |  |"
+    assert len(table) == 6 and table[5].startswith("*shapes: drawn; budget `cpu`") and final.NOTE in table[5]
+    assert len(final.table_of(everything, "*", "no such").splitlines()) == 4
 
 
-def test_tables_have_every_variant_and_row(tmp_path):
-    results = final.load_all(save(tmp_path, metrics(), metrics(seed=1, distance=12.0), metrics("stage1-vae")))["shapes"]
-    table = final.table_variants(results).splitlines()
-    assert len(table) == 2 + 8 and table[2].startswith("| stage1-vae | 1 | gmm | dpm 25 | 100 | 10 [9, 11] | -9% |")
-    assert table[3].startswith("| stage1-uncond | not run: `python stage1_baseline.py --variant uncond` |  |")
-    assert "| stage1-form1 | 2 | gmm | dpm 25 | 100 | 11 ± 1.4 |  |" in table[4]
-    assert len({line.count("|") for line in table}) == 1 and len(final.table_steps(results).splitlines()) == 2 + 4
-
-
-def test_tables_of_stages(tmp_path):
-    """Each stage's own table has its variants, the numbers at their places and nothing where a number is missing; stage
-    1's latent space is the one that stage 2 measured beside its own."""
-    path = lambda value: {"slerp": {part: {"path_over_distance": value, "end_distance": 2.0}  # noqa: E731
-                                    for part in ("vae", "refined")}}
-    many = [metrics()]
-    for variant, weight in (("stage2-sum-w0.1", 0.1), ("stage2-sum", 1.0), ("stage2-sum-w10", 10.0)):
-        m = metrics(variant, distance=5 + weight)
-        m["tables"] |= {"before_refinement": {"fd_local": {"value": 40 + weight, "low": None, "high": None}},
-                        "reconstruction": {"psnr_db": 20.5, "kl_nats": 30 * weight}, "latent": {"active_units": 12},
-                        "training": {"share": weight / 20}, "latent_space": path(1.5),
-                        "latent_space_stage1": path(1.75)}
-        many.append(m)
-    prior = metrics("stage3-vae-flow")
-    prior["tables"]["elbo"] = {"negative_elbo": {"value": 90.0, "low": 89.0, "high": 91.0}}
-    saved = metrics("bonus-latent")
-    saved["tables"]["savings"] = {"saved_percent": {"gflops_per_image": 80.0}}
-    results = final.load_all(save(tmp_path, *many, prior, metrics("stage3-flow-learned"), saved))["shapes"]
-    tables = {name: table.splitlines() for name, table in final.tables_of_stages(results).items()}
-    assert [line.split(" | ")[0] for line in tables["joint"][2:]] == [
-        "| stage1-form1", "| stage2-sum", "| stage2-sum-w0.1", "| stage2-sum-w10"]
-    assert tables["joint"][5].startswith("| stage2-sum-w10 | 50 | 15 |  | 0.5 | 20.5 | 300 | 12 | 0.5 |")
-    assert [line.split(" | ")[1] for line in tables["latent space"][2:]] == ["1.75", "1.5", "1.5", "1.5"]
-    assert len(tables["prior"]) == 3 and "| 90 [89, 91] |" in tables["prior"][2]
-    assert len(tables["adaptive"]) == 3 and tables["adaptive"][2].startswith("| stage3-flow-learned | 10 | 0.5 | 3 |")
-    assert tables["savings"][2].startswith("| bonus-latent | 80 |  |")
-    charts = {path.name for path in final.draw(results, tmp_path, "shapes")}
-    assert charts == {"shapes-comparison.png", "shapes-sweep.png", "shapes-smoothness.png"}
-
-
-def test_chart_of_uncertainty(tmp_path, monkeypatch):
-    """One error curve per VAE; thirds of s before (once per VAE) and after refinement (once per refiner: two that
-    differ in the prior alone have one line)."""
-    part = lambda fd, refined: {"vae": {"fd_to_these": 9 * fd}, "refined": {"fd_to_these": refined * fd}}  # noqa: E731
-    table = lambda refined: {  # noqa: E731
-        "error_by_uncertainty": [{"s": -1.0, "sse": 2.0}, {"s": 1.0, "sse": 3.0}],
-        "terciles": {"sure": part(1.0, refined), "middle": part(2.0, refined), "unsure": part(4.0, refined)}}
-    charts = []
-    monkeypatch.setattr(common, "save_chart", lambda path, panels: charts.append(panels))
-    final.draw_uncertainty(tmp_path / "x.png", "shapes", {
-        "stage3-flow-fixed": table(2.0), "stage3-flow-learned": table(1.0), "stage3-gaussian-fixed": table(3.0),
-        "stage3-gmm-fixed": table(3.0)})
-    (error, thirds), = charts
-    assert error["lines"] == {f"VAE with {k} prior": [[-1.0, 1.0], [2.0, 3.0]] for k in ("flow", "Gaussian")}
-    assert thirds["lines"]["stage3-flow-learned"] == ([1, 2, 3], [1.0, 2.0, 4.0])
-    assert thirds["lines"]["Gaussian VAE, unrefined"] == ([1, 2, 3], [9.0, 18.0, 36.0]) and len(thirds["lines"]) == 5
-    assert "stage3-gaussian-fixed" in thirds["lines"] and "stage3-gmm-fixed" not in thirds["lines"]
-
-
-def test_sheet_of_samples(tmp_path):
-    """Real images once, then of each variant the first row, or two where the VAE's stand above the refined ones."""
-    form1, latent = metrics(), metrics("bonus-latent")
-    form1["tables"]["before_refinement"] = {}
-    results = final.load_all(save(tmp_path, form1, latent))["shapes"]
-    pages = {"stage1-form1-s0-samples": (10, 20, 30, 40, 50, 60), "bonus-latent-s0-samples": (70, 80, 90),
-             "stage1-form1-s0-reconstructions": (100, 110, 120)}
-    for name, shades in pages.items():
-        tiles = torch.tensor(shades, dtype=torch.uint8)[:, None, None, None, None].expand(-1, 12, 3, 32, 32)
-        common.save_grid(tmp_path / "shapes" / f"{name}.png", list(tiles))
-    path, = final.draw_sheet(tmp_path / "sheet.png", tmp_path, "shapes", results)
-    column = np.asarray(Image.open(path).convert("L"))[:, -50]
-    assert [int(v) for v in dict.fromkeys(column.tolist()) if v < 255] == [100, 10, 20, 70]
+def test_long_tables_have_every_number(tmp_path):
+    """Every number of every variant, a column each, in the table of its stage."""
+    many = metrics(), metrics("stage1-vae", 0, 7.0), metrics("bonus-latent")
+    text = final.long_tables(load(tmp_path, *many), tmp_path)
+    assert "## shapes, stage1" in text and "## shapes, bonus" in text and "## shapes, stage2" not in text
+    assert "|  | stage1-vae | stage1-form1 |" in text and "| dpm 5/fd | 17 [16, 18] | 20 [19, 21] |" in text
+    for name in final.leaves(metrics()["rows"][0] | metrics()["tables"]):
+        assert f"\n| {name} | " in text
 
 
 def test_reproduced(tmp_path):
     """Within 25% of one committed seed, or 3 standard deviations of three; more is said so, and so is nothing."""
-    load = lambda where, *many: final.load_all(save(tmp_path / where, *many))["shapes"]  # noqa: E731
-    fresh = load("fresh", metrics(distance=12.4), metrics("stage1-vae", distance=40.0), metrics("bonus-latent"))
-    one = load("one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
-    lines = final.table_reproduced(fresh, one).splitlines()
+    fresh = load(tmp_path / "fresh", metrics(distance=12.4), metrics("stage1-vae", 0, 40.0), metrics("bonus-latent"))
+    one = load(tmp_path / "one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
+    lines = final.table_reproduced(fresh["shapes"], one["shapes"]).splitlines()
     said = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1] for line in lines[2:]}
-    assert said["| stage1-form1", "fd_local"] == "reproduced (off by 24%) |"
-    assert said["| stage1-vae", "fd_local"] == "NOT reproduced (off by 33%) |"
-    assert said["| bonus-latent", "fd_local"] == "nothing committed |"
-    three = load("three", *(metrics(seed=s, distance=10 + 0.1 * s) for s in (0, 1, 2)))
-    assert "NOT reproduced (off by 23%)" in final.table_reproduced(fresh, three).splitlines()[2 + 2]
+    assert said["| stage1-form1", "fd"] == "reproduced (off by 24%) |"
+    assert said["| stage1-vae", "fd"] == "NOT reproduced (off by 33%) |"
+    assert said["| bonus-latent", "fd"] == "nothing committed |"
+    three = load(tmp_path / "three", *(metrics(seed=s, distance=10 + 0.1 * s) for s in (0, 1, 2)))
+    assert "NOT reproduced (off by 23%)" in final.table_reproduced(fresh["shapes"], three["shapes"]).splitlines()[4]
 
 
-def test_collect_and_runs(tmp_path, monkeypatch, capsys):
-    """--collect copies metrics and figures, but no figure of real images; --runs writes a report beside the runs."""
-    run = tmp_path / "runs" / "cifar10-cpu" / "stage1-form1-s0"
-    other = copy.deepcopy(metrics(dataset="cifar10"))
-    common.write_json(run / "metrics.json", other)
-    vae = tmp_path / "vae"
-    common.write_json(vae / "metrics.json", metrics("stage1-vae", dataset="cifar10"))
-    for name in ("samples", "reconstructions", "steps"):
-        (run / f"{name}.png").write_bytes(b"png")
-        (vae / f"{name}.png").write_bytes(b"png")
-    final.main(["--collect", str(run), str(vae), "--results", str(tmp_path / "results")])
-    found = {path.name for path in (tmp_path / "results" / "cifar10").iterdir()}  # large figures: of the refiner alone
-    assert found == {"stage1-form1-s0.json", "stage1-form1-s0-samples.png", "stage1-form1-s0-steps.png",
-                     "stage1-vae-s0.json", "stage1-vae-s0-samples.png"}
+def test_charts(tmp_path, monkeypatch):
+    """Means over seeds against steps and against noise; the latent model's noise, in its latent, is not compared."""
+    drawn = []
+    monkeypatch.setattr(common, "save_chart", lambda path, panels: drawn.append(panels))
+    results = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics("bonus-latent"), metrics("stage2-sum"))
+    final.draw(tmp_path / "x.png", "shapes", results["shapes"])
+    (steps, noise), = drawn
+    assert steps["lines"]["stage1-form1"] == ((5, 25), (21.5, 13.5)) and noise["lines"].keys() == {"stage1-form1"}
+    assert noise["lines"]["stage1-form1"] == ((0.0, 0.4), (11.5, 46.0))
+    assert steps["lines"].keys() == {"stage1-form1", "bonus-latent"}
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+def test_collect_and_runs(tmp_path, capsys):
+    """--collect copies metrics and the figures that a text shows, but none of real images; --runs writes a report."""
+    for dataset in ("shapes", "cifar10"):
+        run = tmp_path / "runs" / f"{dataset}-cpu" / "stage1-form1-s0"
+        run.mkdir(parents=True)
+        (run / "metrics.json").write_text(json.dumps(metrics(dataset=dataset)))
+        for name in ("samples", "reconstructions", "training"):
+            (run / f"{name}.png").write_bytes(b"png")
+    final.main(["--collect", *map(str, tmp_path.glob("runs/*/*")), "--results", str(tmp_path / "results")])
+    found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in tmp_path.glob("results/*/*")}
+    assert found == {("shapes", ".json"), ("shapes", "-samples.png"), ("shapes", "-reconstructions.png"),
+                     ("cifar10", ".json"), ("cifar10", "-samples.png")}
     final.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
     report = (tmp_path / "runs" / "REPORT.md").read_text()
-    assert "stage1-form1" in report and "variants cifar10" in report
+    assert "reproduced: cifar10" in report and "reproduced (off by 0%)" in report and "## claims" in report
     assert (tmp_path / "runs" / "cifar10-comparison.png").is_file()
-    monkeypatch.setattr("test_stage1.stage1.main", final.main)
-    expect_error(capsys, ["--results", str(tmp_path / "nothing")], "no results there", "stage1_baseline.py")
+    with pytest.raises(SystemExit) as stop:
+        final.main(["--results", str(tmp_path / "nothing")])
+    assert stop.value.code == 2 and "no results there" in capsys.readouterr().err
+
+
+def test_no_real_image_is_collected_even_if_a_text_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(final, "ROOT", tmp_path)
+    for name in ("README.md", "REPORT.md"):
+        (tmp_path / name).write_text("![real](results/cifar10/stage1-form1-s0-reconstructions.png)")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics(dataset="cifar10")))
+    (tmp_path / "run" / "reconstructions.png").write_bytes(b"png")
+    final.main(["--collect", str(tmp_path / "run")])
+    assert [path.name for path in tmp_path.glob("results/cifar10/*")] == ["stage1-form1-s0.json"]
+
+
+def test_fill(capsys):
+    """A marked table is replaced, again and again; the rest stays; a table that is not known is an error."""
+    once = final.fill("a\n<!-- table t -->\nold\n<!-- end -->\nb", {"t": "| new |"})
+    assert once == "a\n<!-- table t -->\n| new |\n<!-- end -->\nb" == final.fill(once, {"t": "| new |"})
+    with pytest.raises(SystemExit):
+        final.fill("<!-- table u -->\n<!-- end -->", {"t": ""})
+    assert "table 'u' is not known; known are t" in capsys.readouterr().err
+
+
+# --- The texts of this repository ------------------------------------------------------------------------------------
+
+
+def typed_decimals(text):
+    """Numbers with a decimal point outside marked tables, code and link targets."""
+    for hidden in (r"<!-- (table|cited).*?<!-- end -->", r"```.*?```", r"`[^`\n]*`", r"\]\([^)]*\)"):
+        text = re.sub(hidden, "", text, flags=re.DOTALL)
+    return re.findall(r"\d+\.\d+", text)
+
+
+def check(folder, edit, monkeypatch):
+    """The exit status of --check on a copy of the texts, after `edit` of the copy's path."""
+    for name in ("README.md", "REPORT.md"):
+        shutil.copy(final.ROOT / name, folder / name)
+    shutil.copytree(final.ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.png", "*.pt"))
+    edit(folder)
+    monkeypatch.setattr(final, "ROOT", folder)
+    with pytest.raises(SystemExit) as stop:
+        final.main(["--check"])
+    return stop.value.code
 
 
 def test_the_texts_agree_with_the_results(capsys):
-    """README.md and REPORT.md are what the committed results make of them: not a number was typed."""
     with pytest.raises(SystemExit) as stop:
         final.main(["--check"])
     assert stop.value.code == 0, capsys.readouterr().out
 
 
-def test_verdicts_on_pairs_are_counted_by_side(tmp_path):
-    """A letter names a side; which image stood there is in refined_side. Sheets of one temperature are added up."""
-    sheets = [{"temperature": 1.0, "refined_side": "lrlr", "verdicts": "LRrl"},
-              {"temperature": 0.7, "refined_side": "lr", "verdicts": "=R"},
-              {"temperature": 1.0, "refined_side": "rl", "verdicts": "Ll"}]
-    (tmp_path / "pairs.json").write_text(json.dumps({"sheets": sheets}))
-    lines = final.table_pairs(tmp_path / "pairs.json").splitlines()
-    assert lines[2:] == ["| 0.7 | 2 | 1 | 0 | 1 | 0 | 0 |", "| 1 | 6 | 2 | 1 | 0 | 2 | 1 |"]
+@pytest.mark.parametrize("name", ["README.md", "REPORT.md", "results/TABLES.md"])
+def test_an_edited_cell_is_noticed(name, tmp_path, monkeypatch):
+    """One digit of one table's cell, in each of the texts; and check writes nothing."""
+    def edit(folder):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r"\| 0\.304 ", "| 0.305 ", text, count=1))
+    assert check(tmp_path, edit, monkeypatch) == 1
+    assert "| 0.305 " in (tmp_path / name).read_text()
+
+
+def test_no_decimal_is_typed():
+    """...and one that is planted in prose is found."""
+    assert typed_decimals(README) == [] == typed_decimals(REPORT)
+    assert typed_decimals(README.replace("\n## Map", "\nA third, 0.34, of them.\n\n## Map")) == ["0.34"]
+    assert typed_decimals("`torch>=2.6` [a](b-0.1.png) <!-- table t -->\n| 1.5 |\n<!-- end -->") == []
+
+
+def test_sizes():
+    assert README.count("\n") <= 200 and len(README.encode()) <= 12_000
+    header = [line for line in REPORT.splitlines() if line.startswith("|")]
+    assert max(line.replace(r"\|", "").count("|") - 1 for line in header) <= 8
+
+
+def test_pictures():
+    """What a text shows is there, and what is there is shown; 6 MB at most."""
+    shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT)}
+    committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
+    assert shown == committed
+    assert sum((final.ROOT / path).stat().st_size for path in committed) < 6e6
+    real = re.compile(rf"results/(?!shapes/).*({'|'.join(final.PRIVATE)})\.png")
+    assert not any(map(real.fullmatch, committed))

@@ -1,0 +1,51 @@
+"""What several test files use: settings, few images, the comparison of checkpoints, the one-line error."""
+
+import re
+
+import pytest
+import torch
+
+import common
+
+CPU = torch.device("cpu")
+draw_all = common.draw_shapes
+
+
+def small_shapes(count, seed):
+    """A twentieth of the built-in data set: 1000 training and 200 test images."""
+    return draw_all(count // 20, seed)
+
+
+def settings(**changes):
+    """The training settings of the smoke budget on shapes, changed."""
+    train, _ = common.budget("smoke", "shapes", 32)
+    return {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 0} | train | changes
+
+
+def images_of(count, seed=1):
+    """The first `count` shapes of a seed, as an ImageData."""
+    images, labels, factors = draw_all(count, seed)
+    return common.ImageData(images, labels, factors, "shapes", "train", "none", "")
+
+
+def same(a, b):
+    """Whether two nested structures hold the same bits; `seconds` (the clock) is left out."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+def expect_error(capsys, call, *words):
+    """`call` must exit with status 2 and print one line `error: ...` that contains every word."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    text = capsys.readouterr().err.replace("\x1b[A", "")  # tqdm's cursor movements
+    lines = [line for line in re.split(r"[\r\n]", text) if line.strip() and "%|" not in line]  # progress bars apart
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]
