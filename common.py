@@ -1,18 +1,7 @@
 """What two or more stages share. Part I is the models, to be read once; Part II is the machinery, to be looked up.
 
-Part I, the models
-    1. Diffusion         schedule, q_sample, losses, samplers (DDPM, DDIM, DPM-Solver++), the bound
-    2. Networks          bottleneck-residual VAE, DDPM U-Net
-    3. Priors            N(0, I), the Gaussian mixture fitted ex post
-    4. Data              shapes, cifar10, celeba64, folder
-    5. A model           what a stage hands to sampling: decode z, refine x_hat
-Part II, the machinery
-    6. Budgets           one table: how large, how long, how much is evaluated
-    7. Processes         several of them under torchrun
-    8. Training          one loop for all networks: everything but the loss
-    9. Runs              flags, folders, checkpoints, the schema of metrics.json
-    10. Evaluation       everything that is measured of one model
-    11. Pictures         grids, charts, tables
+Part I    1 diffusion, 2 networks, 3 priors, 4 data, 5 a model: what a stage hands to sampling
+Part II   6 budgets, 7 processes, 8 training, 9 runs, 10 evaluation, 11 pictures
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
@@ -78,10 +67,7 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Diffusion
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Diffusion:
     """The Gaussian diffusion process of DDPM (Ho et al. 2020): linear beta from 1e-4 to 0.02 over T steps.
@@ -266,10 +252,7 @@ def diffusion_nats(diffusion, denoise, images, draws, gen, variance="fixedlarge"
             "data": data_nats(diffusion, x0, x0_hat).cpu()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Networks
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 2. Networks -----------------------------------------------------------------------------------------------------
 
 class BottleneckBlock(nn.Module):
     """Residual block of the VAE: GELU before each of 1x1, 3x3, 3x3, 1x1 convolutions, half the width inside, no
@@ -497,9 +480,9 @@ def restore(network, weights, device):
     """Load weights into a network, in evaluation mode on the device."""
     network.load_state_dict(weights)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-# 3. Priors over z
-# ---------------------------------------------------------------------------------------------------------------------
 
+
+# ---- 3. Priors over z ------------------------------------------------------------------------------------------------
 
 class StandardNormal:
     """N(0, I) over z of dimension d: what the VAE's KL term pulls towards."""
@@ -565,9 +548,7 @@ class GaussianMixture:
         return (self.means[k] + (self.factors[k] @ noise[:, :, None])[:, :, 0]).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. Data ---------------------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "cifar10", "celeba64", "folder")
 SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "flower", "cross", "pill", "crescent")
@@ -752,10 +733,7 @@ def decode_all(files, size, crop, cache):
     return images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine ----------------------------------------------------
 
 @dataclass
 class Model:
@@ -831,9 +809,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
 # Part II, the machinery: below this line nothing is about generative models.
 # =====================================================================================================================
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Budgets
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. Budgets ------------------------------------------------------------------------------------------------------
 
 # VAE tables: (resolution, width, blocks). U-Net tables: (resolution, width, blocks down, blocks up).
 VAE_TABLES = {
@@ -950,9 +926,7 @@ def network_cost(train, vae=True, channels=6):
     return cost
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. Processes ----------------------------------------------------------------------------------------------------
 
 # torchrun --nproc_per_node N stageX.py ...: all processes run the same script on the same random numbers, take their
 # slice of every training batch, average the gradients, and share out what is sampled. So they stay equal, the number of
@@ -1039,10 +1013,7 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Training
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 8. Training -----------------------------------------------------------------------------------------------------
 
 class Training:
     """A training loop without its maths: a stage builds networks, iterates over batches, and hands over a loss.
@@ -1243,10 +1214,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Runs
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 9. Runs ---------------------------------------------------------------------------------------------------------
 
 def add_flags(parser, *priors):
     """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
@@ -1415,27 +1383,23 @@ SCORES = ("fd", "floor", "is", "kid", "precision", "recall", "diversity")
 
 
 def check_metrics(metrics):
-    """The schema of metrics.json. Raises ValueError naming the first key that is missing or of the wrong kind."""
-    def need(condition, what):
-        if not condition:
-            raise ValueError(f"metrics: {what}")
+    """The schema of metrics.json: ValueError naming what is missing or of the wrong kind."""
+    def is_score(score):
+        return (isinstance(score, dict) and set(score) == {"value", "low", "high"} and isinstance(score["value"], float)
+                and all(bound is None or math.isfinite(bound) for bound in score.values()))
 
-    need(isinstance(metrics, dict) and metrics.get("schema") == 1, "schema must be 1")
-    for key, kind in (("run", dict), ("rows", list), ("tables", dict)):
-        need(isinstance(metrics.get(key), kind), f"{key} must be a {kind.__name__}")
-    missing = RUN_KEYS - metrics["run"].keys()
-    need(not missing, f"run lacks {sorted(missing)}")
-    need(metrics["rows"], "rows is empty")
-    local = metrics["run"]["features"].startswith("local")
-    names = {f"{s}_local" if local else {"fd": "fid"}.get(s, s) for s in SCORES} | {"hf_energy"}
-    for i, row in enumerate(metrics["rows"]):
-        need(not (ROW_KEYS | names) - row.keys(), f"rows[{i}] lacks {sorted((ROW_KEYS | names) - row.keys())}")
-        for name in names:
-            score = row[name]
-            need(isinstance(score, dict) and set(score) == {"value", "low", "high"},
-                 f"rows[{i}].{name} must have value, low and high")
-            need(isinstance(score["value"], float) and math.isfinite(score["value"]), f"rows[{i}].{name} not finite")
-            need(all(score[k] is None or math.isfinite(score[k]) for k in ("low", "high")), f"rows[{i}].{name} bounds")
+    try:
+        run, rows = metrics["run"], metrics["rows"]
+        local = run["features"].startswith("local")
+        scores = {f"{name}_local" if local else {"fd": "fid"}.get(name, name) for name in SCORES} | {"hf_energy"}
+        bad = sorted(RUN_KEYS - run.keys())
+        bad += [f"rows[{i}].{key}" for i, row in enumerate(rows) for key in sorted(ROW_KEYS | scores)
+                if key not in row or key in scores and not is_score(row[key])]
+        bad += [] if metrics["schema"] == 1 and rows and isinstance(metrics["tables"], dict) else ["schema"]
+    except (AttributeError, KeyError, TypeError) as error:
+        bad = [str(error)]
+    if bad:
+        raise ValueError(f"metrics: missing or malformed: {', '.join(bad)}")
 
 
 def read_metrics(path, evaluation=None):
@@ -1454,9 +1418,7 @@ def write_metrics(path, metrics):
     write_json(path, metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 10. Evaluation --------------------------------------------------------------------------------------------------
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -1467,12 +1429,6 @@ def mean_score(values):
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
-def hf_energy(images, real):
-    """Sharpness: high-frequency power of `images` over that of held-out `real` images, uint8 (N, 3, H, W); 1 is as
-    sharp as real. A score dictionary."""
-    return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
-
-
 def high_frequency_power(images):
     """Mean power of the grey image above 1/4 cycle per pixel, under a Hann window: uint8 (N, 3, H, W) -> (N,)."""
     grey = images.float().mean(1)  # (N, H, W)
@@ -1480,8 +1436,13 @@ def high_frequency_power(images):
     window = torch.hann_window(size, periodic=False, device=grey.device)
     spectrum = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window)
     frequency = torch.fft.fftfreq(size, device=grey.device)  # cycles per pixel
-    high = torch.hypot(frequency[:, None], frequency) > 0.25
-    return spectrum.abs().square()[:, high].mean(1)
+    return spectrum.abs().square()[:, torch.hypot(frequency[:, None], frequency) > 0.25].mean(1)
+
+
+def hf_energy(images, real):
+    """Sharpness: high-frequency power of `images` over that of held-out `real` images, uint8 (N, 3, H, W); 1 is as
+    sharp as real. A score dictionary."""
+    return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
 
 
 def psnr_db(images, real):
@@ -1655,10 +1616,7 @@ def bits_per_dim(model, prior, setup):
             **{name: float((value / unit).mean()) for name, value in parts.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 11. Pictures ----------------------------------------------------------------------------------------------------
 
 def save_grid(path, rows, scale=None):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""
@@ -1732,22 +1690,18 @@ def show(score):
     return f"{score['value']:.3g}{interval}"
 
 
-def print_table(rows, columns):
-    """Print dictionaries as an aligned table of the given columns."""
-    cells = [columns] + [[show(r[c]) if isinstance(r[c], dict) else f"{r[c]:.3g}" if isinstance(r[c], float)
-                          else str(r[c]) for c in columns] for r in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def print_results(finished, setup):
     """Print the rows of all metrics, {folder: metrics}, as one table, and the paths of pictures and files."""
-    scores = [setup.fd, *(name + setup.extractor.suffix for name in ("floor", "is", "precision", "recall"))]
-    rows = [{"variant": m["run"]["variant"], "steps": row["nfe"], "sec/image": row["seconds_per_image"]} | row
-            for m in finished.values() for row in m["rows"]]
+    suffix = setup.extractor.suffix
+    scores = [setup.fd, *(name + suffix for name in ("floor", "is", "precision", "recall")), "hf_energy"]
+    table = [["variant", "prior", "sampler", "images", "sec/image", *scores]]
+    for metrics in finished.values():
+        table += [[metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['nfe']}", str(row["n_generated"]),
+                   f"{row['seconds_per_image']:.3g}", *(show(row[name]) for name in scores)] for row in metrics["rows"]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
-    print_table(rows, ["variant", "prior", "sampler", "steps", "n_generated", "sec/image", *scores, "hf_energy"])
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
           "resampling only, one run")
     for folder in finished:
