@@ -791,10 +791,10 @@ def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
     parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
     for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
         gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
-        z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
+        z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
+        x_hat = torch.zeros(batch, *model.shape, device=model.device)
         with autocast(model.device):
             if model.vae is not None:
-                z = model.priors[prior].sample(batch, gen).to(model.device)
                 x_hat = model.vae.decoder(z)
                 x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
             x = refine(model, x_hat, z, gen, sampler, steps)

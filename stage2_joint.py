@@ -83,6 +83,23 @@ class Balance(nn.Module):
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
 
+def weights(train, step, balance):
+    """What multiplies the SSE and the diffusion term D M in the VAE's loss: two numbers, or tensors ()."""
+    if train["loss"] == "kendall":
+        sse_weight, weight = (-balance.logvar.detach()).exp()
+    elif train["loss"] == "bound":
+        sse_weight, weight = 0.0, 1.0  # no reconstruction term
+    else:
+        sse_weight, weight = 1.0, diffusion_weight(train, step)
+    return sse_weight, 0.0 if train["gradient"] == "none" else weight
+
+
+def unit(train, diffusion, t):
+    """The square of the unit that the refiner's loss is counted in, see Diffusion.guess_sd: (B, 1, 1, 1)."""
+    square = 1.0 if train["loss"] == "bound" else diffusion.guess_sd(t) ** 2
+    return square * torch.ones(len(t), 1, 1, 1, device=t.device)
+
+
 def time_probability(t, T, power):
     """P(t) of t = ceil(T u^power), u uniform: (B,)."""
     t = t.cpu().double()  # the difference of two close powers
@@ -136,6 +153,8 @@ def train_joint(folder, train, data, device, resume):
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", guard=True,
                                **networks)
     probe = training.data[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
+    size = data.images[0].numel()  # D
+    name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
@@ -145,26 +164,20 @@ def train_joint(folder, train, data, device, resume):
             z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            elbo, size = sse + train["beta"] * kl, x0[0].numel()  # (B,), D
-            unit = diffusion.guess_sd(t) ** 2 * torch.ones_like(t[:, None, None, None])  # of M, (B, 1, 1, 1)
-            if train["loss"] == "bound":
-                elbo, sse_weight, weight, unit = kl, 0.0, 1.0, 1.0  # no reconstruction term
-            elif train["loss"] == "kendall":
-                sse_weight, weight = (-balance.logvar.detach()).exp()
-            else:
-                sse_weight, weight = 1.0, diffusion_weight(train, training.steps)
-            weight = 0.0 * weight if train["gradient"] == "none" else weight
+            elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
-            seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            against = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))
+            sse_weight, weight = weights(train, training.steps, balance)
+            scale = weight * size * unit(train, diffusion, t)  # lambda D: (B, 1, 1, 1)
+            against = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # the SSE's gradient at x_hat
             gradient_share = torch.zeros((), device=device)
-            denoise = condition(unet, scale_gradient(seen, weight * size * unit, against, gradient_share), diffusion)
+            seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
+            denoise = condition(unet, scale_gradient(seen, scale, against, gradient_share), diffusion)
             if train["loss"] == "bound":
-                mse, name = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size, "bound_per_dim"
+                mse = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size  # (B,)
             else:
-                mse, name = diffusion.simple_loss(denoise, x0, t, eps), f"{diffusion.objective}_mse"  # (B,)
+                mse = diffusion.simple_loss(denoise, x0, t, eps)  # (B,)
             if train["loss"] == "kendall":
-                elbo = balance(elbo, size * mse * unit.flatten())
+                elbo = balance(elbo, size * mse * unit(train, diffusion, t).flatten())  # (B,)
         training.step(elbo + mse, {"sse": sse, "kl_nats": kl, name: mse, "weight": weight,
                                    "gradient_share": gradient_share}, lambda: look(vae, unet, diffusion, probe))
     average = common.restore(common.build_vae(train), training.averages["vae"], device)

@@ -3,12 +3,14 @@
     python tests/benchmark.py                    two minutes on two CPU cores; `pip install diffusers` adds a comparison
     python tests/benchmark.py RUN ...            and, with the checkpoints of these stage 1 runs, samplers' scores
     python tests/benchmark.py RUN ... | tee results/benchmark.txt        what the README shows
+    python tests/benchmark.py --against FOLDER   only: a training step here against that of a checkout of another commit
 
 Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
 all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -154,29 +156,17 @@ def utilisation(train, native, seconds):
 
 def overheads(train, seconds):
     """What surrounds the step: feeding it, the moving average, the log and the checkpoint, as shares of the step."""
-    net, gen = unet(train["unet"])[0], common.generator(0)
+    net = unet(train["unet"])[0]
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
-    optimizer = torch.optim.Adam(net.parameters())
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    ema = common.EMA(net, 0.999)
-
-    def feed():
-        index = torch.randint(len(images), (train["batch"],), generator=gen)
-        x0 = common.to_float(images[index]).contiguous(memory_format=torch.channels_last)
-        mirrored = torch.rand(len(x0), generator=gen) < 0.5
-        torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
-
     with tempfile.TemporaryDirectory() as folder:
-        def save():
-            state = common.training_state(train, 1, net, ema, optimizer, gen, 0.0, {})
-            common.save_checkpoint(Path(folder) / "checkpoint.pt", state)
-
-        def log():
-            common.append_log(Path(folder) / "log.csv", {"step": 1, "v_mse": 0.1})
-
-        parts = in_turn({"feed": feed, "average": lambda: ema.update(net), "log": log, "save": save})
+        training = common.Training(folder, None, train, CPU, images, True, unet=net)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        training.optimizers["unet"].step()  # makes its state, which a checkpoint holds
+        training.started, rows = time.time(), train["steps"] // train["every"]
+        training.log = [{"step": i, "v_mse": 0.1} for i in range(rows // 2)]  # as long as it is on average
+        parts = in_turn({"feed": training.batch, "log": training.write_log, "save": training.checkpoint,
+                         "average": lambda: common.update_average(training.averages["unet"], net, 0.999, 1000)})
     print(f"\nfeeding a batch: {parts['feed'] / seconds:.2%} of a step")
     kept = {"moving average": parts["average"] / seconds, "a row of the log": parts["log"] / train["every"] / seconds,
             "a checkpoint a minute": parts["save"] / 60}
@@ -197,11 +187,10 @@ def samplers(folder, data_dir):
     train = state["train"]
     data, test = (common.load_images(train["dataset"], split, data_dir) for split in ("train", "test"))
     extractor = fid.load_extractor("local", train["dataset"])
-    reference = fid.reference(extractor, data, test, Path(data_dir) / "cache")
+    setup = common.Setup(train, {"batch": 100}, CPU, folder.parent, extractor, data, test, Path(data_dir) / "cache")
     model, rows = stage1.load_model(state, "form1", CPU), {}
     for name, steps in (("ddim", 100), ("dpm", 10), ("dpm", 12), ("dpm", 15)):
-        rows[f"{name} {steps}"] = common.measure(model, {"batch": 100}, train["seed"], test,
-                                                 extractor, reference, "gmm", name, steps, 1000)[0]
+        rows[f"{name} {steps}"] = common.measure(model, setup, "gmm", name, steps, 1000)[0]
     print(f"\n{folder.parent.name}/{folder.name}: fd_local of 1,000 refined samples, {extractor.name}")
     for name, row in rows.items():
         score = row["fd_local"]
@@ -210,11 +199,53 @@ def samplers(folder, data_dir):
               f"{row['seconds_per_image']:.4f} s per image")
 
 
+TRAIN_STEPS = """
+import dataclasses, json, statistics, sys, tempfile, time
+from pathlib import Path
+import torch, common, stage1_baseline as stage1
+from torch.optim.optimizer import register_optimizer_step_post_hook
+common.keep_freed_memory()
+train = {"dataset": "shapes", "image_size": 32, "budget": "cpu", "seed": 0} | common.budget("cpu", "shapes", 32)[0]
+train |= {"steps": int(sys.argv[1]), "components": 2}
+data, times, seconds, device = common.load_images("shapes", "train"), [], {}, torch.device("cpu")
+data = dataclasses.replace(data, images=data.images[:1000])
+register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+with tempfile.TemporaryDirectory() as folder:
+    for name in ("VAE", "refiner"):
+        times.clear()
+        place = Path(folder) / name
+        state = (stage1.train_vae(place, train, data, device, False) if name == "VAE" else
+                 stage1.train_refiner(place, "form1", train, state, data, device, False))
+        seconds[name] = statistics.median(b - a for a, b in zip(times[20:], times[21:]))
+print(json.dumps(seconds))
+"""  # The loops of stage 1 at the `cpu` budget on shapes: median processor seconds (those of
+# other programs do not count) from one optimiser step to the next
+
+
+def against(other, rounds=7, steps=250):
+    """A step of stage 1's loops in this checkout and in the folder `other`, in turn, each run a process of its own."""
+    seconds = {name: {"VAE": [], "refiner": []} for name in ("there", "here")}
+    for i in range(rounds):
+        for name, folder in sorted({"there": other, "here": ROOT}.items(), reverse=i % 2 == 0):
+            run = subprocess.run([sys.executable, "-c", TRAIN_STEPS, str(steps)], cwd=folder, check=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            for network, value in json.loads(run.stdout.splitlines()[-1]).items():
+                seconds[name][network].append(value)
+    for network, here in seconds["here"].items():
+        there = seconds["there"][network]
+        ratios = sorted(a / b for a, b in zip(here, there, strict=True))
+        print(f"{network}: {1000 * statistics.median(here):.2f} ms a step here, {1000 * statistics.median(there):.2f} "
+              f"there; ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f} in {rounds} rounds)")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Ratios of speed, and what few steps cost")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of stage 1's form1")
     parser.add_argument("--data-dir", default="data", help="where the runs' data lies")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout of another commit")
     args = parser.parse_args()
+    if args.against:
+        return against(args.against.resolve())
     torch.manual_seed(0)
     common.keep_freed_memory()
     train, _ = common.budget("cpu", "cifar10", 32)

@@ -1,48 +1,52 @@
-"""Bonus: scaling of the latent, no gradient into the autoencoder, what is measured, resume, a smoke run."""
+"""Bonus: scaling of the latent, no gradient into the autoencoder, sampling, what is measured and compared."""
 
-import json
-import os
-import signal
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stage1 import CPU, images_of, same, settings, small_shapes
+from helpers import CPU, images_of, same, settings
 
 import bonus_latent as bonus
 import common
-import stage1_baseline as stage1
 
 
 def tiny(**changes):
     return settings() | {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | changes
 
 
-def both(home, train, data, resume=False):
-    ae = bonus.train_autoencoder(home / "ae", train, data, CPU, resume)
-    return ae, bonus.train_latent(home / "latent", train, ae, data, CPU, resume)
+def both(home, train, data):
+    ae = bonus.train_autoencoder(home / "ae", train, data, CPU, False)
+    return ae, bonus.train_latent(home / "latent", train, ae, data, CPU, False)
 
 
-def test_scaled_latents_have_unit_variance_over_the_training_set(tmp_path):
-    """Mean 0 and variance 1 per channel of z ~ q(z|x), measured over all images, stored, undone before decoding."""
-    data, train = images_of(150), tiny()
-    state = bonus.train_autoencoder(tmp_path, train, data, CPU, False)
-    ae = common.restore(bonus.Autoencoder(16), state["ema"], CPU)
+def test_scaled_latents_have_unit_variance_over_the_training_set(tmp_path, monkeypatch):
+    """Mean 0 and variance 1 per channel of z ~ q(z|x), measured over all images and stored. It matters, and the U-Net
+    is trained on such latents."""
+    data, train, seen = images_of(150), tiny(), []
+    simple_loss = common.Diffusion.simple_loss
+    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(args[2]) or simple_loss(*args))
+    state = both(tmp_path, train, data)[0]
+    ae, stats = common.restore(bonus.Autoencoder(16), state["vae"], CPU), state["scale"]
     mu, sd = bonus.encode_all(ae, data.images, CPU)
-    assert mu.shape == (150, 4, 8, 8)
-    z = bonus.scale(mu + sd * common.randn(mu.shape, common.generator(0)), state["scale"])
-    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=0.03)
-    assert torch.allclose(z.var((0, 2, 3)), torch.ones(4), atol=0.05)
-    assert torch.allclose(bonus.unscale(bonus.scale(mu, state["scale"]), state["scale"]), mu, atol=1e-5)
+    assert mu.shape == (150, 4, 8, 8) and not torch.allclose(stats["sd"], torch.ones(1), atol=0.05)
+    drawn = bonus.scale(mu + sd * common.randn(mu.shape, common.generator(0)), stats)
+    for z, slack in ((drawn, 0.03), (torch.cat(seen), 0.06)):
+        assert z.shape[1:] == (4, 8, 8) and torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=slack)
+        assert torch.allclose(z.var((0, 2, 3)), torch.ones(4), atol=slack + 0.02)
 
 
 def test_scaling_is_undone_before_decoding(tmp_path):
     """Encoding, scaling, and the model's own decode give what the autoencoder alone gives."""
     data = images_of(60)
-    model = bonus.load_model(both(tmp_path, tiny(), data)[1], CPU)
+    state = both(tmp_path, tiny(), data)[1]
+    model, ae, _ = bonus.load_model(state, CPU)
     with torch.no_grad():
-        mu, _ = model.ae.encode(common.to_float(data.images[:5]))
-        assert torch.allclose(bonus.decode(model, bonus.scale(mu, model.stats)), model.ae.decode(mu), atol=1e-5)
-    assert not torch.allclose(model.stats["sd"], torch.ones(1), atol=0.01)  # it matters
+        mu, _ = ae.encode(common.to_float(data.images[:5]))
+        scaled = bonus.scale(mu, state["scale"])
+        assert torch.allclose(bonus.unscale(scaled, state["scale"]), mu, atol=1e-5)
+        assert torch.allclose(model.decode(scaled), ae.decode(mu), atol=1e-5)
+        assert not torch.allclose(ae.decode(scaled), ae.decode(mu), atol=1e-2)  # it matters
 
 
 def test_no_gradient_into_the_autoencoder(tmp_path, monkeypatch):
@@ -50,53 +54,47 @@ def test_no_gradient_into_the_autoencoder(tmp_path, monkeypatch):
     built, restore = [], common.restore
     monkeypatch.setattr(common, "restore", lambda *a: built.append(restore(*a)) or built[-1])
     ae_state, state = both(tmp_path, tiny(steps=3), images_of(60))
-    assert all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
-    assert same(dict(built[-1].state_dict()), ae_state["ema"])
+    assert len(built) == 2 and all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
+    assert same(dict(built[-1].state_dict()), ae_state["vae"]) and same(state["vae"], ae_state["vae"])
     torch.manual_seed(0)
-    assert not same(dict(bonus.build_unet(tiny()).state_dict()), state["weights"])
+    assert not same(dict(bonus.build_unet(tiny()).state_dict()), state["unet"])
 
 
-def test_latents_are_not_clamped(tmp_path):
-    """A sampled latent may leave [-1, 1]: with a U-Net of zero output (v = 0: x0_hat = a x_t) the result is linear in
-    x_T."""
-    model = bonus.load_model(both(tmp_path, tiny(), images_of(60))[1], CPU)
-    model.unet, seen = (lambda x, t: torch.zeros_like(x)), []
-    model.ae.decode = lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32)
-    one = torch.full((1, 4, 8, 8), 1.0)
-    for factor in (1, 100):
-        bonus.generate(model, 1, "dpm", 5, 0, 1, z_T=factor * one)
-    a, b = ((z - model.stats["mean"]) / model.stats["sd"] for z in seen)
-    assert torch.allclose(100 * a, b, rtol=1e-3) and b.abs().max() > 1
+@pytest.fixture
+def silent(tmp_path):
+    """A model whose U-Net says 0 (v = 0: the predicted x0 is a x_t) and whose decode keeps what it gets; the lists of
+    what the one and the other were given."""
+    shown, decoded = [], []
+    model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),
+                         denoiser=lambda x_hat, z: lambda x, t: shown.append(x.clone()) or torch.zeros_like(x),
+                         decode=lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
+    return model, shown, decoded
 
 
-def test_same_noise_for_every_step_count(tmp_path):
-    model = bonus.load_model(both(tmp_path, tiny(), images_of(60))[1], CPU)
-    seen = []
-    model.unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x)
+def test_latents_are_not_clamped(silent):
+    """A sampled latent may leave [-1, 1]: 100 times x_T gives 100 times the result. An image may not."""
+    model, _, decoded = silent
+    for temperature in (1.0, 100.0):
+        common.generate(dataclasses.replace(model, temperature=temperature), 1, "none", "dpm", 5, 0, 1)
+    assert torch.allclose(100 * decoded[0], decoded[1], rtol=1e-3) and decoded[1].abs().max() > 5
+    x, pixels = torch.zeros(1, 3, 8, 8), dataclasses.replace(model, temperature=100.0, decode=None)
+    assert common.refine(pixels, x, None, common.generator(0), "dpm", 5).abs().max() <= 1
+
+
+def test_same_noise_for_every_step_count(silent):
+    model, shown, _ = silent
     for count, steps in ((4, 2), (2, 3)):
-        bonus.generate(model, count, "dpm", steps, 0, 2)
-    assert torch.equal(seen[0], seen[4]) and not torch.equal(seen[0], seen[2])
+        common.generate(model, count, "none", "dpm", steps, 0, 2)
+    assert len(shown) == 7 and torch.equal(shown[0], shown[4]) and not torch.equal(shown[0], shown[2])
 
 
-@pytest.mark.parametrize("where", [5, 12])
-def test_stopped_and_resumed_is_never_stopped(where, tmp_path, monkeypatch):
-    """SIGTERM while the autoencoder or the U-Net trains; --resume ends with the bits of a run never stopped."""
-    train, data, updates, update = tiny(every=3), images_of(60), [], common.EMA.update
-    whole = both(tmp_path / "whole", train, data)
-
-    def stop_there(ema, network):
-        update(ema, network)
-        updates.append(1)
-        if len(updates) == where:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.EMA, "update", stop_there)
-        with pytest.raises(SystemExit) as stop:
-            both(tmp_path / "cut", train, data)
-    assert stop.value.code == 128 + signal.SIGTERM
-    torch.manual_seed(123)
-    assert same(both(tmp_path / "cut", train, data, resume=True), whole)
+def test_noise_in_the_latent_goes_in_before_decoding(silent):
+    """The robustness probe damages what the decoder gets, and by the standard deviation that it names."""
+    model, _, decoded = silent
+    for corrupt in (None, common.add_noise(0.4)):
+        common.generate(model, 20, "none", "dpm", 2, 0, 20, corrupt)
+    noise = decoded[1] - decoded[0]
+    assert noise.shape == (20, 4, 8, 8) and float(noise.std()) == pytest.approx(0.4, abs=0.02)
 
 
 def test_peak_memory_of_a_known_allocation():
@@ -116,35 +114,36 @@ def test_median_is_warm_and_robust(monkeypatch):
     assert bonus.median_seconds(lambda: None, CPU, repeats=5) == 1
 
 
-def test_smoke(tmp_path, monkeypatch, capsys):
-    """One command: both networks, the figures, the savings in percent, metrics of the schema; again: nothing to do."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "draw_shapes", small_shapes)
-    smoke = ["--budget", "smoke", "--device", "cpu"]
-    bonus.main(smoke)
-    out = capsys.readouterr().out
-    folder = tmp_path / "runs" / "shapes-smoke" / "bonus-latent-s0"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    common.check_metrics(metrics)
-    saved = metrics["tables"]["savings"]
-    assert "saved against pixel space" in out and not saved["pixel_network_trained"]
-    pixel, latent = common.network_cost(settings())["unet"]["gflops"], bonus.network_cost(tiny())["unet"]["gflops"]
-    assert saved["saved_percent"]["gflops_per_pass"] == pytest.approx(100 * (1 - latent / pixel))
-    assert all(value > 0 for name in ("pixel", "latent") for value in saved[name].values())
-    assert "equal_seconds" not in metrics["tables"] and metrics["tables"]["ceiling"]["psnr_db"] > 5
-    assert {"samples", "steps", "speed", "savings", "interpolation", "reconstructions", "training"} <= {
-        path.stem for path in folder.glob("*.png")}
-    assert all("conv" in (folder / f"profile-{name}.txt").read_text() for name in ("pixel", "latent"))
-    stage1.main([*smoke, "--variant", "form1"])
-    (folder / "metrics.json").unlink()
-    bonus.main(smoke)  # now with a trained pixel network beside it
-    tables = json.loads((folder / "metrics.json").read_text())["tables"]
-    assert tables["savings"]["pixel_network_trained"] and tables["equal_seconds"][0]["latent"]["nfe"] == 4
-    assert {row["prior"] for pair in tables["equal_seconds"] for row in pair["pixel"]} <= {"gmm"}  # its headline prior
-    capsys.readouterr()
-    monkeypatch.setattr(bonus, "evaluate", lambda *a: pytest.fail("evaluated again"))
-    monkeypatch.setattr(bonus, "fit", lambda *a: pytest.fail("trained again"))
-    bonus.main(smoke)
-    capsys.readouterr()
-    bonus.main([*smoke, "--dry-run"])
-    assert set(json.loads(capsys.readouterr().out)["networks"]) == {"vae", "unet"}
+def test_equal_seconds_by_hand():
+    """Of the pixel model's rows: as quick within a tenth, the same sampler and count, its headline prior."""
+    def row(sampler, seconds, prior="gmm", count=200):
+        return {"prior": prior, "sampler": sampler, "nfe": 5, "n_generated": count, "seconds_per_image": seconds,
+                "fid": {"value": seconds}, "hf_energy": 1}
+
+    ours = [row("dpm", 1.0, "none"), row("ddim", 0.1, "none")]
+    pixel = [row("dpm", 0.5), row("dpm", 1.09), row("dpm", 1.11), row("ddim", 0.9), row("dpm", 0.4, "gaussian"),
+             row("dpm", 0.6, count=100), row("ddim", 0.12)]
+    first, second = bonus.equal_seconds(ours, pixel, "fid")
+    assert [found["seconds_per_image"] for found in first["pixel"]] == [0.5, 1.09] and second["pixel"] == []
+    assert first["latent"] == {key: value for key, value in ours[0].items() if key not in ("n_generated", "hf_energy")}
+
+
+def test_pixel_run_refuses_other_settings(tmp_path):
+    """Only a finished run of the same training settings is compared with, and only rows measured in the same way."""
+    train, setup = tiny(), SimpleNamespace(evaluation={"features": "local", "temperature": 0.9, "count": 64})
+    scores = dict.fromkeys(["hf_energy", *(f"{name}_local" for name in common.SCORES)],
+                           {"value": 1.0, "low": None, "high": None})
+    rows = [dict.fromkeys(common.ROW_KEYS, 0) | scores]
+
+    def found(finished=True, features="local", temperature=0.9, **changes):
+        common.save_checkpoint(tmp_path / "checkpoint.pt", {"train": settings(**changes), "finished": finished})
+        run = dict.fromkeys(common.RUN_KEYS, "") | {"features": features, "eval": {
+            "features": features, "temperature": temperature, "count": 99}}
+        common.write_metrics(tmp_path / "metrics.json", {"schema": 1, "run": run, "rows": rows, "tables": {}})
+        state, theirs = bonus.pixel_run(tmp_path, train, setup)
+        return state is not None, theirs
+
+    assert bonus.pixel_run(tmp_path, train, setup) == (None, None)  # nothing there
+    assert found() == (True, rows)
+    assert found(steps=9) == found(seed=1) == found(finished=False) == (False, None)
+    assert found(temperature=1.0) == found(features="local, another") == (True, None)

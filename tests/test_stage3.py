@@ -1,16 +1,14 @@
-"""Stage 3: the flow's inverse, determinant and density, uncertainty, the strategies, step allocation, smoke runs."""
+"""Stage 3: the flow's inverse, determinant and density, uncertainty, the strategies, step allocation, the bound."""
 
-import json
+import contextlib
 import math
-import os
-import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stage1 import CPU, expect_error, images_of, same, settings, small_shapes
+from helpers import CPU, images_of, same, settings
 
 import common
-import fid
 import stage1_baseline as stage1
 import stage3_adaptive as stage3
 
@@ -75,7 +73,7 @@ def test_flow_starts_as_the_identity():
     noise = common.randn((100_000, 6), gen)
     kl = stage3.flow_kl(mu + (0.5 * logvar).exp() * noise, mu, logvar, flow)
     assert kl.shape == (100_000,)
-    assert float(kl.mean()) == pytest.approx(float(common.gaussian_kl(mu, logvar)), abs=0.05)
+    assert float(kl.detach().mean()) == pytest.approx(float(common.gaussian_kl(mu, logvar)), abs=0.05)
 
 
 def test_flow_learns_two_moons_and_is_a_density():
@@ -93,24 +91,30 @@ def test_flow_learns_two_moons_and_is_a_density():
 
 
 def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
-    """Before the joint phase the VAE has the gradient of stage 1's loss and the flow that of its likelihood alone."""
+    """Before the joint phase the VAE has the gradient of stage 1's loss and the flow that of its likelihood alone; then
+    both have that of SSE + beta (log q(z|x) - log p_flow(z)). Without a flow the loss is stage 1's."""
     torch.manual_seed(0)
-    train, x0 = settings(), common.to_float(images_of(4).images)
-    vae, noise = common.build_vae(train), torch.randn(4, 8)
-    flow = shaken(stage3.RealNVP(vae.latent_dim), 0.1)
-    def gradients(flow, joint):
-        vae.zero_grad()
-        stage3.vae_loss(vae, flow, x0, noise, 0.25, joint)[0].mean().backward()
-        return [p.grad.clone() for p in vae.parameters()]
-    plain = gradients(None, False)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients(flow, False), strict=True))
-    own = [p.grad.clone() for p in flow.parameters()]
-    flow.zero_grad()
-    with torch.no_grad():
-        mu, logvar = vae.encoder(x0)
-    (-flow.log_prob(mu + (0.5 * logvar).exp() * noise)).mean().backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(own, flow.parameters(), strict=True))
-    assert not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, gradients(flow, True), strict=True))
+    vae, x0, noise = stage3.build_vae(settings(vae_prior="flow")), common.to_float(images_of(4).images), torch.randn(4, 8)
+    shaken(vae.flow, 0.1)
+    mu, logvar = vae.encoder(x0)
+    z = mu + (0.5 * logvar).exp() * noise
+    kl = common.gaussian_log_prob(z, mu, logvar) - vae.flow.log_prob(z)
+    stage_1 = stage1.vae_loss(vae, x0, noise, 0.25)[0]
+    by_hand = {False: stage_1 - vae.flow.log_prob(z.detach()),
+               True: common.squared_error(vae.decoder(z), x0) + 0.25 * kl}
+    gradients = []
+    for joint in (False, True):
+        loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, joint)
+        assert loss.shape == (4,) and torch.allclose(terms["kl_flow_nats"], kl)
+        for total in (loss, by_hand[joint]):
+            gradients.append(torch.autograd.grad(total.mean(), list(vae.parameters()), retain_graph=True))
+    same_as = [[torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(gradients[0], g, strict=True)]
+               for g in gradients[1:3]]
+    assert all(same_as[0]) and sum(same_as[1]) < len(same_as[1]) / 2  # in the two phases they differ
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients[2:], strict=True))
+    assert stage3.build_vae(settings(vae_prior="gaussian")).flow is None
+    vae.flow = None
+    assert torch.equal(stage3.vae_loss(vae, x0, noise, 0.25, True)[0], stage_1)
 
 
 def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
@@ -147,7 +151,7 @@ def test_standardise_by_hand():
 def test_statistics_of_the_training_set():
     """Over the set they come from s has mean 0 and sd 1; high means hard: the correlation's sign is folded in."""
     torch.manual_seed(0)
-    vae = shaken(common.build_vae(settings()), 0.15).eval().requires_grad_(False)
+    vae = shaken(stage3.build_vae(settings(vae_prior="gaussian")), 0.15).eval().requires_grad_(False)
     images = images_of(300).images
     stats, facts = stage3.measure_uncertainty(vae, images, 0, CPU)
     gen = common.generator(0)
@@ -173,17 +177,23 @@ def batch_of(n=3, d=8, seed=0):
 
 
 def test_strategies_start_where_they_should():
-    """learned and flow start bit-equal to fixed; variance equals it where s <= 0 and fades by exp(-s/2) above."""
+    """film and coupling start bit-equal to fixed; fade equals it where s <= 0 and fades by exp(-s/2) above. The guess
+    is from x_hat itself under every strategy: a U-Net that still says 0 predicts it."""
     x_hat, s_vec, s = batch_of()
-    for strategy in ("fixed", "learned", "flow"):
+    for strategy in ("fixed", "film", "coupling"):
         seen, extra = stage3.Conditioner(strategy, 8, 32)(x_hat, s_vec, s)
         assert torch.equal(seen, x_hat), strategy
-        assert extra is None or torch.equal(extra, torch.zeros(3, 32)) and strategy == "learned"
-    seen, extra = stage3.Conditioner("variance", 8, 32)(x_hat, s_vec, s)
+        assert extra is None or torch.equal(extra, torch.zeros(3, 32)) and strategy == "film"
+    seen, extra = stage3.Conditioner("fade", 8, 32)(x_hat, s_vec, s)
     assert torch.equal(seen[:2], x_hat[:2]) and torch.allclose(seen[2], x_hat[2] * math.exp(-1)) and extra is None
+    diffusion, t, xt = common.Diffusion("v", residual_sd=0.2), torch.tensor([5, 100, 900]), x_hat.flip(0)
+    for strategy in stage3.STRATEGIES:
+        refiner = stage3.build_refiner(settings(conditioning=strategy), 8)
+        denoise = stage3.condition(refiner, x_hat, s_vec, s, diffusion)
+        assert torch.equal(denoise(xt, t), diffusion.guess(xt, x_hat, t)), strategy
 
 
-@pytest.mark.parametrize("strategy", ["learned", "flow"])
+@pytest.mark.parametrize("strategy", ["film", "coupling"])
 def test_strategies_learn_from_s(strategy):
     """Every parameter of the conditioner gets a gradient, and with random weights the output depends on s."""
     x_hat, s_vec, s = batch_of()
@@ -224,155 +234,86 @@ def test_allocation_keeps_the_mean_and_the_order(n):
     assert [count for _, count in parts] == [n // 2, n, 2 * n - n // 2]
 
 
-def test_the_bound_charges_the_kl_of_the_vaes_own_prior(tmp_path):
-    """With a flow that is not the identity, bits/dim holds log q - log p_flow; a Gaussian VAE's the closed form."""
-    data = images_of(60)
-    for prior in ("gaussian", "flow"):
-        vae_train, train = (part | {"vae_prior": prior} for part in joint(steps=2))
-        vae_state = stage3.train_vae(tmp_path / prior / "vae", vae_train, data, CPU, False)
-        model = stage3.load_model(stage3.train_refiner(tmp_path / prior / "r", train, vae_state, data, CPU, False), CPU)
+# --- Training, the model, the bound ----------------------------------------------------------------------------------
+
+
+def joint(**changes):
+    vae = settings() | {"vae_prior": "flow", "steps": 2} | changes
+    return vae, vae | {"conditioning": "film", "uncertainty": "variance"} | changes
+
+
+def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
+    """bits/dim holds log q(z|x) - log p(z) by one draw of z, under each of the three priors; the held-out ELBO has the
+    KL to the prior that the VAE was trained under."""
+    monkeypatch.setattr(common, "autocast", contextlib.nullcontext)  # in float32
+    data, unit = images_of(60), 3072 * math.log(2)
+    for trained_under in ("gaussian", "flow"):
+        vae_train, train = joint(vae_prior=trained_under)
+        home = tmp_path / trained_under
+        vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU, False)
+        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU, False), CPU)
         shaken(model.priors["flow"], 0.3)
-        z, mu, logvar = common.encode(model.vae, data.images, common.generator(0), CPU)
-        expected = common.gaussian_kl(mu, logvar)
-        if prior == "flow":
-            expected = stage3.gaussian_log_prob(z, mu, logvar) - model.priors["flow"].log_prob(z)
-        assert torch.allclose(common.latent_kl(model, z, mu, logvar), expected, rtol=1e-4)
-        bits = common.bits_per_dim(model, data.images, {"bits_images": 60, "bits_draws": 1}, 0)
-        unit = 3072 * math.log(2)
-        slack = 6 * float(expected.std()) / 60**0.5 if prior == "flow" else 1e-3  # other draws of z
-        assert unit * bits["kl"] == pytest.approx(float(expected.mean()), abs=slack)
-        table = stage3.held_out_elbo(model, data.images, 0, prior == "flow")
-        assert table["negative_elbo"]["value"] == pytest.approx(table["sse"]["value"] + table["kl"]["value"], rel=1e-5)
-        normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1).mean()
-        assert table["log_density_gaussian"]["value"] == pytest.approx(float(normal), rel=0.1)
+        setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
+        _, mu, logvar = common.encode(model.vae, data.images, common.generator(0), CPU)
+        q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+        z, z_elbo = (q.mean + q.stddev * common.randn(mu.shape, common.generator(seed)) for seed in (60_000, 75_000))
+        table = {name: score["value"] for name, score in stage3.held_out_elbo(model, data.images, 0).items()}
+        kls, kls_elbo = {}, {"gaussian": float(common.gaussian_kl(mu, logvar).mean())}  # in closed form
+        for name, prior in model.priors.items():
+            kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
+            bits = common.bits_per_dim(model, name, setup)
+            assert unit * bits["kl"] == pytest.approx(kls[name], rel=1e-3) and bits["latent_prior"] == name
+            parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
+            assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
+            density = float(prior.log_prob(z_elbo).mean())
+            assert table[f"log_density_{name}"] == pytest.approx(density, rel=1e-4)
+            kls_elbo.setdefault(name, float(q.log_prob(z_elbo).sum(1).mean()) - density)
+        assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # told apart
+        assert table["kl"] == pytest.approx(kls_elbo[trained_under], rel=1e-3)
+        assert table["negative_elbo"] == pytest.approx(table["sse"] + table["kl"], rel=1e-5)
 
 
 def test_fixed_is_stage_1(tmp_path):
     """From the same VAE, seeds and draws, `fixed` trains stage 1's refiner bit for bit."""
-    vae_train, train = (part | {"vae_prior": "gaussian"} for part in joint())
+    vae_train, train = joint(vae_prior="gaussian", steps=8)
     train, data = train | {"conditioning": "fixed"}, images_of(60)
     vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
     ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU, False)
-    theirs = stage1.train_refiner(tmp_path / "form1", "form1", train, vae_state | {"ema": vae_state["vae"]}, data, CPU,
-                                  False)
-    assert same({name.removeprefix("unet."): value for name, value in ours["ema"].items()}, theirs["ema"])
+    theirs = stage1.train_refiner(tmp_path / "form1", "form1", train, vae_state, data, CPU, False)
+    assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
+
+
+@pytest.mark.parametrize("source", ["variance", "posterior"])
+def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
+    """The refiner is trained on uncertainty(Dec(z)); the model at sampling computes the same function of the same z.
+    With `posterior` it is trained on the variance of q(z|x), which sampling does not have."""
+    vae_train, train = joint()
+    train |= {"uncertainty": source}
+    data, seen, x0s, condition, batch = images_of(60), [], [], stage3.condition, common.Training.batch
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
+    monkeypatch.setattr(stage3, "condition", lambda *args: seen.append(args) or condition(*args))
+    monkeypatch.setattr(common.Training, "batch", lambda training: x0s.append(batch(training)) or x0s[-1])
+    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
+    assert len(seen) == len(x0s) == 2 and same(state["vae"], vae_state["vae"])
+    model, stats = stage3.load_model(state, CPU), state["uncertainty"]
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    for (_, x_hat, s_vec, s, _), x0 in zip(seen, x0s, strict=True):
+        with common.autocast(CPU):
+            own, other = stage3.uncertainty(model.vae, x_hat, stats), stage3.standardise(model.vae.encoder(x0)[1], stats)
+        own, other = (own, other) if source == "variance" else (other, own)
+        assert torch.allclose(own[0], s_vec, atol=1e-4) and torch.allclose(own[1], s, atol=1e-4)
+        assert not torch.allclose(other[1], s, atol=0.1)
+    z = common.randn((3, model.vae.latent_dim), common.generator(0))
+    damaged = torch.zeros(3, 3, 32, 32)  # a damaged x_hat does not change s
+    with torch.no_grad():
+        s_vec, s = stage3.uncertainty(model.vae, model.vae.decoder(z), stats)
+        model.denoiser(damaged, z)
+        assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
+        stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).denoiser(damaged, z)
+        assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
 
 
 def test_steps_to_quality():
     rows = [{"sampler": "dpm", "nfe": n, "fd": {"value": v}, "seconds_per_image": n / 100}
             for n, v in ((50, 10.0), (5, 14.0), (10, 10.9), (25, 10.2))]
     assert stage3.steps_to_quality(rows, "fd") == {"dpm": {"steps": 10, "of": 50, "time_saved": pytest.approx(0.8)}}
-
-
-# --- Training and the command ----------------------------------------------------------------------------------------
-
-
-def joint(**changes):
-    vae = settings() | {"vae_prior": "flow"} | changes
-    return vae, vae | {"conditioning": "learned", "uncertainty": "reencoded"}
-
-
-def test_same_s_in_training_and_sampling(tmp_path, monkeypatch):
-    """The refiner is trained on uncertainty(Dec(z)); the model at sampling computes the same function of the same z."""
-    vae_train, train = joint(steps=2)
-    data, seen = images_of(60), []
-    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
-    condition = stage3.condition
-    monkeypatch.setattr(stage3, "condition", lambda r, x, v, s, d: seen.append((x, v, s)) or condition(r, x, v, s, d))
-    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
-    model = stage3.load_model(state, CPU)
-    for x_hat, s_vec, s in seen[:2]:
-        again = stage3.uncertainty(model.vae, x_hat, model.stats)
-        assert torch.allclose(again[0], s_vec, atol=1e-4) and torch.allclose(again[1], s, atol=1e-4)
-    z = torch.randn(3, model.vae.latent_dim)
-    with torch.no_grad():
-        model.denoiser(torch.zeros(3, 3, 32, 32), z)  # a damaged x_hat does not change s
-        assert torch.equal(seen[-1][2], stage3.uncertainty(model.vae, model.vae.decoder(z), model.stats)[1])
-    assert not any(p.requires_grad for p in model.vae.parameters()) and same(state["vae"], vae_state["vae"])
-
-
-def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch):
-    """SIGTERM in the joint phase of the VAE; --resume ends with the bits of a run that was never stopped."""
-    vae_train, train = joint(flip="both", every=3)
-    data, updates, update = images_of(80), [], common.EMA.update
-
-    def both(home, resume=False):
-        vae = stage3.train_vae(home / "vae", vae_train, data, CPU, resume)
-        return vae, stage3.train_refiner(home / "refiner", train, vae, data, CPU, resume)
-
-    whole = both(tmp_path / "whole")
-    for where in (6, 12):  # of the VAE's 8 steps, of the refiner's
-        updates.clear()
-        home = tmp_path / str(where)
-
-        def stop_there(ema, network, where=where):
-            update(ema, network)
-            updates.append(1)
-            if len(updates) == where:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(common.EMA, "update", stop_there)
-            with pytest.raises(SystemExit) as stop:
-                both(home)
-        assert stop.value.code == 128 + signal.SIGTERM
-        torch.manual_seed(123)
-        assert same(both(home, resume=True), whole)
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "draw_shapes", small_shapes)
-
-
-@pytest.mark.parametrize("argv,words", [
-    (["--prior", "uniform"], ["--prior", "uniform"]),
-    (["--conditioning", "none"], ["--conditioning", "none"]),
-    (["--conditioning", "fixed", "--uncertainty", "posterior"], ["--uncertainty posterior", "fixed"]),
-])
-def test_bad_input(argv, words, small, monkeypatch, capsys):
-    monkeypatch.setattr(fid, "load_extractor", lambda *a: pytest.fail("nothing may start"))
-    monkeypatch.setattr("test_stage1.stage1.main", stage3.main)
-    expect_error(capsys, ["--budget", "smoke", *argv], *words)
-
-
-def test_smoke(small, tmp_path, monkeypatch, capsys):
-    """Two strategies share the flow's VAE; a Gaussian VAE has all three priors; posterior has no bound."""
-    smoke = ["--budget", "smoke", "--device", "cpu"]
-    stage3.main(smoke)
-    out = capsys.readouterr().out
-    assert "uncertainty: log-variances vary" in out and "stage3-flow-learned" in out
-    fit, trained = stage3.fit, []
-    monkeypatch.setattr(stage3, "fit", lambda folder, *a: trained.append(folder.name) or fit(folder, *a))
-    stage3.main([*smoke, "--conditioning", "flow", "--uncertainty", "posterior"])
-    stage3.main([*smoke, "--prior", "gmm", "--conditioning", "fixed"])
-    assert trained == ["stage3-flow-flow-posterior-s0", "stage3-vae-gaussian-s0", "stage3-gmm-fixed-s0"]
-    home = tmp_path / "runs" / "shapes-smoke"
-    for name in ("stage3-vae-flow", "stage3-flow-learned", *(n.removesuffix("-s0") for n in trained)):
-        metrics = json.loads((home / f"{name}-s0" / "metrics.json").read_text())
-        common.check_metrics(metrics)
-        tables, rows = metrics["tables"], metrics["rows"]
-        assert metrics["run"]["variant"] == name and {row["prior"] for row in rows} == {"gaussian", "gmm", "flow"}
-        assert rows[0]["prior"] == {"vae": name.split("-")[2]}.get(name.split("-")[1], name.split("-")[1])
-        if "vae" in name:
-            assert {"negative_elbo", "log_density_flow", "log_density_gaussian"} <= set(tables["elbo"])
-            continue
-        assert set(tables["uncertainty"]["controls"]) == {"true", "shuffled", "constant", "zero"}
-        assert set(tables["uncertainty"]["terciles"]) == {"sure", "middle", "unsure"}
-        assert tables["uncertainty"]["adaptive_steps"]["mean_steps"] == 2 and "dpm" in tables["steps_to_quality"]
-        assert (tables["bits_per_dim"] is None) == ("posterior" in name)
-        assert (home / f"{name}-s0" / "uncertainty.png").is_file()
-        if name == "stage3-gmm-fixed":  # what the refiner is told changes nothing where it is not used
-            controls = list(tables["uncertainty"]["controls"].values())
-            assert all(control == controls[0] for control in controls)
-    monkeypatch.setattr(common, "evaluate", lambda *a: pytest.fail("evaluated again"))
-    stage3.main(smoke)
-
-
-def test_dry_run(small, tmp_path, capsys):
-    stage3.main(["--dataset", "celeba64", "--dry-run"])
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["settings"]["train"]["conditioning"] == "learned" and set(printed["networks"]) == {
-        "vae", "unet", "flow", "conditioner"}
-    assert not list(tmp_path.iterdir())
