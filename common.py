@@ -1,15 +1,16 @@
 """What two or more stages share. Part I is the models, to be read once; Part II is the machinery, to be looked up.
 
-Part I    1 diffusion, 2 networks, 3 priors, 4 data, 5 a model: what a stage hands to sampling
-Part II   6 budgets, 7 processes, 8 training, 9 runs, 10 evaluation, 11 pictures
+Part I    1 diffusion, 2 networks, 3 priors, 4 the built-in data, 5 a model: what a stage hands to sampling
+Part II   6 budgets, 7 image files, 8 processes, 9 training, 10 runs, 11 evaluation, 12 pictures
+For stage 1 read sections 1, 2 and 5, and the class Training in section 9.
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
     `x_hat` is the VAE's image in [-1, 1]; its squared error `sse` is counted in [0, 1] units (SSE / 4).
     Time `t` runs 1..T and `alpha_bar[0] = 1`. Schedule constants are float64, cast where they are used.
     Losses have shape (B,), in nats per image unless the name says otherwise (`v_mse`: mean over dimensions).
-    Every random draw that decides a result comes from an explicit torch.Generator. Dropout alone uses torch's global
-    one, which is seeded anew in every step.
+    Every random draw that decides a result comes from an explicit torch.Generator, but for initial weights and dropout:
+    these use torch's global one, seeded before the network is built and anew in every step.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 import fid
-from fid import autocast, fail, write
+from fid import autocast, fail, write  # small things of the lowest layer
 
 
 def generator(seed, device="cpu"):
@@ -114,9 +115,9 @@ class Diffusion:
 
     def guess_sd(self, t):
         """Standard deviation of the target about the guess, (B, 1, 1, 1); 1 without residual_sd."""
-        if self.residual_sd == 0:
-            return 1.0
         a, s = self.factors(t)
+        if self.residual_sd == 0:
+            return torch.ones_like(s)
         return (a if self.objective == "eps" else 1) * self.residual_sd / (a**2 * self.residual_sd**2 + s**2).sqrt()
 
     def complete(self, output, xt, x_hat, t):
@@ -129,19 +130,18 @@ class Diffusion:
         error = denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)
         return ((error / self.guess_sd(t)) ** 2).flatten(1).mean(1)
 
-    def predict(self, output, xt, t, clamp=True):
-        """Network output -> (x0, eps). x0 is clamped to [-1, 1], then eps is derived from it again, so they agree."""
+    def predict(self, prediction, xt, t, clamp=True):
+        """A prediction of the target -> (x0, eps). x0 is clamped to [-1, 1], then eps is derived from it again, so that
+        they agree."""
         a, s = self.factors(t)
-        x0 = (xt - s * output) / a if self.objective == "eps" else a * xt - s * output
+        x0 = (xt - s * prediction) / a if self.objective == "eps" else a * xt - s * prediction
         x0 = x0.clamp(-1, 1) if clamp else x0
         return x0, (xt - a * x0) / s
 
     def posterior(self, t, s):
-        """q(x_s | x_t, x0) for integers s < t as (c_x0, c_xt, variance): mean = c_x0 x0 + c_xt x_t (DDPM eq. 7).
-
-        `variance` is beta_tilde (`fixedsmall`); the other choice, beta = 1 - alpha_bar[t] / alpha_bar[s]
-        (`fixedlarge`), comes fourth. With s = t - 1 these are DDPM's; other s give the respaced process.
-        """
+        """q(x_s | x_t, x0) for integers s < t as (c_x0, c_xt, beta_tilde, beta): its mean is c_x0 x0 + c_xt x_t (DDPM
+        eq. 7), its variance beta_tilde (`fixedsmall`); beta = 1 - alpha_bar[t] / alpha_bar[s] is the other choice
+        (`fixedlarge`). With s = t - 1 these are DDPM's; other s give the respaced process."""
         bar_t, bar_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
         beta = 1 - bar_t / bar_s
         c_x0 = math.sqrt(bar_s) * beta / (1 - bar_t)
@@ -181,7 +181,7 @@ def dpm_step(diffusion, x, x0, x0_before, r, t, s):
 
 @torch.no_grad()
 def sample(diffusion, denoise, x_T, sampler="dpm", steps=25, gen=None, eta=0.0, clamp=True, spacing="quadratic"):
-    """Run the reverse process from x_T (B, C, H, W) to x_0 with `steps` evaluations of `denoise(x, t) -> output`.
+    """Run the reverse process from x_T (B, C, H, W) to x_0 with `steps` evaluations of `denoise(x, t) -> prediction`.
 
     `sampler`: `ddpm` (fixedlarge on all T steps, fixedsmall when respaced: fixedlarge then leaves visible noise),
     `ddim` (with `eta`) or `dpm`. `gen` serves the samplers that add noise.
@@ -354,8 +354,8 @@ def gaussian_log_prob(z, mu, logvar):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups at the published widths and groups of 4 channels in narrow layers. Autocast
-    does so on a GPU; on a CPU it leaves it in bfloat16, which is coarser and four times as slow."""
+    """GroupNorm in float32, with as many groups as divide a quarter of the width and 32: 32 at the published widths.
+    Autocast does so on a GPU; on a CPU it leaves it in bfloat16, which is coarser and four times as slow."""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)
@@ -548,7 +548,7 @@ class GaussianMixture:
         return (self.means[k] + (self.factors[k] @ noise[:, :, None])[:, :, 0]).float()
 
 
-# ---- 4. Data ---------------------------------------------------------------------------------------------------------
+# ---- 4. The built-in data --------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "cifar10", "celeba64", "folder")
 SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "flower", "cross", "pill", "crescent")
@@ -626,6 +626,209 @@ def draw_shapes(count, seed, size=32):
                            period * 2.0 - 7, direction - 1.0], dim=1)
     return images, label, factors
 
+
+# ---- 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine ----------------------------------------------------
+
+@dataclass
+class Model:
+    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or the one behind the other."""
+
+    name: str
+    device: torch.device
+    shape: tuple  # (C, H, W) of what is diffused
+    diffusion: Diffusion
+    vae: VAE | None = None
+    priors: dict = dataclasses.field(default_factory=dict)  # over z, by name: each has sample(count, gen), log_prob(z)
+    denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
+    decode: Callable | None = None  # from what is diffused to images, where that is a latent
+    temperature: float = 1.0  # standard deviation of x_T: 1 as trained, below 1 fewer artefacts and less detail
+
+
+@torch.no_grad()
+def encode(vae, images, gen, device, batch=500):
+    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
+    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
+    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
+
+
+def fit_mixture(vae, images, train, device):
+    """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
+    images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
+    gen = generator(train["seed"] + 2)
+    _, mu, logvar = encode(vae, images, gen, device)
+    draws = max(1, min(10, 60_000 // len(mu)))
+    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
+    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
+
+
+@torch.no_grad()
+def refine(model, x_hat, z, gen, sampler, steps):
+    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
+    generator (x_hat itself is returned if the model is a VAE alone)."""
+    if model.denoiser is None:
+        return x_hat
+    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
+    noise = generator(gen.initial_seed() + 1, model.device)
+    with autocast(model.device):
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise,
+                      clamp=model.decode is None)  # latents have no [-1, 1]
+
+
+@torch.no_grad()
+def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
+    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
+
+    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
+    `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
+    """
+    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
+    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
+        gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
+        z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
+        x_hat = torch.zeros(batch, *model.shape, device=model.device)
+        with autocast(model.device):
+            if model.vae is not None:
+                x_hat = model.vae.decoder(z)
+                x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
+            x = refine(model, x_hat, z, gen, sampler, steps)
+            if model.decode is not None:
+                x = model.decode(corrupt(x, generator(gen.initial_seed() + 2)) if corrupt else x)
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
+    before, after, seconds = zip(*gather(parts), strict=True)
+    return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
+
+
+# =====================================================================================================================
+# Part II, the machinery: how the models above are fed, trained, kept and measured. To be looked up.
+# =====================================================================================================================
+
+# ---- 6. Budgets ------------------------------------------------------------------------------------------------------
+
+# VAE tables: (resolution, width, blocks). U-Net tables: (resolution, width, blocks down, blocks up).
+VAE_TABLES = {
+    "tiny 32": ([(32, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (32, 8, 0)]),
+    "tiny 64": ([(64, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (64, 8, 0)]),
+    "shapes 32": ([(32, 32, 0), (16, 64, 0), (8, 96, 1), (4, 128, 1), (1, 64, 1)],
+                  [(1, 64, 1), (4, 128, 1), (8, 96, 1), (16, 64, 0), (32, 32, 1)]),
+    "cpu 32": ([(32, 32, 0), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
+               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1)]),
+    "cpu 64": ([(64, 16, 0), (32, 32, 1), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
+               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1), (64, 16, 1)]),
+    # Published (DiffuseVAE's cifar10 and celeba64 train.yaml): 9.24M and 14.01M parameters
+    "paper 32": ([(32, 64, 7), (16, 128, 4), (8, 256, 4), (4, 256, 3), (1, 512, 3)],
+                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 128, 7), (32, 64, 15)]),
+    "paper 64": ([(64, 64, 7), (32, 128, 4), (16, 256, 7), (8, 256, 3), (4, 256, 3), (1, 512, 2)],
+                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 256, 7), (32, 128, 8), (64, 64, 10)]),
+}
+UNET_TABLES = {
+    "tiny 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
+    "tiny 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
+    "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
+    "cpu 32": [(32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],
+    "cpu 64": [(64, 32, 0, 1), (32, 48, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],  # 16 wide at 64x64 left speckle on faces
+    "gpu 32": [(32, 96, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
+    "gpu 64": [(64, 64, 2, 3), (32, 128, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
+    # Published, with attention truly at 16x16: 35.75M and 78.70M parameters
+    "paper 32": [(32, 128, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 256, 2, 3)],
+    "paper 64": [(64, 128, 2, 3), (32, 256, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 512, 2, 3)],
+}
+
+# What every budget but `paper` trains with. t = ceil(T u^t_power), u uniform: a power above 1 spends more of the
+# images at low noise, where detail is decided (on shapes what is in the image matters more: 1 did better);
+# v-prediction is stable in short trainings; residual_sd, see Diffusion.guess, is about what the VAE leaves over.
+TRAIN = {
+    "batch": 32, "steps": 8,  # steps of each network, so that each sees steps * batch images
+    "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.05, "decay": True,  # see learning_rate
+    "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient: of a sum over pixels, of a mean; 0: any
+    "vae_ema": 0.995, "unet_ema": 0.995,  # see update_average
+    "objective": "v", "t_power": 1.5, "residual_sd": 0.0,  # see Diffusion
+    "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
+    "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
+    "flip": "both",  # who sees images mirrored at random: both networks, the refiner, none
+    "components": 20,  # of the mixture fitted ex post
+    "every": 50,  # steps between two rows of the log
+    "compile": False,
+}
+EVAL = {
+    "sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "temperature": 1.0,  # of the headline row
+    "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
+    "grid_count": 500,  # images for each row of the grid
+    "probe_steps": 10, "probe_count": 500,  # for noise, interpolations, uncertainty: DPM-Solver++
+    "bits_images": 128, "bits_draws": 40,  # see bits_per_dim, diffusion_nats
+}
+PAPER_GRID = [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["ddim", 100],
+              ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50], ["dpm", 100], ["ddpm", 1000]]
+
+
+def budget(name, dataset, size):
+    """The settings of a budget for a data set at image size 32 or 64: (train, eval), plain dictionaries."""
+    train, evaluation = dict(TRAIN), dict(EVAL)
+    if name == "smoke":
+        tables = "tiny"
+        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4, "residual_sd": 0.2}
+        evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]],
+                       "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4,
+                       "temperature": 0.9}
+    elif name == "cpu" and dataset == "shapes":
+        tables = "shapes"
+        # Many small batches: at these sizes an image in a batch of 8 teaches more than one in a batch of 32
+        train |= {"batch": 8, "steps": 4400, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100,
+                  "t_power": 1.0}
+        evaluation |= {"sample_steps": 10, "grid_count": 200, "probe_count": 200,
+                       "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["dpm", 5], ["dpm", 10], ["dpm", 25]]}
+    elif name == "cpu":
+        tables = "cpu"
+        train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
+                  "residual_sd": 0.2 if size == 32 else 0.16}
+        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.7}
+    elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
+        tables = "gpu"
+        train |= {"batch": 256, "steps": 12_000, "vae_lr": 4e-4, "unet_lr": 4e-4, "unet_ema": 0.9995, "dropout": 0.1,
+                  "heads": 4, "attention": [16], "components": 50}
+        evaluation |= {"sampler": "ddim", "sample_steps": 100, "count": 10_000, "batch": 500, "grid": PAPER_GRID,
+                       "grid_count": 2000, "probe_steps": 25, "probe_count": 2000, "bits_images": 256,
+                       "bits_draws": 100}
+    else:  # paper: DiffuseVAE's own settings (eps, uniform t, no VAE EMA, no flips for the VAE, constant rates)
+        tables = "paper"
+        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "warmup": 5000, "decay": False, "vae_clip": 0.0,
+                  "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps", "t_power": 1.0, "heads": 8,
+                  "attention": [16], "flip": "refiner", "every": 100}
+        train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
+                  {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
+        evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": PAPER_GRID,
+                       "grid_count": 10_000, "probe_steps": 25, "probe_count": 10_000, "bits_draws": 999,
+                       "bits_images": 256}
+    if dataset == "shapes":
+        train |= {"flip": "none"}
+    vae = {"gpu": "cpu"}.get(tables, tables)
+    train |= {"encoder": VAE_TABLES[f"{vae} {size}"][0], "decoder": VAE_TABLES[f"{vae} {size}"][1],
+              "unet": UNET_TABLES[f"{tables} {size}"]}
+    return json.loads(json.dumps(train)), evaluation
+
+
+def count_cost(model, *inputs):
+    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model` built on the `meta` device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
+        model(*inputs)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
+
+
+def network_cost(train, vae=True, channels=6):
+    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
+    size, cost = train["image_size"], {}
+    with torch.device("meta"):
+        if vae:
+            net = build_vae(train)
+            cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
+        if channels:
+            cost["unet"] = count_cost(build_unet(train, channels), torch.empty(1, channels, size, size), torch.ones(1))
+    return cost
+
+
+# ---- 7. Image files --------------------------------------------------------------------------------------------------
 
 def decode(path, size, crop):
     """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
@@ -733,200 +936,7 @@ def decode_all(files, size, crop, cache):
     return images
 
 
-# ---- 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine ----------------------------------------------------
-
-@dataclass
-class Model:
-    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or the one behind the other."""
-
-    name: str
-    device: torch.device
-    shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion
-    vae: VAE | None = None
-    priors: dict = dataclasses.field(default_factory=dict)  # over z, by name: each has sample(count, gen), log_prob(z)
-    denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
-    decode: Callable | None = None  # from what is diffused to images, where that is a latent
-    temperature: float = 1.0  # standard deviation of x_T: 1 as trained, below 1 fewer artefacts and less detail
-
-
-@torch.no_grad()
-def encode(vae, images, gen, device, batch=500):
-    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
-    parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
-    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
-
-
-def fit_mixture(vae, images, train, device):
-    """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
-    images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
-    gen = generator(train["seed"] + 2)
-    _, mu, logvar = encode(vae, images, gen, device)
-    draws = max(1, min(10, 60_000 // len(mu)))
-    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
-    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
-
-
-@torch.no_grad()
-def refine(model, x_hat, z, gen, sampler, steps):
-    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
-    generator (x_hat itself is returned if the model is a VAE alone)."""
-    if model.denoiser is None:
-        return x_hat
-    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
-    noise = generator(gen.initial_seed() + 1, model.device)
-    with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise,
-                      clamp=model.decode is None)  # latents have no [-1, 1]
-
-
-@torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
-    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
-
-    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
-    `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
-    """
-    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
-    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
-        gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
-        z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
-        x_hat = torch.zeros(batch, *model.shape, device=model.device)
-        with autocast(model.device):
-            if model.vae is not None:
-                x_hat = model.vae.decoder(z)
-                x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
-            x = refine(model, x_hat, z, gen, sampler, steps)
-            if model.decode is not None:
-                x = model.decode(corrupt(x, generator(gen.initial_seed() + 2)) if corrupt else x)
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
-    before, after, seconds = zip(*gather(parts), strict=True)
-    return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
-
-
-# =====================================================================================================================
-# Part II, the machinery: below this line nothing is about generative models.
-# =====================================================================================================================
-
-# ---- 6. Budgets ------------------------------------------------------------------------------------------------------
-
-# VAE tables: (resolution, width, blocks). U-Net tables: (resolution, width, blocks down, blocks up).
-VAE_TABLES = {
-    "tiny 32": ([(32, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (32, 8, 0)]),
-    "tiny 64": ([(64, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (64, 8, 0)]),
-    "shapes 32": ([(32, 32, 0), (16, 64, 0), (8, 96, 1), (4, 128, 1), (1, 64, 1)],
-                  [(1, 64, 1), (4, 128, 1), (8, 96, 1), (16, 64, 0), (32, 32, 1)]),
-    "cpu 32": ([(32, 32, 0), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
-               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1)]),
-    "cpu 64": ([(64, 16, 0), (32, 32, 1), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
-               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1), (64, 16, 1)]),
-    # Published (DiffuseVAE's cifar10 and celeba64 train.yaml): 9.24M and 14.01M parameters
-    "paper 32": ([(32, 64, 7), (16, 128, 4), (8, 256, 4), (4, 256, 3), (1, 512, 3)],
-                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 128, 7), (32, 64, 15)]),
-    "paper 64": ([(64, 64, 7), (32, 128, 4), (16, 256, 7), (8, 256, 3), (4, 256, 3), (1, 512, 2)],
-                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 256, 7), (32, 128, 8), (64, 64, 10)]),
-}
-UNET_TABLES = {
-    "tiny 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
-    "tiny 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
-    "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
-    "cpu 32": [(32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],
-    "cpu 64": [(64, 32, 0, 1), (32, 48, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],  # 16 wide at 64x64 left speckle on faces
-    "gpu 32": [(32, 96, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
-    "gpu 64": [(64, 64, 2, 3), (32, 128, 2, 3), (16, 192, 2, 3), (8, 192, 2, 3)],
-    # Published, with attention truly at 16x16: 35.75M and 78.70M parameters
-    "paper 32": [(32, 128, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 256, 2, 3)],
-    "paper 64": [(64, 128, 2, 3), (32, 256, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 512, 2, 3)],
-}
-
-# What every budget but `paper` trains with. t = ceil(T u^t_power), u uniform: a power above 1 spends more of the
-# images at low noise, where detail is decided (on shapes what is in the image matters more: 1 did better);
-# v-prediction is stable in short trainings; residual_sd, see Diffusion.guess, is about what the VAE leaves over.
-TRAIN = {"batch": 32, "steps": 8, "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.05, "decay": True, "vae_clip": 200.0,
-         "unet_clip": 1.0, "vae_ema": 0.995, "unet_ema": 0.995, "beta": 1.0, "pool": False, "objective": "v",
-         "t_power": 1.5, "dropout": 0.0, "heads": 1, "attention": [], "flip": "both", "components": 20, "every": 50,
-         "compile": False, "residual_sd": 0.0}
-EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100,
-        "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50],
-                 ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
-        "grid_count": 500, "probe_steps": 10, "probe_count": 500, "bits_images": 128, "bits_draws": 40,
-        "temperature": 1.0}
-PAPER_GRID = [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["ddim", 100],
-              ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50], ["dpm", 100], ["ddpm", 1000]]
-
-
-def budget(name, dataset, size):
-    """The settings of a budget for a data set at image size 32 or 64: (train, eval), plain dictionaries.
-
-    `steps` counts optimisation steps of each network, so every network sees steps * batch images.
-    """
-    train, evaluation = dict(TRAIN), dict(EVAL)
-    if name == "smoke":
-        tables = "tiny"
-        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4, "residual_sd": 0.2}
-        evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]],
-                       "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4,
-                       "temperature": 0.9}
-    elif name == "cpu" and dataset == "shapes":
-        tables = "shapes"
-        # Many small batches: at these sizes an image in a batch of 8 teaches more than one in a batch of 32
-        train |= {"batch": 8, "steps": 4400, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100,
-                  "t_power": 1.0}
-        evaluation |= {"sample_steps": 10, "grid_count": 200, "probe_count": 200,
-                       "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["dpm", 5], ["dpm", 10], ["dpm", 25]]}
-    elif name == "cpu":
-        tables = "cpu"
-        train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
-                  "residual_sd": 0.2 if size == 32 else 0.16}
-        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.7}
-    elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
-        tables = "gpu"
-        train |= {"batch": 256, "steps": 12_000, "vae_lr": 4e-4, "unet_lr": 4e-4, "unet_ema": 0.9995, "dropout": 0.1,
-                  "heads": 4, "attention": [16], "components": 50}
-        evaluation |= {"sampler": "ddim", "sample_steps": 100, "count": 10_000, "batch": 500, "grid": PAPER_GRID,
-                       "grid_count": 2000, "probe_steps": 25, "probe_count": 2000, "bits_images": 256,
-                       "bits_draws": 100}
-    else:  # paper: DiffuseVAE's own settings (eps, uniform t, no VAE EMA, no flips for the VAE, constant rates)
-        tables = "paper"
-        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "warmup": 5000, "decay": False, "vae_clip": 0.0,
-                  "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps", "t_power": 1.0, "heads": 8,
-                  "attention": [16], "flip": "refiner", "every": 100}
-        train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
-                  {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
-        evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": PAPER_GRID,
-                       "grid_count": 10_000, "probe_steps": 25, "probe_count": 10_000, "bits_draws": 999,
-                       "bits_images": 256}
-    if dataset == "shapes":
-        train |= {"flip": "none"}
-    vae = {"gpu": "cpu"}.get(tables, tables)
-    train |= {"encoder": VAE_TABLES[f"{vae} {size}"][0], "decoder": VAE_TABLES[f"{vae} {size}"][1],
-              "unet": UNET_TABLES[f"{tables} {size}"]}
-    return json.loads(json.dumps(train)), evaluation
-
-
-def count_cost(model, *inputs):
-    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model` built on the `meta` device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
-        model(*inputs)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
-
-
-def network_cost(train, vae=True, channels=6):
-    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
-    size, cost = train["image_size"], {}
-    with torch.device("meta"):
-        if vae:
-            net = build_vae(train)
-            cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
-        if channels:
-            cost["unet"] = count_cost(build_unet(train, channels), torch.empty(1, channels, size, size), torch.ones(1))
-    return cost
-
-
-# ---- 7. Processes ----------------------------------------------------------------------------------------------------
+# ---- 8. Processes ----------------------------------------------------------------------------------------------------
 
 # torchrun --nproc_per_node N stageX.py ...: all processes run the same script on the same random numbers, take their
 # slice of every training batch, average the gradients, and share out what is sampled. So they stay equal, the number of
@@ -1013,7 +1023,7 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-# ---- 8. Training -----------------------------------------------------------------------------------------------------
+# ---- 9. Training -----------------------------------------------------------------------------------------------------
 
 class Training:
     """A training loop without its maths: a stage builds networks, iterates over batches, and hands over a loss.
@@ -1086,11 +1096,11 @@ class Training:
             x = torch.where(self.draw(torch.rand, 1, 1, 1) < 0.5, x.flip(3), x)
         return x
 
-    def draw(self, sample, *shape):
-        """`sample` is torch.rand or torch.randn: draws (B, *shape), the same whatever the number of processes."""
-        return local_slice(sample(self.train["batch"], *shape, generator=self.gen, device=self.device))
+    def draw(self, random, *shape):
+        """Draws (B, *shape) of `random`, torch.rand or torch.randn, the same whatever the number of processes."""
+        return local_slice(random(self.train["batch"], *shape, generator=self.gen, device=self.device))
 
-    def step(self, loss, terms, watch=dict):
+    def step(self, loss, terms, watch=lambda: {}):
         """One step of every optimiser down the mean of `loss` (B,). The log gets the means of `terms` {name: tensor}
         (or numbers) over the steps since its last row, and what `watch()` returns when a row is due."""
         train = self.train
@@ -1214,7 +1224,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# ---- 9. Runs ---------------------------------------------------------------------------------------------------------
+# ---- 10. Runs --------------------------------------------------------------------------------------------------------
 
 def add_flags(parser, *priors):
     """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
@@ -1345,7 +1355,7 @@ def open_run(folder, train, resume):
     except (ValueError, KeyError, TypeError):
         fail(f"{config}: damaged; remove {folder} or choose another --out")
     state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    difference = first_difference(old, train) or state and first_difference(state["train"], train)
+    difference = first_difference(old, train) or (first_difference(state["train"], train) if state else None)
     if difference:
         fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
     if not resume and not (state and state["finished"]):
@@ -1367,7 +1377,8 @@ def load_checkpoint(path):
             if archive.testzip():
                 raise ValueError(f"wrong checksum of {archive.testzip()}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["train"], state["finished"]  # noqa: B018 - a file of another kind fails here
+        if not {"train", "finished"} <= state.keys():
+            raise ValueError("a file of another kind")
         return state
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
@@ -1418,7 +1429,7 @@ def write_metrics(path, metrics):
     write_json(path, metrics)
 
 
-# ---- 10. Evaluation --------------------------------------------------------------------------------------------------
+# ---- 11. Evaluation --------------------------------------------------------------------------------------------------
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -1583,8 +1594,8 @@ def measure_vae(folder, model, setup):
 
 
 def diagnose(mu, logvar, sharpness):
-    """The assignment's debugging tip as numbers and one sentence: are outputs smooth because the latent is unused,
-    underfitted, or just because a Gaussian decoder averages?"""
+    """Are outputs smooth because the latent is unused, or underfitted, or just because a Gaussian decoder averages? As
+    numbers and one sentence. A latent unit is active if its mean varies over images (Burda et al. 2016)."""
     active = int((mu.var(0) > 0.01).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
@@ -1616,7 +1627,7 @@ def bits_per_dim(model, prior, setup):
             **{name: float((value / unit).mean()) for name, value in parts.items()}}
 
 
-# ---- 11. Pictures ----------------------------------------------------------------------------------------------------
+# ---- 12. Pictures ----------------------------------------------------------------------------------------------------
 
 def save_grid(path, rows, scale=None):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""

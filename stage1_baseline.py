@@ -8,7 +8,8 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
        Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
        Formulation 2  x_t is moved by x_hat as well: N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With y_t = x_t - x_hat
                       that is the plain process again, so the two differ in one line: what the U-Net is shown.
-       On real images at the cpu budget the U-Net predicts only what a guess from x_hat leaves open (Diffusion.guess).
+       On real images at the cpu budget the U-Net predicts only what a guess from x_hat leaves open (Diffusion.guess),
+       and the loss is counted in units of what is left.
     3. Sampling       z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine. The prior is N(0, I) or a Gaussian mixture
                       fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
 
@@ -32,8 +33,8 @@ VARIANTS = ("vae", "uncond", "form1", "form2")
 
 
 def vae_loss(vae, x0, noise, beta):
-    """Negative ELBO up to a constant, with a Gaussian decoder of variance 1/2 in [0, 1] units (DiffuseVAE's loss).
-    x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,)."""
+    """DiffuseVAE's loss: with beta = 1 the negative ELBO, up to a constant, of a Gaussian decoder of variance 1/2 in
+    [0, 1] units. x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,)."""
     x_hat, mu, logvar = vae(x0, noise)
     sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
     return sse + beta * kl, sse, kl
@@ -49,7 +50,7 @@ def build_diffusion(train, variant, device):
 
 
 def condition(unet, x_hat, variant, diffusion):
-    """The denoiser of one batch, `denoise(y, t) -> output`, with x_hat (B, 3, H, W) fixed.
+    """The denoiser of one batch, `denoise(y, t) -> prediction`, with x_hat (B, 3, H, W) fixed.
 
     In Formulation 2 the process runs in y = x_t - x_hat and the U-Net sees x_t = y + x_hat: the only difference.
     """
@@ -101,16 +102,17 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
                 x_hat = vae(x0, z_noise)[0] if vae else None
             loss = diffusion.simple_loss(condition(unet, x_hat, variant, diffusion), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(**{"vae": vae_state["vae"], "gmm": vae_state["gmm"]} if vae else {})
+    parts = {} if variant == "uncond" else {"vae": vae_state["vae"], "gmm": vae_state["gmm"]}
+    return training.finish(**parts)
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 
 def load_model(state, variant, device):
-    """Rebuild a common.Model from its checkpoint alone."""
-    train = state["train"]
-    model = common.Model(variant, device, (3, *2 * [train["image_size"]]), build_diffusion(train, variant, device))
+    """Rebuild the common.Model of a variant from its checkpoint."""
+    train, size = state["train"], state["train"]["image_size"]
+    model = common.Model(variant, device, (3, size, size), build_diffusion(train, variant, device))
     if variant != "uncond":
         model.vae = common.restore(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),

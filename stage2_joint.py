@@ -7,14 +7,15 @@ loss reaches the VAE through x_hat. Does that make better samples, and a smoothe
     diffusion term  M = mean squared error of the U-Net's prediction at x_t; D M sums it over the D pixel values
     sum             E + lambda D M, one fixed weight. D M is not nats: with the likelihood's weights in place of equal
                     ones it would be (lambda about 9.4 has that size for an eps-prediction)
-    anneal          the same, lambda raised from 0.01 over the first 60% of the steps (log-linearly)
+    anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
     kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
     bound           KL + L_T + sum_t KL_t + L_0, the exact bound on -log p(x) of the hybrid; no reconstruction term
 
 One thing is kept apart on purpose: lambda scales what the VAE feels, never the refiner's own gradient. The U-Net sees a
 copy of x_hat with the same values, whose backward pass multiplies the gradient by lambda D. So one backward pass of
-E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. `--gradient` says how far it goes: `full`
-(decoder and encoder), `decoder`, or `none`, which is stage 1 with both networks learning at once.
+E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. (As in stage 1, M is counted in units of
+guess_sd^2, which the multiplication gives back; under `bound` the U-Net feels the bound / D.) `--gradient` says how far
+it goes: `full` (decoder and encoder), `decoder`, or `none`, which is stage 1 with both networks learning at once.
 
 Why it is delicate: the refiner pays for information in x_hat, so the latent is pushed to leak x (the KL rises) and
 x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (of
@@ -96,8 +97,8 @@ def weights(train, step, balance):
 
 def unit(train, diffusion, t):
     """The square of the unit that the refiner's loss is counted in, see Diffusion.guess_sd: (B, 1, 1, 1)."""
-    square = 1.0 if train["loss"] == "bound" else diffusion.guess_sd(t) ** 2
-    return square * torch.ones(len(t), 1, 1, 1, device=t.device)
+    unit = diffusion.guess_sd(t)
+    return torch.ones_like(unit) if train["loss"] == "bound" else unit**2
 
 
 def time_probability(t, T, power):
@@ -168,8 +169,9 @@ def train_joint(folder, train, data, device, resume):
 
             sse_weight, weight = weights(train, training.steps, balance)
             scale = weight * size * unit(train, diffusion, t)  # lambda D: (B, 1, 1, 1)
-            against = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # the SSE's gradient at x_hat
+            against = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |gradient| of mean SSE at x_hat
             gradient_share = torch.zeros((), device=device)
+            # decoded again from detached z: the same values, but the gradient ends in the decoder
             seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             denoise = condition(unet, scale_gradient(seen, scale, against, gradient_share), diffusion)
             if train["loss"] == "bound":
@@ -191,7 +193,7 @@ def load_model(state, device):
     unet = common.restore(common.build_unet(train, 6), state["unet"], device)
     diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
-    return common.Model("joint", device, (3, *2 * [train["image_size"]]), diffusion, vae, priors,
+    return common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, vae, priors,
                         lambda x_hat, z: condition(unet, x_hat, diffusion))
 
 
@@ -339,7 +341,8 @@ def main(argv=None):
             earlier[path] = found
     tables = metrics["tables"]
     if len(earlier) == 2 and "latent_space_stage1" not in tables:
-        form1 = load_model(common.load_checkpoint(path / "checkpoint.pt"), setup.device)
+        form1 = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
+        form1 = load_model(common.load_checkpoint(form1), setup.device)
         form1 = dataclasses.replace(form1, temperature=evaluation["temperature"])
         tables["latent_space_stage1"] = latent_space(None, form1, setup)
         common.write_metrics(folder / "metrics.json", metrics)
