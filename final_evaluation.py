@@ -323,6 +323,8 @@ def main(argv=None):
         fid.write(path, texts[path].encode())
     for dataset, results in everything.items():
         draw(source / ("" if args.runs else "figures") / f"{dataset}-comparison.png", dataset, results)
+        print(tables.get(f"reproduced: {dataset}", f"{dataset}: {len(results)} variants"))
+    print("written:", *(changed or ["nothing, texts agree with the results"]))
 
 
 if __name__ == "__main__":
