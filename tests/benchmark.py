@@ -10,7 +10,6 @@ all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -159,7 +158,7 @@ def overheads(train, seconds):
     net = unet(train["unet"])[0]
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        training = common.Training(folder, None, train, CPU, images, True, unet=net)
+        training = common.Training(folder, None, train | {"seed": 0}, CPU, images, True, unet=net)
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         training.optimizers["unet"].step()  # makes its state, which a checkpoint holds
@@ -200,42 +199,48 @@ def samplers(folder, data_dir):
 
 
 TRAIN_STEPS = """
-import dataclasses, json, statistics, sys, tempfile, time
+import dataclasses, sys, tempfile, time
 from pathlib import Path
 import torch, common, stage1_baseline as stage1
 from torch.optim.optimizer import register_optimizer_step_post_hook
 common.keep_freed_memory()
 train = {"dataset": "shapes", "image_size": 32, "budget": "cpu", "seed": 0} | common.budget("cpu", "shapes", 32)[0]
 train |= {"steps": int(sys.argv[1]), "components": 2}
-data, times, seconds, device = common.load_images("shapes", "train"), [], {}, torch.device("cpu")
+data, device, started = common.load_images("shapes", "train"), torch.device("cpu"), [0.0]
 data = dataclasses.replace(data, images=data.images[:1000])
-register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+
+def wait_for_turn(*_):
+    print(time.process_time() - started[0], flush=True)
+    sys.stdin.readline()
+    started[0] = time.process_time()
+
+register_optimizer_step_post_hook(wait_for_turn)
+sys.stdin.readline()
 with tempfile.TemporaryDirectory() as folder:
-    for name in ("VAE", "refiner"):
-        times.clear()
-        place = Path(folder) / name
-        state = (stage1.train_vae(place, train, data, device, False) if name == "VAE" else
-                 stage1.train_refiner(place, "form1", train, state, data, device, False))
-        seconds[name] = statistics.median(b - a for a, b in zip(times[20:], times[21:]))
-print(json.dumps(seconds))
-"""  # The loops of stage 1 at the `cpu` budget on shapes: median processor seconds (those of
-# other programs do not count) from one optimiser step to the next
+    vae = stage1.train_vae(Path(folder) / "vae", train, data, device, False)
+    stage1.train_refiner(Path(folder) / "refiner", "form1", train, vae, data, device, False)
+"""  # stage 1's own loops at the `cpu` budget on shapes, stopped after every optimiser step
 
 
-def against(other, rounds=7, steps=250):
-    """A step of stage 1's loops in this checkout and in the folder `other`, in turn, each run a process of its own."""
-    seconds = {name: {"VAE": [], "refiner": []} for name in ("there", "here")}
-    for i in range(rounds):
-        for name, folder in sorted({"there": other, "here": ROOT}.items(), reverse=i % 2 == 0):
-            run = subprocess.run([sys.executable, "-c", TRAIN_STEPS, str(steps)], cwd=folder, check=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for network, value in json.loads(run.stdout.splitlines()[-1]).items():
-                seconds[name][network].append(value)
-    for network, here in seconds["here"].items():
-        there = seconds["there"][network]
-        ratios = sorted(a / b for a, b in zip(here, there, strict=True))
-        print(f"{network}: {1000 * statistics.median(here):.2f} ms a step here, {1000 * statistics.median(there):.2f} "
-              f"there; ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f} in {rounds} rounds)")
+def against(other, steps=240):
+    """A step of stage 1's loops in this checkout and in the folder `other`: two processes that take turns step by step,
+    in processor seconds, so that whatever else the machine does slows down both."""
+    sides = [subprocess.Popen([sys.executable, "-c", TRAIN_STEPS, str(steps)], cwd=folder, text=True, bufsize=1,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+             for folder in (ROOT, other)]
+    pairs = []
+    for _ in range(2 * steps):  # the VAE's, then the refiner's
+        pairs.append([])
+        for side in sides:
+            side.stdin.write("\n")
+            pairs[-1].append(float(side.stdout.readline()))
+    for side in sides:
+        side.communicate()
+    for name, part in (("VAE", pairs[40:steps]), ("refiner", pairs[steps + 40 :])):
+        here, there = (1000 * statistics.median(times) for times in zip(*part, strict=True))
+        ratios = [statistics.median(a / b for a, b in part[k::5]) for k in range(5)]
+        print(f"{name}: {here:.2f} ms a step here, {there:.2f} there; ratio {statistics.median(ratios):.3f} "
+              f"({min(ratios):.3f} to {max(ratios):.3f} in five fifths of the steps)")
 
 
 def main():

@@ -1,0 +1,418 @@
+"""The commands of the four stages: a smoke run of each, what it writes and prints, what it refuses, what it reuses."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import expect_error, settings, small_shapes
+from PIL import Image
+from test_training import COMMANDS
+
+import bonus_latent as bonus
+import common
+import fid
+import stage1_baseline as stage1
+
+ROOT = Path(common.__file__).parent
+SMOKE = ["--budget", "smoke", "--device", "cpu"]
+FLAGS = {"stage1": ["--variant", "all"], "stage2": [], "stage3": [], "bonus": []}
+SCRIPTS = {"stage1": "stage1_baseline.py", "stage2": "stage2_joint.py", "stage3": "stage3_adaptive.py",
+           "bonus": "bonus_latent.py"}
+BASE = {"samples", "ranked", "training"}
+VAE, REFINER = BASE | {"robustness", "reconstructions"}, BASE | {"steps", "temperature"}
+FIGURES = {  # of every variant that a stage's smoke run evaluates
+    "stage1": {"stage1-vae": VAE, "stage1-uncond": REFINER | {"spacing"}, "stage1-form1": VAE | REFINER | {"spacing"},
+               "stage1-form2": VAE | REFINER | {"spacing"}},
+    "stage2": {"stage2-anneal": VAE | REFINER | {"interpolation", "crops"}},
+    "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": VAE | REFINER | {"uncertainty"}},
+    "bonus": {"bonus-latent": VAE | REFINER | {"savings", "interpolation"}}}
+every_stage = pytest.mark.parametrize("name", COMMANDS)
+
+
+def enter(patch, home):
+    """Commands run in this folder, on few images."""
+    patch.chdir(home)
+    patch.setattr(common, "draw_shapes", small_shapes)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """smoke(stage): the folder of its smoke run, made once, with `runs` in it, and what the command printed. Each stage
+    has its own; features of the data are shared."""
+    data = tmp_path_factory.mktemp("data")
+
+    @functools.cache
+    def run(name):
+        home, printed = tmp_path_factory.mktemp(name), io.StringIO()
+        (home / "data").symlink_to(data)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            enter(patch, home)
+            COMMANDS[name]([*SMOKE, *FLAGS[name]])
+        return home, printed.getvalue()
+
+    return run
+
+
+def copy_of(home, tmp_path, *others):
+    """A folder in which a test may change the runs of a smoke run, with those of others beside them."""
+    (tmp_path / "data").symlink_to((home / "data").resolve())
+    for folder in (home, *others):
+        shutil.copytree(folder / "runs", tmp_path / "runs", dirs_exist_ok=True)
+    return tmp_path
+
+
+def load(home, variant):
+    return json.loads((home / "runs" / "shapes-smoke" / f"{variant}-s0" / "metrics.json").read_text())
+
+
+def refuse(*args, **options):
+    pytest.fail("this must not start")
+
+
+def stub(patch):
+    """No feature network; training must not start."""
+    patch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
+    patch.setattr(common, "Training", refuse)
+
+
+class Measured(BaseException):
+    """Evaluation has begun."""
+
+
+def measured(folder, model, setup):
+    raise Measured(setup.evaluation)
+
+
+# --- Smoke runs ------------------------------------------------------------------------------------------------------
+
+
+@every_stage
+def test_smoke_writes_and_prints_everything(name, smoke):
+    """Of each variant: metrics of the schema, the rows that were asked for, its figures; no temporary files; one table
+    and all paths are printed."""
+    home, printed = smoke(name)
+    folders = {path.name for path in (home / "runs" / "shapes-smoke").iterdir()}
+    assert folders == {f"{variant}-s0" for variant in FIGURES[name]} | ({"bonus-ae-s0"} if name == "bonus" else set())
+    for variant, figures in FIGURES[name].items():
+        metrics, folder = load(home, variant), home / "runs" / "shapes-smoke" / f"{variant}-s0"
+        common.check_metrics(metrics)
+        run, rows, tables = metrics["run"], metrics["rows"], metrics["tables"]
+        assert run["variant"] == variant and run["stage"] == variant.split("-")[0] and run["n_real"] == 1000
+        assert run["train_images"] == 8 * 32 and run["features"].startswith("local-shapes-") and run["gflops"] > 0
+        refined = "vae" not in variant.split("-")
+        assert (rows[0]["sampler"], rows[0]["nfe"]) == (("dpm", 4) if refined else ("none", 0))
+        assert {row["n_generated"] for row in rows} == {64} and any(map(math.isfinite, tables["training"].values()))
+        if refined:
+            assert [(row["sampler"], row["nfe"]) for row in rows[-2:]] == [("dpm", 2), ("dpm", 4)]
+        assert {path.stem for path in folder.glob("*.png")} == figures
+        for path in folder.glob("*.png"):
+            with Image.open(path) as image:
+                image.load()
+                assert min(image.size) > 50
+            assert str(path.relative_to(home)) in printed
+        assert variant in printed and str((folder / "metrics.json").relative_to(home)) in printed
+        assert (folder / "log.csv").read_text().count("\n") == 3 and run["train_seconds"] > 0
+    assert printed.count("hf_energy") == 1 == printed.count("features: local-shapes")
+    assert not [path for path in home.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+@every_stage
+def test_again_trains_and_evaluates_nothing(name, smoke, monkeypatch, capsys):
+    """The same command prints the same table and paths; no file changes."""
+    home, printed = smoke(name)
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
+    enter(monkeypatch, home)
+    monkeypatch.setattr(common, "Training", refuse)
+    monkeypatch.setattr(fid, "scores", refuse)
+    COMMANDS[name]([*SMOKE, *FLAGS[name]])
+    again = capsys.readouterr().out
+    assert again[again.index("\nvariant") :] == printed[printed.index("\nvariant") :]
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()} == before
+
+
+@every_stage
+@pytest.mark.parametrize("key,value", [("sample_steps", 3), ("temperature", 0.8), ("count", 50), ("sampler", "ddim")])
+def test_other_evaluation_settings_only_evaluate(name, key, value, smoke, monkeypatch):
+    """Another headline is measured anew, with the networks as they are."""
+    enter(monkeypatch, smoke(name)[0])
+    monkeypatch.setattr(common, "Training", refuse)
+    monkeypatch.setattr(common, "measure_samples", measured)
+    flag = {"count": "--eval-samples"}.get(key, f"--{key.replace('_', '-')}")
+    with pytest.raises(Measured) as stop:
+        COMMANDS[name]([*SMOKE, *FLAGS[name], flag, str(value)])
+    assert stop.value.args[0][key] == value
+
+
+@every_stage
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_other_training_settings_are_refused(name, resume, smoke, monkeypatch, capsys):
+    """The key that differs is named with both values, and what to do."""
+    enter(monkeypatch, smoke(name)[0])
+    stub(monkeypatch)
+    for flag, value, words in (("--steps", "9", "steps was 8, is now 9"),
+                               ("--batch-size", "2", "batch was 32, is now 2")):
+        argv = [*SMOKE, *FLAGS[name], *resume, flag, value]
+        expect_error(capsys, lambda argv=argv: COMMANDS[name](argv), words, "--out")
+
+
+@every_stage
+def test_a_damaged_checkpoint_is_named(name, smoke, tmp_path, monkeypatch, capsys):
+    """Cut in half, or short by a few bytes: one line that names the file and the remedy, with --resume, too."""
+    enter(monkeypatch, copy_of(smoke(name)[0], tmp_path))
+    monkeypatch.setattr(common, "Training", refuse)
+    for path in tmp_path.glob("runs/*/*/checkpoint.pt"):
+        whole = path.read_bytes()
+        for damaged, resume in ((whole[: len(whole) // 2], []), (whole[:-30], ["--resume"])):
+            path.write_bytes(damaged)
+            argv = [*SMOKE, *FLAGS[name], *resume]
+            expect_error(capsys, lambda argv=argv: COMMANDS[name](argv), str(path.relative_to(tmp_path)), "remove")
+        path.write_bytes(whole)
+
+
+@every_stage
+def test_stopped_while_evaluating(name, small, monkeypatch):
+    """While evaluating, signals end the process as ever and lose no training: the same command then only evaluates."""
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+    def interrupted(*args):
+        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(common, "measure_samples", interrupted)
+    argv = [*SMOKE, "--steps", "1", *(["--variant", "vae"] if name == "stage1" else [])]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            COMMANDS[name](argv)
+        monkeypatch.setattr(common, "Training", refuse)
+
+
+# --- What only one stage does ----------------------------------------------------------------------------------------
+
+
+def test_stage1_variants(smoke):
+    """uncond has no prior and no VAE's tables; the others have both priors, the mixture first; a VAE has no bound."""
+    for variant in stage1.VARIANTS:
+        metrics = load(smoke("stage1")[0], f"stage1-{variant}")
+        priors, tables = [row["prior"] for row in metrics["rows"]], metrics["tables"]
+        assert priors[:2] == (["none", "none"] if variant == "uncond" else ["gmm", "gaussian"])
+        assert ("bits_per_dim" in tables) == (variant != "vae")
+        assert ("latent" in tables) == ("reconstruction" in tables) == (variant != "uncond")
+        assert ("before_refinement" in tables) == (variant in ("form1", "form2"))
+        assert "spacing" in tables or variant == "vae"
+
+
+def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
+    """Without stage 1 it says which command makes it; with it both are in one table and both latent spaces measured."""
+    home, printed = smoke("stage2")
+    assert "python stage1_baseline.py --dataset shapes --budget smoke --seed 0" in printed
+    latent = load(home, "stage2-anneal")["tables"]["latent_space"]
+    assert set(latent) == {"posterior", "slerp", "lerp", "probe_class_accuracy", "probe_r2"}
+    assert set(latent["probe_r2"]) == set(common.FACTORS) and latent["slerp"]["refined"]["path_over_distance"] >= 1
+    enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
+    monkeypatch.setattr(common, "Training", refuse)
+    monkeypatch.setattr(common, "measure_samples", refuse)
+    COMMANDS["stage2"](SMOKE)
+    out, tables = capsys.readouterr().out, load(tmp_path, "stage2-anneal")["tables"]
+    assert "stage1-vae" in out and "stage1-form1" in out and "stage1_baseline.py" not in out
+    assert out.count("path length over end distance") == 2
+    assert set(tables["latent_space_stage1"]) == set(latent) and tables["latent_space"] == latent
+    assert tables["latent_space_stage1"]["slerp"] != latent["slerp"]  # of other networks
+    monkeypatch.setattr(fid, "scores", refuse)
+    COMMANDS["stage2"](SMOKE)  # measured once
+
+
+def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
+    """Strategies share their prior's VAE; every row set has all priors; posterior has no bound; under `fixed`, which
+    does not use it, what the refiner is told changes nothing."""
+    home, printed = smoke("stage3")
+    assert "uncertainty: log-variances vary" in printed
+    enter(monkeypatch, copy_of(home, tmp_path))
+    trained, training = [], common.Training
+    monkeypatch.setattr(common, "Training", lambda folder, *a, **k: trained.append(folder.name) or
+                        training(folder, *a, **k))
+    monkeypatch.setattr(common, "robustness", lambda *a: {})  # as in every stage, and slow
+    smoke_flags = [*SMOKE, "--temperature", "1"]
+    COMMANDS["stage3"]([*smoke_flags, "--conditioning", "coupling", "--uncertainty", "posterior"])
+    assert trained == ["stage3-flow-coupling-posterior-s0"]
+    COMMANDS["stage3"]([*smoke_flags, "--prior", "gmm", "--conditioning", "fixed"])
+    assert trained[1:] == ["stage3-vae-gaussian-s0", "stage3-gmm-fixed-s0"]
+    capsys.readouterr()
+    for variant in ("stage3-vae-flow", "stage3-flow-film", *(folder.removesuffix("-s0") for folder in trained)):
+        metrics = load(tmp_path, variant)
+        common.check_metrics(metrics)
+        tables, rows = metrics["tables"], metrics["rows"]
+        assert [row["prior"] for row in rows[:3]] == {
+            "stage3-vae-gaussian": ["gaussian", "gmm", "flow"], "stage3-gmm-fixed": ["gmm", "gaussian", "flow"]}.get(
+                variant, ["flow", "gaussian", "gmm"])
+        assert tables["uncertainty"]["verdict"] and set(tables["prior_log_density"]) == {"gaussian", "gmm", "flow"}
+        if "vae" in variant:
+            assert {"negative_elbo", "log_density_flow", "log_density_gaussian"} <= set(tables["elbo"])
+            continue
+        assert set(tables["uncertainty"]["controls"]) == {"true", "shuffled", "constant", "zero"}
+        assert set(tables["uncertainty"]["terciles"]) == {"sure", "middle", "unsure"}
+        assert tables["uncertainty"]["adaptive_steps"]["mean_steps"] == 2 and "dpm" in tables["steps_to_quality"]
+        assert (tables["bits_per_dim"] is None) == ("posterior" in variant)
+        controls = tables["uncertainty"]["controls"]
+        assert variant != "stage3-gmm-fixed" or all(controls[name] == controls["true"] for name in controls)
+
+
+def test_bonus_savings(smoke, tmp_path, monkeypatch, capsys):
+    """In percent against the counted FLOPs of stage 1's refiner, whether trained or not; with its scores at hand,
+    quality at equal seconds, against the pixel model's headline prior alone."""
+    home, printed = smoke("bonus")
+    tables, folder = load(home, "bonus-latent")["tables"], Path("runs") / "shapes-smoke" / "bonus-latent-s0"
+    saved, train = tables["savings"], settings(ae_width=16, latent_unet=[[1, 16, 1, 1]])
+    pixel, latent = common.network_cost(train), bonus.network_cost(train)
+    expected = 100 * (1 - latent["unet"]["gflops"] / pixel["unet"]["gflops"])
+    assert saved["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
+    assert f"gflops per pass {expected:.0f}%" in printed and not saved["pixel_network_trained"]
+    assert saved["latent"]["gflops_per_image"] == pytest.approx(4 * latent["unet"]["gflops"] + latent["vae"]["gflops"])
+    assert all(value > 0 for name in ("pixel", "latent") for value in saved[name].values())
+    assert "equal_seconds" not in tables and tables["ceiling"]["psnr_db"] > 5
+    assert all("conv" in (home / folder / f"profile-{name}.txt").read_text() for name in ("pixel", "latent"))
+
+    enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
+    (tmp_path / folder / "metrics.json").unlink()
+    monkeypatch.setattr(common, "Training", refuse)
+    COMMANDS["bonus"](SMOKE)
+    capsys.readouterr()
+    again = load(tmp_path, "bonus-latent")["tables"]
+    assert again["savings"]["pixel_network_trained"] and again["equal_seconds"][0]["latent"]["nfe"] == 4
+    assert again["savings"]["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
+    row = {"sampler": "dpm", "nfe": 4, "n_generated": 64, "seconds_per_image": 1.0, "fid": 3.0}
+    others = [row | {"prior": "gmm", "nfe": 2, "seconds_per_image": 1.05}, row | {"prior": "gaussian"},
+              row | {"prior": "gmm", "seconds_per_image": 1.2}, row | {"prior": "gmm", "sampler": "ddim"},
+              row | {"prior": "gmm", "n_generated": 50}]
+    pair, = bonus.equal_seconds([row | {"prior": "none"}], others, "fid")
+    assert [(one["prior"], one["nfe"]) for one in pair["pixel"]] == [("gmm", 2)]  # as quick, alike in all else
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,argv,words", [
+    ("stage1", ["--dataset", "imagenet"], ["--dataset", "imagenet"]),
+    ("stage1", ["--steps", "0"], ["--steps 0"]),
+    ("stage1", ["--steps", "many"], ["--steps", "many"]),
+    ("stage1", ["--batch-size", "-1"], ["--batch-size -1"]),
+    ("stage1", ["--seed", "-1"], ["--seed -1"]),
+    ("stage1", ["--sample-steps", "1001"], ["--sample-steps 1001", "1000"]),
+    ("stage1", ["--eval-samples", "3"], ["--eval-samples 3"]),
+    ("stage1", ["--temperature", "-0.5"], ["--temperature -0.5"]),
+    ("stage1", ["--device", "cuda:99"], ["--device cuda:99"]),
+    ("stage1", ["--device", "toaster"], ["--device toaster"]),
+    ("stage1", ["--out", "file/runs"], ["--out", "file/runs"]),
+    ("stage1", ["--no-such-flag"], ["--no-such-flag"]),
+    ("stage1", ["--dataset", "folder", "--data-dir", "nowhere"], ["--data-dir", "nowhere"]),
+    ("stage1", ["--dataset", "folder", "--data-dir", "empty"], ["--data-dir", "empty"]),
+    ("stage1", ["--dataset", "cifar10", "--data-dir", "empty"], ["--dataset cifar10", "empty", "--data-dir"]),
+    ("stage1", ["--dataset", "celeba64", "--data-dir", "empty"], ["--dataset celeba64", "empty", "--data-dir"]),
+    ("stage1", ["--dataset", "folder", "--data-dir", "text"], ["text", "00.png"]),
+    ("stage1", ["--variant", "form3"], ["--variant", "form3"]),
+    ("stage1", ["--prior", "flow"], ["--prior", "flow"]),
+    ("stage2", ["--loss", "mean"], ["--loss", "mean"]),
+    ("stage2", ["--gradient", "half"], ["--gradient", "half"]),
+    ("stage2", ["--diffusion-weight", "-1"], ["--diffusion-weight -1"]),
+    ("stage2", ["--loss", "bound", "--gradient", "decoder"], ["--gradient decoder", "bound"]),
+    ("stage2", ["--loss", "kendall", "--diffusion-weight", "2"], ["--diffusion-weight", "kendall"]),
+    ("stage3", ["--prior", "uniform"], ["--prior", "uniform"]),
+    ("stage3", ["--conditioning", "none"], ["--conditioning", "none"]),
+    ("stage3", ["--conditioning", "fixed", "--uncertainty", "posterior"], ["--uncertainty posterior", "fixed"]),
+    ("stage3", ["--uncertainty", "reencoded"], ["--uncertainty", "reencoded"]),
+    ("bonus", ["--prior", "gmm"], ["--prior"]),
+])
+def test_bad_input_stops_before_any_training(name, argv, words, small, monkeypatch, capsys):
+    """One line that names the flag or file, status 2, no training, no run's folder."""
+    def offline(*args):
+        raise OSError("no network")
+
+    (small / "file").write_text("")
+    (small / "empty").mkdir()
+    (small / "text").mkdir()
+    for i in range(30):
+        (small / "text" / f"{i:02}.png").write_text("this is not an image")
+    stub(monkeypatch)
+    monkeypatch.setattr(common, "download", offline)
+    expect_error(capsys, lambda: COMMANDS[name](["--budget", "smoke", *argv]), *words)
+    assert not list(small.rglob("config.json"))
+
+
+@every_stage
+def test_features_that_are_not_there(name, small, monkeypatch, capsys):
+    """No file, no cache, no network: an error before any training that names the flag and what to do."""
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(fid, "FEATURES_DIR", small / "features")
+    monkeypatch.setattr(common, "Training", refuse)
+    (small / "wrong.pth").write_bytes(b"wrong")
+    for argv, words in (([], ["--weights", "--features local"]), (["--weights", "absent.pth"], ["absent.pth"]),
+                        (["--weights", "wrong.pth"], ["wrong.pth"])):
+        expect_error(capsys, lambda argv=argv: COMMANDS[name]([*SMOKE, "--features", "inception", *argv]), *words)
+    expect_error(capsys, lambda: COMMANDS[name](SMOKE), "--features local", "shapes")
+    assert not list(small.rglob("config.json"))
+
+
+@every_stage
+def test_batch_must_be_a_multiple_of_the_processes(name, small, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    stub(monkeypatch)
+    expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, "--batch-size", "32"]), "--batch-size 32", "multiple of the 3")
+
+
+# --- Settings and networks, printed ----------------------------------------------------------------------------------
+
+
+@every_stage
+def test_dry_run(name, small, monkeypatch, capsys):
+    """One JSON object with the settings and the networks; no data, no feature network, nothing written."""
+    monkeypatch.setattr(fid, "load_extractor", refuse)
+    monkeypatch.setattr(common, "load_images", refuse)
+    COMMANDS[name](["--dataset", "celeba64", "--budget", "cpu", "--dry-run", "--steps", "5"])
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {"settings", "networks"} and set(printed["settings"]) == {"train", "eval"}
+    assert set(printed["networks"]) == {"vae", "unet"} | ({"flow", "conditioner"} if name == "stage3" else set())
+    train, own = printed["settings"]["train"], {"stage2": ("loss", "anneal"), "stage3": ("conditioning", "film")}
+    assert train["steps"] == 5 and train["image_size"] == 64 and own.get(name, ("seed", 0)) in train.items()
+    assert all(cost["parameters"] > 0 and cost["gflops"] > 0 for cost in printed["networks"].values())
+    assert not list(small.iterdir())
+
+
+@pytest.mark.parametrize("dataset,size,unet,vae", [("cifar10", 32, 35.75, 9.24), ("celeba64", 64, 78.70, 14.01)])
+def test_published_networks(dataset, size, unet, vae, small, capsys):
+    """--budget paper has DiffuseVAE's networks, in millions of parameters, within 1%."""
+    stage1.main(["--dataset", dataset, "--budget", "paper", "--dry-run"])
+    printed = json.loads(capsys.readouterr().out)
+    for name, millions in (("unet", unet), ("vae", vae)):
+        assert printed["networks"][name]["parameters"] / 1e6 == pytest.approx(millions, rel=0.01)
+        assert printed["networks"][name]["gflops"] > 1
+    train = printed["settings"]["train"]
+    assert train["image_size"] == size and train["attention"] == [16] and train["objective"] == "eps"
+
+
+def test_the_scripts_start_as_commands(small, monkeypatch, capsys):
+    """--dry-run from another folder, one of them in a process of its own: one JSON object, nothing written."""
+    done = subprocess.run([sys.executable, str(ROOT / SCRIPTS["stage1"]), "--dry-run", "--device", "cpu"],
+                          capture_output=True, text=True, check=True)
+    printed = {"stage1": done.stdout}
+    for name in ("stage2", "stage3", "bonus"):
+        monkeypatch.setattr(sys, "argv", [SCRIPTS[name], "--dry-run", "--device", "cpu"])
+        runpy.run_path(str(ROOT / SCRIPTS[name]), run_name="__main__")
+        printed[name] = capsys.readouterr().out
+    assert all(json.loads(text)["settings"]["train"]["dataset"] == "shapes" for text in printed.values())
+    assert not list(small.iterdir())
