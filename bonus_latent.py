@@ -122,7 +122,7 @@ def train_autoencoder(folder, train, data, device, resume):
             sse = common.squared_error(x_hat, x0)
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
-    ae = common.restore(Autoencoder(train["ae_width"]), training.averages["vae"], device)
+    ae = common.frozen(Autoencoder(train["ae_width"]), training.averages["vae"], device)
     stats = measure_scale(*encode_all(ae, data.images, device))
     return training.finish(scale={key: value.cpu() for key, value in stats.items()})
 
@@ -132,7 +132,7 @@ def train_latent(folder, train, ae_state, data, device, resume):
     state = common.open_run(folder, train, resume)
     if state and state["finished"]:
         return state
-    ae = common.restore(Autoencoder(train["ae_width"]), ae_state["vae"], device)
+    ae = common.frozen(Autoencoder(train["ae_width"]), ae_state["vae"], device)
     stats = {key: value.to(device) for key, value in ae_state["scale"].items()}
     images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
     latents = torch.cat(encode_all(ae, images, device), 1)  # (N, 8, h, w): encoded once, re-sampled in every step
@@ -157,8 +157,8 @@ def train_latent(folder, train, ae_state, data, device, resume):
 def load_model(state, device):
     """Rebuild a common.Model, and the autoencoder and U-Net in it, from the checkpoint alone."""
     train, stats = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
-    ae = common.restore(Autoencoder(train["ae_width"]), state["vae"], device)
-    unet = common.restore(build_unet(train), state["unet"], device)
+    ae = common.frozen(Autoencoder(train["ae_width"]), state["vae"], device)
+    unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
                          denoiser=lambda x_hat, z: unet, decode=lambda z: ae.decode(unscale(z, stats)))
     return model, ae, unet
@@ -229,8 +229,8 @@ def savings(folder, model, unet, pixel_state, train, setup):
     The pixel network is stage 1's refiner, trained if its run is there (cost does not depend on it)."""
     device, steps, batch = model.device, setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel, vae = common.build_unet(train, 6), common.build_vae(train)
-    pixel = common.restore(pixel, pixel_state["unet"] if pixel_state else pixel.state_dict(), device)
-    vae = common.restore(vae, vae.state_dict(), device)
+    pixel = common.frozen(pixel, pixel_state["unet"] if pixel_state else pixel.state_dict(), device)
+    vae = common.frozen(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
     small = torch.randn(batch, *model.shape, device=device)
 

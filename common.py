@@ -348,6 +348,12 @@ def gaussian_kl(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
+def active_units(mu):
+    """Which latent dimensions carry anything: those whose mean varies over images (Burda et al. 2016, section 5.2). Of
+    means (N, d): (d,) booleans."""
+    return mu.var(0) > 0.01
+
+
 def gaussian_log_prob(z, mu, logvar):
     """log N(z; mu, exp(logvar)) summed over dimensions: three (B, d) -> (B,) nats."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(1)
@@ -476,8 +482,8 @@ def build_unet(train, in_channels):
                 dropout=train["dropout"])
 
 
-def restore(network, weights, device):
-    """Load weights into a network, in evaluation mode on the device."""
+def frozen(network, weights, device):
+    """A network with these weights, on the device, in evaluation mode and without gradients."""
     network.load_state_dict(weights)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -830,7 +836,7 @@ def network_cost(train, vae=True, channels=6):
 
 # ---- 7. Image files --------------------------------------------------------------------------------------------------
 
-def decode(path, size, crop):
+def decode_file(path, size, crop):
     """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
     the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as NVAE crops)."""
     image = fid.read_image(path)
@@ -912,7 +918,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
         files, labels, crop, note = list_split(dataset, split, folder)
     name = folder.resolve().name if dataset == "folder" else dataset
     cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"
-    images = torch.from_numpy(decode_all(files, size, crop, cache))
+    images = torch.from_numpy(decode_files(files, size, crop, cache))
     labels = torch.tensor(labels) if labels is not None else None
     if split == "test":  # files come class by class: in random order the first N held-out images stand for all
         order = torch.randperm(len(images), generator=generator(0))
@@ -920,7 +926,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     return ImageData(images, labels, None, name, split, crop, note)
 
 
-def decode_all(files, size, crop, cache):
+def decode_files(files, size, crop, cache):
     """Image files -> uint8 array (N, 3, size, size), kept in the file `cache` until a file's path, size or time
     changes."""
     listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
@@ -929,7 +935,7 @@ def decode_all(files, size, crop, cache):
         stored = np.load(cache)
         if str(stored["key"]) == key:
             return stored["images"]
-    images = np.stack([decode(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
+    images = np.stack([decode_file(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
     images, buffer = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), io.BytesIO()
     np.savez(buffer, images=images, key=key)
     write(cache, buffer.getvalue())
@@ -1595,8 +1601,8 @@ def measure_vae(folder, model, setup):
 
 def diagnose(mu, logvar, sharpness):
     """Are outputs smooth because the latent is unused, or underfitted, or just because a Gaussian decoder averages? As
-    numbers and one sentence. A latent unit is active if its mean varies over images (Burda et al. 2016)."""
-    active = int((mu.var(0) > 0.01).sum())
+    numbers and one sentence."""
+    active = int(active_units(mu).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
         text = "almost no latent unit is active (posterior collapse): lower beta or train longer"

@@ -80,8 +80,8 @@ def train_vae(folder, train, data, device, resume):
         with common.autocast(device):
             loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
         training.step(loss, {"sse": sse, "kl_nats": kl})
-    average = common.restore(common.build_vae(train), training.averages["vae"], device)
-    return training.finish(gmm=common.fit_mixture(average, data.images, train, device))
+    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
+    return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
 
 def train_refiner(folder, variant, train, vae_state, data, device, resume):
@@ -91,7 +91,7 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
         return state
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train, variant), build_diffusion(train, variant, device)
-    vae = common.restore(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
+    vae = common.frozen(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim) if vae else None  # (B, d)
@@ -114,11 +114,11 @@ def load_model(state, variant, device):
     train, size = state["train"], state["train"]["image_size"]
     model = common.Model(variant, device, (3, size, size), build_diffusion(train, variant, device))
     if variant != "uncond":
-        model.vae = common.restore(common.build_vae(train), state["vae"], device)
+        model.vae = common.frozen(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
-        unet = common.restore(build_unet(train, variant), state["unet"], device)
+        unet = common.frozen(build_unet(train, variant), state["unet"], device)
         model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant, model.diffusion)
     return model
 

@@ -48,17 +48,20 @@ def condition(unet, x_hat, diffusion):
     return lambda x, t: diffusion.complete(unet(torch.cat([x, x_hat], 1), t), x, x_hat, t)
 
 
-def scale_gradient(x_hat, scale, against, gradient_share):
-    """x_hat itself, whose backward pass hands on its gradient times `scale` (a number, or (B, 1, 1, 1)). The tensor
-    `gradient_share` then holds the norm of that over the sum of it and `against`, the norm of another gradient."""
+def scale_gradient(x_hat, scale, sse_norm):
+    """A copy of x_hat whose backward pass hands on its gradient times `scale` (a number, or (B, 1, 1, 1)), and a tensor
+    () that is filled in then: the norm of what was handed on over the sum of it and `sse_norm`, the SSE gradient's.
+    The hook holds numbers only, nothing of the graph that it belongs to, so both are freed together."""
+    gradient_share = torch.zeros((), device=x_hat.device)
+
     def hand_on(gradient):
         gradient = scale * gradient
-        gradient_share.copy_(gradient.norm() / (gradient.norm() + against + 1e-12))
+        gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_norm + 1e-12))
         return gradient
 
     copy = x_hat.view_as(x_hat)
     copy.register_hook(hand_on)
-    return copy
+    return copy, gradient_share
 
 
 def diffusion_weight(train, step):
@@ -135,7 +138,7 @@ def look(vae, unet, diffusion, images):
     losses = {f"{name}_{which}": float(diffusion.simple_loss(condition(unet, seen, diffusion), few, t, eps).mean())
               for which, seen in (("own", x_hat), ("shuffled", x_hat.roll(1, 0)))}
     vae.train(), unet.train()
-    return {"active_units": float((mu.var(0) > 0.01).sum()), **losses}
+    return {"active_units": float(common.active_units(mu).sum()), **losses}
 
 
 def train_joint(folder, train, data, device, resume):
@@ -169,11 +172,11 @@ def train_joint(folder, train, data, device, resume):
 
             sse_weight, weight = weights(train, training.steps, balance)
             scale = weight * size * unit(train, diffusion, t)  # lambda D: (B, 1, 1, 1)
-            against = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |gradient| of mean SSE at x_hat
-            gradient_share = torch.zeros((), device=device)
+            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # of the mean SSE's gradient at x_hat
             # decoded again from detached z: the same values, but the gradient ends in the decoder
             seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            denoise = condition(unet, scale_gradient(seen, scale, against, gradient_share), diffusion)
+            seen, gradient_share = scale_gradient(seen, scale, sse_norm)
+            denoise = condition(unet, seen, diffusion)
             if train["loss"] == "bound":
                 mse = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size  # (B,)
             else:
@@ -182,15 +185,15 @@ def train_joint(folder, train, data, device, resume):
                 elbo = balance(elbo, size * mse * unit(train, diffusion, t).flatten())  # (B,)
         training.step(elbo + mse, {"sse": sse, "kl_nats": kl, name: mse, "weight": weight,
                                    "gradient_share": gradient_share}, lambda: look(vae, unet, diffusion, probe))
-    average = common.restore(common.build_vae(train), training.averages["vae"], device)
-    return training.finish(gmm=common.fit_mixture(average, data.images, train, device))
+    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
+    return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
 
 def load_model(state, device):
     """Rebuild a common.Model from its checkpoint alone; a `form1` checkpoint of stage 1 will do."""
     train = state["train"]
-    vae = common.restore(common.build_vae(train), state["vae"], device)
-    unet = common.restore(common.build_unet(train, 6), state["unet"], device)
+    vae = common.frozen(common.build_vae(train), state["vae"], device)
+    unet = common.frozen(common.build_unet(train, 6), state["unet"], device)
     diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
     return common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, vae, priors,

@@ -159,7 +159,7 @@ def measure_uncertainty(vae, images, seed, device, batch=500):
         errors.append(common.squared_error(x_hat, x0).cpu())
     mu, logvar, error = torch.cat(mus), torch.cat(logvars), torch.cat(errors)
     one = torch.ones(())
-    stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": (mu.var(0) > 0.01).float(),
+    stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": common.active_units(mu).float(),
              "s_mean": 0 * one, "s_sd": one, "sign": one}
     raw = standardise(logvar, stats)[1]
     stats |= {"s_mean": raw.mean(), "s_sd": raw.std().clamp(min=1e-6)}
@@ -274,7 +274,7 @@ def train_vae(folder, train, data, device, resume):
         with common.autocast(device):
             loss, terms = vae_loss(vae, x0, noise, train["beta"], training.steps >= 0.6 * train["steps"])
         training.step(loss, terms)
-    vae = common.restore(build_vae(train), training.averages["vae"], device)
+    vae = common.frozen(build_vae(train), training.averages["vae"], device)
     gmm = common.fit_mixture(vae, data.images, train, device)
     _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
     flow = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000), vae.flow and vae.flow.state_dict())
@@ -295,7 +295,7 @@ def train_refiner(folder, train, vae_state, data, device, resume):
     state = common.open_run(folder, train, resume)
     if state and state["finished"]:
         return state
-    vae = common.restore(build_vae(train), vae_state["vae"], device)
+    vae = common.frozen(build_vae(train), vae_state["vae"], device)
     torch.manual_seed(train["seed"])
     refiner = build_refiner(train, vae.latent_dim)
     diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
@@ -325,14 +325,14 @@ def load_model(state, device, control=None):
     """Rebuild a common.Model from its checkpoint alone: of a VAE, or of a refiner with its VAE. `control(s_vec, s)`
     may change what the refiner is told."""
     train, size = state["train"], state["train"]["image_size"]
-    vae = common.restore(build_vae(train), state["vae"], device)
+    vae = common.frozen(build_vae(train), state["vae"], device)
     diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"]),
-              "flow": common.restore(RealNVP(vae.latent_dim), state["flow"], device)}
+              "flow": common.frozen(RealNVP(vae.latent_dim), state["flow"], device)}
     model = common.Model(train.get("conditioning", "vae"), device, (3, size, size), diffusion, vae, priors)
     if "conditioning" not in train:
         return model
-    refiner = common.restore(build_refiner(train, vae.latent_dim), state["unet"], device)
+    refiner = common.frozen(build_refiner(train, vae.latent_dim), state["unet"], device)
     stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
     def denoiser(x_hat, z):

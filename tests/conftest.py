@@ -13,8 +13,9 @@ torch.set_num_threads(1)
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Commands run in an empty folder, on a twentieth of the built-in data set."""
-    import common
     from helpers import small_shapes
+
+    import common
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     return tmp_path

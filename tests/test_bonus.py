@@ -27,7 +27,7 @@ def test_scaled_latents_have_unit_variance_over_the_training_set(tmp_path, monke
     simple_loss = common.Diffusion.simple_loss
     monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(args[2]) or simple_loss(*args))
     state = both(tmp_path, train, data)[0]
-    ae, stats = common.restore(bonus.Autoencoder(16), state["vae"], CPU), state["scale"]
+    ae, stats = common.frozen(bonus.Autoencoder(16), state["vae"], CPU), state["scale"]
     mu, sd = bonus.encode_all(ae, data.images, CPU)
     assert mu.shape == (150, 4, 8, 8) and not torch.allclose(stats["sd"], torch.ones(1), atol=0.05)
     drawn = bonus.scale(mu + sd * common.randn(mu.shape, common.generator(0)), stats)
@@ -51,8 +51,8 @@ def test_scaling_is_undone_before_decoding(tmp_path):
 
 def test_no_gradient_into_the_autoencoder(tmp_path, monkeypatch):
     """While the U-Net trains, the autoencoder keeps its bits and needs no gradient; the U-Net changes."""
-    built, restore = [], common.restore
-    monkeypatch.setattr(common, "restore", lambda *a: built.append(restore(*a)) or built[-1])
+    built, restore = [], common.frozen
+    monkeypatch.setattr(common, "frozen", lambda *a: built.append(restore(*a)) or built[-1])
     ae_state, state = both(tmp_path, tiny(steps=3), images_of(60))
     assert len(built) == 2 and all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
     assert same(dict(built[-1].state_dict()), ae_state["vae"]) and same(state["vae"], ae_state["vae"])

@@ -209,8 +209,8 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     """A second load decodes nothing; a new, changed (even to one of the same size) or removed file, another folder of
     the same name, another size or a damaged cache decodes again."""
     monkeypatch.chdir(tmp_path)
-    folder, decode, count = make_folder(tmp_path), common.decode, []
-    monkeypatch.setattr(common, "decode", lambda *a: count.append(a) or decode(*a))
+    folder, decode, count = make_folder(tmp_path), common.decode_file, []
+    monkeypatch.setattr(common, "decode_file", lambda *a: count.append(a) or decode(*a))
 
     def load(size=32, folder=folder):
         count.clear()
@@ -866,7 +866,7 @@ def tiny():
     torch.manual_seed(0)
     vae, diffusion = common.build_vae(settings()), common.Diffusion("v")
     nn.init.normal_(vae.decoder.body[-1].weight, std=2)
-    vae = common.restore(vae, vae.state_dict(), CPU)
+    vae = common.frozen(vae, vae.state_dict(), CPU)
     return common.Model("tiny", CPU, (3, 32, 32), diffusion, vae, {"gaussian": common.StandardNormal(8)},
                         lambda x_hat, z: oracle(diffusion, x_hat))
 

@@ -168,10 +168,10 @@ def test_refiner_overfits_one_batch(variant):
 
 def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
     """In train_refiner the VAE keeps its bits, has no gradient and is in evaluation mode; the U-Net has gradients."""
-    built, restore, build_unet = {}, common.restore, stage1.build_unet
+    built, restore, build_unet = {}, common.frozen, stage1.build_unet
     train, data = settings(steps=3, every=1), images_of(64)
     vae_state = stage1.train_vae(tmp_path / "vae", train, data, CPU, False)
-    monkeypatch.setattr(common, "restore", lambda *a: built.setdefault("vae", restore(*a)))
+    monkeypatch.setattr(common, "frozen", lambda *a: built.setdefault("vae", restore(*a)))
     monkeypatch.setattr(stage1, "build_unet", lambda *a: built.setdefault("unet", build_unet(*a)))
     state = stage1.train_refiner(tmp_path / "form1", "form1", train, vae_state, data, CPU, False)
     vae, unet = built["vae"], built["unet"]
@@ -205,8 +205,8 @@ def test_times_and_posterior_samples_of_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", stage1.VARIANTS)
 def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
     """Weights of U-Net and VAE, GMM, objective and size come from the checkpoint; sampling works and repeats itself."""
-    networks, restore, state = {}, common.restore, trained[variant]
-    monkeypatch.setattr(common, "restore", lambda n, *a: networks.setdefault(type(n).__name__, restore(n, *a)))
+    networks, restore, state = {}, common.frozen, trained[variant]
+    monkeypatch.setattr(common, "frozen", lambda n, *a: networks.setdefault(type(n).__name__, restore(n, *a)))
     model = stage1.load_model(state, variant, CPU)
     assert networks.keys() == {"vae": {"VAE"}, "uncond": {"UNet"}}.get(variant, {"VAE", "UNet"})
     assert model.vae is networks.get("VAE") and (model.denoiser is None) == (variant == "vae")

@@ -31,14 +31,14 @@ def test_scale_gradient_by_hand(scale):
     """Forward: the same bits. Backward: times `scale`, of this path alone. The share is |g| / (|g| + against)."""
     x, seen_by, elsewhere = common.randn((3, 3, 2, 4, 4), common.generator(0))
     x.requires_grad_()
-    share = torch.zeros(())
-    seen = stage2.scale_gradient(x, scale, 5.0, share)
+    seen, share = stage2.scale_gradient(x, scale, 5.0)
     assert torch.equal(seen, x)
     ((seen * seen_by).sum() + (x * elsewhere).sum()).backward()
     assert torch.allclose(x.grad, scale * seen_by + elsewhere, rtol=1e-6)
     norm = float((scale * seen_by).norm())
     assert float(share) == pytest.approx(norm / (norm + 5), rel=1e-6) and 0 < float(share) < 1
-    stage2.scale_gradient(x, 0.0, 0.0, share).sum().backward()
+    seen, share = stage2.scale_gradient(x, 0.0, 0.0)
+    seen.sum().backward()
     assert float(share) == 0  # 0 over 0
 
 
