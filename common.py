@@ -1004,7 +1004,7 @@ def local_slice(batch):
 
 def average_over_ranks(tensors):
     """Replace tensors, such as the gradients of equally large slices, by their means over all processes, in place."""
-    if ranks() > 1:
+    if ranks() > 1 and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         distributed.all_reduce(flat)
         torch._foreach_copy_(tensors, [part.view_as(x) / ranks() for part, x in
@@ -1148,9 +1148,12 @@ class Training:
             tqdm.write(f"{what} ({norms})")
         return bool(bad)
 
+    @torch.no_grad()
     def check_finite(self):
         """Exit naming what is not finite, before it is written anywhere."""
-        bad = [name for name, value in self.sums.items() if not torch.isfinite(value)]
+        weights = {f"weights of {name}": sum(p.sum() for p in network.parameters())
+                   for name, network in self.networks.items()}
+        bad = [name for name, value in (self.sums | weights).items() if not torch.isfinite(value)]
         if bad:
             fail(f"{self.folder.name}: {' and '.join(bad)} not finite by step {self.steps}; restart with a lower rate "
                  f"or look at the data (the last good checkpoint is in {self.folder})")
@@ -1515,8 +1518,9 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": git.stdout.strip() or "unknown", "eval": setup.evaluation, "residual_sd": train["residual_sd"],
            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    write_metrics(folder / "metrics.json", {"schema": 1, "run": run, "rows": rows, "tables": tables})
-    return read_metrics(folder / "metrics.json")
+    metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
+    write_metrics(folder / "metrics.json", metrics)
+    return metrics
 
 
 def measure_samples(folder, model, setup):
@@ -1694,7 +1698,8 @@ def draw_ranked(folder, images, setup):
 
 def draw_training(folder, log):
     """Chart the log, a list of rows; returns the last row."""
-    columns = {name: [row[name] for row in log] for name in log[-1]}
+    names = dict.fromkeys(name for row in log for name in row)  # a row lacks the means if all its steps were skipped
+    columns = {name: [row.get(name, math.nan) for row in log] for name in names}
     steps = columns.pop("step")
     save_chart(folder / "training.png", [{"title": f"{folder.name}: {name}", "x": "step", "y": name,
                                           "lines": {name: (steps, values)}} for name, values in columns.items()])
