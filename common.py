@@ -1679,7 +1679,10 @@ def save_chart(path, panels):
             handles[label] = axis.axhline(y, linestyle="--", color="grey", label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"),
                  yscale="log" if "log_y" in panel else "linear")
-        if "log_y" not in panel:
+        if "log_y" in panel:  # plain numbers, not powers of ten
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        else:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(path, figure)
