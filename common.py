@@ -1665,6 +1665,7 @@ def save_figure(path, figure):
 def save_chart(path, panels):
     """Save line charts, three in a row (four: two by two). `panels`: dictionaries with title, x, y (axis names), lines
     {label: (xs, ys)}, optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
+    from matplotlib import ticker
     from matplotlib.figure import Figure
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -1680,8 +1681,8 @@ def save_chart(path, panels):
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"),
                  yscale="log" if "log_y" in panel else "linear")
         if "log_y" in panel:  # plain numbers, not powers of ten
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+                           minor_formatter=ticker.NullFormatter())
         else:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
