@@ -18,18 +18,14 @@ import pytest
 import torch
 from helpers import expect_error, settings, small_shapes
 from PIL import Image
-from test_training import COMMANDS
+from test_training import COMMANDS, SMOKE
 
 import bonus_latent as bonus
 import common
 import fid
 import stage1_baseline as stage1
 
-ROOT = Path(common.__file__).parent
-SMOKE = ["--budget", "smoke", "--device", "cpu"]
 FLAGS = {"stage1": ["--variant", "all"], "stage2": [], "stage3": [], "bonus": []}
-SCRIPTS = {"stage1": "stage1_baseline.py", "stage2": "stage2_joint.py", "stage3": "stage3_adaptive.py",
-           "bonus": "bonus_latent.py"}
 BASE = {"samples", "ranked", "training"}
 VAE, REFINER = BASE | {"robustness", "reconstructions"}, BASE | {"steps", "temperature"}
 FIGURES = {  # of every variant that a stage's smoke run evaluates
@@ -41,10 +37,15 @@ FIGURES = {  # of every variant that a stage's smoke run evaluates
 every_stage = pytest.mark.parametrize("name", COMMANDS)
 
 
+SMALLEST = {"count": 16, "batch": 16, "grid_count": 16, "probe_count": 16}
+few_shapes, smoke_budget = functools.cache(small_shapes), common.budget
+
+
 def enter(patch, home):
-    """Commands run in this folder, on few images."""
+    """Commands run in this folder, on few images, and sample few."""
     patch.chdir(home)
-    patch.setattr(common, "draw_shapes", small_shapes)
+    patch.setattr(common, "draw_shapes", few_shapes)
+    patch.setattr(common, "budget", lambda *args: (smoke_budget(*args)[0], smoke_budget(*args)[1] | SMALLEST))
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +82,14 @@ def refuse(*args, **options):
     pytest.fail("this must not start")
 
 
+def offline(*args, **options):
+    raise OSError("no network")
+
+
 def stub(patch):
     """No feature network; training must not start."""
     patch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     patch.setattr(common, "Training", refuse)
-
-
-class Measured(BaseException):
-    """Evaluation has begun."""
-
-
-def measured(folder, model, setup):
-    raise Measured(setup.evaluation)
 
 
 # --- Smoke runs ------------------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ def test_smoke_writes_and_prints_everything(name, smoke):
         assert run["train_images"] == 8 * 32 and run["features"].startswith("local-shapes-") and run["gflops"] > 0
         refined = "vae" not in variant.split("-")
         assert (rows[0]["sampler"], rows[0]["nfe"]) == (("dpm", 4) if refined else ("none", 0))
-        assert {row["n_generated"] for row in rows} == {64} and any(map(math.isfinite, tables["training"].values()))
+        assert {row["n_generated"] for row in rows} == {16} and any(map(math.isfinite, tables["training"].values()))
         if refined:
             assert [(row["sampler"], row["nfe"]) for row in rows[-2:]] == [("dpm", 2), ("dpm", 4)]
         assert {path.stem for path in folder.glob("*.png")} == figures
@@ -143,28 +140,29 @@ def test_again_trains_and_evaluates_nothing(name, smoke, monkeypatch, capsys):
 
 
 @every_stage
-@pytest.mark.parametrize("key,value", [("sample_steps", 3), ("temperature", 0.8), ("count", 50), ("sampler", "ddim")])
-def test_other_evaluation_settings_only_evaluate(name, key, value, smoke, monkeypatch):
+def test_other_evaluation_settings_only_evaluate(name, smoke, monkeypatch):
     """Another headline is measured anew, with the networks as they are."""
+    def measured(folder, model, setup):
+        raise KeyboardInterrupt(setup.evaluation)
+
     enter(monkeypatch, smoke(name)[0])
     monkeypatch.setattr(common, "Training", refuse)
     monkeypatch.setattr(common, "measure_samples", measured)
-    flag = {"count": "--eval-samples"}.get(key, f"--{key.replace('_', '-')}")
-    with pytest.raises(Measured) as stop:
-        COMMANDS[name]([*SMOKE, *FLAGS[name], flag, str(value)])
-    assert stop.value.args[0][key] == value
+    for flag, key, value in (("--sample-steps", "sample_steps", 3), ("--temperature", "temperature", 0.8),
+                             ("--eval-samples", "count", 50), ("--sampler", "sampler", "ddim")):
+        with pytest.raises(KeyboardInterrupt) as stop:
+            COMMANDS[name]([*SMOKE, *FLAGS[name], flag, str(value)])
+        assert stop.value.args[0][key] == value
 
 
 @every_stage
-@pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_other_training_settings_are_refused(name, resume, smoke, monkeypatch, capsys):
+def test_other_training_settings_are_refused(name, smoke, monkeypatch, capsys):
     """The key that differs is named with both values, and what to do."""
     enter(monkeypatch, smoke(name)[0])
     stub(monkeypatch)
-    for flag, value, words in (("--steps", "9", "steps was 8, is now 9"),
-                               ("--batch-size", "2", "batch was 32, is now 2")):
-        argv = [*SMOKE, *FLAGS[name], *resume, flag, value]
-        expect_error(capsys, lambda argv=argv: COMMANDS[name](argv), words, "--out")
+    for argv, words in ((["--steps", "9"], "steps was 8, is now 9"),
+                        (["--resume", "--batch-size", "2"], "batch was 32, is now 2")):
+        expect_error(capsys, lambda argv=argv: COMMANDS[name]([*SMOKE, *FLAGS[name], *argv]), words, "--out")
 
 
 @every_stage
@@ -291,80 +289,57 @@ def test_bonus_savings(smoke, tmp_path, monkeypatch, capsys):
     again = load(tmp_path, "bonus-latent")["tables"]
     assert again["savings"]["pixel_network_trained"] and again["equal_seconds"][0]["latent"]["nfe"] == 4
     assert again["savings"]["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
-    row = {"sampler": "dpm", "nfe": 4, "n_generated": 64, "seconds_per_image": 1.0, "fid": 3.0}
-    others = [row | {"prior": "gmm", "nfe": 2, "seconds_per_image": 1.05}, row | {"prior": "gaussian"},
-              row | {"prior": "gmm", "seconds_per_image": 1.2}, row | {"prior": "gmm", "sampler": "ddim"},
-              row | {"prior": "gmm", "n_generated": 50}]
-    pair, = bonus.equal_seconds([row | {"prior": "none"}], others, "fid")
-    assert [(one["prior"], one["nfe"]) for one in pair["pixel"]] == [("gmm", 2)]  # as quick, alike in all else
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name,argv,words", [
-    ("stage1", ["--dataset", "imagenet"], ["--dataset", "imagenet"]),
-    ("stage1", ["--steps", "0"], ["--steps 0"]),
-    ("stage1", ["--steps", "many"], ["--steps", "many"]),
-    ("stage1", ["--batch-size", "-1"], ["--batch-size -1"]),
-    ("stage1", ["--seed", "-1"], ["--seed -1"]),
-    ("stage1", ["--sample-steps", "1001"], ["--sample-steps 1001", "1000"]),
-    ("stage1", ["--eval-samples", "3"], ["--eval-samples 3"]),
-    ("stage1", ["--temperature", "-0.5"], ["--temperature -0.5"]),
-    ("stage1", ["--device", "cuda:99"], ["--device cuda:99"]),
-    ("stage1", ["--device", "toaster"], ["--device toaster"]),
-    ("stage1", ["--out", "file/runs"], ["--out", "file/runs"]),
-    ("stage1", ["--no-such-flag"], ["--no-such-flag"]),
-    ("stage1", ["--dataset", "folder", "--data-dir", "nowhere"], ["--data-dir", "nowhere"]),
-    ("stage1", ["--dataset", "folder", "--data-dir", "empty"], ["--data-dir", "empty"]),
-    ("stage1", ["--dataset", "cifar10", "--data-dir", "empty"], ["--dataset cifar10", "empty", "--data-dir"]),
-    ("stage1", ["--dataset", "celeba64", "--data-dir", "empty"], ["--dataset celeba64", "empty", "--data-dir"]),
-    ("stage1", ["--dataset", "folder", "--data-dir", "text"], ["text", "00.png"]),
-    ("stage1", ["--variant", "form3"], ["--variant", "form3"]),
-    ("stage1", ["--prior", "flow"], ["--prior", "flow"]),
-    ("stage2", ["--loss", "mean"], ["--loss", "mean"]),
-    ("stage2", ["--gradient", "half"], ["--gradient", "half"]),
-    ("stage2", ["--diffusion-weight", "-1"], ["--diffusion-weight -1"]),
-    ("stage2", ["--loss", "bound", "--gradient", "decoder"], ["--gradient decoder", "bound"]),
-    ("stage2", ["--loss", "kendall", "--diffusion-weight", "2"], ["--diffusion-weight", "kendall"]),
-    ("stage3", ["--prior", "uniform"], ["--prior", "uniform"]),
-    ("stage3", ["--conditioning", "none"], ["--conditioning", "none"]),
-    ("stage3", ["--conditioning", "fixed", "--uncertainty", "posterior"], ["--uncertainty posterior", "fixed"]),
-    ("stage3", ["--uncertainty", "reencoded"], ["--uncertainty", "reencoded"]),
-    ("bonus", ["--prior", "gmm"], ["--prior"]),
+@pytest.mark.parametrize("name,flags,words", [
+    *(("stage1", flags, [flags]) for flags in (
+        "--steps 0", "--batch-size -1", "--seed -1", "--sample-steps 1001", "--eval-samples 3", "--temperature -0.5",
+        "--device cuda:99", "--device toaster")),
+    ("stage2", "--diffusion-weight -1", ["--diffusion-weight -1"]),
+    *((name, flags, flags.split()) for name, flags in (
+        ("stage1", "--dataset imagenet"), ("stage1", "--steps many"), ("stage1", "--out file/runs"),
+        ("stage1", "--no-such-flag"), ("stage1", "--variant form3"), ("stage1", "--prior flow"),
+        ("stage2", "--loss mean"), ("stage2", "--gradient half"), ("stage3", "--prior uniform"),
+        ("stage3", "--conditioning none"), ("stage3", "--uncertainty reencoded"), ("bonus", "--prior gmm"))),
+    ("stage1", "--dataset folder --data-dir nowhere", ["--data-dir", "nowhere"]),
+    ("stage1", "--dataset folder --data-dir empty", ["--data-dir", "empty"]),
+    ("stage1", "--dataset folder --data-dir text", ["text", "00.png"]),
+    ("stage1", "--dataset cifar10 --data-dir empty", ["--dataset cifar10", "empty", "--data-dir"]),
+    ("stage1", "--dataset celeba64 --data-dir empty", ["--dataset celeba64", "empty", "--data-dir"]),
+    ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
+    ("stage2", "--loss kendall --diffusion-weight 2", ["--diffusion-weight", "kendall"]),
+    ("stage3", "--conditioning fixed --uncertainty posterior", ["--uncertainty posterior", "fixed"]),
 ])
-def test_bad_input_stops_before_any_training(name, argv, words, small, monkeypatch, capsys):
+def test_bad_input_stops_before_any_training(name, flags, words, small, monkeypatch, capsys):
     """One line that names the flag or file, status 2, no training, no run's folder."""
-    def offline(*args):
-        raise OSError("no network")
-
     (small / "file").write_text("")
-    (small / "empty").mkdir()
-    (small / "text").mkdir()
+    for folder in ("empty", "text"):
+        (small / folder).mkdir()
     for i in range(30):
         (small / "text" / f"{i:02}.png").write_text("this is not an image")
     stub(monkeypatch)
     monkeypatch.setattr(common, "download", offline)
-    expect_error(capsys, lambda: COMMANDS[name](["--budget", "smoke", *argv]), *words)
+    expect_error(capsys, lambda: COMMANDS[name](["--budget", "smoke", *flags.split()]), *words)
     assert not list(small.rglob("config.json"))
 
 
-@every_stage
-def test_features_that_are_not_there(name, small, monkeypatch, capsys):
+@pytest.mark.parametrize("name,argv,words", [
+    *((name, ["--features", "inception"], ["--weights", "--features local"]) for name in COMMANDS),
+    ("stage1", ["--features", "inception", "--weights", "absent.pth"], ["absent.pth"]),
+    ("stage1", ["--features", "inception", "--weights", "wrong.pth"], ["wrong.pth"]),
+    ("stage1", [], ["--features local", "shapes"])])
+def test_features_that_are_not_there(name, argv, words, small, monkeypatch, capsys):
     """No file, no cache, no network: an error before any training that names the flag and what to do."""
-    def offline(*args, **options):
-        raise OSError("no network")
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(fid, "FEATURES_DIR", small / "features")
     monkeypatch.setattr(common, "Training", refuse)
     (small / "wrong.pth").write_bytes(b"wrong")
-    for argv, words in (([], ["--weights", "--features local"]), (["--weights", "absent.pth"], ["absent.pth"]),
-                        (["--weights", "wrong.pth"], ["wrong.pth"])):
-        expect_error(capsys, lambda argv=argv: COMMANDS[name]([*SMOKE, "--features", "inception", *argv]), *words)
-    expect_error(capsys, lambda: COMMANDS[name](SMOKE), "--features local", "shapes")
+    expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *argv]), *words)
     assert not list(small.rglob("config.json"))
 
 
@@ -380,16 +355,21 @@ def test_batch_must_be_a_multiple_of_the_processes(name, small, monkeypatch, cap
 
 @every_stage
 def test_dry_run(name, small, monkeypatch, capsys):
-    """One JSON object with the settings and the networks; no data, no feature network, nothing written."""
+    """The script, from another folder: one JSON object with the settings and the networks; no data, no feature network,
+    nothing written. In a process of its own it prints the same."""
+    argv = [COMMANDS[name].__globals__["__file__"], *"--dataset celeba64 --budget cpu --dry-run --steps 5".split()]
     monkeypatch.setattr(fid, "load_extractor", refuse)
     monkeypatch.setattr(common, "load_images", refuse)
-    COMMANDS[name](["--dataset", "celeba64", "--budget", "cpu", "--dry-run", "--steps", "5"])
-    printed = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(argv[0], run_name="__main__")
+    text = capsys.readouterr().out
+    printed = json.loads(text)
     assert set(printed) == {"settings", "networks"} and set(printed["settings"]) == {"train", "eval"}
     assert set(printed["networks"]) == {"vae", "unet"} | ({"flow", "conditioner"} if name == "stage3" else set())
     train, own = printed["settings"]["train"], {"stage2": ("loss", "anneal"), "stage3": ("conditioning", "film")}
     assert train["steps"] == 5 and train["image_size"] == 64 and own.get(name, ("seed", 0)) in train.items()
     assert all(cost["parameters"] > 0 and cost["gflops"] > 0 for cost in printed["networks"].values())
+    assert name != "stage1" or subprocess.check_output([sys.executable, *argv], text=True) == text
     assert not list(small.iterdir())
 
 
@@ -403,16 +383,3 @@ def test_published_networks(dataset, size, unet, vae, small, capsys):
         assert printed["networks"][name]["gflops"] > 1
     train = printed["settings"]["train"]
     assert train["image_size"] == size and train["attention"] == [16] and train["objective"] == "eps"
-
-
-def test_the_scripts_start_as_commands(small, monkeypatch, capsys):
-    """--dry-run from another folder, one of them in a process of its own: one JSON object, nothing written."""
-    done = subprocess.run([sys.executable, str(ROOT / SCRIPTS["stage1"]), "--dry-run", "--device", "cpu"],
-                          capture_output=True, text=True, check=True)
-    printed = {"stage1": done.stdout}
-    for name in ("stage2", "stage3", "bonus"):
-        monkeypatch.setattr(sys, "argv", [SCRIPTS[name], "--dry-run", "--device", "cpu"])
-        runpy.run_path(str(ROOT / SCRIPTS[name]), run_name="__main__")
-        printed[name] = capsys.readouterr().out
-    assert all(json.loads(text)["settings"]["train"]["dataset"] == "shapes" for text in printed.values())
-    assert not list(small.iterdir())
