@@ -1094,7 +1094,8 @@ class Training:
 
     def batch(self):
         """Random training data, this process's part: images as floats, mirrored at random if `flip`."""
-        torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * ranks() + rank())  # for dropout
+        if self.train["dropout"]:  # its global generators, of every device, start anew in each step
+            torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * ranks() + rank())
         index = torch.randint(len(self.data), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.data[local_slice(index)]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)

@@ -284,7 +284,7 @@ def masks(folder, state=None, disturb=False, **changes):
         torch.rand(7 * disturb)
         return w
 
-    tiny(folder, loss, state, steps=6, **changes)
+    tiny(folder, loss, state, steps=6, dropout=0.5, **changes)
     return torch.stack(found)
 
 
