@@ -84,6 +84,7 @@ class Diffusion:
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.signal = self.alpha_bar.sqrt().float().to(device)  # (T + 1,) factor of x0 in x_t
         self.noise = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,) factor of eps in x_t
+        self.log_snr = torch.log(self.alpha_bar / (1 - self.alpha_bar)) / 2  # (T + 1,) lambda of DPM-Solver, [0] = inf
 
     def factors(self, t):
         """t (B,) -> the factors of x0 and eps in x_t, each (B, 1, 1, 1)."""
@@ -170,13 +171,17 @@ def ddim_step(diffusion, x0, eps, t, s, eta, gen):
     return math.sqrt(bar_s) * x0 + math.sqrt(1 - bar_s - sigma2) * eps + math.sqrt(sigma2) * noise
 
 
-def dpm_step(diffusion, x, x0, x0_before, r, t, s):
+def dpm_step(diffusion, x, x0, t, s, before):
     """DPM-Solver++(2M) (Lu et al. 2022) algorithm 2: extrapolate x0 from the last two predictions, then one exact
-    step of the linear part. With sigma ratios in place of exp(-h) it also holds at s = 0, where it returns x0."""
+    step of the linear part. `before` is the last step's (t, x0), or None. With sigma ratios in place of exp(-h) it
+    also holds at s = 0, where it returns x0."""
     a_t, a_s = (math.sqrt(float(diffusion.alpha_bar[k])) for k in (t, s))
     ratio = math.sqrt((1 - a_s**2) / (1 - a_t**2))  # sigma_s / sigma_t
-    d = x0 if x0_before is None or s == 0 else x0 + (x0 - x0_before) / (2 * r)  # first and last: first order
-    return ratio * x + (a_s - a_t * ratio) * d
+    if before is not None and s > 0:  # the first and the last step are of first order
+        log_snr, (t_before, x0_before) = diffusion.log_snr, before
+        r = float((log_snr[t] - log_snr[t_before]) / (log_snr[s] - log_snr[t]))
+        x0 = x0 + (x0 - x0_before) / (2 * r)
+    return ratio * x + (a_s - a_t * ratio) * x0
 
 
 @torch.no_grad()
@@ -187,7 +192,6 @@ def sample(diffusion, denoise, x_T, sampler="dpm", steps=25, gen=None, eta=0.0, 
     `ddim` (with `eta`) or `dpm`. `gen` serves the samplers that add noise.
     """
     grid, x, before = time_grid(diffusion.T, steps, spacing), x_T, None
-    log_snr = torch.log(diffusion.alpha_bar / (1 - diffusion.alpha_bar)) / 2  # lambda_t of DPM-Solver; inf at t = 0
     for i in range(steps, 0, -1):
         t, s = grid[i], grid[i - 1]
         times = torch.full((len(x),), t, device=x.device)
@@ -197,9 +201,7 @@ def sample(diffusion, denoise, x_T, sampler="dpm", steps=25, gen=None, eta=0.0, 
         elif sampler == "ddim":
             x = ddim_step(diffusion, x0, eps, t, s, eta, gen)
         else:
-            r = 1.0 if before is None or s == 0 else float((log_snr[t] - log_snr[grid[i + 1]])
-                                                           / (log_snr[s] - log_snr[t]))
-            x, before = dpm_step(diffusion, x, x0, before, r, t, s), x0
+            x, before = dpm_step(diffusion, x, x0, t, s, before), (t, x0)
     return x
 
 
@@ -570,7 +572,6 @@ class ImageData:
     labels: torch.Tensor | None
     factors: torch.Tensor | None
     name: str
-    split: str
     crop: str
     note: str
 
@@ -670,8 +671,8 @@ def fit_mixture(vae, images, train, device):
 
 @torch.no_grad()
 def refine(model, x_hat, z, gen, sampler, steps):
-    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T and the steps' noise come from `gen`, a CPU
-    generator (x_hat itself is returned if the model is a VAE alone)."""
+    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T comes from `gen`, a CPU generator, the noise of
+    the steps from one beside it on the device (x_hat itself is returned if the model is a VAE alone)."""
     if model.denoiser is None:
         return x_hat
     x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
@@ -685,7 +686,8 @@ def refine(model, x_hat, z, gen, sampler, steps):
 def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
 
-    Each batch has its own generator, so that image k has the same z and x_T for every sampler, step count and total.
+    Each batch has its own generator, so that with one `batch` image k has the same z and x_T whatever the sampler, the
+    steps and the count.
     `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
     """
     parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
@@ -898,7 +900,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     """
     if dataset == "shapes":
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
-        return ImageData(images, labels, factors, "shapes", split, "none", "drawn by the program")
+        return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
     folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
     if dataset == "folder" and not folder.is_dir():
         fail(f"--data-dir {folder}: no such folder; give the folder that holds your images")
@@ -914,7 +916,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
             fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
                  f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
         if loaded:
-            return ImageData(*loaded, None, dataset, split, "none", "")
+            return ImageData(*loaded, None, dataset, "none", "")
         files, labels, crop, note = list_split(dataset, split, folder)
     name = folder.resolve().name if dataset == "folder" else dataset
     cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"
@@ -923,7 +925,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     if split == "test":  # files come class by class: in random order the first N held-out images stand for all
         order = torch.randperm(len(images), generator=generator(0))
         images, labels = images[order], labels[order] if labels is not None else None
-    return ImageData(images, labels, None, name, split, crop, note)
+    return ImageData(images, labels, None, name, crop, note)
 
 
 def decode_files(files, size, crop, cache):

@@ -25,7 +25,7 @@ def settings(**changes):
 def images_of(count, seed=1):
     """The first `count` shapes of a seed, as an ImageData."""
     images, labels, factors = draw_all(count, seed)
-    return common.ImageData(images, labels, factors, "shapes", "train", "none", "")
+    return common.ImageData(images, labels, factors, "shapes", "none", "")
 
 
 def same(a, b):

@@ -500,8 +500,8 @@ def test_jackknife_of_pairs_equals_leaving_out():
         assert quick["high"] - quick["low"] == pytest.approx(exact["high"] - exact["low"], rel=0.05)
 
 
-def image_data(images, name="toy", split="train", **more):
-    return SimpleNamespace(**{**dict(images=images, name=name, split=split, crop="none", note="", labels=None,
+def image_data(images, name="toy", **more):
+    return SimpleNamespace(**{**dict(images=images, name=name, crop="none", note="", labels=None,
                                      factors=None), **more})
 
 
@@ -554,7 +554,7 @@ def test_scores_of_thousands(local, monkeypatch):
 
 
 def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
-    train, test = smooth_images(60), image_data(smooth_images(30, seed=1), split="test")
+    train, test = smooth_images(60), image_data(smooth_images(30, seed=1))
     first, again = (fid.reference(local, image_data(train), test, tmp_path) for _ in range(2))
     (file,) = tmp_path.iterdir()
     assert torch.equal(again.stats.cov, first.stats.cov) and torch.equal(again.stats.root, first.stats.root)
@@ -691,7 +691,7 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
 
 
 def test_command_on_a_data_set(folders, capsys, tmp_path, monkeypatch):
-    data = {split: image_data(smooth_images(80, seed=i), name="shapes", split=split)
+    data = {split: image_data(smooth_images(80, seed=i), name="shapes")
             for i, split in enumerate(("train", "test"))}
     monkeypatch.setattr("common.load_images", lambda name, split, data_dir: data[split])
     fid.main(["shapes", folders.good, *folders.weights, "--data-dir", str(tmp_path / "data")])
