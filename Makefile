@@ -5,14 +5,14 @@ BIN = .venv/bin
 .PHONY: demo report test test-slow lint clean
 
 demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 4 minutes on two cores
-	$(BIN)/python stage1_baseline.py --resume
+	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
 report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: an hour at most
-	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --resume
-	$(BIN)/python stage2_joint.py --resume
-	$(BIN)/python stage3_adaptive.py --conditioning fixed --resume
-	$(BIN)/python stage3_adaptive.py --resume
-	$(BIN)/python bonus_latent.py --resume
+	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --budget cpu --resume
+	$(BIN)/python stage2_joint.py --budget cpu --resume
+	$(BIN)/python stage3_adaptive.py --conditioning fixed --budget cpu --resume
+	$(BIN)/python stage3_adaptive.py --budget cpu --resume
+	$(BIN)/python bonus_latent.py --budget cpu --resume
 	$(BIN)/python final_evaluation.py --runs runs
 
 test: .venv/ready

@@ -31,7 +31,7 @@ import fid
 from common import to_float, to_uint8
 
 CHANNELS, FACTOR, BETA = 4, 4, 0.01  # of the latent; beta of its KL, in units of the SSE of images in [0, 1]
-# latent U-Net and autoencoder width per budget; U-Net table: (size relative to the latent, width, blocks down, up)
+# autoencoder width and latent U-Net per budget; U-Net table: (size relative to the latent, width, blocks down, up)
 SIZES = {"smoke": (16, [(1, 16, 1, 1)]), "cpu": (32, [(1, 96, 1, 1), (2, 128, 1, 1)]),
          "gpu": (96, [(1, 192, 2, 3), (2, 256, 2, 3)]), "paper": (128, [(1, 256, 2, 3), (2, 512, 2, 3)])}
 

@@ -753,7 +753,7 @@ TRAIN = {
     "objective": "v", "t_power": 1.5, "residual_sd": 0.0,  # see Diffusion
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
-    "flip": "both",  # who sees images mirrored at random: both networks, the refiner, none
+    "flip": "both",  # who sees images mirrored at random: both networks, refiner, none
     "components": 20,  # of the mixture fitted ex post
     "every": 50,  # steps between two rows of the log
     "compile": False,
@@ -816,7 +816,7 @@ def budget(name, dataset, size):
 
 
 def count_cost(model, *inputs):
-    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model` built on the `meta` device."""
+    """Parameters and forward GFLOPs (a multiply-add counts 2) of a `model`, which may be on the `meta` device."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused CPU attention counts as 0
@@ -895,7 +895,7 @@ def download(dataset, split, folder):
 def load_images(dataset, split, data_dir="data", image_size=None):
     """Load one split (`train` or `test`) of a data set into memory: an ImageData.
 
-    Decoded files are cached as one array (in `DATA_DIR/cache`); the cache is rebuilt when the files change.
+    Decoded files are cached as one array (in `DATA_DIR/cache`; of a folder in `data/cache`), rebuilt when they change.
     Exits with one line that names the folder, the accepted layouts and the remedy if there is nothing to load.
     """
     if dataset == "shapes":
@@ -948,8 +948,8 @@ def decode_files(files, size, crop, cache):
 
 # torchrun --nproc_per_node N stageX.py ...: all processes run the same script on the same random numbers, take their
 # slice of every training batch, average the gradients, and share out what is sampled. So they stay equal, the number of
-# processes changes nothing but the speed, and the first one alone writes. This is what DistributedDataParallel does,
-# without its overlap of sending and computing.
+# processes changes nothing but the speed (and dropout's masks), and the first one alone writes. This is what
+# DistributedDataParallel does, without its overlap of sending and computing.
 
 
 def rank():
@@ -1330,12 +1330,19 @@ def prepare(args, train, evaluation, device):
         probe.unlink()
     except OSError as error:
         fail(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder")
-    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    name, place = args.dataset, {}
+    if args.dataset == "folder":  # another folder of the same name is other data
+        name, place = Path(args.data_dir).resolve().name, {"data_dir": str(Path(args.data_dir).resolve())}
+    if rank() > 0:
+        wait_for_ranks()  # the first process downloads and decodes for all
     extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
     data, test = (load_images(args.dataset, split, args.data_dir, train["image_size"]) for split in ("train", "test"))
+    if rank() == 0:
+        wait_for_ranks()
     cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-    return Setup(train | {"crop": data.crop, "n_train": len(data.images)}, evaluation | {"features": extractor.name},
-                 device, Path(args.out) / f"{name}-{train['budget']}", extractor, data, test, cache)
+    train = train | {"crop": data.crop, "n_train": len(data.images)} | place
+    return Setup(train, evaluation | {"features": extractor.name}, device,
+                 Path(args.out) / f"{name}-{train['budget']}", extractor, data, test, cache)
 
 
 def first_difference(old, new):
@@ -1372,6 +1379,8 @@ def open_run(folder, train, resume):
         fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
     if not resume and not (state and state["finished"]):
         fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
+    if state is None:
+        (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
     return state
 
 
@@ -1508,8 +1517,10 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = draw_training(folder, state["log"])
     tables |= more(model, rows)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
     hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     variant = folder.name.removesuffix(f"-s{train['seed']}")
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note, "variant": variant,
@@ -1519,7 +1530,7 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
            "gflops": sum(part["gflops"] for part in cost.values()),
            "train_images": train["steps"] * train["batch"], "train_seconds": state["seconds"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
-           "commit": git.stdout.strip() or "unknown", "eval": setup.evaluation, "residual_sd": train["residual_sd"],
+           "commit": commit or "unknown", "eval": setup.evaluation, "residual_sd": train["residual_sd"],
            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     write_metrics(folder / "metrics.json", metrics)
@@ -1695,8 +1706,8 @@ def save_chart(path, panels):
 def draw_ranked(folder, images, setup):
     """ranked.png: generated images by the distance of their features to the nearest real image's. Twelve each of the
     worst, the middle and the best: what a distance between distributions does not show."""
-    features = fid.extract(setup.extractor, images)[0].float()
-    nearest = torch.cdist(features, setup.reference.features.float()).amin(1)  # (N,)
+    features, real = fid.extract(setup.extractor, images)[0].float(), setup.reference.features.float()
+    nearest = torch.cat([torch.cdist(part, real).amin(1) for part in features.split(500)])  # (N,)
     order = nearest.argsort(descending=True)
     middle = max(0, len(order) // 2 - 6)
     parts = {"worst": order[:12], "median": order[middle : middle + 12], "best": order[-12:]}

@@ -19,8 +19,8 @@ the refiner should lean on it less there, and may spend more steps there.
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1 with this stage's evaluation
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
-Expect  about the minutes of stage 1; the VAE is trained once per prior and shared by the strategies. First a verdict
-        whether s carries information at all: if it does not, conditioning on it cannot help.
+Expect  about the minutes of stage 1; the strategies share one VAE with the flow, and one for gaussian and gmm. First a
+        verdict whether s carries information at all: if it does not, conditioning on it cannot help.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def uncertainty(vae, x_hat, stats):
 @torch.no_grad()
 def measure_uncertainty(vae, images, seed, device, batch=500):
     """The statistics of s over training images: a dictionary of tensors (mean, sd, active (d,); s_mean, s_sd, sign)
-    and what they say: `correlation` of s with the true error, `spread` of the log-variances, a verdict."""
+    and what they say: rank `correlation` of s with the true error, `logvar_sd_over_images`, a `verdict`."""
     gen, mus, logvars, errors = common.generator(seed), [], [], []
     for chunk in images.split(batch):
         x0 = to_float(chunk.to(device))
@@ -382,7 +382,7 @@ def held_out(model, stats, images, steps, seed, batch=100):
 
 
 def against(images, real, setup):
-    """Scores of refined images against the very images they reconstruct: a dictionary of numbers."""
+    """Scores of images, the VAE's or refined, against the very images they reconstruct: a dictionary of numbers."""
     a, b = (fid.extract(setup.extractor, x)[0] for x in (images, real))
     distance = fid.frechet_distance(*(fid.FeatureStats().update(x) for x in (a, b)))
     return {"fd_to_these": distance, "feature_distance": float((a - b).norm(dim=1).mean()),
@@ -456,7 +456,8 @@ def steps_to_quality(rows, fd):
 @torch.no_grad()
 def held_out_elbo(model, images, seed):
     """Negative ELBO (up to the constant of a Gaussian decoder of variance 1/2, beta = 1) on held-out images, with the
-    KL to the VAE's own prior; and each prior's log density of z ~ q(z|x): scores with a 95% interval over images."""
+    KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one; and each prior's log density
+    of z ~ q(z|x): scores with a 95% interval over images."""
     gen, parts = common.generator(75_000 + seed), []
     for chunk in images.split(500):
         x0 = to_float(chunk.to(model.device))

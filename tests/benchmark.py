@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                    two minutes on two CPU cores; `pip install diffusers` adds a comparison
     python tests/benchmark.py RUN ...            and, with the checkpoints of these stage 1 runs, samplers' scores
-    python tests/benchmark.py RUN ... | tee results/benchmark.txt        what the README shows
+    python tests/benchmark.py RUN ... | tee results/benchmark.txt        what TABLES.md shows
     python tests/benchmark.py --against FOLDER   only: a training step here against that of a checkout of another commit
 
 Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
