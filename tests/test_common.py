@@ -644,6 +644,12 @@ def test_prepare(small, monkeypatch):
     assert data.name == test.name == "shapes"
     assert not torch.equal(data.images[:200], test.images) and (setup.fd, setup.device) == ("fd_local", CPU)
     assert "crop" not in train and dataclasses.replace(setup, extractor=SimpleNamespace(suffix="")).fd == "fid"
+    for home in ("one", "two"):  # folders of one name and number of images are other data
+        for i in range(20):
+            save(Path(home) / "photos" / f"{i:02}.png", np.full((32, 32, 3), i, np.uint8))
+    one, two = (common.prepare(flags("--dataset", "folder", "--data-dir", f"{home}/photos"), train | {"image_size": 32},
+                               {"features": "local"}, CPU) for home in ("one", "two"))
+    assert one.home == two.home and "data_dir" in common.first_difference(one.train, two.train)
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
@@ -686,7 +692,8 @@ def test_open_run_decides(tmp_path, capsys):
     assert common.open_run(folder, train, False) is None and not (folder / "metrics.json").exists()
     assert json.loads(config.read_text()) == {"train": train}
     expect_error(capsys, lambda: common.open_run(folder, train, False), "run", "--resume")  # begun, no checkpoint yet
-    assert common.open_run(folder, train, True) is None
+    common.write_json(folder / "metrics.json", {})  # of a checkpoint that was removed, as its damage asks for
+    assert common.open_run(folder, train, True) is None and not (folder / "metrics.json").exists()
     common.save_checkpoint(checkpoint, {"train": train, "finished": False, "steps": 3})
     expect_error(capsys, lambda: common.open_run(folder, train, False), "--resume")
     assert common.open_run(folder, train, True)["steps"] == 3

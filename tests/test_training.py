@@ -467,11 +467,12 @@ def test_every_process_gets_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "draw_training", lambda *a: {})
     setup = common.Setup(settings(), {"temperature": 1.0}, CPU, tmp_path, SimpleNamespace(name="local-none"),
                          images_of(20), images_of(20), tmp_path)
+    monkeypatch.setenv("PATH", "")  # without git the commit is unknown, and that is all
     for rank in (1, 0):
         act_as(monkeypatch, rank)
         metrics = common.evaluate(tmp_path / "none-s0", setup, {"train": settings(), "log": [], "seconds": 1.0},
                                   common.Model("none", CPU, (3, 32, 32), common.Diffusion()), {})
-        assert metrics["rows"][0]["fd_local"]["value"] == 1.0
+        assert metrics["rows"][0]["fd_local"]["value"] == 1.0 and metrics["run"]["commit"] == "unknown"
 
 
 if __name__ == "__main__":
