@@ -70,12 +70,14 @@ class Autoencoder(nn.Module):
 
 
 def build_unet(train):
+    """The U-Net on latents, with attention at their full resolution."""
     latent = train["image_size"] // FACTOR
     table = [(latent // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
     return common.UNet(table, CHANNELS, CHANNELS, attention=[latent], heads=train["heads"], dropout=train["dropout"])
 
 
 def latent_shape(train):
+    """(4, h, w): what is diffused."""
     return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
 
 
@@ -226,7 +228,8 @@ def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
 
 def savings(folder, model, unet, pixel_state, train, setup):
     """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent.
-    The pixel network is stage 1's refiner, trained if its run is there (cost does not depend on it)."""
+    The pixel network is stage 1's refiner, trained if its run is there (cost does not depend on it). Seconds count what
+    sampling runs; `gflops_per_image` counts the encoders as well."""
     device, steps, batch = model.device, setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel, vae = common.build_unet(train, 6), common.build_vae(train)
     pixel = common.frozen(pixel, pixel_state["unet"] if pixel_state else pixel.state_dict(), device)

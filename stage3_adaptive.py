@@ -158,9 +158,8 @@ def measure_uncertainty(vae, images, seed, device, batch=500):
         logvars.append(vae.encoder(x_hat)[1].cpu())
         errors.append(common.squared_error(x_hat, x0).cpu())
     mu, logvar, error = torch.cat(mus), torch.cat(logvars), torch.cat(errors)
-    one = torch.ones(())
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": common.active_units(mu).float(),
-             "s_mean": 0 * one, "s_sd": one, "sign": one}
+             "s_mean": torch.zeros(()), "s_sd": torch.ones(()), "sign": torch.ones(())}
     raw = standardise(logvar, stats)[1]
     stats |= {"s_mean": raw.mean(), "s_sd": raw.std().clamp(min=1e-6)}
     correlation, p_value = spearmanr(raw.numpy(), error.numpy()) if float(raw.std()) > 0 else (0.0, 1.0)
@@ -382,10 +381,11 @@ def held_out(model, stats, images, steps, seed, batch=100):
 
 
 def against(images, real, setup):
-    """Scores of images, the VAE's or refined, against the very images they reconstruct: a dictionary of numbers."""
-    a, b = (fid.extract(setup.extractor, x)[0] for x in (images, real))
-    distance = fid.frechet_distance(*(fid.FeatureStats().update(x) for x in (a, b)))
-    return {"fd_to_these": distance, "feature_distance": float((a - b).norm(dim=1).mean()),
+    """Scores of images, the VAE's or refined, against the very images they reconstruct, of which `real` holds the
+    features (N, f): a dictionary of numbers."""
+    features = fid.extract(setup.extractor, images)[0]
+    distance = fid.frechet_distance(*(fid.FeatureStats().update(x) for x in (features, real)))
+    return {"fd_to_these": distance, "feature_distance": float((features - real).norm(dim=1).mean()),
             "hf_energy": common.hf_energy(images, setup.test.images)["value"]}
 
 
@@ -397,13 +397,14 @@ def adaptivity(folder, state, model, setup):
     x_hat, refined, s = held_out(model, stats, real, steps, seed)
     again = [held_out(model, stats, real, steps, other)[1] for other in (seed + 1, seed + 2)]
     features = torch.stack([fid.extract(setup.extractor, x)[0] for x in (refined, *again)])  # (3, N, f)
+    known = fid.extract(setup.extractor, real)[0]  # (N, f)
     wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart
     error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
     table["error_by_uncertainty"] = [{"s": float(s[i].mean()), "sse": float(error[i].mean())}
                                      for i in s.argsort().tensor_split(min(10, len(s)))]
     thirds = s.argsort().tensor_split(3)
-    table["terciles"] = {name: {"vae": against(x_hat[i], real[i], setup),
-                                "refined": against(refined[i], real[i], setup),
+    table["terciles"] = {name: {"vae": against(x_hat[i], known[i], setup),
+                                "refined": against(refined[i], known[i], setup),
                                 "consistency": float(wander[i].mean())}
                          for name, i in zip(("sure", "middle", "unsure"), thirds, strict=True)}
     shown = torch.cat([i[:: max(1, len(i) // 4)][:4] for i in thirds])  # twelve images, from the surest on
@@ -412,7 +413,7 @@ def adaptivity(folder, state, model, setup):
     for name, control in CONTROLS.items():
         told = dataclasses.replace(load_model(state, model.device, control), temperature=model.temperature)
         images = held_out(told, stats, real, steps, seed)[1] if control else refined
-        table["controls"][name] = against(images, real, setup)
+        table["controls"][name] = against(images, known, setup)
     return table | {"adaptive_steps": adaptive_steps(model, stats, setup)}
 
 
