@@ -145,7 +145,7 @@ def train_latent(folder, train, ae_state, data, device, resume):
         mu, sd = mu_sd.chunk(2, 1)
         z = scale(mu + sd * training.draw(torch.randn, *latent_shape(train)), stats)  # (B, 4, h, w)
         z = z.contiguous(memory_format=torch.channels_last)
-        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..T
         eps = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
         with common.autocast(device):
             loss = diffusion.simple_loss(unet, z, t, eps)  # (B,)
@@ -355,6 +355,7 @@ def main(argv=None):
                     {"equal_seconds": equal_seconds(rows, pixel_rows, setup.fd)} if pixel_rows else {})
 
     metrics = common.evaluate(folder, setup, state, model, network_cost(train), more)
+    common.export(args, folder, state, model, setup.evaluation)
     common.print_results({folder: metrics}, setup)
     saved = metrics["tables"]["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "

@@ -75,12 +75,13 @@ class Diffusion:
 
     `objective` says what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0`
     (Salimans & Ho 2022), which stays well conditioned at every noise level and so suits short trainings.
-    `residual_sd` above 0 spares it what a blurred image of x0 tells already, see `guess`.
+    `start` is the time at which the reverse process begins: T, or earlier where an x_hat tells what x0 is about. Only
+    times 1..start are trained and sampled.
     """
 
-    def __init__(self, objective="eps", T=1000, device="cpu", residual_sd=0.0):
+    def __init__(self, objective="eps", T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-        self.T, self.objective, self.residual_sd = T, objective, residual_sd
+        self.T, self.objective, self.start = T, objective, start or T
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.signal = self.alpha_bar.sqrt().float().to(device)  # (T + 1,) factor of x0 in x_t
         self.noise = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,) factor of eps in x_t
@@ -95,41 +96,25 @@ class Diffusion:
         a, s = self.factors(t)
         return a * x0 + s * eps
 
-    def draw_t(self, u, power):
-        """Training times t = ceil(T u^power) for uniform u (B,): (B,) in 1..T. A power above 1 prefers low noise."""
-        return (self.T * u**power).long() + 1
+    def draw_t(self, u):
+        """Training times, uniform on 1..start, for uniform u in [0, 1) (B,): (B,)."""
+        return (self.start * u).long() + 1
+
+    def begin(self, x_hat, eps):
+        """x_start, from which the reverse process begins: x_hat (B, C, H, W) stands in for x0, with `eps` as the noise.
+        At T it is eps alone, as published (x_hat would count for less than a hundredth)."""
+        if self.start == self.T:
+            return eps
+        return self.q_sample(x_hat, torch.full((len(x_hat),), self.start, device=x_hat.device), eps)
 
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
         a, s = self.factors(t)
         return eps if self.objective == "eps" else a * eps - s * x0
 
-    def guess(self, xt, x_hat, t):
-        """The part of the target that needs no network, given a blurred x_hat (B, C, H, W): its mean, were
-        x0 ~ N(x_hat, residual_sd^2 I). The network predicts the rest, in units of `guess_sd`, and need not learn to
-        copy x_hat (preconditioning, Karras et al. 2022 section 5). Without residual_sd, as in DiffuseVAE: 0."""
-        if self.residual_sd == 0:
-            return 0.0
-        a, s = self.factors(t)
-        eps = (xt - a * x_hat) * s / (a**2 * self.residual_sd**2 + s**2)
-        return self.target((xt - s * eps) / a, t, eps)
-
-    def guess_sd(self, t):
-        """Standard deviation of the target about the guess, (B, 1, 1, 1); 1 without residual_sd."""
-        a, s = self.factors(t)
-        if self.residual_sd == 0:
-            return torch.ones_like(s)
-        return (a if self.objective == "eps" else 1) * self.residual_sd / (a**2 * self.residual_sd**2 + s**2).sqrt()
-
-    def complete(self, output, xt, x_hat, t):
-        """The U-Net's output (B, C, H, W), in units of guess_sd about the guess -> the prediction of the target."""
-        return self.guess(xt, x_hat, t) + self.guess_sd(t) * output
-
     def simple_loss(self, denoise, x0, t, eps):
-        """Mean squared error of the prediction `denoise(x_t, t)` (DDPM eq. 14), in units of guess_sd (1 without
-        residual_sd), mean over dimensions: (B,)."""
-        error = denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)
-        return ((error / self.guess_sd(t)) ** 2).flatten(1).mean(1)
+        """Mean squared error of the prediction `denoise(x_t, t)` (DDPM eq. 14), mean over dimensions: (B,)."""
+        return ((denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)) ** 2).flatten(1).mean(1)
 
     def predict(self, prediction, xt, t, clamp=True):
         """A prediction of the target -> (x0, eps). x0 is clamped to [-1, 1], then eps is derived from it again, so that
@@ -150,11 +135,11 @@ class Diffusion:
         return c_x0, c_xt, beta * (1 - bar_s) / (1 - bar_t), beta
 
 
-def time_grid(T, steps, spacing="quadratic"):
-    """0 = tau_0 < ... < tau_steps = T. `quadratic`: tau_i = max(round(T (i/n)^2), i), dense near 0, where fine detail
-    is decided; `uniform`: tau_i = round(T i/n). Strictly increasing for every 1 <= steps <= T."""
+def time_grid(start, steps, spacing="quadratic"):
+    """0 = tau_0 < ... < tau_steps = start. `quadratic`: tau_i = max(round(start (i/n)^2), i), dense near 0, where fine
+    detail is decided; `uniform`: tau_i = round(start i/n). Strictly increasing for every 1 <= steps <= start."""
     power = 2 if spacing == "quadratic" else 1
-    return [max(round(T * (i / steps) ** power), i) for i in range(steps + 1)]
+    return [max(round(start * (i / steps) ** power), i) for i in range(steps + 1)]
 
 
 def ddpm_step(diffusion, x, x0, t, s, variance, gen):
@@ -185,19 +170,21 @@ def dpm_step(diffusion, x, x0, t, s, before):
 
 
 @torch.no_grad()
-def sample(diffusion, denoise, x_T, sampler="dpm", steps=25, gen=None, eta=0.0, clamp=True, spacing="quadratic"):
-    """Run the reverse process from x_T (B, C, H, W) to x_0 with `steps` evaluations of `denoise(x, t) -> prediction`.
+def sample(diffusion, denoise, x, sampler="dpm", steps=25, gen=None, eta=0.0, clamp=True, spacing="quadratic"):
+    """Run the reverse process from x = x_start (B, C, H, W) to x_0 with `steps` evaluations of `denoise(x, t) ->
+    prediction`, at most `start`.
 
-    `sampler`: `ddpm` (fixedlarge on all T steps, fixedsmall when respaced: fixedlarge then leaves visible noise),
-    `ddim` (with `eta`) or `dpm`. `gen` serves the samplers that add noise.
+    `sampler`: `ddpm` (fixedlarge on all steps, fixedsmall when respaced: fixedlarge then leaves visible noise), `ddim`
+    (with `eta`) or `dpm`. `gen` serves the samplers that add noise.
     """
-    grid, x, before = time_grid(diffusion.T, steps, spacing), x_T, None
+    steps, before = min(steps, diffusion.start), None
+    grid = time_grid(diffusion.start, steps, spacing)
     for i in range(steps, 0, -1):
         t, s = grid[i], grid[i - 1]
         times = torch.full((len(x),), t, device=x.device)
         x0, eps = diffusion.predict(denoise(x, times), x, times, clamp)
         if sampler == "ddpm":
-            x = ddpm_step(diffusion, x, x0, t, s, "fixedlarge" if steps == diffusion.T else "fixedsmall", gen)
+            x = ddpm_step(diffusion, x, x0, t, s, "fixedlarge" if steps == diffusion.start else "fixedsmall", gen)
         elif sampler == "ddim":
             x = ddim_step(diffusion, x0, eps, t, s, eta, gen)
         else:
@@ -222,10 +209,13 @@ def kl_step(diffusion, x0, x0_hat, t, variance="fixedlarge"):
     return constant + c_x0**2 / (2 * model) * ((x0 - x0_hat) ** 2).flatten(1).sum(1)
 
 
-def kl_prior(diffusion, x0):
-    """L_T = KL(q(x_T | x0) || N(0, I)): (B,) nats, almost nothing."""
-    bar_T = float(diffusion.alpha_bar[diffusion.T])
-    return 0.5 * (bar_T * x0**2 - bar_T - math.log(1 - bar_T)).flatten(1).sum(1)
+def kl_prior(diffusion, x0, x_hat=None):
+    """The bound's first term, (B,) nats: KL(q(x_start | x0) || p(x_start)). From T that is L_T, to N(0, I), and almost
+    nothing; from an earlier start both are Gaussians of one variance, about x0 and about x_hat."""
+    bar = float(diffusion.alpha_bar[diffusion.start])
+    if diffusion.start == diffusion.T:
+        return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
+    return bar / (2 * (1 - bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
 
 
 def data_nats(diffusion, x0, x0_hat):
@@ -235,22 +225,23 @@ def data_nats(diffusion, x0, x0_hat):
 
 
 @torch.no_grad()
-def diffusion_nats(diffusion, denoise, images, draws, gen, variance="fixedlarge"):
+def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen, variance="fixedlarge"):
     """The parts of the variational bound of the diffusion model on uint8 `images`, each (B,) nats (DDPM eq. 5):
-    `prior` L_T, `diffusion` sum of KL_t for t = 2..T, `data` L_0. The sum over t is estimated from `draws`
-    stratified times (`draws = T - 1` takes each once). With the VAE's KL added, their sum bounds -log p(x)."""
-    x0, T = to_float(images), diffusion.T
+    `prior`, see kl_prior, `diffusion` sum of KL_t for t = 2..start, `data` L_0. The sum over t is estimated from
+    `draws` stratified times (`draws = start - 1` takes each once). With the VAE's KL added, their sum bounds
+    -log p(x)."""
+    x0, terms = to_float(images), diffusion.start - 1
     total = torch.zeros(len(x0), device=x0.device)
     for k in range(draws):
         u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = 2 + ((k + u.double().cpu()) * (T - 1) / draws).long().clamp(max=T - 2).to(x0.device)  # (B,)
+        t = 2 + ((k + u.double().cpu()) * terms / draws).long().clamp(max=terms - 1).to(x0.device)  # (B,)
         xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
         x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t)
-        total += kl_step(diffusion, x0, x0_hat, t, variance) * (T - 1) / draws
+        total += kl_step(diffusion, x0, x0_hat, t, variance) * terms / draws
     one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
     x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen))
     x0_hat, _ = diffusion.predict(denoise(x1, one), x1, one)
-    return {"prior": kl_prior(diffusion, x0).cpu(), "diffusion": total.cpu(),
+    return {"prior": kl_prior(diffusion, x0, x_hat).cpu(), "diffusion": total.cpu(),
             "data": data_nats(diffusion, x0, x0_hat).cpu()}
 
 
@@ -517,31 +508,38 @@ class GaussianMixture:
         self.weights, self.means, self.factors = weights, means, factors
 
     @classmethod
-    def fit(cls, z, components, seed, rounds=20, ridge=1e-3):
-        """z (N, d) -> the mixture after `rounds` of EM; `ridge` on the diagonals keeps every covariance regular."""
+    def fit(cls, z, components, seed, rounds=6, few=10000):
+        """z (N, d) -> the mixture after `rounds` of EM on `few` random z, which bring it near, and two on all."""
         from scipy.cluster.vq import kmeans2
         z = z.double().cpu()
-        _, label = kmeans2(z.numpy(), components, minit="++", rng=np.random.default_rng(seed))
-        belongs = F.one_hot(torch.from_numpy(label).long(), components).double()  # (N, K) responsibilities
-        for _ in range(rounds):
-            mass = belongs.sum(0) + 1e-9
-            means = belongs.T @ z / mass[:, None]  # M step
-            factors = []
-            for k in range(components):
-                centred = z - means[k]
-                cov = (belongs[:, k, None] * centred).T @ centred / mass[k]
-                factors.append(torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
-            mixture = cls(mass / mass.sum(), means, torch.stack(factors))
-            joint = mixture.log_joint(z)  # E step
-            belongs = (joint - joint.logsumexp(1, keepdim=True)).exp()
+        some = z[torch.randperm(len(z), generator=generator(seed))[:few]]  # image files come class by class
+        _, label = kmeans2(some.numpy(), components, minit="++", rng=np.random.default_rng(seed))
+        mixture = cls.maximise(some, F.one_hot(torch.from_numpy(label).long(), components).double())
+        for part in [some] * rounds + [z] * 2:
+            joint = mixture.log_joint(part)
+            mixture = cls.maximise(part, (joint - joint.logsumexp(1, keepdim=True)).exp())
         return mixture
+
+    @classmethod
+    def maximise(cls, z, belongs, ridge=1e-3):
+        """The M step: z (N, d) and responsibilities (N, K) -> the mixture; `ridge` on the diagonals keeps every
+        covariance regular."""
+        mass, factors = belongs.sum(0) + 1e-9, []
+        means = belongs.T @ z / mass[:, None]
+        for k, share in enumerate(belongs.T):
+            mine = share > 1e-9  # in many dimensions, few z belong to more than one component
+            centred = z[mine] - means[k]
+            cov = (share[mine, None] * centred).T @ centred / mass[k]
+            factors.append(torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
+        return cls(mass / mass.sum(), means, torch.stack(factors))
 
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
         z, columns = z.double().cpu(), []
         for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
-            white = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)  # (d, N)
-            columns.append(weight.log() - 0.5 * (white**2).sum(0) - factor.diagonal().log().sum()
+            inverse = torch.linalg.solve_triangular(factor, torch.eye(z.shape[1], dtype=z.dtype), upper=False)
+            white = (z - mean) @ inverse.T  # (N, d)
+            columns.append(weight.log() - 0.5 * (white**2).sum(1) - factor.diagonal().log().sum()
                            - 0.5 * z.shape[1] * math.log(2 * math.pi))
         return torch.stack(columns, 1)
 
@@ -559,8 +557,8 @@ class GaussianMixture:
 # ---- 4. The built-in data --------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "cifar10", "celeba64", "folder")
-SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "flower", "cross", "pill", "crescent")
-FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "rotation sine", "rotation cosine", "band period", "band angle")
+SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "star", "cross")
+FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction")
 
 
 @dataclass
@@ -576,16 +574,12 @@ class ImageData:
     note: str
 
 
-def hue_to_rgb(hue):
-    """Fully saturated colour of hue in [0, 1): (...,) -> (..., 3) in [0, 1]."""
-    return ((hue[..., None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
-
-
 def draw_shapes(count, seed, size=32):
-    """The built-in data set: `count` anti-aliased shapes over a two-colour gradient, with fine two-tone bands inside.
+    """The built-in data set: `count` anti-aliased shapes, a third plain, a third with broad bands, a third with fine.
 
-    A small VAE cannot afford the bands and the exact edges, so it blurs them: what the refiner has to restore.
-    The bands are fixed to the image grid (period 3 or 4 pixels; horizontal, vertical or diagonal).
+    Outline, place, colour and broad bands are what a small VAE can keep; fine bands and crisp edges are what it cannot.
+    So the refiner has something to restore, and images differ in how much. Bands have two tones and are fixed to the
+    pixel grid: horizontal, vertical or diagonal, with a period of 8 pixels (broad) or of 3 or 4 (fine).
     Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS.
     """
     gen = generator(seed)
@@ -593,48 +587,46 @@ def draw_shapes(count, seed, size=32):
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, generator=gen)
 
-    label = torch.randint(len(SHAPE_CLASSES), (count,), generator=gen)
-    radius, cx, cy = uniform(8, 13), uniform(11, 21), uniform(11, 21)
-    hue, angle = uniform(0, 1), uniform(0, 2 * math.pi)
-    period = torch.randint(3, 5, (count,), generator=gen)
-    direction = torch.randint(3, (count,), generator=gen)
-    backdrop, tilt = hue_to_rgb(torch.rand(count, 2, generator=gen)) * 0.5 + 0.1, uniform(0, 2 * math.pi)
-    colour = hue_to_rgb(hue) * 0.75 + 0.2  # (N, 3)
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    label, detail, direction = (torch.randint(n, (count,), generator=gen) for n in (len(SHAPE_CLASSES), 3, 3))
+    period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
+    radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
+    lightness, slope = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the grey background, and where it gets lighter
+    full = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
+    colour = full * 0.75 + 0.2
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for part in torch.arange(count).split(1000):
         at = lambda v, part=part: v[part][:, None, None]  # noqa: E731 - (P,) -> (P, 1, 1), to meet (H, W)
         x, y = columns + 0.5 - at(cx), rows + 0.5 - at(cy)
-        u = (x * at(angle).cos() + y * at(angle).sin()) / at(radius)  # the shape's own frame, radius 1
-        v = (y * at(angle).cos() - x * at(angle).sin()) / at(radius)
-        rho, theta = torch.hypot(u, v), torch.atan2(v, u)
+        u = (x * at(tilt).cos() + y * at(tilt).sin()) / at(radius)  # the shape's own frame, radius 1
+        v = (y * at(tilt).cos() - x * at(tilt).sin()) / at(radius)
+        rho = torch.hypot(u, v)
+        fifth = math.pi / 5
+        fold = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to a star's next tip
         arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
         distances = torch.stack([  # signed distance to each outline (negative inside), about exact near it
             rho - 0.9,
-            (rho - 0.7).abs() - 0.27,
+            (rho - 0.68).abs() - 0.25,
             torch.maximum(u.abs(), v.abs()) - 0.78,
-            torch.maximum(u, torch.maximum(-u / 2 + v * 0.866, -u / 2 - v * 0.866)) - 0.5,
-            (rho - 0.72 - 0.24 * torch.cos(5 * theta)) * 0.7,
+            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,
+            0.443 * (rho * fold.cos() - 1) + 0.897 * rho * fold.sin(),
             torch.minimum(arm, bar),
-            torch.hypot((u.abs() - 0.55).clamp(min=0), v) - 0.42,
-            torch.maximum(rho - 0.95, 0.75 - torch.hypot(u - 0.5, v)),
-        ], dim=1)  # (P, 8, H, W)
+        ], dim=1)  # (P, 6, H, W)
         distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
-        cover = (0.5 - distance * at(radius)).clamp(0, 1)  # share of the pixel inside the outline
+        cover = (0.5 - distance * at(radius)).clamp(0, 1)[:, None]  # share of the pixel inside the outline
         along = torch.stack([rows + 0 * columns, columns + 0 * rows, rows + columns])[direction[part]]  # (P, H, W)
-        light = (along % at(period) < at(period) // 2).float()  # two-tone: 1 light, 0 dark
-        blend = ((columns - 16) * at(tilt).cos() + (rows - 16) * at(tilt).sin()) / (1.4 * size) + 0.5
-        low, high = backdrop[part, 0, :, None, None], backdrop[part, 1, :, None, None]
-        ground = low + (high - low) * blend[:, None]  # (P, 3, H, W)
-        inside = colour[part][:, :, None, None] * (0.55 + 0.45 * light[:, None])
-        images[part] = ((ground + (inside - ground) * cover[:, None]).clamp(0, 1) * 255).round().to(torch.uint8)
-    factors = torch.stack([(radius - 10.5) / 2.5, (cx - 16) / 5, (cy - 16) / 5,
-                           (2 * math.pi * hue).sin(), (2 * math.pi * hue).cos(), angle.sin(), angle.cos(),
-                           period * 2.0 - 7, direction - 1.0], dim=1)
+        light = (at(detail) == 0) | (along % at(period) < at(period) // 2)  # two tones: light or dark
+        ground = at(lightness) + 0.3 * ((columns - 16) * at(slope).cos() + (rows - 16) * at(slope).sin()) / size
+        inside = colour[part][:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
+        image = ground[:, None] * (1 - cover) + inside * cover
+        images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    factors = torch.stack([(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
+                           (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
+                           (direction - 1.0) * (detail > 0)], dim=1)
     return images, label, factors
 
 
-# ---- 5. A model: z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine ----------------------------------------------------
+# ---- 5. A model: z ~ prior, x_hat = Dec(z), noise to x_start, refine -------------------------------------------------
 
 @dataclass
 class Model:
@@ -648,7 +640,7 @@ class Model:
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name: each has sample(count, gen), log_prob(z)
     denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
     decode: Callable | None = None  # from what is diffused to images, where that is a latent
-    temperature: float = 1.0  # standard deviation of x_T: 1 as trained, below 1 fewer artefacts and less detail
+    temperature: float = 1.0  # of the noise in x_start: 1 as trained, below 1 fewer artefacts and less detail
 
 
 @torch.no_grad()
@@ -669,29 +661,38 @@ def fit_mixture(vae, images, train, device):
     return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
 
 
+def ridge_regression(x, y, ridge=1e-3):
+    """Linear regression in closed form, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). The
+    penalty ridge N |weight|^2 is on standardised x, so that its units do not matter."""
+    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
+    a = (x - mean) / sd
+    weight = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1]), a.T @ (y - y.mean(0))) / sd[:, None]
+    return weight, y.mean(0) - mean @ weight
+
+
 @torch.no_grad()
 def refine(model, x_hat, z, gen, sampler, steps):
-    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1]. x_T comes from `gen`, a CPU generator, the noise of
-    the steps from one beside it on the device (x_hat itself is returned if the model is a VAE alone)."""
+    """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1] (x_hat itself if the model is a VAE alone). The noise
+    of x_start comes from `gen`, a CPU generator, that of the steps from one beside it on the device."""
     if model.denoiser is None:
         return x_hat
-    x_T = model.temperature * randn(x_hat.shape, gen).to(model.device)
+    x_start = model.diffusion.begin(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
     noise = generator(gen.initial_seed() + 1, model.device)
     with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_T, sampler, steps, noise,
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, noise,
                       clamp=model.decode is None)  # latents have no [-1, 1]
 
 
 @torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None):
+def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, first=0):
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
 
-    Each batch has its own generator, so that with one `batch` image k has the same z and x_T whatever the sampler, the
-    steps and the count.
+    Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
+    the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
     `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
     """
-    parts, starts = [], range(0, count, batch)[rank() :: ranks()]  # batches are shared out
-    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False):
+    parts, starts = [], range(first, first + count, batch)[rank() :: ranks()]  # batches are shared out
+    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(starts) < 2):
         gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
         z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
         x_hat = torch.zeros(batch, *model.shape, device=model.device)
@@ -742,15 +743,15 @@ UNET_TABLES = {
     "paper 64": [(64, 128, 2, 3), (32, 256, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 512, 2, 3)],
 }
 
-# What every budget but `paper` trains with. t = ceil(T u^t_power), u uniform: a power above 1 spends more of the
-# images at low noise, where detail is decided (on shapes what is in the image matters more: 1 did better);
-# v-prediction is stable in short trainings; residual_sd, see Diffusion.guess, is about what the VAE leaves over.
+# What every budget but `paper` trains with: v-prediction, stable in short trainings; Muon; refinement from `start`,
+# where the noise is some ten times what the VAE leaves over.
 TRAIN = {
     "batch": 32, "steps": 8,  # steps of each network, so that each sees steps * batch images
-    "vae_lr": 1e-3, "unet_lr": 1e-3, "warmup": 0.05, "decay": True,  # see learning_rate
+    "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # of Adam; see learning_rate
+    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of Muon, for matrices and convolutions; 0: Adam for all
     "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient: of a sum over pixels, of a mean; 0: any
     "vae_ema": 0.995, "unet_ema": 0.995,  # see update_average
-    "objective": "v", "t_power": 1.5, "residual_sd": 0.0,  # see Diffusion
+    "objective": "v", "start": 400,  # see Diffusion; without an x_hat the process starts at T
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
     "flip": "both",  # who sees images mirrored at random: both networks, refiner, none
@@ -759,8 +760,8 @@ TRAIN = {
     "compile": False,
 }
 EVAL = {
-    "sampler": "dpm", "sample_steps": 25, "count": 1000, "batch": 100, "temperature": 1.0,  # of the headline row
-    "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50]],
+    "sampler": "dpm", "sample_steps": 10, "count": 1000, "batch": 100, "temperature": 1.0,  # of the headline row
+    "grid": [["ddim", 6], ["ddim", 10], ["ddim", 25], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images for each row of the grid
     "probe_steps": 10, "probe_count": 500,  # for noise, interpolations, uncertainty: DPM-Solver++
     "bits_images": 128, "bits_draws": 40,  # see bits_per_dim, diffusion_nats
@@ -774,34 +775,29 @@ def budget(name, dataset, size):
     train, evaluation = dict(TRAIN), dict(EVAL)
     if name == "smoke":
         tables = "tiny"
-        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4, "residual_sd": 0.2}
+        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]],
                        "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4,
                        "temperature": 0.9}
     elif name == "cpu" and dataset == "shapes":
         tables = "shapes"
-        # Many small batches: at these sizes an image in a batch of 8 teaches more than one in a batch of 32
-        train |= {"batch": 8, "steps": 4400, "vae_lr": 2e-3, "unet_lr": 2e-3, "beta": 0.25, "every": 100,
-                  "t_power": 1.0}
-        evaluation |= {"sample_steps": 10, "grid_count": 200, "probe_count": 200,
-                       "grid": [["ddim", 5], ["ddim", 10], ["ddim", 25], ["dpm", 5], ["dpm", 10], ["dpm", 25]]}
+        train |= {"steps": 1000, "beta": 0.25}
+        evaluation |= {"grid_count": 200, "probe_count": 200}
     elif name == "cpu":
         tables = "cpu"
-        train |= {"batch": 16, "steps": 12_500, "vae_lr": 1.5e-3, "unet_lr": 1.5e-3, "components": 30, "beta": 0.25,
-                  "residual_sd": 0.2 if size == 32 else 0.16}
-        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300, "temperature": 1.0 if size == 32 else 0.7}
+        train |= {"steps": 5000, "components": 30, "beta": 0.25}
+        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         tables = "gpu"
-        train |= {"batch": 256, "steps": 12_000, "vae_lr": 4e-4, "unet_lr": 4e-4, "unet_ema": 0.9995, "dropout": 0.1,
-                  "heads": 4, "attention": [16], "components": 50}
-        evaluation |= {"sampler": "ddim", "sample_steps": 100, "count": 10_000, "batch": 500, "grid": PAPER_GRID,
-                       "grid_count": 2000, "probe_steps": 25, "probe_count": 2000, "bits_images": 256,
-                       "bits_draws": 100}
-    else:  # paper: DiffuseVAE's own settings (eps, uniform t, no VAE EMA, no flips for the VAE, constant rates)
+        train |= {"batch": 256, "steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1, "heads": 4, "attention": [16],
+                  "components": 50}
+        evaluation |= {"sample_steps": 25, "count": 10_000, "batch": 500, "grid_count": 2000, "probe_steps": 25,
+                       "probe_count": 2000, "bits_images": 256, "bits_draws": 100}
+    else:  # paper: DiffuseVAE's own settings (eps, from T, Adam, no VAE EMA, no flips for the VAE, constant rates)
         tables = "paper"
-        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "warmup": 5000, "decay": False, "vae_clip": 0.0,
-                  "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps", "t_power": 1.0, "heads": 8,
-                  "attention": [16], "flip": "refiner", "every": 100}
+        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
+                  "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
+                  "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "flip": "refiner", "every": 100}
         train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
                   {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
         evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": PAPER_GRID,
@@ -1033,6 +1029,37 @@ def keep_freed_memory():
 
 # ---- 9. Training -----------------------------------------------------------------------------------------------------
 
+def orthogonalise(matrix, rounds=5):
+    """The matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2), its directions kept: Newton-Schulz
+    iteration with the quintic of Jordan et al. 2024, matrix products alone."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide is matrix else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024): the update of a weight matrix has all singular values near 1, so
+    that rare directions of the gradient move as far as common ones. A convolution is a matrix of (out, in k k)."""
+
+    def __init__(self, params, lr=0.0, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:  # not in use
+                    continue
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"]).flatten(1)  # looks ahead, after Nesterov
+                size = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * size)
+
+
 class Training:
     """A training loop without its maths: a stage builds networks, iterates over batches, and hands over a loss.
 
@@ -1059,9 +1086,13 @@ class Training:
                     part.compile()  # in place: parameters keep their names
         self.averages = {name: {key: value.detach().clone() for key, value in network.state_dict().items()}
                          for name, network in networks.items()}
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), train[f"{name}_lr"],
-                                                  fused=device.type in ("cpu", "cuda"))
-                           for name, network in networks.items()}
+        self.optimizers = {}  # by the setting that holds their learning rate
+        for name, network in networks.items():
+            muon = [p for p in network.parameters() if p.dim() > 1 and train[f"{name}_muon_lr"]]
+            adam = [p for p in network.parameters() if p.dim() == 1 or not train[f"{name}_muon_lr"]]
+            if muon:
+                self.optimizers[f"{name}_muon_lr"] = Muon(muon)
+            self.optimizers[f"{name}_lr"] = torch.optim.Adam(adam, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + 1, device)
         self.steps, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.log, self.sums, self.norms = [], {}, {name: [] for name in networks}  # sums: since the last row of the log
@@ -1074,7 +1105,8 @@ class Training:
         for name, network in self.networks.items():
             network.load_state_dict(state["weights"][name])
             self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
-            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         self.gen.set_state(state["generator"])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         for name in ("steps", "seconds", "skipped", "skipped_in_a_row", "log", "norms"):
@@ -1121,11 +1153,12 @@ class Training:
             average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
             norms[name] = nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
         if not (self.guard and self.spiked({name: float(norm) for name, norm in norms.items()})):
-            for name, optimizer in self.optimizers.items():
+            for rate, optimizer in self.optimizers.items():
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(train[f"{name}_lr"], self.steps, train["steps"], train["warmup"],
+                    group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"],
                                                 train["decay"])
                 optimizer.step()
+            for name in self.networks:
                 update_average(self.averages[name], self.networks[name], train[f"{name}_ema"],
                                self.steps + 1 - self.skipped)
             for name, value in (terms | {"counted": 1.0}).items():
@@ -1254,10 +1287,11 @@ def add_flags(parser, *priors):
     add("--out", default="runs", help="folder for runs")
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
-    add("--sample-steps", type=int, help="its number of steps, 1 to 1000")
-    add("--temperature", type=float, help="sd of the noise x_T that sampling starts from: below 1 fewer artefacts and "
-        "less detail")
+    add("--sample-steps", type=int, help="its number of steps, at most the `start` of refinement")
+    add("--temperature", type=float, help="factor of the noise that sampling starts from: below 1 fewer artefacts "
+        "and less detail")
     add("--eval-samples", type=int, help="images generated for the headline scores")
+    add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file with the Inception weights, for --features inception")
     add("--compile", action="store_true", help="torch.compile the networks for training (on a CPU: needs a compiler)")
@@ -1268,16 +1302,17 @@ def add_flags(parser, *priors):
 
 def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings, device."""
-    for flag, value, low, high in (("--steps", args.steps, 1, 10**9), ("--batch-size", args.batch_size, 1, 10**5),
-                                   ("--sample-steps", args.sample_steps, 1, 1000), ("--seed", args.seed, 0, 2**31),
-                                   ("--temperature", args.temperature, 0, 2),
-                                   ("--eval-samples", args.eval_samples, 40, 10**6)):
-        if value is not None and not low <= value <= high:
-            fail(f"{flag} {value}: must lie between {low} and {high}")
     device = choose_device("auto" if args.dry_run and not torch.cuda.is_available() else args.device)
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
+    for flag, value, low, high in (("--steps", args.steps, 1, 10**9), ("--batch-size", args.batch_size, 1, 10**5),
+                                   ("--seed", args.seed, 0, 2**31), ("--temperature", args.temperature, 0, 2),
+                                   ("--sample-steps", args.sample_steps, 1, train["start"]),
+                                   ("--eval-samples", args.eval_samples, 40, 10**6),
+                                   ("--export", args.export, 1, 10**6)):
+        if value is not None and not low <= value <= high:
+            fail(f"{flag} {value}: must lie between {low} and {high}")
     given = {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}
     train = {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed} | train | {
         key: value for key, value in given.items() if value is not None}
@@ -1495,15 +1530,15 @@ def measure(model, setup, prior, sampler, steps, count, corrupt=None):
     x_hat, images, seconds = generate(model, count, prior, sampler, steps, setup.train["seed"],
                                       setup.evaluation["batch"], corrupt)
     peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else None
-    row = {"prior": prior, "sampler": sampler, "nfe": steps, "n_generated": count, "seconds_per_image": seconds,
-           "peak_memory_mb": peak} | fid.scores(setup.extractor, images, setup.reference)
+    row = {"prior": prior, "sampler": sampler, "nfe": min(steps, model.diffusion.start), "n_generated": count,
+           "seconds_per_image": seconds, "peak_memory_mb": peak} | fid.scores(setup.extractor, images, setup.reference)
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
 def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
     """The metrics of a finished run: read again if its folder holds them for these settings, else measured and written
     together with figures. `model` is the Model of the checkpoint `state`, `cost` its network_cost, and `more(model,
-    rows)` gives the tables that only its stage has. Every image k has the same z and x_T throughout."""
+    rows)` gives the tables that only its stage has. Every image k has the same z and noise throughout."""
     metrics = read_metrics(folder / "metrics.json", setup.evaluation)
     if metrics is not None:
         return metrics
@@ -1512,7 +1547,7 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
     rows, tables = measure_samples(folder, model, setup)
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
-        print(f"{folder.name}: {tables['latent']['verdict']}")
+        print("\n".join(f"{folder.name}: {tables[name]['verdict']}" for name in ("latent", "start") if name in tables))
     if model.denoiser is not None and model.decode is None:
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = draw_training(folder, state["log"])
@@ -1530,24 +1565,56 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
            "gflops": sum(part["gflops"] for part in cost.values()),
            "train_images": train["steps"] * train["batch"], "train_seconds": state["seconds"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
-           "commit": commit or "unknown", "eval": setup.evaluation, "residual_sd": train["residual_sd"],
+           "commit": commit or "unknown", "eval": setup.evaluation, "start": model.diffusion.start,
            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     write_metrics(folder / "metrics.json", metrics)
     return metrics
 
 
+def headline(model, evaluation):
+    """Prior, sampler and steps of a model's headline row, of its samples.png and of what it exports."""
+    prior = evaluation["prior"] if model.vae is not None else "none"
+    return prior, *(("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"]))
+
+
+def export(args, folder, state, model, evaluation):
+    """--export N: the first N samples as FOLDER/samples/00000.png, ..., and below samples-vae what a refiner was shown.
+    The first are the images of the headline row. Batches whose files are all there are not drawn again: an export that
+    was killed goes on, a larger one adds to a smaller. Samples of other settings or of another training are refused."""
+    if args.export is None:
+        return
+    model, how = dataclasses.replace(model, temperature=evaluation["temperature"]), headline(model, evaluation)
+    settings = dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
+        "temperature": evaluation["temperature"], "batch": evaluation["batch"], "seed": args.seed,
+        "train_seconds": state["seconds"]}  # tells one training from another
+    both = model.vae is not None and model.denoiser is not None
+    places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
+    for note in (place / "settings.json" for place in places):
+        if not note.is_file():
+            write(note, json.dumps(settings).encode())
+        elif note.read_text() != json.dumps(settings):
+            fail(f"{note.parent} holds other samples, drawn with {note.read_text()}; remove that folder")
+    share = evaluation["batch"] * ranks()  # a batch for each process
+    for first in tqdm(range(0, args.export, share), desc=f"{folder.name}: samples", unit="batch"):
+        names = [f"{k:05}.png" for k in range(first, min(first + share, args.export))]
+        if not all((place / name).is_file() for place in places for name in names):
+            x_hat, images, _ = generate(model, len(names), *how, args.seed, evaluation["batch"], first=first)
+            for place, part in zip(places, (images, x_hat), strict=False):
+                for name, image in zip(names, part, strict=True):
+                    save_png(place / name, to_pil(image))
+    wait_for_ranks()  # the first process has written all
+    print(*places, sep="\n")
+
+
 def measure_samples(folder, model, setup):
-    """Scores and pictures of samples: every prior (the headline first), every number of steps, temperatures, noise.
+    """Scores and pictures of samples: every prior (the headline first), every number of steps, noise.
     Returns rows and tables."""
     evaluation, tables, draw = setup.evaluation, {}, functools.partial(measure, model, setup)
-    prior = evaluation["prior"] if model.vae is not None else "none"
-    sampler, steps = ("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"])
+    prior, sampler, steps = headline(model, evaluation)
     row, x_hat, images = draw(prior, sampler, steps, evaluation["count"])
     both = model.vae is not None and model.denoiser is not None
-    pairs = [("VAE", x_hat), ("refined", images)] if both else [(model.name, images)]
-    save_grid(folder / "samples.png", {f"{label} {i}": part[12 * i : 12 * i + 12] for i in range(3)
-                                       for label, part in pairs})
+    draw_samples(folder, {"VAE": x_hat, "refined": images} if both else {model.name: images})
     draw_ranked(folder, images, setup)
     if both:
         tables["before_refinement"] = fid.scores(setup.extractor, x_hat, setup.reference) | {
@@ -1561,30 +1628,14 @@ def measure_samples(folder, model, setup):
             rows.append(row)
             pictures[f"{name} {n}"] = images[:12]
         save_grid(folder / "steps.png", pictures)
-        if model.temperature != 1:
-            tables["temperature"] = temperatures(folder, model, setup, prior)
     if model.vae is not None or model.decode is not None:
         tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
     return rows, tables
 
 
-def temperatures(folder, model, setup, prior):
-    """The same z and the same noise x_T at several temperatures (DiffuseVAE's demonstrations use 0.8): lower ones trade
-    fine detail and diversity for fewer artefacts. Writes temperature.png; returns the rows."""
-    rows, pictures, evaluation = [], {}, setup.evaluation
-    for value in sorted({0.8, 0.85, 0.9, 0.95, 1.0, model.temperature}):
-        row, x_hat, images = measure(dataclasses.replace(model, temperature=value), setup, prior,
-                                     evaluation["sampler"], evaluation["sample_steps"], evaluation["grid_count"])
-        rows.append(row | {"temperature": value})
-        pictures |= {"VAE": x_hat[:12]} if model.vae else {}
-        pictures[f"x_T sd {value}"] = images[:12]
-    save_grid(folder / "temperature.png", pictures)
-    return rows
-
-
 def robustness(folder, draw, prior, evaluation, fd, refined):
-    """Refine VAE outputs with noise on them, or decode latents with noise (same z, same x_T). The area is the mean of
-    score / clean score over noise sd 0 to 0.4: 1 means unharmed. Writes robustness.png."""
+    """Refine VAE outputs with noise on them, or decode latents with noise (same z, same noise of x_start). The area is
+    the mean of score / clean score over noise sd 0 to 0.4: 1 means unharmed. Writes robustness.png."""
     sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
     scores, pictures = {}, {}
     for name, sd in NOISE.items():
@@ -1607,13 +1658,15 @@ def measure_vae(folder, model, setup):
         x_hat = model.vae.decoder(mu.to(model.device))
         refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", setup.evaluation["sample_steps"])
     x_hat, refined = to_uint8(x_hat).cpu(), to_uint8(refined).cpu()
-    parts = {"real": real, "VAE": x_hat} | ({"refined": refined} if model.denoiser is not None else {})
+    parts, begin = {"real": real, "VAE": x_hat}, {}
+    if model.denoiser is not None:
+        parts, begin = parts | {"refined": refined}, {"start": check_start(model.diffusion, x_hat, real)}
     save_grid(folder / "reconstructions.png", {label: part[:12] for label, part in parts.items()})
     sharp = hf_energy(x_hat, test)
     z = encode(model.vae, test, generator(70_000 + seed), model.device)[0]
     return {"reconstruction": {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
                                "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)},
-            "latent": diagnose(mu, logvar, sharp["value"]),
+            "latent": diagnose(mu, logvar, sharp["value"]), **begin,
             "prior_log_density": {name: float(p.log_prob(z).mean()) for name, p in model.priors.items()}}
 
 
@@ -1633,9 +1686,19 @@ def diagnose(mu, logvar, sharpness):
     return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "verdict": text}
 
 
+def check_start(diffusion, x_hat, real):
+    """Whether refinement begins early enough to mend what x_hat has wrong: the noise over the signal at its start
+    should be six times or more the standard deviation of what x_hat, uint8 (N, 3, H, W), leaves of `real`."""
+    residual_sd = float((to_float(real) - to_float(x_hat)).std())
+    times = float(diffusion.noise[diffusion.start] / diffusion.signal[diffusion.start]) / residual_sd
+    text = "early enough" if times >= 6 else "too late to mend its errors: raise `start`"
+    return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "verdict":
+            f"refinement begins at t = {diffusion.start}, at {times:.1f} times the noise of the VAE's error: {text}"}
+
+
 @torch.no_grad()
 def bits_per_dim(model, prior, setup):
-    """The valid bound in bits per dimension on held-out images, in parts: L_T + sum KL_t + L_0 of the diffusion model
+    """The valid bound in bits per dimension on held-out images, in parts: those of diffusion_nats
     given x_hat = Dec(z), z ~ q(z|x), plus log q(z|x) - log p(z) under the prior that is named."""
     evaluation, gen = setup.evaluation, generator(60_000 + setup.train["seed"], model.device)
     images, parts, x_hat, z = setup.test.images[: evaluation["bits_images"]].to(model.device), {}, None, None
@@ -1645,13 +1708,25 @@ def bits_per_dim(model, prior, setup):
             z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
             x_hat = model.vae.decoder(z)
             parts["kl"] = gaussian_log_prob(z, mu, logvar).cpu() - model.priors[prior].log_prob(z.cpu()).cpu()
-        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, evaluation["bits_draws"], gen)
+        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, x_hat, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
             **{name: float((value / unit).mean()) for name, value in parts.items()}}
 
 
 # ---- 12. Pictures ----------------------------------------------------------------------------------------------------
+
+def to_pil(image):
+    """uint8 (3, H, W) -> a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(path, picture):
+    """Save a PIL image as PNG, atomically."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write(path, buffer.getvalue())
+
 
 def save_grid(path, rows, scale=None):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""
@@ -1662,11 +1737,9 @@ def save_grid(path, rows, scale=None):
     for i, (label, row) in enumerate(rows.items()):
         ImageDraw.Draw(page).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
         for j, image in enumerate(row):
-            tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            tile = to_pil(image)
             page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (margin + j * (side + 2), i * (side + 2)))
-    buffer = io.BytesIO()
-    page.save(buffer, format="PNG")
-    write(path, buffer.getvalue())
+    save_png(path, page)
 
 
 def save_figure(path, figure):
@@ -1701,6 +1774,13 @@ def save_chart(path, panels):
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(path, figure)
+
+
+def draw_samples(folder, parts):
+    """samples.png: the first 36 of `parts` {label: uint8 (N, 3, H, W)}, twelve a row, those of one number one below the
+    other."""
+    save_grid(folder / "samples.png", {f"{label} {i}": images[12 * i : 12 * i + 12] for i in range(3)
+                                       for label, images in parts.items() if len(images) > 12 * i})
 
 
 def draw_ranked(folder, images, setup):

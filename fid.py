@@ -91,6 +91,33 @@ def read_image(path):
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 
 
+def find_hashed(folder, name):
+    """The files FOLDER/<name>-<hash8>.pt, of which save_hashed writes one."""
+    return sorted(Path(folder).glob(f"{name}-{'[0-9a-f]' * 8}.pt"))
+
+
+def save_hashed(folder, name, state):
+    """Write what torch.save makes of `state` to FOLDER/<name>-<hash8>.pt, of its sha256. Returns the path."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = Path(folder) / f"{name}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pt"
+    write(path, buffer.getvalue())
+    return path
+
+
+def load_hashed(path, flag, advice):
+    """What save_hashed wrote, on the CPU. Fails naming `flag` if the file's bytes are not those of its name."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest()[:8] != path.stem[-8:]:
+        fail(f"{flag}: {path} has not its name's sha256; restore it, or delete it; {advice}")
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def half(weights):
+    """{name: tensor} with its matrices in half precision, half the bytes; load_state_dict makes them float32 again."""
+    return {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
+
+
 def autocast(device):
     """bfloat16 autocast where the hardware has it natively (emulation is slower than float32), else a no-op."""
     if device.type == "cuda":
@@ -229,13 +256,8 @@ class LocalNet(nn.Module):
 
 
 def save_local(net, name):
-    """Write FEATURES_DIR/<name>-<hash8>.pt, of its sha256, matrices in half precision (1.4 MB). Returns its path."""
-    state = {key: value.half() if value.dim() > 1 else value for key, value in net.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"classes": net.classes, "size": net.size, "state": state}, buffer)
-    path = FEATURES_DIR / f"{name}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pt"
-    write(path, buffer.getvalue())
-    return path
+    """Write FEATURES_DIR/<name>-<hash8>.pt, matrices in half precision (1.4 MB). Returns its path."""
+    return save_hashed(FEATURES_DIR, name, {"classes": net.classes, "size": net.size, "state": half(net.state_dict())})
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
@@ -246,15 +268,12 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
         return load_inception(weights).to(device)
     name = Path(data_dir).resolve().name if dataset == "folder" else dataset
     advice = f"make it: python fid.py --train-local {data_dir if dataset == 'folder' else dataset}"
-    found = [Path(weights)] if weights else sorted(FEATURES_DIR.glob(f"{name}-{'[0-9a-f]' * 8}.pt"))
+    found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
     if len(found) != 1 or not found[0].is_file():
         place = f"--weights {weights}: no such file" if weights else (
             f"--features local: {len(found)} files {FEATURES_DIR / name}-<hash8>.pt, one is needed")
         fail(f"{place}; name one with --weights, or {advice}")
-    data = found[0].read_bytes()
-    if hashlib.sha256(data).hexdigest()[:8] != found[0].stem[-8:]:
-        fail(f"--features local: {found[0]} has not its name's sha256; restore it, or delete it; {advice}")
-    stored = torch.load(io.BytesIO(data), weights_only=True)
+    stored = load_hashed(found[0], "--features local", advice)
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -621,7 +640,7 @@ def train_local(name, data_dir="data"):
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
     dataset, data_dir = (name, data_dir) if name in DATASETS else ("folder", name)
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
-    if not any(FEATURES_DIR.glob(f"{train.name}-{'[0-9a-f]' * 8}.pt")):
+    if not find_hashed(FEATURES_DIR, train.name):
         save_local(train_network(train), train.name)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = FEATURES_DIR / f"{extractor.name.removeprefix('local-')}.json"

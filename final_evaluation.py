@@ -6,7 +6,8 @@ number's place in metrics.json, shortened by `SHORT`. A text has a table between
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             only says whether a text would change (exit 1)
         python final_evaluation.py --runs runs         fresh runs -> runs/REPORT.md, beside the committed numbers
-        python final_evaluation.py --collect RUN ...   copies metrics of run folders, and the figures that a text shows
+        python final_evaluation.py --collect RUN ...   copies metrics of run folders, the figures that a text shows, and
+                                                       weights for `stage1_baseline.py --pretrained`
 """
 
 import argparse
@@ -237,7 +238,7 @@ def other_tables(folder):
     features = {f"`{path.stem}`": {0: {"numbers": leaves(json.loads(path.read_text()))}}
                 for path in sorted(Path(folder).glob("features/*.json"))}
     tables = {"features": table_numbers(features)}
-    for path in Path(folder).glob("celeba64/pairs.json"):
+    for path in Path(folder).glob("*/pairs.json"):
         counts = json.loads(path.read_text())["counts by sd of x_T"]
         tables["pairs"] = table_numbers({f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
     return tables
@@ -278,13 +279,29 @@ def fill(text, tables):
                   flags=re.DOTALL)
 
 
+def keep_weights(checkpoint, home):
+    """What stage1_baseline.py --pretrained draws with, as HOME/form1-<hash8>.pt, in place of an older one. To be small
+    (6 MB at most) the VAE is without its encoder, and matrices are in half precision."""
+    state, older = common.load_checkpoint(checkpoint), fid.find_hashed(home, "form1")
+    state["vae"] = {name: value for name, value in state["vae"].items() if name.startswith("decoder.")}
+    parts = {name: fid.half(state[name]) for name in ("vae", "unet", "gmm")}
+    path = fid.save_hashed(home, "form1", {"train": state["train"], "seconds": state["seconds"]} | parts)
+    for other in older:
+        if other != path:
+            other.unlink()
+
+
 def collect(runs, folder):
-    """Copy the metrics of run folders into FOLDER/DATASET, and those figures that a text shows."""
+    """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and the weights of form1 of
+    seed 0 at the cpu budget."""
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
     for run in map(Path, runs):
         facts = load(run / "metrics.json")["run"]
         home, name = Path(folder) / facts["dataset"], f"{facts['variant']}-s{facts['seed']}"
         fid.write(home / f"{name}.json", (run / "metrics.json").read_bytes())
+        checkpoint, shared = run / "checkpoint.pt", facts["dataset"] in fid.DATASETS and facts["budget"] == "cpu"
+        if name == "stage1-form1-s0" and shared and checkpoint.is_file():
+            keep_weights(checkpoint, home)
         for figure in sorted(run.glob("*.png")):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:

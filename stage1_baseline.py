@@ -8,26 +8,32 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
        Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
        Formulation 2  x_t is moved by x_hat as well: N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With y_t = x_t - x_hat
                       that is the plain process again, so the two differ in one line: what the U-Net is shown.
-       On real images at the cpu budget the U-Net predicts only what a guess from x_hat leaves open (Diffusion.guess),
-       and the loss is counted in units of what is left.
-    3. Sampling       z ~ prior, x_hat = Dec(z), x_T ~ N(0, I), refine. The prior is N(0, I) or a Gaussian mixture
+    3. Sampling       z ~ prior, x_hat = Dec(z), then the reverse process. The prior is N(0, I) or a Gaussian mixture
                       fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
+    4. Where to begin As published, at pure noise, x_T ~ N(0, I). But x_hat tells what x0 is about, up to a residual of
+                      standard deviation r: from t0 on, where the noise is some 10 r, x_t0 = sqrt(abar) x_hat +
+                      sqrt(1 - abar) eps can hardly be told from the true one. Begin there (`start`), train on 1..t0
+                      alone, and half the steps do. A better VAE needs less refinement: that becomes a number.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant all          with Formulation 2 and the control without a VAE (`uncond`)
+        python stage1_baseline.py --dataset celeba64 --pretrained    faces, in half a minute: nothing is trained
 Expect  4 minutes on two CPU cores (three times that on slow ones), then pictures (samples.png: VAE above, refined
         below) and a table. The VAE's samples are blurred (hf_energy about 0.35), the refined ones show edges and bands
         (about 0.7, where real images have 1), and their distance to the real images is a third of the VAE's.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
 import common
+import fid
 
 VARIANTS = ("vae", "uncond", "form1", "form2")
+PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
 
@@ -45,11 +51,11 @@ def build_unet(train, variant):
 
 
 def build_diffusion(train, variant, device):
-    return common.Diffusion(train["objective"], device=device,
-                            residual_sd=0.0 if variant == "uncond" else train["residual_sd"])
+    """The process, from where refinement begins; without an x_hat to refine it begins at T."""
+    return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
-def condition(unet, x_hat, variant, diffusion):
+def condition(unet, x_hat, variant):
     """The denoiser of one batch, `denoise(y, t) -> prediction`, with x_hat (B, 3, H, W) fixed.
 
     In Formulation 2 the process runs in y = x_t - x_hat and the U-Net sees x_t = y + x_hat: the only difference.
@@ -59,7 +65,7 @@ def condition(unet, x_hat, variant, diffusion):
 
     def denoise(y, t):
         xt = y if variant == "form1" else y + x_hat
-        return diffusion.complete(unet(torch.cat([xt, x_hat], 1), t), y, x_hat, t)
+        return unet(torch.cat([xt, x_hat], 1), t)
 
     return denoise
 
@@ -95,12 +101,12 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim) if vae else None  # (B, d)
-        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..start
         eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
         with common.autocast(device):
             with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
                 x_hat = vae(x0, z_noise)[0] if vae else None
-            loss = diffusion.simple_loss(condition(unet, x_hat, variant, diffusion), x0, t, eps)  # (B,)
+            loss = diffusion.simple_loss(condition(unet, x_hat, variant), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
     parts = {} if variant == "uncond" else {"vae": vae_state["vae"], "gmm": vae_state["gmm"]}
     return training.finish(**parts)
@@ -119,8 +125,29 @@ def load_model(state, variant, device):
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
         unet = common.frozen(build_unet(train, variant), state["unet"], device)
-        model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant, model.diffusion)
+        model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant)
     return model
+
+
+def draw_pretrained(args, evaluation, device):
+    """--pretrained: samples of weights that come with the project. They draw and no more: the encoder is left out,
+    matrices are in half precision. Exports args.export images, and draws samples.png."""
+    found, advice = fid.find_hashed(PRETRAINED / args.dataset, "form1"), "or train: leave --pretrained out"
+    if len(found) != 1:
+        common.fail(f"--pretrained: {len(found)} files {PRETRAINED / args.dataset}/form1-<hash8>.pt, one is needed; "
+                    f"take another --dataset, {advice}")
+    state = fid.load_hashed(found[0], "--pretrained", advice)
+    state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # an encoder that nothing uses
+    state["gmm"] = {name: value.double() for name, value in state["gmm"].items()}
+    folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
+    common.export(args, folder, state, load_model(state, "form1", device), evaluation)
+
+    def read(place):  # (N, 3, H, W)
+        files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
+        return torch.stack([torch.tensor(common.decode_file(file, size, "none")).permute(2, 0, 1) for file in files])
+
+    common.draw_samples(folder, {"VAE": read("samples-vae"), "refined": read("samples")})
+    print(folder / "samples.png")
 
 
 # --- What it shows ---------------------------------------------------------------------------------------------------
@@ -153,7 +180,14 @@ def parse_flags(argv=None):
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--variant", nargs="+", choices=(*VARIANTS, "all"), default=["vae", "form1"],
                         help="what to train and evaluate; refiners train the VAE they need")
+    parser.add_argument("--pretrained", action="store_true",
+                        help="train and score nothing: samples of form1 with weights that come with the project")
     args = parser.parse_args(argv)
+    if args.pretrained:
+        if args.variant not in (["form1"], parser.get_default("variant")) or args.budget not in ("auto", "cpu"):
+            common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has form1 of the cpu "
+                        "budget alone")
+        args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
     args.variant = list(VARIANTS) if "all" in args.variant else args.variant
     return args
 
@@ -167,6 +201,9 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
         return common.print_settings(train, evaluation, network_cost(train, args.variant[-1]))
+    if args.pretrained:
+        common.keep_freed_memory()
+        return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
     setup = common.prepare(args, train, evaluation, device)
     train, data, device, vae_state, finished = setup.train, setup.data, setup.device, None, {}
     if args.variant != ["uncond"]:
@@ -179,8 +216,9 @@ def main(argv=None):
         def more(model, rows, folder=folder):
             return {"spacing": draw_spacing(folder / "spacing.png")} if model.denoiser else {}
 
-        finished[folder] = common.evaluate(folder, setup, state, load_model(state, variant, device),
-                                           network_cost(train, variant), more)
+        model = load_model(state, variant, device)
+        finished[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant), more)
+        common.export(args, folder, state, model, setup.evaluation)
     common.print_results(finished, setup)
 
 

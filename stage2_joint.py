@@ -9,13 +9,14 @@ loss reaches the VAE through x_hat. Does that make better samples, and a smoothe
                     ones it would be (lambda about 9.4 has that size for an eps-prediction)
     anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
     kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
-    bound           KL + L_T + sum_t KL_t + L_0, the exact bound on -log p(x) of the hybrid; no reconstruction term
+    bound           the exact bound on -log p(x) of the hybrid: KL, the process's sum_t KL_t + L_0, and what its start
+                    about x_hat instead of x0 costs, which is what is left of a reconstruction term
 
 One thing is kept apart on purpose: lambda scales what the VAE feels, never the refiner's own gradient. The U-Net sees a
 copy of x_hat with the same values, whose backward pass multiplies the gradient by lambda D. So one backward pass of
-E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. (As in stage 1, M is counted in units of
-guess_sd^2, which the multiplication gives back; under `bound` the U-Net feels the bound / D.) `--gradient` says how far
-it goes: `full` (decoder and encoder), `decoder`, or `none`, which is stage 1 with both networks learning at once.
+E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. (Under `bound` the U-Net feels the bound /
+D.) `--gradient` says how far it goes: `full` (decoder and encoder), `decoder`, or `none`, which is stage 1 with both
+networks learning at once.
 
 Why it is delicate: the refiner pays for information in x_hat, so the latent is pushed to leak x (the KL rises) and
 x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (of
@@ -43,13 +44,13 @@ WEIGHT = 1.0  # lambda where none is given
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def condition(unet, x_hat, diffusion):
+def condition(unet, x_hat):
     """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input. As in stage 1."""
-    return lambda x, t: diffusion.complete(unet(torch.cat([x, x_hat], 1), t), x, x_hat, t)
+    return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
 
 def scale_gradient(x_hat, scale, sse_norm):
-    """A copy of x_hat whose backward pass hands on its gradient times `scale` (a number, or (B, 1, 1, 1)), and a tensor
+    """A copy of x_hat whose backward pass hands on its gradient times `scale`, a number, and a tensor
     () that is filled in then: the norm of what was handed on over the sum of it and `sse_norm`, the SSE gradient's.
     The hook holds numbers only, nothing of the graph that it belongs to, so both are freed together."""
     gradient_share = torch.zeros((), device=x_hat.device)
@@ -98,28 +99,20 @@ def weights(train, step, balance):
     return sse_weight, 0.0 if train["gradient"] == "none" else weight
 
 
-def unit(train, diffusion, t):
-    """The square of the unit that the refiner's loss is counted in, see Diffusion.guess_sd: (B, 1, 1, 1)."""
-    unit = diffusion.guess_sd(t)
-    return torch.ones_like(unit) if train["loss"] == "bound" else unit**2
-
-
-def time_probability(t, T, power):
-    """P(t) of t = ceil(T u^power), u uniform: (B,)."""
-    t = t.cpu().double()  # the difference of two close powers
-    return (t / T) ** (1 / power) - ((t - 1) / T) ** (1 / power)
-
-
-def bound_loss(diffusion, denoise, x0, t, eps, power):
-    """L_T + sum_t KL_t + L_0 given x_hat (DDPM eq. 5), from one t per image, drawn with time_probability: an unbiased
-    estimate, (B,) nats. With KL(q(z|x) || p(z)) added it bounds -log p(x)."""
+def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
+    """The bound's terms of the process given x_hat (DDPM eq. 5), from one t per image for uniform u (B,): an unbiased
+    estimate, (B,) nats. With KL(q(z|x) || p(z)) added it bounds -log p(x). The terms are largest at small t: with t =
+    ceil(start u^4) these are drawn more often, which lowers the variance."""
+    t = diffusion.draw_t(u.cpu().double() ** 4)
+    probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
+    t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t, clamp=False)
     nats = common.kl_step(diffusion, x0, x0_hat, t.clamp(min=2))
     first = t == 1
     if first.any():
         nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_hat[first]))
-    return common.kl_prior(diffusion, x0) + nats / time_probability(t, diffusion.T, power).float().to(x0.device)
+    return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -133,9 +126,9 @@ def look(vae, unet, diffusion, images):
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
     few, x_hat = x0[:64], vae.decoder(mu[:64])
-    t = torch.linspace(1, diffusion.T, len(few), device=x0.device).long()
+    t = torch.linspace(1, diffusion.start, len(few), device=x0.device).long()
     eps, name = common.randn(few.shape, gen), f"{diffusion.objective}_mse"
-    losses = {f"{name}_{which}": float(diffusion.simple_loss(condition(unet, seen, diffusion), few, t, eps).mean())
+    losses = {f"{name}_{which}": float(diffusion.simple_loss(condition(unet, seen), few, t, eps).mean())
               for which, seen in (("own", x_hat), ("shuffled", x_hat.roll(1, 0)))}
     vae.train(), unet.train()
     return {"active_units": float(common.active_units(mu).sum()), **losses}
@@ -153,7 +146,7 @@ def train_joint(folder, train, data, device, resume):
     unet, balance = networks["unet"], Balance()
     if train["loss"] == "kendall":
         networks["balance"] = balance
-    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
+    diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", guard=True,
                                **networks)
     probe = training.data[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
@@ -161,7 +154,7 @@ def train_joint(folder, train, data, device, resume):
     name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
-        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        u = training.draw(torch.rand)  # (B,), for the training times
         eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
         with common.autocast(device):
             mu, logvar = vae.encoder(x0)
@@ -171,18 +164,17 @@ def train_joint(folder, train, data, device, resume):
             elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
             sse_weight, weight = weights(train, training.steps, balance)
-            scale = weight * size * unit(train, diffusion, t)  # lambda D: (B, 1, 1, 1)
             sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # of the mean SSE's gradient at x_hat
             # decoded again from detached z: the same values, but the gradient ends in the decoder
             seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            seen, gradient_share = scale_gradient(seen, scale, sse_norm)
-            denoise = condition(unet, seen, diffusion)
+            seen, gradient_share = scale_gradient(seen, weight * size, sse_norm)
+            denoise = condition(unet, seen)
             if train["loss"] == "bound":
-                mse = bound_loss(diffusion, denoise, x0, t, eps, train["t_power"]) / size  # (B,)
+                mse = bound_loss(diffusion, denoise, seen, x0, u, eps) / size  # (B,)
             else:
-                mse = diffusion.simple_loss(denoise, x0, t, eps)  # (B,)
+                mse = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
             if train["loss"] == "kendall":
-                elbo = balance(elbo, size * mse * unit(train, diffusion, t).flatten())  # (B,)
+                elbo = balance(elbo, size * mse)  # (B,)
         training.step(elbo + mse, {"sse": sse, "kl_nats": kl, name: mse, "weight": weight,
                                    "gradient_share": gradient_share}, lambda: look(vae, unet, diffusion, probe))
     averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
@@ -194,10 +186,10 @@ def load_model(state, device):
     train = state["train"]
     vae = common.frozen(common.build_vae(train), state["vae"], device)
     unet = common.frozen(common.build_unet(train, 6), state["unet"], device)
-    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
+    diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
     return common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, vae, priors,
-                        lambda x_hat, z: condition(unet, x_hat, diffusion))
+                        lambda x_hat, z: condition(unet, x_hat))
 
 
 # --- What it shows: the latent space ---------------------------------------------------------------------------------
@@ -225,28 +217,26 @@ def smoothness(features):
             "end_distance": float(ends.mean())}
 
 
-def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
+def linear_probe(train_x, train_y, test_x, test_y):
     """Ridge regression from x (N, d) to y (N, k), fitted in closed form: R^2 of each column on the test set, and the
     test predictions (M, k)."""
-    mean, sd = train_x.mean(0), train_x.std(0) + 1e-6
-    a, b = ((x - mean) / sd for x in (train_x, test_x))
-    weights = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1]), a.T @ (train_y - train_y.mean(0)))
-    predicted = b @ weights + train_y.mean(0)
+    weight, bias = common.ridge_regression(train_x, train_y)
+    predicted = test_x @ weight + bias
     r2 = 1 - (test_y - predicted).square().sum(0) / (test_y - test_y.mean(0)).square().sum(0)
     return r2.tolist(), predicted
 
 
 @torch.no_grad()
 def latent_space(folder, model, setup, pairs=32, points=9):
-    """Interpolations between held-out images (VAE decodes and refined, with x_T fixed along a path), the score of the
-    midpoints, and what a linear probe reads off mu. A picture goes into `folder`, if given."""
+    """Interpolations between held-out images (VAE decodes and refined, with the noise fixed along a path), the score of
+    the midpoints, and what a linear probe reads off mu. A picture goes into `folder`, if given."""
     data, test, seed, result = setup.data, setup.test, setup.train["seed"], {}
     gen, steps = common.generator(90_000 + seed), setup.evaluation["probe_steps"]
     mu = common.encode(model.vae, test.images, gen, model.device)[1]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     a, b = mu[:count], mu[count : 2 * count]
 
-    def decode(z):  # the same x_T for every z of a batch position
+    def decode(z):  # the same noise for every z of a batch position
         x_hat = model.vae.decoder(z.to(model.device))
         images = common.refine(model, x_hat, z, common.generator(91_000 + seed), "dpm", steps)
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
@@ -313,10 +303,8 @@ def settings(args, train):
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     train = train | {"loss": args.loss, "gradient": args.gradient,
                      "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
-    if args.loss == "bound":
-        train["t_power"] = 4.0  # the bound's terms are largest at small t: drawn more often, they vary less
     if args.loss == "kendall":
-        train |= {"balance_lr": 0.01, "balance_clip": 0.0, "balance_ema": 0.0}
+        train |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     suffix = ("" if weight == WEIGHT else f"-w{weight:g}") + (
         "" if args.gradient == "full" else f"-grad-{args.gradient}")
     return train, f"stage2-{args.loss}{suffix}"
@@ -336,7 +324,9 @@ def main(argv=None):
         draw_crops(folder, model, setup)
         return {"latent_space": latent_space(folder, model, setup)}
 
-    metrics = common.evaluate(folder, setup, state, load_model(state, setup.device), common.network_cost(train), more)
+    model = load_model(state, setup.device)
+    metrics = common.evaluate(folder, setup, state, model, common.network_cost(train), more)
+    common.export(args, folder, state, model, setup.evaluation)
     earlier = {}  # stage 1 at equal budget: the same images for each network
     for path in (setup.home / f"stage1-{name}-s{args.seed}" for name in ("vae", "form1")):
         found = common.read_metrics(path / "metrics.json", setup.evaluation)

@@ -2,29 +2,34 @@
 
 Two claims. The latents of a trained VAE do not follow N(0, I), so sampling from it shows the decoder z it never saw: a
 normalizing flow (RealNVP, Dinh et al. 2017) can be the prior instead. And where the VAE is unsure its x_hat misleads:
-the refiner should lean on it less there, and may spend more steps there.
+the refiner should lean on it less there, and may take more steps or begin at more noise there.
 
     flow prior      u = f(z), log p(z) = log N(u; 0, I) + log |det df/dz|; the KL by one sample z ~ q(z|x):
                     KL = log q(z|x) - log p(z), shape (B,). Fitted to detached z first, then with the VAE, then ex post
-    uncertainty     s_vec = logvar of Enc(x_hat), standardised per dimension, (B, d); s = its mean over active
-                    dimensions, standardised, with the sign that makes high mean hard, (B,). A function of z alone, the
-                    same in training and sampling. (q(z|x)'s own variance is a trap: there is no x at sampling, and as
-                    side information about x it voids the likelihood bound; `--uncertainty posterior` shows that.)
+    uncertainty     how large an error to expect of x_hat = Dec(z), from z alone: the same in training and sampling.
+                    s_vec = logvar of Enc(x_hat), standardised per dimension, 0 where inactive, (B, d);
+                    s = w . phi + b, phi = [z, z^2, s_vec], (B,): mean 0 and sd 1 over training images, high is hard
+                    regressed  w from ridge regression of log |x_hat - x0|^2 on phi: learns which z are hard, and how
+                    variance   w averages s_vec over active dimensions, with the sign that makes high hard
+                    posterior  a trap: trained on the logvar of q(z|x) in place of Enc(x_hat)'s. There is no x at
+                               sampling, and side information about x voids the likelihood bound
     conditioning    fixed     x_hat as it is (stage 1)
                     fade      x_hat exp(-max(s, 0) / 2): fades where the VAE is unsure; nothing to learn
-                    film      s_vec enters through the time embedding, and a gate on x_hat; starts as fixed
+                    film      s_vec and s enter through the time embedding, and a gate on x_hat; starts as fixed
                     coupling  an invertible coupling stack on x_hat, driven by s; starts as the identity. Its
                               log-determinant enters no loss: a condition may be any function, a prior must be a density
 
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1 with this stage's evaluation
+        python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
 Expect  about the minutes of stage 1; the strategies share one VAE with the flow, and one for gaussian and gmm. First a
-        verdict whether s carries information at all: if it does not, conditioning on it cannot help.
+        verdict whether s ranks held-out errors at all: if it does not, conditioning on it cannot help.
 """
 
 import argparse
 import dataclasses
+import functools
 import math
 import time
 
@@ -131,46 +136,66 @@ def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
 
-def standardise(logvar, stats):
-    """logvar (B, d) -> s_vec (B, d), s (B,), by the statistics of the training set."""
+def features(z, logvar, stats):
+    """phi = [z, z^2, s_vec], (B, 3d), of z and log-variances (B, d)."""
     s_vec = ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
-    s = s_vec.sum(1) / stats["active"].sum().clamp(min=1)
-    return s_vec, stats["sign"] * (s - stats["s_mean"]) / stats["s_sd"]
+    return torch.cat([z, z**2, s_vec], 1)
 
 
-def uncertainty(vae, x_hat, stats):
-    """s_vec (B, d) and s (B,) of what the VAE makes of its own output: a function of z alone, since x_hat = Dec(z).
-    In float32, as its statistics are: log-variances differ little from image to image."""
+def standardise(z, logvar, stats, kind):
+    """s_vec (B, d) and s (B,) of z and log-variances (B, d): w . phi + b, with the w and b of `kind`."""
+    phi, kind = features(z, logvar, stats), "variance" if kind == "posterior" else kind
+    return phi[:, -z.shape[1] :], (phi * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
+
+
+def uncertainty(vae, z, x_hat, stats, kind):
+    """s_vec (B, d) and s (B,) of z and of what the VAE makes of its own x_hat = Dec(z): a function of z alone. In
+    float32, as its statistics are: log-variances differ little from image to image."""
     with torch.autocast(x_hat.device.type, enabled=False):
-        return standardise(vae.encoder(x_hat)[1], stats)
+        return standardise(z, vae.encoder(x_hat)[1], stats, kind)
 
 
 @torch.no_grad()
-def measure_uncertainty(vae, images, seed, device, batch=500):
-    """The statistics of s over training images: a dictionary of tensors (mean, sd, active (d,); s_mean, s_sd, sign)
-    and what they say: rank `correlation` of s with the true error, `logvar_sd_over_images`, a `verdict`."""
-    gen, mus, logvars, errors = common.generator(seed), [], [], []
-    for chunk in images.split(batch):
-        x0 = to_float(chunk.to(device))
-        mu, logvar = vae.encoder(x0)
-        x_hat = vae.decoder(mu + (0.5 * logvar).exp() * common.randn(mu.shape, gen).to(device))
-        mus.append(mu.cpu())
-        logvars.append(vae.encoder(x_hat)[1].cpu())
-        errors.append(common.squared_error(x_hat, x0).cpu())
-    mu, logvar, error = torch.cat(mus), torch.cat(logvars), torch.cat(errors)
-    stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": common.active_units(mu).float(),
-             "s_mean": torch.zeros(()), "s_sd": torch.ones(()), "sign": torch.ones(())}
-    raw = standardise(logvar, stats)[1]
-    stats |= {"s_mean": raw.mean(), "s_sd": raw.std().clamp(min=1e-6)}
-    correlation, p_value = spearmanr(raw.numpy(), error.numpy()) if float(raw.std()) > 0 else (0.0, 1.0)
-    stats["sign"] = torch.tensor(1.0 if correlation >= 0 else -1.0)
-    silent = abs(correlation) < 0.1 or p_value > 0.05
-    verdict = "s carries no information: conditioning on it cannot help" if silent else "s ranks the error"
-    facts = {"correlation": abs(float(correlation)), "sign": float(stats["sign"]),
-             "active_units": int(stats["active"].sum()), "logvar_mean": float(logvar.mean()),
-             "logvar_sd_over_images": float(stats["sd"][stats["active"] > 0].mean()) if stats["active"].any() else 0.0,
-             "verdict": verdict}
-    return {key: value.to(device) for key, value in stats.items()}, facts
+def round_trip(vae, images, seed, device):
+    """uint8 images there and back again: z ~ q(z|x), mu, logvar and the logvar of Enc(Dec(z)), each (N, d), and the
+    squared error (N,); on the CPU."""
+    z, mu, logvar = common.encode(vae, images, common.generator(seed), device)
+    again, errors = [], []
+    for chunk, part in zip(images.split(500), z.split(500), strict=True):
+        x_hat = vae.decoder(part.to(device))
+        again.append(vae.encoder(x_hat)[1].cpu())
+        errors.append(common.squared_error(x_hat, to_float(chunk.to(device))).cpu())
+    return z, mu, logvar, torch.cat(again), torch.cat(errors)
+
+
+def fit_uncertainty(trip):
+    """What s needs to know of the round trip of training images: mean, sd and active (d,) of s_vec; for either kind
+    weight (3d,) and bias."""
+    z, mu, _, logvar, error = trip
+    active, hard = common.active_units(mu).float(), error.log()
+    stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
+    phi = features(z, logvar, stats)
+    average = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])
+    sign = 1.0 if (phi @ average) @ (hard - hard.mean()) >= 0 else -1.0
+    weights = {"variance": sign * average, "regressed": common.ridge_regression(phi, hard[:, None])[0][:, 0]}
+    for kind, weight in weights.items():
+        raw = phi @ weight
+        sd = raw.std().clamp(min=1e-6)
+        stats |= {f"{kind}_weight": weight / sd, f"{kind}_bias": -raw.mean() / sd}
+    return stats
+
+
+def rank_errors(trip, stats):
+    """Does s rank the errors of held-out images? Of either kind the rank correlation and a verdict."""
+    z, _, _, logvar, error = trip
+    facts = {}
+    for kind in ("variance", "regressed"):
+        s = standardise(z, logvar, stats, kind)[1]
+        correlation, p_value = spearmanr(s, error) if float(s.std()) > 0 else (0.0, 1.0)
+        ranks = correlation >= 0.1 and p_value <= 0.05
+        facts[kind] = {"correlation": float(correlation), "verdict": "s ranks the error" if ranks else
+                       "s carries no information: conditioning on it cannot help"}
+    return facts
 
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------
@@ -210,7 +235,7 @@ class Conditioner(nn.Module):
         super().__init__()
         self.strategy = strategy
         if strategy == "film":
-            self.film, self.gate = common.zero_init(nn.Linear(d, emb_dim)), common.zero_init(nn.Linear(d, 3))
+            self.film, self.gate = (common.zero_init(nn.Linear(d + 1, width)) for width in (emb_dim, 3))
         if strategy == "coupling":
             self.couplings = nn.ModuleList(ImageCoupling(i % 2) for i in range(4))
 
@@ -218,18 +243,18 @@ class Conditioner(nn.Module):
         if self.strategy == "fade":
             return x_hat * torch.exp(-0.5 * s.clamp(min=0))[:, None, None, None], None
         if self.strategy == "film":
-            return x_hat * (1 + torch.tanh(self.gate(s_vec)))[:, :, None, None], self.film(s_vec)
+            told = torch.cat([s_vec, s[:, None]], 1)
+            return x_hat * (1 + torch.tanh(self.gate(told)))[:, :, None, None], self.film(told)
         if self.strategy == "coupling":
             for coupling in self.couplings:
                 x_hat = coupling(x_hat, s)
         return x_hat, None
 
 
-def condition(refiner, x_hat, s_vec, s, diffusion):
-    """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat. The guess, where
-    there is one, is from x_hat itself under every strategy: dimmed, it would be no mean of x0."""
+def condition(refiner, x_hat, s_vec, s):
+    """`denoise(x, t)` with the conditions fixed: Formulation 1 on what the strategy makes of x_hat."""
     seen, extra = refiner["conditioner"](x_hat, s_vec, s)
-    return lambda x, t: diffusion.complete(refiner["unet"](torch.cat([x, seen], 1), t, extra), x, x_hat, t)
+    return lambda x, t: refiner["unet"](torch.cat([x, seen], 1), t, extra)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -278,9 +303,8 @@ def train_vae(folder, train, data, device, resume):
     _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
     flow = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000), vae.flow and vae.flow.state_dict())
     some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
-    stats, facts = measure_uncertainty(vae, data.images[some], train["seed"], device)
-    return training.finish(gmm=gmm, flow=flow.state_dict(), uncertainty={k: v.cpu() for k, v in stats.items()},
-                           uncertainty_facts=facts)
+    stats = fit_uncertainty(round_trip(vae, data.images[some], train["seed"], device))
+    return training.finish(gmm=gmm, flow=flow.state_dict(), uncertainty=stats)
 
 
 def build_refiner(train, d):
@@ -297,24 +321,24 @@ def train_refiner(folder, train, vae_state, data, device, resume):
     vae = common.frozen(build_vae(train), vae_state["vae"], device)
     torch.manual_seed(train["seed"])
     refiner = build_refiner(train, vae.latent_dim)
-    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
-    stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
+    diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
+    stats, kind = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}, train["uncertainty"]
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=refiner)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
-        t = diffusion.draw_t(training.draw(torch.rand), train["t_power"])  # (B,), in 1..T
+        t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..start
         eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
         with common.autocast(device):
             with torch.no_grad():
-                x_hat, _, logvar = vae(x0, z_noise)
+                x_hat, mu, logvar = vae(x0, z_noise)
                 s_vec = s = None
                 if train["conditioning"] != "fixed":
-                    posterior = train["uncertainty"] == "posterior"
-                    s_vec, s = standardise(logvar, stats) if posterior else uncertainty(vae, x_hat, stats)
-            loss = diffusion.simple_loss(condition(refiner, x_hat, s_vec, s, diffusion), x0, t, eps)  # (B,)
+                    z = mu + (0.5 * logvar).exp() * z_noise  # (B, d), x_hat = Dec(z)
+                    s_vec, s = (standardise(z, logvar, stats, kind) if kind == "posterior" else
+                                uncertainty(vae, z, x_hat, stats, kind))
+            loss = diffusion.simple_loss(condition(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(**{key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty",
-                                                              "uncertainty_facts")})
+    return training.finish(**{key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -325,7 +349,7 @@ def load_model(state, device, control=None):
     may change what the refiner is told."""
     train, size = state["train"], state["train"]["image_size"]
     vae = common.frozen(build_vae(train), state["vae"], device)
-    diffusion = common.Diffusion(train["objective"], device=device, residual_sd=train["residual_sd"])
+    diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"]),
               "flow": common.frozen(RealNVP(vae.latent_dim), state["flow"], device)}
     model = common.Model(train.get("conditioning", "vae"), device, (3, size, size), diffusion, vae, priors)
@@ -337,9 +361,9 @@ def load_model(state, device, control=None):
     def denoiser(x_hat, z):
         s_vec = s = None
         if train["conditioning"] != "fixed":  # of z, whatever happened to x_hat
-            s_vec, s = uncertainty(vae, vae.decoder(z), stats)
+            s_vec, s = uncertainty(vae, z, vae.decoder(z), stats, train["uncertainty"])
             s_vec, s = control(s_vec, s) if control else (s_vec, s)
-        return condition(refiner, x_hat, s_vec, s, diffusion)
+        return condition(refiner, x_hat, s_vec, s)
 
     return dataclasses.replace(model, denoiser=denoiser)
 
@@ -347,37 +371,26 @@ def load_model(state, device, control=None):
 # --- What it shows: what adaptivity buys -----------------------------------------------------------------------------
 
 
-def allocate(s, steps):
-    """Steps per image by thirds of s (N,), N a multiple of 3: n/2 for the surest, n, 3n/2 for the least sure, so that
-    their mean is n. Returns three (indices, steps)."""
-    return list(zip(s.argsort().tensor_split(3), (steps // 2, steps, 2 * steps - steps // 2), strict=True))
-
-
-def constant(s_vec, s):
-    """Control: every image is told the uncertainty of the batch's median image."""
-    middle = s.argsort()[len(s) // 2]
-    return s_vec[middle].expand_as(s_vec), s[middle].expand_as(s)
-
-
-CONTROLS = {
-    "true": None,
+CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: another image's, the median image's, zeros
     "shuffled": lambda s_vec, s: (s_vec.roll(1, 0), s.roll(1, 0)),
-    "constant": constant,
+    "constant": lambda s_vec, s: tuple(x[s.argsort()[len(s) // 2]].expand_as(x) for x in (s_vec, s)),
     "zero": lambda s_vec, s: (torch.zeros_like(s_vec), torch.zeros_like(s)),
 }
 
 
 @torch.no_grad()
-def held_out(model, stats, images, steps, seed, batch=100):
-    """Refine the reconstructions of held-out images: uint8 x_hat and refined (CPU), and s (N,)."""
-    parts = []
-    for i, chunk in enumerate(images.split(batch)):
-        z = model.vae.encoder(to_float(chunk.to(model.device)))[0]
-        x_hat = model.vae.decoder(z)
-        refined = common.refine(model, x_hat, z, common.generator(80_000 + 1000 * seed + i), "dpm", steps)
-        s = uncertainty(model.vae, x_hat, stats)[1]
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), s.cpu()))
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
+def refine_all(model, measure, z, steps, seed, start=None):
+    """Refine Dec(z) for z (N, d), from the model's own start or another: x_hat and refined, uint8, and s (N,), on the
+    CPU, and seconds per image, those of s included. With one seed image k has the same noise in every call."""
+    if start:  # a denoiser does not know where the process began
+        diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
+        model = dataclasses.replace(model, diffusion=diffusion)
+    parts, clock = [], time.time()
+    for i, part in enumerate(z.to(model.device).split(100)):
+        x_hat = model.vae.decoder(part)
+        refined = common.refine(model, x_hat, part, common.generator(seed + i), "dpm", steps)
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), measure(part, x_hat)[1].cpu()))
+    return *(torch.cat(part) for part in zip(*parts, strict=True)), (time.time() - clock) / len(z)
 
 
 def against(images, real, setup):
@@ -390,56 +403,58 @@ def against(images, real, setup):
 
 
 def adaptivity(folder, state, model, setup):
-    """Terciles of s, controls, consistency over refiner seeds, adaptive steps; writes uncertainty.png."""
-    steps, seed = setup.evaluation["probe_steps"], setup.train["seed"]
-    real, table = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)], {}
+    """Terciles of s, controls, consistency over refiner seeds, adaptive refinement; writes uncertainty.png."""
+    steps, seed = setup.evaluation["probe_steps"], 80_000 + 1000 * setup.train["seed"]
+    real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
-    x_hat, refined, s = held_out(model, stats, real, steps, seed)
-    again = [held_out(model, stats, real, steps, other)[1] for other in (seed + 1, seed + 2)]
-    features = torch.stack([fid.extract(setup.extractor, x)[0] for x in (refined, *again)])  # (3, N, f)
-    known = fid.extract(setup.extractor, real)[0]  # (N, f)
+    measure = functools.partial(uncertainty, model.vae, stats=stats, kind=state["train"]["uncertainty"])
+    mu = common.encode(model.vae, real, common.generator(seed), model.device)[1]
+    x_hat, refined, s, _ = refine_all(model, measure, mu, steps, seed)
+    again = [refine_all(model, measure, mu, steps, seed + more)[1] for more in (1000, 2000)]
+    known, *features = (fid.extract(setup.extractor, x)[0] for x in (real, refined, *again))  # each (N, f)
+    features = torch.stack(features)  # (3, N, f)
     wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart
     error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
-    table["error_by_uncertainty"] = [{"s": float(s[i].mean()), "sse": float(error[i].mean())}
-                                     for i in s.argsort().tensor_split(min(10, len(s)))]
-    thirds = s.argsort().tensor_split(3)
-    table["terciles"] = {name: {"vae": against(x_hat[i], known[i], setup),
-                                "refined": against(refined[i], known[i], setup),
-                                "consistency": float(wander[i].mean())}
-                         for name, i in zip(("sure", "middle", "unsure"), thirds, strict=True)}
-    shown = torch.cat([i[:: max(1, len(i) // 4)][:4] for i in thirds])  # twelve images, from the surest on
+    thirds = dict(zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True))
+    terciles = {name: {"sse": float(error[i].mean()), "vae": against(x_hat[i], known[i], setup),
+                       "refined": against(refined[i], known[i], setup), "consistency": float(wander[i].mean())}
+                for name, i in thirds.items()}
+    shown = torch.cat([i[:: max(1, len(i) // 4)][:4] for i in thirds.values()])  # twelve images, from the surest on
     common.save_grid(folder / "uncertainty.png", {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]})
-    table["controls"] = {}
+    controls = {"true": against(refined, known, setup)}
     for name, control in CONTROLS.items():
         told = dataclasses.replace(load_model(state, model.device, control), temperature=model.temperature)
-        images = held_out(told, stats, real, steps, seed)[1] if control else refined
-        table["controls"][name] = against(images, known, setup)
-    return table | {"adaptive_steps": adaptive_steps(model, stats, setup)}
+        controls[name] = against(refine_all(told, measure, mu, steps, seed)[1], known, setup)
+    return {"terciles": terciles, "controls": controls,
+            "adaptive_refinement": adaptive_refinement(model, measure, setup)}
 
 
-@torch.no_grad()
-def adaptive_steps(model, stats, setup):
-    """The same z and x_T refined with n steps for all, and with n/2, n, 3n/2 by thirds of s: scores and seconds."""
-    count, n = 3 * (setup.evaluation["grid_count"] // 3), setup.evaluation["probe_steps"]
-    gen = common.generator(85_000 + setup.train["seed"])
-    z = model.priors[setup.evaluation["prior"]].sample(count, gen).to(model.device)
-    x_T = model.temperature * common.randn((count, *model.shape), gen).to(model.device)
-    result = {"mean_steps": n}
-    for name in ("even", "adaptive"):
-        images, clock = torch.empty(x_T.shape, dtype=torch.uint8), time.time()
-        order = [(torch.arange(count), n)]
-        if name == "adaptive":
-            s = [uncertainty(model.vae, model.vae.decoder(part), stats)[1].cpu() for part in z.split(100)]
-            order = allocate(torch.cat(s), n)
-        for index, steps in order:
-            for part in index.split(100):
-                with common.autocast(model.device):
-                    denoise = model.denoiser(model.vae.decoder(z[part]), z[part])
-                    x = common.sample(model.diffusion, denoise, x_T[part], "dpm", steps)
-                images[part] = to_uint8(x).cpu()
-        seconds = (time.time() - clock) / count
-        score = fid.scores(setup.extractor, images, setup.reference)[setup.fd]
-        result[name] = {setup.fd: score, "seconds_per_image": seconds}
+def allocate(s, n, start):
+    """Ways to refine N images (a multiple of 3) in n steps each on average, by thirds of s (N,) from the surest on: in
+    more or fewer steps, or from more or less noise (only the least sure from `start`, the most that networks know).
+    `shuffled`, a control, goes by another image's s. {name: three (indices, steps, start)}."""
+    few, low, middle, other = n // 2, start // 2, 3 * start // 4, s.roll(1)
+    steps, starts = [(few, start), (n, start), (2 * n - few, start)], [(n, low), (n, middle), (n, start)]
+    return {name: [(index, *third) for index, third in zip(by.argsort().tensor_split(3), thirds, strict=True)]
+            for name, by, thirds in (("even", s, [(n, start)] * 3), ("even_middle_start", s, [(n, middle)] * 3),
+                                     ("adaptive_steps", s, steps), ("shuffled_steps", other, steps),
+                                     ("adaptive_start", s, starts), ("shuffled_start", other, starts))}
+
+
+def adaptive_refinement(model, measure, setup):
+    """The same z and noise refined in every way of `allocate`: scores and seconds per image. Every image is refined in
+    every third's way, and the ways pick: so its noise is the same in all."""
+    count, n, seed = 3 * (setup.evaluation["grid_count"] // 3), setup.evaluation["probe_steps"], setup.train["seed"]
+    z = model.priors[setup.evaluation["prior"]].sample(count, common.generator(85_000 + seed))
+    refined = functools.cache(lambda n, start: refine_all(model, measure, z, n, 86_000 + 1000 * seed, start))
+    result, start = {"mean_steps": n}, model.diffusion.start
+    for name, thirds in allocate(refined(n, start)[2], n, start).items():
+        images, seconds = torch.empty_like(refined(n, start)[1]), 0.0
+        for index, *third in thirds:
+            images[index] = refined(*third)[1][index]
+            seconds += refined(*third)[3] / 3
+        result[name] = {setup.fd: fid.scores(setup.extractor, images, setup.reference)[setup.fd],
+                        "hf_energy": common.hf_energy(images, setup.test.images), "seconds_per_image": seconds}
     return result
 
 
@@ -454,21 +469,17 @@ def steps_to_quality(rows, fd):
     return result
 
 
-@torch.no_grad()
-def held_out_elbo(model, images, seed):
-    """Negative ELBO (up to the constant of a Gaussian decoder of variance 1/2, beta = 1) on held-out images, with the
-    KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one; and each prior's log density
-    of z ~ q(z|x): scores with a 95% interval over images."""
-    gen, parts = common.generator(75_000 + seed), []
-    for chunk in images.split(500):
-        x0 = to_float(chunk.to(model.device))
-        mu, logvar = model.vae.encoder(x0)
-        z = mu + (0.5 * logvar).exp() * common.randn(mu.shape, gen).to(model.device)
-        sse = common.squared_error(model.vae.decoder(z), x0)
-        kl = flow_kl(z, mu, logvar, model.priors["flow"]) if model.vae.flow else common.gaussian_kl(mu, logvar)
-        densities = {f"log_density_{name}": p.log_prob(z.cpu()).cpu().float() for name, p in model.priors.items()}
-        parts.append({"negative_elbo": (sse + kl).cpu(), "sse": sse.cpu(), "kl": kl.cpu()} | densities)
-    return {name: common.mean_score(torch.cat([part[name] for part in parts])) for name in parts[0]}
+def held_out_elbo(trip, model):
+    """Of the round trip of held-out images the negative ELBO (up to the constant of a Gaussian decoder of variance 1/2,
+    beta = 1), with the KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one; and each
+    prior's log density of z ~ q(z|x): scores with a 95% interval over images."""
+    z, mu, logvar, _, sse = trip
+    densities = {f"log_density_{name}": prior.log_prob(z).cpu().float() for name, prior in model.priors.items()}
+    kl = common.gaussian_kl(mu, logvar)
+    if model.vae.flow:
+        kl = gaussian_log_prob(z, mu, logvar) - densities["log_density_flow"]
+    return {name: common.mean_score(values) for name, values in
+            ({"negative_elbo": sse + kl, "sse": sse, "kl": kl} | densities).items()}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -478,11 +489,11 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description="Stage 3: flow prior and adaptive conditioning")
     common.add_flags(parser, "gaussian", "gmm", "flow")
     parser.add_argument("--conditioning", choices=STRATEGIES, default="film", help="how the refiner sees x_hat")
-    parser.add_argument("--uncertainty", choices=("variance", "posterior"), default="variance",
-                        help="posterior: the naive choice in training, to see why not")
+    parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
+                        help="where s comes from; posterior: the naive choice in training, to see why not")
     args = parser.parse_args(argv)
-    if args.uncertainty == "posterior" and args.conditioning == "fixed":
-        common.fail("--uncertainty posterior: --conditioning fixed uses no uncertainty; choose another")
+    if args.uncertainty != "regressed" and args.conditioning == "fixed":
+        common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
     return args
 
 
@@ -511,31 +522,35 @@ def main(argv=None):
     if len(setup.test.images) < 6:
         common.fail(f"--data-dir {args.data_dir}: {len(setup.test.images)} held-out images; thirds need at least 6")
     vae_train = {key: value for key, value in train.items() if key not in ("conditioning", "uncertainty")}
-    name = f"stage3-{args.prior}-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
+    name = f"stage3-{args.prior}-{args.conditioning}" + (
+        "" if args.uncertainty == "regressed" else f"-{args.uncertainty}")
     vae_folder, folder = (setup.home / f"{part}-s{args.seed}" for part in (f"stage3-vae-{train['vae_prior']}", name))
     vae_state = train_vae(vae_folder, vae_train, data, device, args.resume)
-    print("uncertainty: log-variances vary by {logvar_sd_over_images:.3g} over images (mean {logvar_mean:.3g}), rank "
-          "correlation with the squared error {correlation:.3f} (sign {sign:+.0f}): {verdict}".format(
-              **vae_state["uncertainty_facts"]))
-    state = train_refiner(folder, train, vae_state, data, device, args.resume)
 
     def of_vae(model, rows):
-        return {"uncertainty": vae_state["uncertainty_facts"],
-                "elbo": held_out_elbo(model, setup.test.images, args.seed)}
+        trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
+        return {"uncertainty": rank_errors(trip, vae_state["uncertainty"]), "elbo": held_out_elbo(trip, model)}
+
+    vae_setup = dataclasses.replace(setup, evaluation=setup.evaluation | {"prior": train["vae_prior"]})
+    vae_metrics = common.evaluate(vae_folder, vae_setup, vae_state, load_model(vae_state, device),
+                                  network_cost(vae_train), of_vae)
+    ranks = vae_metrics["tables"]["uncertainty"]
+    for kind, facts in ranks.items():
+        print(f"uncertainty, {kind}: rank correlation with held-out squared errors {facts['correlation']:.3f}: "
+              f"{facts['verdict']}")
+    state = train_refiner(folder, train, vae_state, data, device, args.resume)
 
     def of_refiner(model, rows):
-        tables = {"uncertainty": state["uncertainty_facts"] | adaptivity(folder, state, model, setup),
+        tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup),
                   "steps_to_quality": steps_to_quality(rows[len(model.priors) :], setup.fd)}
         if args.uncertainty == "posterior":
             tables["bits_per_dim"] = None  # trained with side information about x: no bound
         return tables
 
-    vae_setup = dataclasses.replace(setup, evaluation=setup.evaluation | {"prior": train["vae_prior"]})
-    finished = {vae_folder: common.evaluate(vae_folder, vae_setup, vae_state, load_model(vae_state, device),
-                                            network_cost(vae_train), of_vae),
-                folder: common.evaluate(folder, setup, state, load_model(state, device), network_cost(train),
-                                        of_refiner)}
-    common.print_results(finished, setup)
+    model = load_model(state, device)
+    metrics = common.evaluate(folder, setup, state, model, network_cost(train), of_refiner)
+    common.export(args, folder, state, model, setup.evaluation)
+    common.print_results({vae_folder: vae_metrics, folder: metrics}, setup)
 
 
 if __name__ == "__main__":

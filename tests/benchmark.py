@@ -161,7 +161,8 @@ def overheads(train, seconds):
         training = common.Training(folder, None, train | {"seed": 0}, CPU, images, True, unet=net)
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
-        training.optimizers["unet"].step()  # makes its state, which a checkpoint holds
+        for optimizer in training.optimizers.values():
+            optimizer.step()  # makes its state, which a checkpoint holds
         training.started, rows = time.time(), train["steps"] // train["every"]
         training.log = [{"step": i, "v_mse": 0.1} for i in range(rows // 2)]  # as long as it is on average
         parts = in_turn({"feed": training.batch, "log": training.write_log, "save": training.checkpoint,
@@ -202,24 +203,25 @@ TRAIN_STEPS = """
 import dataclasses, sys, tempfile, time
 from pathlib import Path
 import torch, common, stage1_baseline as stage1
-from torch.optim.optimizer import register_optimizer_step_post_hook
 common.keep_freed_memory()
 train = {"dataset": "shapes", "image_size": 32, "budget": "cpu", "seed": 0} | common.budget("cpu", "shapes", 32)[0]
 train |= {"steps": int(sys.argv[1]), "components": 2}
 data, device, started = common.load_images("shapes", "train"), torch.device("cpu"), [0.0]
 data = dataclasses.replace(data, images=data.images[:1000])
+step = common.Training.step
 
-def wait_for_turn(*_):
+def wait_for_turn(*args):
+    step(*args)
     print(time.process_time() - started[0], flush=True)
     sys.stdin.readline()
     started[0] = time.process_time()
 
-register_optimizer_step_post_hook(wait_for_turn)
+common.Training.step = wait_for_turn
 sys.stdin.readline()
 with tempfile.TemporaryDirectory() as folder:
     vae = stage1.train_vae(Path(folder) / "vae", train, data, device, False)
     stage1.train_refiner(Path(folder) / "refiner", "form1", train, vae, data, device, False)
-"""  # stage 1's own loops at the `cpu` budget on shapes, stopped after every optimiser step
+"""  # stage 1's own loops at the `cpu` budget on shapes, stopped after every step
 
 
 def against(other, steps=240):

@@ -41,6 +41,7 @@ def test_scaling_is_undone_before_decoding(tmp_path):
     data = images_of(60)
     state = both(tmp_path, tiny(), data)[1]
     model, ae, _ = bonus.load_model(state, CPU)
+    assert model.diffusion.start == 1000  # no x_hat to begin about
     with torch.no_grad():
         mu, _ = ae.encode(common.to_float(data.images[:5]))
         scaled = bonus.scale(mu, state["scale"])

@@ -1,6 +1,7 @@
 """The commands of the four stages: a smoke run of each, what it writes and prints, what it refuses, what it reuses."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -23,11 +24,12 @@ from test_training import COMMANDS, SMOKE
 import bonus_latent as bonus
 import common
 import fid
+import final_evaluation as final
 import stage1_baseline as stage1
 
 FLAGS = {"stage1": ["--variant", "all"], "stage2": [], "stage3": [], "bonus": []}
 BASE = {"samples", "ranked", "training"}
-VAE, REFINER = BASE | {"robustness", "reconstructions"}, BASE | {"steps", "temperature"}
+VAE, REFINER = BASE | {"robustness", "reconstructions"}, BASE | {"steps"}
 FIGURES = {  # of every variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": REFINER | {"spacing"}, "stage1-form1": VAE | REFINER | {"spacing"},
                "stage1-form2": VAE | REFINER | {"spacing"}},
@@ -291,12 +293,215 @@ def test_bonus_savings(smoke, tmp_path, monkeypatch, capsys):
     assert again["savings"]["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
 
 
+# --- Exported samples ------------------------------------------------------------------------------------------------
+
+
+def read(folder, count):
+    """The first `count` exported images: uint8 (count, 3, H, W)."""
+    return torch.stack([torch.tensor(common.decode_file(folder / f"{k:05}.png", 32, "none")).permute(2, 0, 1)
+                        for k in range(count)])
+
+
+def content(folder):
+    """{path: bytes} of the files below."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@every_stage
+def test_exported_images_score_what_the_headline_says(name, smoke, tmp_path, monkeypatch, capsys):
+    """As many as were scored: `python fid.py` on their folder gives the row of metrics.json, and the row of before
+    refinement on that of the VAE's. Nothing is trained or evaluated again; every variant's but stage 3's VAE."""
+    enter(monkeypatch, copy_of(smoke(name)[0], tmp_path))
+    monkeypatch.setattr(common, "Training", refuse)
+    monkeypatch.setattr(common, "measure_samples", refuse)
+    COMMANDS[name]([*SMOKE, *FLAGS[name], "--export", "16"])
+    printed, places = capsys.readouterr().out, set()
+    for variant in FIGURES[name].keys() - {"stage3-vae-flow"}:
+        metrics, folder = load(tmp_path, variant), Path("runs") / "shapes-smoke" / f"{variant}-s0"
+        expected = {"samples": metrics["rows"][0], "samples-vae": metrics["tables"].get("before_refinement")}
+        for place, row in expected.items():
+            if row:
+                files = [path.name for path in fid.find_images(folder / place)]
+                assert files == [f"{k:05}.png" for k in range(16)] and f"{folder / place}\n" in printed
+                fid.main(["shapes", str(folder / place), "--json"])
+                scores = json.loads(capsys.readouterr().out)["scores"]
+                for score in ("fd_local", "kid_local", "precision_local", "recall_local", "diversity_local"):
+                    assert scores[score]["value"] == pytest.approx(row[score]["value"], rel=1e-4, abs=1e-6)
+                assert common.hf_energy(read(folder / place, 16), common.load_images("shapes", "test").images)[
+                    "value"] == pytest.approx(row["hf_energy"]["value"])
+                places.add(folder / place)
+    assert set(Path("runs").rglob("samples*/")) - set(Path("runs").rglob("*.png")) == places
+
+
+@pytest.fixture
+def exported(smoke, tmp_path, monkeypatch):
+    """export(count, **changes): a run's export of form1 into tmp_path, with other settings or another `state`; and the
+    images that it must write: uint8 (count, 3, 32, 32), refined and the VAE's."""
+    run = smoke("stage1")[0] / "runs" / "shapes-smoke" / "stage1-form1-s0"
+    state = common.load_checkpoint(run / "checkpoint.pt")
+    evaluation = json.loads((run / "metrics.json").read_text())["run"]["eval"]
+    model = stage1.load_model(state, "form1", torch.device("cpu"))
+
+    def export(count, seconds=0, **changes):
+        args = SimpleNamespace(export=count, seed=0)
+        common.export(args, tmp_path, state | {"seconds": state["seconds"] + seconds}, model, evaluation | changes)
+
+    cool = dataclasses.replace(model, temperature=evaluation["temperature"])
+    x_hat, images, _ = common.generate(cool, 100, "gmm", "dpm", 4, 0, 16)
+    return export, images, x_hat
+
+
+def test_exported_images_are_the_first_generated(exported, tmp_path):
+    """To the bit; 30, then 100, is 100: the same bytes."""
+    export, images, x_hat = exported
+    export(30)
+    for place, expected in (("samples", images), ("samples-vae", x_hat)):
+        assert len(fid.find_images(tmp_path / place)) == 30 and torch.equal(read(tmp_path / place, 30), expected[:30])
+    export(100)
+    grown = content(tmp_path)
+    assert torch.equal(read(tmp_path / "samples", 100), images)
+    shutil.rmtree(tmp_path / "samples"), shutil.rmtree(tmp_path / "samples-vae")
+    export(100)
+    assert content(tmp_path) == grown and len(grown) == 2 * 101
+
+
+def test_a_killed_export_goes_on(exported, tmp_path, monkeypatch):
+    """Only batches with missing files are drawn again; one that was killed while it wrote leaves no half image."""
+    export, generate, drawn = exported[0], common.generate, []
+    export(100)
+    whole = content(tmp_path)
+    for path in ("samples/00020.png", "samples-vae/00047.png", "samples/00099.png"):
+        (tmp_path / path).unlink()
+    monkeypatch.setattr(common, "generate", lambda *args, first: drawn.append(first) or generate(*args, first=first))
+    for batches in ([16, 32, 96], []):
+        export(100)
+        assert drawn == batches and content(tmp_path) == whole
+        drawn.clear()
+    shutil.rmtree(tmp_path / "samples")
+    replace, written = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *args: replace(*args) if written.append(1) or len(written) < 40
+                        else os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        export(100)
+    monkeypatch.setattr(os, "replace", replace)
+    assert whole.items() > content(tmp_path).items()
+    export(100)
+    assert content(tmp_path) == whole
+
+
+def test_samples_of_other_settings_are_refused(exported, tmp_path, capsys):
+    """Another sampler, steps, prior, temperature, batch, training: one line that names what was drawn; no file changes.
+    Where refined ones were removed the VAE's are looked at as well."""
+    export = exported[0]
+    export(16)
+    before = content(tmp_path)
+    for change in ({"sampler": "ddim"}, {"sample_steps": 3}, {"prior": "gaussian"}, {"temperature": 1.0}, {"batch": 8},
+                   {"seconds": 1.0}):
+        expect_error(capsys, lambda change=change: export(16, **change), "samples holds other", '"sampler": "dpm"')
+    assert content(tmp_path) == before
+    shutil.rmtree(tmp_path / "samples")
+    expect_error(capsys, lambda: export(16, sampler="ddim"), "samples-vae holds other samples")
+
+
+# --- Weights that come with the project -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained(smoke, tmp_path, monkeypatch):
+    """The weights that --collect keeps of a smoke run which says that it had the cpu budget: their path. Commands run
+    in an empty folder; nothing may be trained, no data and no feature network be loaded."""
+    run = tmp_path / "run"
+    shutil.copytree(smoke("stage1")[0] / "runs" / "shapes-smoke" / "stage1-form1-s0", run)
+    text = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(text.replace('"budget": "smoke"', '"budget": "cpu"'))
+    final.main(["--collect", str(run), "--results", str(tmp_path / "results")])
+    monkeypatch.setattr(stage1, "PRETRAINED", tmp_path / "results")
+    for module, name in ((common, "Training"), (common, "load_images"), (fid, "load_extractor")):
+        monkeypatch.setattr(module, name, refuse)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    return next((tmp_path / "results" / "shapes").glob("form1-????????.pt"))
+
+
+def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, capsys):
+    """Within a few grey levels, for half precision; 64 images unless --export says how many; samples.png of them; the
+    paths are printed, and nothing else is written. Other settings are drawn elsewhere, or refused."""
+    stage1.main(["--pretrained", "--device", "cpu"])
+    home = Path("runs") / "shapes-pretrained"
+    assert capsys.readouterr().out.split() == [str(home / name) for name in ("samples", "samples-vae", "samples.png")]
+    state = common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    model = stage1.load_model(state, "form1", torch.device("cpu"))
+    x_hat, images, _ = common.generate(model, 64, "gmm", "dpm", 10, 0, 100)
+    for place, expected in (("samples", images), ("samples-vae", x_hat)):
+        ours = read(home / place, 64)
+        assert 0 < (ours.int() - expected.int()).abs().max() <= 3 and len(list((home / place).iterdir())) == 65
+    with Image.open(home / "samples.png") as picture:
+        assert picture.height == 6 * 98
+    assert [*Path().iterdir()] == [Path("runs")] and len([*Path("runs").rglob("*")]) == 4 + 2 * 65
+    expect_error(capsys, lambda: stage1.main(["--pretrained", "--sampler", "ddim"]), "samples holds other samples")
+    flags = "--sampler ddim --sample-steps 3 --prior gaussian --temperature 0.5 --seed 3 --export 5 --out other"
+    stage1.main(["--pretrained", "--device", "cpu", *flags.split()])
+    cool = dataclasses.replace(model, temperature=0.5)
+    expected = common.generate(cool, 5, "gaussian", "ddim", 3, 3, 100)[1]
+    assert (read(Path("other/shapes-pretrained/samples"), 5).int() - expected.int()).abs().max() <= 3
+
+
+def test_pretrained_refuses(pretrained, capsys):
+    """One line each: a damaged file, another or no file for the data set, other variants and budgets, no images."""
+    for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-<hash8>.pt"]),
+                         ("--export 0", ["--export 0"]),
+                         ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
+                         ("--variant uncond", ["--variant uncond", "form1"]), ("--variant all", ["--variant", "form1"]),
+                         ("--budget gpu", ["--budget gpu", "cpu"])):
+        expect_error(capsys, lambda flags=flags: stage1.main(["--pretrained", *flags.split()]), *words)
+    data = pretrained.read_bytes()
+    pretrained.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    expect_error(capsys, lambda: stage1.main(["--pretrained"]), "--pretrained", pretrained.name, "sha256")
+    shutil.copy(pretrained, pretrained.with_name("form1-00000000.pt"))
+    expect_error(capsys, lambda: stage1.main(["--pretrained"]), "2 files")
+    assert not any(Path().iterdir())
+
+
+def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
+    """The same run gives the same file; another takes its place; of other budgets, seeds and variants none are kept."""
+    argv = ["--collect", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+    final.main(argv)
+    assert [*pretrained.parent.glob("*.pt")] == [pretrained]
+    state = common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    state["unet"]["out.bias"] += 1
+    common.save_checkpoint(tmp_path / "run" / "checkpoint.pt", state)
+    final.main(argv)
+    assert len([*pretrained.parent.glob("*.pt")]) == 1 and not pretrained.exists()
+    runs = map(str, (smoke("stage1")[0] / "runs" / "shapes-smoke").iterdir())
+    final.main(["--collect", *runs, "--results", str(tmp_path / "none")])
+    assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 4
+
+
+@pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
+def test_weights_are_small(dataset, size, tmp_path):
+    """At most 6 MB: what a run of the cpu budget would leave, and what is committed."""
+    train = common.budget("cpu", dataset, size)[0]
+    d, k = train["encoder"][-1][1], train["components"]
+    mixture = {"weights": torch.ones(k).double(), "means": torch.zeros(k, d).double(),
+               "factors": torch.zeros(k, d, d).double()}
+    state = {"train": train, "finished": True, "seconds": 1.0, "vae": common.build_vae(train).state_dict(),
+             "unet": stage1.build_unet(train, "form1").state_dict(), "gmm": mixture}
+    common.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    final.keep_weights(tmp_path / "checkpoint.pt", tmp_path)
+    committed = fid.find_hashed(stage1.PRETRAINED / dataset, "form1")
+    assert len(committed) <= 1 and all(p.stat().st_size <= 6e6 for p in tmp_path.glob("form1-*.pt"))
+    for path in committed:
+        assert path.stat().st_size <= 6e6 and {"train", "seconds", "vae", "unet", "gmm"} == set(
+            fid.load_hashed(path, "", ""))
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name,flags,words", [
     *(("stage1", flags, [flags]) for flags in (
         "--steps 0", "--batch-size -1", "--seed -1", "--sample-steps 1001", "--eval-samples 3", "--temperature -0.5",
+        "--export 0", "--export 1000001",
         "--device cuda:99", "--device toaster")),
     ("stage2", "--diffusion-weight -1", ["--diffusion-weight -1"]),
     *((name, flags, flags.split()) for name, flags in (

@@ -16,7 +16,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from helpers import expect_error, same
+from helpers import draw_all, expect_error, same
 from PIL import Image
 
 import fid
@@ -643,10 +643,13 @@ def test_committed_extractors_keep_their_promises(name):
     assert report["classes"] == extractor.classes == {"cifar10": 10, "celeba64": 20}.get(name, extractor.classes)
     if name == "cifar10":
         assert report["accuracy"] >= 0.86 and "JPEG" in report["note"]
+    if name == "shapes":  # every class can be told, and the network was trained on these
+        images, labels, _ = draw_all(300, seed=3)
+        found = fid.extract(extractor, images)[1].argmax(1)
+        assert report["accuracy"] >= 0.99 and (found == labels).float().mean() >= 0.99
     rising = lambda steps: all(a < b for a, b in zip(steps, steps[1:], strict=False))  # noqa: E731
-    least, *noise, most = report["noise"].values()  # at 0.02, 0.05, 0.1, 0.2, 0.4
-    assert rising([report["floor"], least, *noise]) and rising([report["floor"], *report["blur"].values()])
-    assert most > noise[-1] or name == "shapes" and most > 0.9 * noise[-1]  # saturated: nothing is left of the image
+    assert rising([report["floor"], *report["noise"].values()])  # at 0.02, 0.05, 0.1, 0.2, 0.4
+    assert rising([report["floor"], *report["blur"].values()])
     assert report["half_the_classes"] >= 5 * report["floor"]
     assert report["fifty_images_repeated_recall"] < 0.1 < report["real_recall"]
 

@@ -285,5 +285,5 @@ def test_pictures():
     committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
     assert shown == committed
     assert sum((final.ROOT / path).stat().st_size for path in committed) < 6e6
-    real = re.compile(rf"results/(?!shapes/).*({'|'.join(final.PRIVATE)})\.png")
+    real = re.compile(rf"results/(?!shapes).*({'|'.join(final.PRIVATE)})\.png")
     assert not any(map(real.fullmatch, committed))

@@ -59,59 +59,29 @@ def test_the_input_is_the_only_difference():
     unet = lambda x, time: seen.append((x, time)) or x[:, :3] * 2  # noqa: E731
     for variant, shown in (("uncond", y), ("form1", torch.cat([y, x_hat], 1)),
                            ("form2", torch.cat([y + x_hat, x_hat], 1))):
-        out = stage1.condition(unet, x_hat, variant, common.Diffusion())(y, t)
+        out = stage1.condition(unet, x_hat, variant)(y, t)
         x, time = seen.pop()
         assert torch.equal(x, shown) and torch.equal(time, t) and torch.equal(out, shown[:, :3] * 2)
 
 
-@pytest.mark.parametrize("objective", ["eps", "v"])
-def test_guess_is_the_regression_on_x_t(objective):
-    """Of x0 ~ N(x_hat, sd^2) the target less the guess has mean 0, sd guess_sd and no correlation with x_t: nothing
-    linear is left to predict. Monte Carlo of 100,000 draws at each of six times; 5 standard errors are 0.016."""
-    diffusion, gen, sd = common.Diffusion(objective, residual_sd=0.2), common.generator(0), 0.2
-    x_hat = torch.full((6, 1, 1, 100_000), 0.4)
-    x0 = x_hat + sd * common.randn(x_hat.shape, gen)
-    t, eps = torch.tensor([1, 20, 100, 300, 700, 1000]), common.randn(x0.shape, gen)
-    xt = diffusion.q_sample(x0, t, eps)
-    left = ((diffusion.target(x0, t, eps) - diffusion.guess(xt, x_hat, t)) / diffusion.guess_sd(t)).flatten(1)
-    noise = (xt.flatten(1) - xt.flatten(1).mean(1, keepdim=True)) / xt.flatten(1).std(1, keepdim=True)
-    assert left.mean(1).abs().max() < 0.016 and (left.std(1) - 1).abs().max() < 0.016
-    assert (left * noise).mean(1).abs().max() < 0.016
-
-
-@pytest.mark.parametrize("variant", ["form1", "form2"])
-@pytest.mark.parametrize("objective", ["eps", "v"])
-def test_a_silent_network_samples_the_guess(variant, objective):
-    """Where the U-Net says 0, the guess is the exact denoiser of N(x_hat, sd^2), and DDIM on all steps draws from it;
-    the loss on such data is 1."""
-    diffusion, gen = common.Diffusion(objective, residual_sd=0.2), common.generator(0)
-    x_hat = torch.tensor([-0.5, 0.1, 0.3])[:, None, None, None].expand(3, 3, 60, 60)
-    denoise = stage1.condition(lambda x, t: torch.zeros_like(x[:, :3]), x_hat, variant, diffusion)
-    x = common.sample(diffusion, denoise, common.randn(x_hat.shape, gen), "ddim", 1000, clamp=False)
-    rest = (x - x_hat).flatten(1)
-    assert rest.mean(1).abs().max() < 0.01 and (rest.std(1) / 0.2 - 1).abs().max() < 0.02
-    x0 = x_hat + 0.2 * common.randn(x_hat.shape, gen)
-    loss = diffusion.simple_loss(denoise, x0, torch.tensor([5, 100, 900]), common.randn(x0.shape, gen))
-    assert loss == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("sampler,steps", [("ddpm", 1000), ("ddpm", 20), ("ddim", 15)])
-def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps):
-    """The published Formulation 2, written out in x_t = y_t + x_hat: x_T = x_hat + noise,
-    x0 = (x_t - x_hat - sqrt(1 - A_t) eps) / sqrt(A_t) clamped, and x_hat subtracted at the end, must give what
-    `condition(..., "form2")` and the plain process in y give. DDPM: posterior mean c1 x0 + c2 x_t + (1 - c2) x_hat,
-    variance beta on all steps, else beta_tilde; DDIM: sqrt(A_s) x0 + sqrt(1 - A_s) eps + x_hat."""
+@pytest.mark.parametrize("sampler,steps,start", [("ddpm", 1000, 1000), ("ddpm", 20, 1000), ("ddim", 15, 1000),
+                                                 ("ddim", 15, 300)])
+def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
+    """The published Formulation 2, written out in x_t = y_t + x_hat: x_T = x_hat + noise (earlier: x_hat + sqrt(A)
+    x_hat + sqrt(1 - A) noise), x0 = (x_t - x_hat - sqrt(1 - A_t) eps) / sqrt(A_t) clamped, and x_hat subtracted at the
+    end, must give what `condition(..., "form2")` and the plain process in y give. DDPM: posterior mean c1 x0 + c2 x_t +
+    (1 - c2) x_hat, variance beta on all steps, else beta_tilde; DDIM: sqrt(A_s) x0 + sqrt(1 - A_s) eps + x_hat."""
     torch.manual_seed(0)
     unet = nn.Conv2d(6, 3, 3, padding=1).double()
     predict = lambda x, t: unet(x) * torch.cos(t / 300.0)[:, None, None, None]  # noqa: E731 - a random eps-network
-    diffusion, gen = common.Diffusion("eps"), common.generator(0)
+    diffusion, gen = common.Diffusion("eps", start=start), common.generator(0)
     diffusion.signal, diffusion.noise = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()  # in float64
-    x_hat, x_T = (common.randn((2, 3, 5, 5), gen).double() for _ in range(2))
-    denoise = stage1.condition(predict, x_hat, "form2", diffusion)
-    y = common.sample(diffusion, denoise, x_T, sampler, steps, common.generator(1))
+    x_hat, first = (common.randn((2, 3, 5, 5), gen).double() for _ in range(2))
+    denoise = stage1.condition(predict, x_hat, "form2")
+    y = common.sample(diffusion, denoise, diffusion.begin(x_hat, first), sampler, steps, common.generator(1))
 
-    bar, grid, noise = diffusion.alpha_bar, common.time_grid(1000, steps), common.generator(1)
-    x = x_hat + x_T
+    bar, grid, noise = diffusion.alpha_bar, common.time_grid(start, steps), common.generator(1)
+    x = x_hat + (first if start == 1000 else bar[start].sqrt() * x_hat + (1 - bar[start]).sqrt() * first)
     with torch.no_grad():
         for t, s in zip(grid[:0:-1], grid[-2::-1], strict=True):
             eps = predict(torch.cat([x, x_hat], 1), torch.full((2,), t))
@@ -145,25 +115,21 @@ def descend(network, loss_of, steps, lr):
     return history
 
 
-def test_vae_overfits_one_batch():
-    """On eight images without noise the squared error must fall to a third within 100 steps."""
+@pytest.mark.parametrize("variant", stage1.VARIANTS)
+def test_overfits_one_batch(variant):
+    """On eight images without noise the VAE's squared error must fall to a third within 100 steps, with one fixed x0,
+    eps and t a refiner's to a tenth of its start (the target's mean square, as the output starts at zero)."""
     torch.manual_seed(0)
-    vae, x0 = common.build_vae(settings()), common.to_float(draw_all(8, 1)[0])
-    history = descend(vae, lambda: stage1.vae_loss(vae, x0, torch.zeros(8, vae.latent_dim), 0.0)[0], 100, 5e-3)
-    assert history[-1] < history[0] / 3, history[::30]
-
-
-@pytest.mark.parametrize("variant", ["uncond", "form1", "form2"])
-def test_refiner_overfits_one_batch(variant):
-    """With one fixed x0, eps and t the error must fall to a tenth of its start (the target's mean square, as the
-    output starts at zero)."""
-    torch.manual_seed(0)
-    unet, diffusion, gen = stage1.build_unet(settings(), variant), common.Diffusion("v"), common.generator(0)
-    x0, eps, t = common.to_float(draw_all(1, 1)[0]), common.randn((1, 3, 32, 32), gen), torch.tensor([400])
-    denoise = stage1.condition(unet, 0.5 * x0, variant, diffusion)
-    history = descend(unet, lambda: diffusion.simple_loss(denoise, x0, t, eps), 100, 3e-3)
-    assert history[0] == pytest.approx(float(diffusion.target(x0, t, eps).square().mean()), rel=1e-5)
-    assert history[-1] < history[0] / 10, history[::30]
+    x0, diffusion = common.to_float(draw_all(8 if variant == "vae" else 1, 1)[0]), common.Diffusion("v")
+    if variant == "vae":
+        vae = common.build_vae(settings())
+        history = descend(vae, lambda: stage1.vae_loss(vae, x0, torch.zeros(8, vae.latent_dim), 0.0)[0], 100, 5e-3)
+    else:
+        unet, eps, t = stage1.build_unet(settings(), variant), torch.randn(1, 3, 32, 32), torch.tensor([400])
+        denoise = stage1.condition(unet, 0.5 * x0, variant)
+        history = descend(unet, lambda: diffusion.simple_loss(denoise, x0, t, eps), 100, 3e-3)
+        assert history[0] == pytest.approx(float(diffusion.target(x0, t, eps).square().mean()), rel=1e-5)
+    assert history[-1] < history[0] / (3 if variant == "vae" else 10), history[::30]
 
 
 def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
@@ -181,22 +147,24 @@ def test_vae_gets_no_gradient_from_the_refiner(tmp_path, monkeypatch):
     assert same(state["gmm"], vae_state["gmm"])
 
 
-def test_times_and_posterior_samples_of_training(tmp_path, monkeypatch):
-    """t = ceil(T u^p) lies in 1..T, with mean T / (p + 1) + 1/2; x_hat is a fresh posterior sample at every step."""
+@pytest.mark.parametrize("variant,last", [("form1", 300), ("uncond", 1000)])
+def test_times_and_posterior_samples_of_training(variant, last, tmp_path, monkeypatch):
+    """t is uniform on 1..start, without an x_hat on 1..T; x_hat is a fresh posterior sample at every step."""
     times, x_hats, condition, loss = [], [], stage1.condition, common.Diffusion.simple_loss
     monkeypatch.setattr(common.Diffusion, "simple_loss", lambda d, f, x0, t, eps:
                         times.append(t) or loss(d, f, x0, t, eps))
     monkeypatch.setattr(stage1, "condition", lambda u, x_hat, *a: x_hats.append(x_hat) or condition(u, x_hat, *a))
     data = images_of(1)
     data.images = data.images.expand(40, 3, 32, 32)  # one image: x_hat differs by the posterior sample alone
-    train = settings(batch=32, steps=25)
+    train = settings(batch=32, steps=25, start=300)
     vae_state = {"vae": common.build_vae(train).state_dict(), "gmm": {}}
-    stage1.train_refiner(tmp_path, "form1", train, vae_state, data, CPU, False)
+    stage1.train_refiner(tmp_path, variant, train, vae_state, data, CPU, False)
     t = torch.cat(times)
-    assert len(t) == 25 * 32 and t.min() >= 1 and t.max() <= 1000
-    deviation = 1000 * (1 / 4 - 1 / 2.5**2) ** 0.5 / len(t) ** 0.5  # Var[u^1.5] = 1/4 - 1/2.5^2
-    assert float(t.double().mean()) == pytest.approx(400.5, abs=4 * deviation)
-    assert len(x_hats) == 25 and not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
+    assert len(t) == 25 * 32 and 1 <= t.min() < 0.02 * last and 0.98 * last < t.max() <= last
+    assert float(t.double().mean()) == pytest.approx((last + 1) / 2, abs=4 * last / (12 * len(t)) ** 0.5)
+    assert len(x_hats) == 25
+    if variant == "form1":
+        assert not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -217,33 +185,38 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
     if model.denoiser is not None:
         unet, train = networks["UNet"], state["train"]
         assert same(dict(unet.state_dict()), state["unet"]) and model.diffusion.objective == train["objective"]
-        assert model.diffusion.residual_sd == (0 if variant == "uncond" else train["residual_sd"])
+        assert model.diffusion.start == (1000 if variant == "uncond" else train["start"]) and train["start"] < 1000
         (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([500])
-        assert torch.equal(model.denoiser(x_hat, None)(x, t),
-                           stage1.condition(unet, x_hat, variant, model.diffusion)(x, t))
+        assert torch.equal(model.denoiser(x_hat, None)(x, t), stage1.condition(unet, x_hat, variant)(x, t))
     a, b, other = (common.generate(model, 5, "gmm", "dpm", 3, seed, 5)[1] for seed in (0, 0, 1))
     assert torch.equal(a, b) and a.shape == (5, 3, 32, 32) and a.dtype == torch.uint8 and not torch.equal(a, other)
 
 
-def test_same_z_and_x_T_for_every_sampler_count_and_damage(trained):
-    """Image k starts from the same x_hat and x_T whatever the sampler, the number of steps and of images; damage
-    changes x_hat alone."""
-    def start(sampler="dpm", steps=2, count=8, batch=4, corrupt=None):
+@pytest.mark.parametrize("first", [1000, 300])
+def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
+    """Image k starts from the same x_hat and noise whatever the sampler, the number of steps and of images; damage
+    changes x_hat alone, and temperature is a factor of the noise. From T x_start is that noise, earlier on x_hat is
+    below it: x_start = a x_hat + s noise."""
+    def start(sampler="dpm", steps=2, count=8, batch=4, corrupt=None, temperature=1.0):
         model, seen = stage1.load_model(trained["form1"], "form1", CPU), []
+        model.diffusion, model.temperature = common.Diffusion("v", start=first), temperature
         unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x[:, :3])  # noqa: E731
-        model.denoiser = lambda x_hat, z: stage1.condition(unet, x_hat, "form1", model.diffusion)
+        model.denoiser = lambda x_hat, z: stage1.condition(unet, x_hat, "form1")
         common.generate(model, count, "gaussian", sampler, steps, 0, batch, corrupt)
-        first = torch.cat(seen[::steps])[:count]  # the first U-Net call of each batch
-        return first[:, :3], first[:, 3:]
+        x_start, x_hat = torch.cat(seen[::steps])[:count].chunk(2, 1)  # the first U-Net call of each batch
+        a, s = (float(factor[first]) for factor in (model.diffusion.signal, model.diffusion.noise))
+        return x_start if first == 1000 else (x_start - a * x_hat) / s, x_hat
 
-    x_T, x_hat = start()
+    noise, x_hat = start()
+    assert float(noise.std()) == pytest.approx(1, abs=0.02) and abs(float((noise * x_hat).mean())) < 0.02
     for options in ({"sampler": "ddpm", "steps": 5}, {"sampler": "ddim", "steps": 1}, {"steps": 7}):
-        assert all(map(torch.equal, start(**options), (x_T, x_hat)))
+        assert all(map(torch.equal, start(**options), (noise, x_hat)))
     fewer = start(count=5)
-    assert torch.equal(fewer[0], x_T[:5]) and torch.equal(fewer[1], x_hat[:5])
-    assert not torch.equal(x_T[:4], x_T[4:])  # the second batch has its own draws
-    damaged = start(corrupt=common.add_noise(0.1))
-    assert torch.equal(damaged[0], x_T) and float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(fewer[0], noise[:5]) and torch.equal(fewer[1], x_hat[:5])
+    assert not torch.equal(noise[:4], noise[4:])  # the second batch has its own draws
+    damaged, cool = start(corrupt=common.add_noise(0.1)), start(temperature=0.7)
+    assert torch.allclose(damaged[0], noise, atol=1e-5) and torch.allclose(cool[0], 0.7 * noise, atol=1e-5)
+    assert float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02) and torch.equal(cool[1], x_hat)
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Stage 2: where the gradients go in one backward pass, the four losses, paths through the latent space, probes."""
 
 import contextlib
-import copy
 import math
 
 import pytest
@@ -14,8 +13,8 @@ import stage2_joint as stage2
 
 
 def joint(**changes):
-    rates = {"balance_lr": 0.01, "balance_clip": 0.0, "balance_ema": 0.0}
-    return settings(residual_sd=0.2) | rates | {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0} | changes
+    rates = {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
+    return settings() | rates | {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0} | changes
 
 
 # --- Where the gradients go ------------------------------------------------------------------------------------------
@@ -26,11 +25,10 @@ def near(a, b, rel=2e-4):
     return all((x - y).norm() <= rel * y.norm() + 1e-9 for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("scale", [3.0, torch.tensor([0.0, 2.0, -1.0])[:, None, None, None]])
-def test_scale_gradient_by_hand(scale):
-    """Forward: the same bits. Backward: times `scale`, of this path alone. The share is |g| / (|g| + against)."""
+def test_scale_gradient_by_hand():
+    """Forward: the same bits. Backward: times the scale, of this path alone. The share is |g| / (|g| + against)."""
     x, seen_by, elsewhere = common.randn((3, 3, 2, 4, 4), common.generator(0))
-    x.requires_grad_()
+    scale, x = 3.0, x.requires_grad_()
     seen, share = stage2.scale_gradient(x, scale, 5.0)
     assert torch.equal(seen, x)
     ((seen * seen_by).sum() + (x * elsewhere).sum()).backward()
@@ -45,17 +43,19 @@ def test_scale_gradient_by_hand(scale):
 @pytest.mark.parametrize("changes,elbo_weight,weight", [  # the factors of E and of D M in what the VAE feels
     ({"diffusion_weight": 7.0}, 1, 7),
     ({"diffusion_weight": 7.0, "gradient": "decoder"}, 1, 7),
-    ({"diffusion_weight": 7.0, "gradient": "none"}, 1, 0),
-    ({"diffusion_weight": 7.0, "objective": "eps", "residual_sd": 0.0}, 1, 7),
+    ({"diffusion_weight": 7.0, "gradient": "none"}, 1, 0),  # with either the VAE is trained by the ELBO alone
+    ({"diffusion_weight": 0.0}, 1, 0),
+    ({"diffusion_weight": 7.0, "objective": "eps", "start": 1000}, 1, 7),
     ({"loss": "anneal"}, 1, 0.01),
     ({"loss": "kendall"}, math.exp(-0.5), math.e),
     ({"loss": "kendall", "gradient": "decoder"}, math.exp(-0.5), math.e),
-    ({"loss": "bound", "t_power": 4.0}, 1, 1),
+    ({"loss": "bound"}, 1, 1),
+    ({"loss": "bound", "start": 1000}, 1, 1),
 ])
 def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch):
     """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets that of E and, as far as
-    `--gradient` says, of lambda D M: the squared error per image in the target's own units, over pixels. `bound`: of
-    the KL (no reconstruction term) and the diffusion's nats. Against separate passes through autograd."""
+    `--gradient` says, of lambda D M: the squared error per image, over pixels. `bound`: of the KL (no reconstruction
+    term) and the process's nats, its start among them. Against separate passes through autograd."""
     train, data = joint(steps=1, vae_clip=0.0, unet_clip=0.0, **changes), images_of(60)
     gradients, given, size = {}, [], 3 * 32 * 32
     build, step = common.build_unet, common.Training.step
@@ -84,22 +84,22 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     torch.manual_seed(0)
     vae = common.build_vae(train)
     torch.manual_seed(0)
-    unet, diffusion = build_unet(train, 6), common.Diffusion(train["objective"], residual_sd=train["residual_sd"])
+    unet, diffusion = build_unet(train, 6), common.Diffusion(train["objective"], start=train["start"])
     training = common.Training(tmp_path / "again", None, train, CPU, data.images, False, vae=vae, unet=unet)
     x0, z_noise = training.batch(), training.draw(torch.randn, vae.latent_dim)
-    t, eps = diffusion.draw_t(training.draw(torch.rand), train["t_power"]), training.draw(torch.randn, 3, 32, 32)
+    u, eps = training.draw(torch.rand), training.draw(torch.randn, 3, 32, 32)
     x_hat, mu, logvar = vae(x0, z_noise)
     sse, kl = ((x_hat - x0) / 2).square().flatten(1).sum(1), common.gaussian_kl(mu, logvar)
     elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl
 
     def terms(x_hat):  # M, from which the U-Net learns, and what the VAE feels: each (B,)
-        denoise = stage2.condition(unet, x_hat, diffusion)
+        denoise, t = stage2.condition(unet, x_hat), diffusion.draw_t(u)
         if train["loss"] == "bound":
-            nats = stage2.bound_loss(diffusion, denoise, x0, t, eps, train["t_power"])
-            return nats / size, nats
-        error = denoise(diffusion.q_sample(x0, t, eps), t) - diffusion.target(x0, t, eps)
-        squares = error.square().flatten(1).sum(1)
-        return squares / size / diffusion.guess_sd(t).flatten() ** 2, squares
+            squares = stage2.bound_loss(diffusion, denoise, x_hat, x0, u, eps)
+        else:
+            error = denoise(diffusion.q_sample(x0, t, eps), t) - diffusion.target(x0, t, eps)
+            squares = error.square().flatten(1).sum(1)
+        return squares / size, squares
 
     assert near(gradients["unet"], torch.autograd.grad(terms(x_hat.detach())[0].mean(), list(unet.parameters())))
     squares, names = terms(x_hat)[1], [name.split(".")[0] for name, _ in vae.named_parameters()]
@@ -133,7 +133,7 @@ def test_the_refiner_does_not_feel_lambda(tmp_path):
     data, states = images_of(60), {}
     for rate in (0.0, 1e-3):
         for weight in (0.01, 100.0):
-            train = joint(diffusion_weight=weight, vae_lr=rate, steps=4)
+            train = joint(diffusion_weight=weight, vae_lr=rate, vae_muon_lr=rate, steps=4)
             states[rate, weight] = stage2.train_joint(tmp_path / f"{rate}-{weight}", train, data, CPU, False)
     assert same(states[0.0, 0.01]["unet"], states[0.0, 100.0]["unet"])
     assert not same(states[1e-3, 0.01]["vae"], states[1e-3, 100.0]["vae"])
@@ -141,7 +141,7 @@ def test_the_refiner_does_not_feel_lambda(tmp_path):
 
 def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
     """From equal weights and seeds the refiner's losses of 5 steps agree with stage 1's within 1e-6, relative."""
-    data, train = images_of(60), joint(gradient="none", vae_lr=0.0, steps=5, every=1)
+    data, train = images_of(60), joint(gradient="none", vae_lr=0.0, vae_muon_lr=0.0, steps=5, every=1)
     ours = stage2.train_joint(tmp_path / "joint", train, data, CPU, False)
     torch.manual_seed(train["seed"])
     frozen = {"vae": common.build_vae(train).state_dict(), "gmm": {}}
@@ -149,26 +149,6 @@ def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
     a, b = ([row["v_mse"] for row in state["log"]] for state in (ours, theirs))
     assert len(a) == 5 and a == pytest.approx(b, rel=1e-6)
     assert all(torch.allclose(value, theirs["unet"][name], atol=1e-6) for name, value in ours["unet"].items())
-
-
-@pytest.mark.parametrize("change", [{"diffusion_weight": 0.0}, {"gradient": "none"}])
-def test_no_diffusion_term_is_the_plain_vae(change, tmp_path):
-    """sum with weight 0, and --gradient none, train the VAE that the ELBO alone trains on the same draws."""
-    data, train = images_of(60), joint(steps=4, vae_ema=0.0, **change)
-    state = stage2.train_joint(tmp_path / "joint", train, data, CPU, False)
-    torch.manual_seed(0)
-    vae = common.build_vae(train)
-    start = copy.deepcopy(vae.state_dict())
-    training = common.Training(tmp_path / "vae", None, train, CPU, data.images, False, vae=vae)
-    for x0 in training:
-        noise = training.draw(torch.randn, vae.latent_dim)
-        training.draw(torch.rand), training.draw(torch.randn, 3, 32, 32)
-        with common.autocast(CPU):
-            loss = stage1.vae_loss(vae, x0, noise, train["beta"])[0]
-        training.step(loss, {})
-    for name, tensor in vae.state_dict().items():
-        assert torch.allclose(tensor, state["vae"][name], rtol=1e-4, atol=1e-6), name
-    assert not near(start.values(), state["vae"].values(), 1e-3)
 
 
 # --- The losses ------------------------------------------------------------------------------------------------------
@@ -182,22 +162,23 @@ def offset_oracle(diffusion, x0, offset):
     return denoise
 
 
-def test_bound_is_the_sum_of_its_parts():
-    """Summed over t with the probabilities it was drawn by, the estimate is L_T + sum KL_t + L_0 of the evaluation."""
-    diffusion = common.Diffusion("v", T=40)
+@pytest.mark.parametrize("start", [None, 25, 2])
+def test_bound_is_the_sum_of_its_parts(start):
+    """Over all u in [0, 1) the estimate's mean is the sum of what the evaluation adds up: prior, sum KL_t, L_0. The
+    parts of [0, 1) that give t = 1, 2, ... end at (t / start)^(1/4)."""
+    diffusion = common.Diffusion("v", T=40, start=start)
     images = images_of(1).images[:, :, 12:20, 12:20].clamp(20, 235)  # no clamping of x0 + offset
-    x0 = common.to_float(images)
-    exact = common.diffusion_nats(diffusion, offset_oracle(diffusion, x0, 0.05), images, 39, common.generator(0))
-    t = torch.arange(1, 41)
-    many = x0.expand(40, -1, -1, -1)
-    for power in (1.0, 4.0):
-        p = stage2.time_probability(t, 40, power)
-        assert float(p.sum()) == pytest.approx(1, abs=1e-9)
-        nats = stage2.bound_loss(diffusion, offset_oracle(diffusion, many, 0.05), many, t,
-                                 common.randn(many.shape, common.generator(1)), power)
-        assert float((p * nats).sum()) == pytest.approx(float(sum(exact.values())), rel=1e-4)
-        drawn = diffusion.draw_t(torch.rand(20_000, generator=common.generator(2)).double(), power)
-        assert torch.allclose(drawn.bincount(minlength=41)[1:].double() / 20_000, p, atol=0.01)
+    x0, last = common.to_float(images), diffusion.start
+    x_hat = x0 - 0.1
+    exact = common.diffusion_nats(diffusion, offset_oracle(diffusion, x0, 0.05), images, x_hat, last - 1,
+                                  common.generator(0))
+    ends = (torch.arange(last + 1).double() / last) ** 0.25
+    u = torch.cat([(ends[1:] + ends[:-1]) / 2, torch.tensor([0.0, 1 - 2**-24])])  # and the range of torch.rand
+    many = x0.expand(last + 2, -1, -1, -1)
+    nats = stage2.bound_loss(diffusion, offset_oracle(diffusion, many, 0.05), x_hat.expand_as(many), many, u,
+                             common.randn(many.shape, common.generator(1)))
+    assert float((ends.diff() * nats[:-2]).sum()) == pytest.approx(float(sum(exact.values())), rel=1e-4)
+    assert torch.allclose(nats[-2:], nats[[0, last - 1]], rtol=1e-3)
 
 
 def test_anneal_raises_the_weight(tmp_path, monkeypatch):
@@ -285,8 +266,9 @@ def test_probe_finds_a_planted_factor():
     ("--loss bound", "stage2-bound", None),
 ])
 def test_names(flags, name, weight):
-    """The defaults do not show; a loss without lambda has none; the bound draws small t more often."""
+    """The defaults do not show; a loss without lambda has none."""
     train, variant = stage2.settings(stage2.parse_flags(flags.split()), settings())
     assert (variant, train["diffusion_weight"]) == (name, weight)
-    assert train["t_power"] == (4.0 if "bound" in name else settings()["t_power"])
-    assert ("balance_lr" in train) == ("kendall" in name)
+    rates = {"balance_lr", "balance_muon_lr", "balance_clip", "balance_ema"}
+    assert train.keys() - settings().keys() == {"loss", "gradient", "diffusion_weight"} | (
+        rates if "kendall" in name else set())

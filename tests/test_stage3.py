@@ -1,9 +1,10 @@
-"""Stage 3: the flow's inverse, determinant and density, uncertainty, the strategies, step allocation, the bound."""
+"""Stage 3: the flow's inverse, determinant and density, uncertainty, strategies, adaptive refinement, the bound."""
 
 import contextlib
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, images_of, same, settings
@@ -33,12 +34,15 @@ def moons(count, seed=0):
 # --- The flow --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d", [5, 64])
-def test_flow_inverse(d):
-    flow, z = shaken(stage3.RealNVP(d), 0.1), common.randn((50, d), common.generator(0))
-    u, _ = flow(z)
-    assert not torch.allclose(u, z, atol=0.1)
+@pytest.mark.parametrize("d", [5, 9, 64, 512])
+def test_flow_inverse_and_reach(d):
+    """The inverse holds both ways; every dimension is transformed, not only permuted."""
+    flow, z = shaken(stage3.RealNVP(d), 0.1), common.randn((40, d), common.generator(0))
+    u, order = flow(z)[0], torch.arange(d)
     assert torch.allclose(flow.inverse(u), z, atol=1e-4) and torch.allclose(flow(flow.inverse(z))[0], z, atol=1e-4)
+    for permutation in flow.orders:
+        order = order[permutation]
+    assert ((u - z[:, order]).abs().amax(0) > 1e-3).all() and not torch.allclose(u, z, atol=0.1)
 
 
 def test_flow_log_determinant_is_autograds():
@@ -50,16 +54,6 @@ def test_flow_log_determinant_is_autograds():
     for row, value in zip(z, log_det, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], row)
         assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(float(value), rel=1e-6, abs=1e-8)
-
-
-@pytest.mark.parametrize("d", [9, 64, 512])
-def test_every_dimension_is_transformed(d):
-    flow, z = shaken(stage3.RealNVP(d), 0.1), common.randn((40, d), common.generator(0))
-    order = torch.arange(d)
-    for permutation in flow.orders:
-        order = order[permutation]
-    moved = (flow(z)[0] - z[:, order]).abs().amax(0)
-    assert (moved > 1e-3).all()
 
 
 def test_flow_starts_as_the_identity():
@@ -140,33 +134,68 @@ def test_a_flow_fitted_ex_post_goes_on_from_where_it_is():
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
 
+# A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey; its log-variances say nothing of errors
+PLANTED = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
+                          decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
+
+
+def planted_images(count, seed):
+    """Images for that VAE; what it leaves grey is noise whose size depends on z."""
+    gen = common.generator(seed)
+    z, noise = common.randn((count, 8), gen).clamp(-1.9, 1.9), 0.2 * common.randn((count, 3, 8, 8), gen)
+    noise[:, 0, 0] = 0
+    size = (0.4 * z[:, 0] - 0.3 * z[:, 1] + 0.2 * z[:, 2] ** 2).exp()
+    return common.to_uint8(PLANTED.decoder(z) + size[:, None, None, None] * noise)
+
+
+def test_ridge_regression():
+    """Least squares of standardised columns with sqrt(ridge N) I below them; the units of x do not matter."""
+    gen, unit = common.generator(0), torch.tensor([1, 100, 0.01, 5])
+    x, y = common.randn((50, 4), gen) + 3, common.randn((50, 2), gen) + 7
+    white = (x - x.mean(0)) / x.std(0)
+    weight = np.linalg.lstsq(torch.cat([white, 5**0.5 * torch.eye(4)]).numpy(),
+                             torch.cat([y - y.mean(0), torch.zeros(4, 2)]).numpy(), rcond=None)[0]
+    for columns in (x, x * unit):
+        ours, bias = common.ridge_regression(columns, y, 0.1)
+        assert torch.allclose(columns @ ours + bias, white @ torch.from_numpy(weight) + y.mean(0), atol=1e-4)
+
+
 def test_standardise_by_hand():
-    """Per dimension, clamped, inactive ones zero; s is the mean over active ones, standardised, with its sign."""
+    """Per dimension, clamped, inactive ones zero; s is w . [z, z^2, s_vec] + b, with `variance`'s for `posterior`."""
     stats = {"mean": torch.tensor([0.0, 1.0, 5.0]), "sd": torch.tensor([1.0, 2.0, 1.0]),
-             "active": torch.tensor([1.0, 1.0, 0.0]), "s_mean": torch.tensor(0.5), "s_sd": torch.tensor(2.0),
-             "sign": torch.tensor(-1.0)}
-    s_vec, s = stage3.standardise(torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]]), stats)
-    assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == [-(1.5 - 0.5) / 2, -(-1.5 - 0.5) / 2]
+             "active": torch.tensor([1.0, 1.0, 0.0]), "variance_weight": torch.tensor([0.0] * 6 + [-0.5, -0.5, 0]),
+             "variance_bias": torch.tensor(0.25), "regressed_weight": torch.arange(9.0), "regressed_bias": 1}
+    z, logvar = torch.tensor([[1.0, 2, 3], [0, 0, -1]]), torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]])
+    for kind, expected in (("variance", [-1.25, 1.75]), ("posterior", [-1.25, 1.75]), ("regressed", [92, -14])):
+        s_vec, s = stage3.standardise(z, logvar, stats, kind)
+        assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == expected, kind
 
 
-def test_statistics_of_the_training_set():
-    """Over the set they come from s has mean 0 and sd 1; high means hard: the correlation's sign is folded in."""
-    torch.manual_seed(0)
-    vae = shaken(stage3.build_vae(settings(vae_prior="gaussian")), 0.15).eval().requires_grad_(False)
-    images = images_of(300).images
-    stats, facts = stage3.measure_uncertainty(vae, images, 0, CPU)
-    gen = common.generator(0)
-    x0 = common.to_float(images)
-    mu, logvar = vae.encoder(x0)
-    x_hat = vae.decoder(mu + (0.5 * logvar).exp() * common.randn(mu.shape, gen))
-    s_vec, s = stage3.uncertainty(vae, x_hat, stats)
-    assert abs(float(s.mean())) < 1e-3 and float(s.std()) == pytest.approx(1, abs=1e-3)
-    assert s_vec.abs().max() <= 3 and facts["correlation"] >= 0
-    error = ((x_hat - x0) ** 2).flatten(1).sum(1)
-    rank = lambda v: v.argsort().argsort().double()  # noqa: E731
-    correlation = torch.corrcoef(torch.stack([rank(s), rank(error)]))[0, 1]
-    assert float(correlation) == pytest.approx(facts["correlation"], abs=0.02)
-    assert ("no information" in facts["verdict"]) == (facts["correlation"] < 0.1)
+@pytest.mark.parametrize("network", ["planted", "random"])
+def test_fitted_uncertainty(network):
+    """Over the training images s has mean 0 and sd 1, for either kind, and high means hard; an image has the same s in
+    a batch and alone. On held-out images `regressed` finds errors that depend on z, where `variance` finds nothing."""
+    vae, images, others = PLANTED, planted_images(2000, 0), planted_images(1000, 1)
+    if network == "random":
+        torch.manual_seed(0)
+        vae = shaken(stage3.build_vae(settings(vae_prior="gaussian")), 0.15).eval().requires_grad_(False)
+        images, others = images_of(400).images, images_of(300, seed=2).images
+    trip, held_out = (stage3.round_trip(vae, *of, CPU) for of in ((images, 0), (others, 1)))
+    stats, (z, *_, error) = stage3.fit_uncertainty(trip), trip
+    assert torch.allclose(error, ((vae.decoder(z) - common.to_float(images)) ** 2).flatten(1).sum(1) / 4, rtol=1e-4)
+    facts = stage3.rank_errors(held_out, stats)
+    for kind, fact in facts.items():
+        s_vec, s = stage3.uncertainty(vae, z, vae.decoder(z), stats, kind)
+        assert abs(float(s.mean())) < 1e-3 and float(s.std()) == pytest.approx(1, abs=1e-3) and s_vec.abs().max() <= 3
+        assert torch.corrcoef(torch.stack([s, error.log()]))[0, 1] > 0
+        alone = stage3.uncertainty(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
+        assert torch.allclose(alone[0], s_vec[5:6], atol=1e-2) and torch.allclose(alone[1], s[5:6], atol=1e-2)
+        ranks = [v.argsort().argsort().double() for v in
+                 (stage3.standardise(held_out[0], held_out[3], stats, kind)[1], held_out[4])]
+        assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
+        assert ("no information" in fact["verdict"]) == (fact["correlation"] < 0.1)
+    if network == "planted":
+        assert facts["regressed"]["correlation"] > 0.8 and abs(facts["variance"]["correlation"]) < 0.1
 
 
 # --- Strategies ------------------------------------------------------------------------------------------------------
@@ -178,8 +207,8 @@ def batch_of(n=3, d=8, seed=0):
 
 
 def test_strategies_start_where_they_should():
-    """film and coupling start bit-equal to fixed; fade equals it where s <= 0 and fades by exp(-s/2) above. The guess
-    is from x_hat itself under every strategy: a U-Net that still says 0 predicts it."""
+    """film and coupling start bit-equal to fixed, as stage 1 conditions; fade equals it where s <= 0 and fades by
+    exp(-s/2) above."""
     x_hat, s_vec, s = batch_of()
     for strategy in ("fixed", "film", "coupling"):
         seen, extra = stage3.Conditioner(strategy, 8, 32)(x_hat, s_vec, s)
@@ -187,11 +216,13 @@ def test_strategies_start_where_they_should():
         assert extra is None or torch.equal(extra, torch.zeros(3, 32)) and strategy == "film"
     seen, extra = stage3.Conditioner("fade", 8, 32)(x_hat, s_vec, s)
     assert torch.equal(seen[:2], x_hat[:2]) and torch.allclose(seen[2], x_hat[2] * math.exp(-1)) and extra is None
-    diffusion, t, xt = common.Diffusion("v", residual_sd=0.2), torch.tensor([5, 100, 900]), x_hat.flip(0)
+    t, xt = torch.tensor([5, 100, 300]), x_hat.flip(0)
     for strategy in stage3.STRATEGIES:
         refiner = stage3.build_refiner(settings(conditioning=strategy), 8)
-        denoise = stage3.condition(refiner, x_hat, s_vec, s, diffusion)
-        assert torch.equal(denoise(xt, t), diffusion.guess(xt, x_hat, t)), strategy
+        shaken(refiner["unet"], 0.1)
+        ours = stage3.condition(refiner, x_hat, s_vec, s)(xt, t)
+        theirs = stage1.condition(refiner["unet"], x_hat, "form1")(xt, t)
+        assert torch.equal(ours, theirs) == (strategy != "fade"), strategy
 
 
 @pytest.mark.parametrize("strategy", ["film", "coupling"])
@@ -223,16 +254,46 @@ def test_controls():
     assert all(x.abs().sum() == 0 for x in stage3.CONTROLS["zero"](s_vec, s))
 
 
-@pytest.mark.parametrize("n", [10, 25])
-def test_allocation_keeps_the_mean_and_the_order(n):
+@pytest.mark.parametrize("n,start", [(10, 400), (25, 290), (2, 1000)])
+def test_allocation_keeps_the_mean_and_the_order(n, start):
     s = torch.randperm(30, generator=common.generator(0)).float()
-    parts = stage3.allocate(s, n)
-    assert sorted(torch.cat([i for i, _ in parts]).tolist()) == list(range(30))
-    steps = torch.empty(30)
-    for index, count in parts:
-        steps[index] = count
-    assert float(steps.mean()) == n and (steps[s.argsort()].diff() >= 0).all()
-    assert [count for _, count in parts] == [n // 2, n, 2 * n - n // 2]
+    ways, low, middle = stage3.allocate(s, n, start), start // 2, 3 * start // 4
+    assert [third[1:] for third in ways["adaptive_steps"]] == [(n // 2, start), (n, start), (2 * n - n // 2, start)]
+    assert [third[1:] for third in ways["adaptive_start"]] == [(n, low), (n, middle), (n, start)]
+    for name, thirds in ways.items():
+        assert sorted(torch.cat([index for index, *_ in thirds]).tolist()) == list(range(30))
+        given = torch.empty(30, 2)
+        for index, *third in thirds:
+            given[index] = torch.tensor(third).float()
+        steps, starts = given[(s.roll(1) if "shuffled" in name else s).argsort()].T
+        assert (steps.diff() >= 0).all() and (starts.diff() >= 0).all() and float(steps.mean()) == n
+        assert float(starts.mean()) == pytest.approx(middle if "start" in name else start, abs=1)
+
+
+def test_adaptive_refinement(monkeypatch):
+    """Whichever third an image is in, it is what common.refine makes of it, with one z and noise, in its third's steps
+    from its third's start. Where these are equal, adaptive is even bit for bit."""
+    model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), PLANTED,
+                         {"gaussian": common.StandardNormal(8)}, lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
+    scored, measure = [], lambda z, x_hat: (z, z[:, 0])
+    setup = SimpleNamespace(evaluation={"grid_count": 250, "probe_steps": 4, "prior": "gaussian"}, train={"seed": 0},
+                            extractor=None, reference=None, fd="fd", test=SimpleNamespace(images=None))
+    monkeypatch.setattr(stage3.fid, "scores", lambda extractor, images, reference: {"fd": scored.append(images)})
+    monkeypatch.setattr(common, "hf_energy", lambda images, real: 0)
+    table = stage3.adaptive_refinement(model, measure, setup)
+    z = common.StandardNormal(8).sample(249, common.generator(85_000))
+    ways = stage3.allocate(z[:, 0], 4, 400)
+    assert list(table) == ["mean_steps", *ways] and not any(map(torch.equal, scored, scored[1:]))
+    for images, thirds in zip(scored, ways.values(), strict=True):
+        for index, steps, start in thirds:
+            model.diffusion = common.Diffusion("v", start=start)
+            parts = [common.refine(model, PLANTED.decoder(part), part, common.generator(86_000 + i), "dpm", steps)
+                     for i, part in enumerate(z.split(100))]
+            assert torch.equal(images[index], common.to_uint8(torch.cat(parts))[index])
+    monkeypatch.setattr(stage3, "allocate", lambda s, n, start: {
+        name: [(index, n, start) for index in by.argsort().tensor_split(3)] for name, by in (("a", s), ("b", -s))})
+    stage3.adaptive_refinement(model, measure, setup)
+    assert torch.equal(*scored[-2:])
 
 
 # --- Training, the model, the bound ----------------------------------------------------------------------------------
@@ -240,7 +301,7 @@ def test_allocation_keeps_the_mean_and_the_order(n):
 
 def joint(**changes):
     vae = settings() | {"vae_prior": "flow", "steps": 2} | changes
-    return vae, vae | {"conditioning": "film", "uncertainty": "variance"} | changes
+    return vae, vae | {"conditioning": "film", "uncertainty": "regressed"} | changes
 
 
 def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
@@ -258,7 +319,8 @@ def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
         _, mu, logvar = common.encode(model.vae, data.images, common.generator(0), CPU)
         q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
         z, z_elbo = (q.mean + q.stddev * common.randn(mu.shape, common.generator(seed)) for seed in (60_000, 75_000))
-        table = {name: score["value"] for name, score in stage3.held_out_elbo(model, data.images, 0).items()}
+        trip = stage3.round_trip(model.vae, data.images, 75_000, CPU)
+        table = {name: score["value"] for name, score in stage3.held_out_elbo(trip, model).items()}
         kls, kls_elbo = {}, {"gaussian": float(common.gaussian_kl(mu, logvar).mean())}  # in closed form
         for name, prior in model.priors.items():
             kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
@@ -284,31 +346,35 @@ def test_fixed_is_stage_1(tmp_path):
     assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
 
 
-@pytest.mark.parametrize("source", ["variance", "posterior"])
+@pytest.mark.parametrize("source", ["regressed", "variance", "posterior"])
 def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
     """The refiner is trained on uncertainty(Dec(z)); the model at sampling computes the same function of the same z.
     With `posterior` it is trained on the variance of q(z|x), which sampling does not have."""
     vae_train, train = joint()
     train |= {"uncertainty": source}
     data, seen, x0s, condition, batch = images_of(60), [], [], stage3.condition, common.Training.batch
+    draws, draw = [], common.Training.draw  # three in each step, that of z first
     vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
     monkeypatch.setattr(stage3, "condition", lambda *args: seen.append(args) or condition(*args))
     monkeypatch.setattr(common.Training, "batch", lambda training: x0s.append(batch(training)) or x0s[-1])
+    monkeypatch.setattr(common.Training, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
     state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
     assert len(seen) == len(x0s) == 2 and same(state["vae"], vae_state["vae"])
     model, stats = stage3.load_model(state, CPU), state["uncertainty"]
     assert not any(p.requires_grad for p in model.vae.parameters())
-    for (_, x_hat, s_vec, s, _), x0 in zip(seen, x0s, strict=True):
+    for (_, x_hat, s_vec, s), x0, z_noise in zip(seen, x0s, draws[::3], strict=True):
         with common.autocast(CPU):
-            own = stage3.uncertainty(model.vae, x_hat, stats)
-            other = stage3.standardise(model.vae.encoder(x0)[1], stats)
-        own, other = (own, other) if source == "variance" else (other, own)
+            mu, logvar = model.vae.encoder(x0)
+            z = mu + (0.5 * logvar).exp() * z_noise
+            own = stage3.uncertainty(model.vae, z, x_hat, stats, source)
+            other = stage3.standardise(z, logvar, stats, source)
+        own, other = (other, own) if source == "posterior" else (own, other)
         assert torch.allclose(own[0], s_vec, atol=1e-4) and torch.allclose(own[1], s, atol=1e-4)
         assert not torch.allclose(other[1], s, atol=0.1)
     z = common.randn((3, model.vae.latent_dim), common.generator(0))
     damaged = torch.zeros(3, 3, 32, 32)  # a damaged x_hat does not change s
     with torch.no_grad():
-        s_vec, s = stage3.uncertainty(model.vae, model.vae.decoder(z), stats)
+        s_vec, s = stage3.uncertainty(model.vae, z, model.vae.decoder(z), stats, source)
         model.denoiser(damaged, z)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
         stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).denoiser(damaged, z)

@@ -32,7 +32,8 @@ import stage3_adaptive as stage3
 SMOKE = ["--budget", "smoke", "--device", "cpu"]
 COMMANDS = {"stage1": stage1.main, "stage2": stage2.main, "stage3": stage3.main, "bonus": bonus.main}
 FLAGS = {"stage1": [], "stage2": ["--loss", "kendall"], "stage3": [], "bonus": []}
-DRAWING = {"dropout": 0.2, "flip": "both", "every": 3, "batch": 4}  # all kinds of random draws are made
+DRAWING = {"dropout": 0.2, "flip": "both", "every": 3, "batch": 4,  # all kinds of random draws are made,
+           "vae_muon_lr": 0.01, "unet_muon_lr": 0.01}  # and both optimisers keep something
 RUNS = {"stage1": ("stage1-vae", "stage1-form1"), "stage2": ("stage2-kendall",),
         "stage3": ("stage3-vae-flow", "stage3-flow-film"), "bonus": ("bonus-ae", "bonus-latent")}
 
@@ -152,7 +153,8 @@ def tiny(folder, loss, state=None, guard=False, watch=dict, names=("net",), **ch
     networks = {name: nn.Linear(1, 1, bias=False) for name in names}
     for network in networks.values():
         nn.init.ones_(network.weight)
-    rates = {f"{name}_{key}": value for name in names for key, value in (("lr", 0.1), ("clip", 0.0), ("ema", 0.9))}
+    rates = {"lr": 0.1, "muon_lr": 0.0, "clip": 0.0, "ema": 0.9}
+    rates = {f"{name}_{key}": value for name in names for key, value in rates.items()}
     train = settings(batch=2, **rates) | changes
     training = common.Training(folder, state, train, CPU, torch.zeros(9, 1, 1, 1), False, guard, **networks)
     for _ in training:
@@ -217,6 +219,59 @@ def test_learning_rate_end_points():
     assert rate(0) == pytest.approx(0.2) and rate(9) == 2 and rate(99) == pytest.approx(2 / 90) and rate(100) == 0
     assert rate(99, decay=False) == 2 and rate(0, warmup=20) == pytest.approx(0.1) and rate(19, warmup=20) == 2
     assert rate(0, steps=1) == 2 and all(0 < rate(s, steps=n) <= 2 for n in range(1, 9) for s in range(n))
+
+
+# --- Muon -------------------------------------------------------------------------------------------------------------
+
+
+def exact_orthogonalise(matrix):
+    """The quintic of Jordan et al. applied five times to the singular values of an SVD in float64."""
+    u, x, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    x = x / x.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    return u * x @ v
+
+
+@pytest.mark.parametrize("spread", [1, 30, 100])  # of the singular values
+@pytest.mark.parametrize("shape", [(40, 40), (24, 96), (96, 24), (1, 9), (5, 1)])
+def test_orthogonalise_keeps_directions(shape, spread):
+    """Singular values come to 0.67..1.21 whatever the gradient's scale; the vectors stay, so U V^T is near; zero stays
+    zero."""
+    u, v = (torch.linalg.qr(common.randn((n, min(shape)), common.generator(n)))[0] for n in shape)
+    matrix = u * torch.logspace(0, -math.log10(spread), min(shape)) @ v.T
+    for scale in (1e-3, 1.0, 1e3):
+        found = common.orthogonalise(scale * matrix)
+        assert torch.allclose(found.double(), exact_orthogonalise(matrix), atol=2e-3)
+    values = torch.linalg.svdvals(found)
+    assert 0.67 < values.min() and values.max() < 1.21 and torch.linalg.matrix_norm(found - u @ v.T, 2) < 0.33
+    assert torch.equal(common.orthogonalise(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_by_hand(tmp_path):
+    """Two steps with known gradients: the convolution, as a matrix (out, in k k), and the linear layer move along the
+    orthogonalised look-ahead momentum, by sqrt(out / in) more where that is above 1; biases are Adam's, at its rate."""
+    net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(5, 20), "idle": nn.Linear(2, 2)})
+    expected = {name: p.detach().clone() for name, p in net.named_parameters()}
+    gradients = [{name: common.randn(p.shape, common.generator(i)) for name, p in expected.items()} for i in range(2)]
+    train = settings(steps=2, batch=2, warmup=0.0, decay=False, net_lr=0.01, net_muon_lr=0.1, net_clip=0.0, net_ema=0.0)
+    training = common.Training(tmp_path, None, train, CPU, torch.zeros(9, 1, 1, 1), False, net=net)
+    for _ in training:
+        loss = sum((gradients[training.steps][name] * p).sum() for name, p in net.named_parameters()
+                   if "idle" not in name)
+        training.step(loss.expand(2), {})
+
+    adam = torch.optim.Adam([expected["conv.bias"], expected["linear.bias"]], lr=0.01)
+    for gradient in gradients:
+        expected["conv.bias"].grad, expected["linear.bias"].grad = gradient["conv.bias"], gradient["linear.bias"]
+        adam.step()
+    for name, size in (("conv.weight", 1), ("linear.weight", 2)):  # (20 / 5)^(1/2)
+        first, second = (gradient[name] for gradient in gradients)
+        average = 0.05 * first, 0.95 * 0.05 * first + 0.05 * second
+        for update in (0.05 * first + 0.95 * average[0], 0.05 * second + 0.95 * average[1]):
+            expected[name] -= 0.1 * size * exact_orthogonalise(update.flatten(1)).view(update.shape)
+    for name, p in net.named_parameters():
+        assert torch.allclose(p.detach(), expected[name], atol=2e-4, rtol=0), name
 
 
 # --- The guard --------------------------------------------------------------------------------------------------------
@@ -389,8 +444,9 @@ def assert_close(name, home, other):
 
 
 def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
-    """Stage 1, begun and stopped by one process and gone on with by two, has the weights that one gives alone."""
-    flags = ["--steps", "4", "--batch-size", "8"]
+    """Stage 1, begun and stopped by one process and gone on with by two, has the weights that one gives alone, and
+    exports the same images: 70, a batch of each process."""
+    flags = ["--steps", "4", "--batch-size", "8", "--export", "70", "--sample-steps", "2"]
     simplify(monkeypatch.setattr)
     monkeypatch.setattr(common, "autocast", float32)
     run("stage1", tmp_path / "one", *flags)
@@ -399,6 +455,10 @@ def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
         run("stage1", tmp_path / "two", *flags)
     finish(command("stage1", tmp_path, *flags, "--out", "two", "--resume", ranks=2), tmp_path)
     assert_close("stage1", tmp_path / "two", tmp_path / "one")
+    one, two = ({path.relative_to(home): torch.tensor(common.decode_file(path, 32, "none")).int()
+                 for path in home.rglob("samples*/*.png")} for home in (tmp_path / "one", tmp_path / "two"))
+    assert one.keys() == two.keys() and len(one) == 3 * 70
+    assert all((one[path] - two[path]).abs().max() <= 1 for path in one)
 
 
 @pytest.mark.slow
