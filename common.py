@@ -795,8 +795,8 @@ def budget(name, dataset, size):
                        "probe_count": 2000, "bits_images": 256, "bits_draws": 100}
     else:  # paper: DiffuseVAE's own settings (eps, from T, Adam, no VAE EMA, no flips for the VAE, constant rates)
         tables = "paper"
-        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
-                  "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
+        train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
+                  "warmup": 5000, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
                   "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "flip": "refiner", "every": 100}
         train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
                   {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
@@ -1664,9 +1664,13 @@ def measure_vae(folder, model, setup):
     save_grid(folder / "reconstructions.png", {label: part[:12] for label, part in parts.items()})
     sharp = hf_energy(x_hat, test)
     z = encode(model.vae, test, generator(70_000 + seed), model.device)[0]
-    return {"reconstruction": {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
-                               "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)},
-            "latent": diagnose(mu, logvar, sharp["value"]), **begin,
+    table = {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
+             "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)}
+    if setup.test.labels is not None and setup.extractor.suffix:  # local features, whose classes are those of the data
+        for name, images in (("vae", x_hat), ("refined", refined)):
+            told = fid.extract(setup.extractor, images)[1].argmax(1)
+            table[f"class_kept_{name}"] = float((told == setup.test.labels[: len(real)]).float().mean())
+    return {"reconstruction": table, "latent": diagnose(mu, logvar, sharp["value"]), **begin,
             "prior_log_density": {name: float(p.log_prob(z).mean()) for name, p in model.priors.items()}}
 
 

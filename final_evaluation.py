@@ -29,6 +29,10 @@ NOTE = "fd: Frechet distance of these features; a ± b: sd over seeds; [a, b]: o
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
          ("uncertainty/adaptive_steps/adaptive", "thirds"), ("uncertainty/adaptive_steps/even", "evenly"),
+         ("uncertainty/correlation", "variance/correlation"), ("uncertainty/adaptive_refinement/", ""),
+         ("even_middle_start", "middle start"), ("even/", "evenly/"), ("adaptive_steps", "thirds"),
+         ("adaptive_start", "start by thirds"), ("uncertainty/variance", "variance"),
+         ("uncertainty/regressed", "regressed"),
          ("uncertainty/terciles/", ""), ("uncertainty/controls/", "s "), ("/fd_to_these", ""),
          ("path_over_distance", "/ ends"), ("savings/saved_percent/", "% saved, "), ("bits_per_dim/bound", "bits/dim"),
          ("seconds_per_image", "s/image"), ("elbo/log_density_", "log p(z) "), ("training/gradient", "gradient"),
@@ -38,14 +42,15 @@ TABLES = {  # name: (patterns of variants, columns)
     "results": ("stage1-vae stage1-form1", "fd; floor; hf_energy; psnr_db; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-uncond stage1-form1 stage2-anneal stage3-flow-fixed bonus-latent",
-              "ddim 5/fd; dpm 5/fd; dpm 25/fd; ddim 5/hf_energy; dpm 5/hf_energy; dpm 25/hf_energy; s/image"),
+              "dpm 5/fd; dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 10/hf_energy; s/image"),
     "joint": ("stage1-form1 stage2-*", "VAE fd; fd; kl_nats; psnr_db; bits/dim; gradient_share; skipped"),
     "latent space": ("stage1-form1 stage2-anneal stage2-[skb]*", "path / ends; path end_distance; path midpoint_fd; "
                      "posterior/refined; probe_class_accuracy; probe_r2/x; probe_r2/hue sine"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
-    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; uncertainty/correlation; "
-                     "s true; s shuffled"),
+    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; start by thirds/fd; "
+                     "variance/correlation; regressed/correlation"),
+    "controls": ("stage3-*-fixed stage3-flow-*", "s true; s shuffled; s constant; s zero"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
@@ -61,6 +66,8 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
+    ("Does a start by thirds of `s` help?", "start by thirds/fd of stage3-flow-film",
+     "middle start/fd of stage3-flow-film"),
     ("Do they take more time?", "thirds/s/image of stage3-flow-film", "evenly/s/image of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
@@ -70,7 +77,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
 PANELS = {  # x axis of a chart: (variants, {place: column})
-    "U-Net evaluations": ("stage1-* *-anneal stage3-flow-f* bonus-*", {n: f"dpm {n}/fd" for n in (5, 10, 25, 50)}),
+    "U-Net evaluations": ("stage1-* *-anneal stage3-flow-f* bonus-*", {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
     "sd of noise on x_hat": ("stage1-* *-anneal stage3-flow-f*",  # the bonus has its noise in its latent
                              {0.0: "clean/fd"} | {sd: f"noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})}
 
@@ -116,7 +123,7 @@ def load_all(paths):
         metrics = load(path)
         run = metrics["run"]
         facts = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget", "train_images")}
-        facts |= {"n_generated": metrics["rows"][0]["n_generated"], "residual_sd": run.get("residual_sd", 0.0),
+        facts |= {"n_generated": metrics["rows"][0]["n_generated"],
                   "temperature": run["eval"].get("temperature", 1.0)}
         other, reference = compared.setdefault(run["dataset"], (path, facts))
         difference = common.first_difference(reference, facts)
@@ -241,6 +248,10 @@ def other_tables(folder):
     for path in Path(folder).glob("*/pairs.json"):
         counts = json.loads(path.read_text())["counts by sd of x_T"]
         tables["pairs"] = table_numbers({f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
+    for path in Path(folder).glob("*/recipe.json"):  # {recipe: {seed: {name: number}}}
+        recipes = json.loads(path.read_text())
+        tables[f"recipe {path.parent.name}"] = table_numbers(
+            {recipe: {seed: {"numbers": told} for seed, told in seeds.items()} for recipe, seeds in recipes.items()})
     return tables
 
 

@@ -237,7 +237,7 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
     """Strategies share their prior's VAE; every row set has all priors; posterior has no bound; under `fixed`, which
     does not use it, what the refiner is told changes nothing."""
     home, printed = smoke("stage3")
-    assert "uncertainty: log-variances vary" in printed
+    assert "uncertainty, regressed: rank correlation" in printed
     enter(monkeypatch, copy_of(home, tmp_path))
     trained, training = [], common.Training
     monkeypatch.setattr(common, "Training", lambda folder, *a, **k: trained.append(folder.name) or
@@ -256,13 +256,14 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert [row["prior"] for row in rows[:3]] == {
             "stage3-vae-gaussian": ["gaussian", "gmm", "flow"], "stage3-gmm-fixed": ["gmm", "gaussian", "flow"]}.get(
                 variant, ["flow", "gaussian", "gmm"])
-        assert tables["uncertainty"]["verdict"] and set(tables["prior_log_density"]) == {"gaussian", "gmm", "flow"}
+        assert tables["uncertainty"]["regressed"]["verdict"]
+        assert set(tables["prior_log_density"]) == {"gaussian", "gmm", "flow"}
         if "vae" in variant:
             assert {"negative_elbo", "log_density_flow", "log_density_gaussian"} <= set(tables["elbo"])
             continue
         assert set(tables["uncertainty"]["controls"]) == {"true", "shuffled", "constant", "zero"}
         assert set(tables["uncertainty"]["terciles"]) == {"sure", "middle", "unsure"}
-        assert tables["uncertainty"]["adaptive_steps"]["mean_steps"] == 2 and "dpm" in tables["steps_to_quality"]
+        assert tables["uncertainty"]["adaptive_refinement"]["mean_steps"] == 2 and "dpm" in tables["steps_to_quality"]
         assert (tables["bits_per_dim"] is None) == ("posterior" in variant)
         controls = tables["uncertainty"]["controls"]
         assert variant != "stage3-gmm-fixed" or all(controls[name] == controls["true"] for name in controls)

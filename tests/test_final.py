@@ -91,7 +91,7 @@ def test_times_are_the_first_seeds(tmp_path):
 @pytest.mark.parametrize("change,key", [
     ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
     ({"n_real": 6}, "n_real"), ({"train_images": 99}, "train_images"), ({"budget": "smoke"}, "budget"),
-    ({"residual_sd": 0.2}, "residual_sd"), ({"eval": {"temperature": 0.7}}, "temperature"), ({}, "n_generated")])
+    ({"eval": {"temperature": 0.7}}, "temperature"), ({}, "n_generated")])
 def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
     """The file and the key are named."""
     other = metrics("stage1-vae", **change)

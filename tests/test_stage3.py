@@ -37,7 +37,7 @@ def moons(count, seed=0):
 @pytest.mark.parametrize("d", [5, 9, 64, 512])
 def test_flow_inverse_and_reach(d):
     """The inverse holds both ways; every dimension is transformed, not only permuted."""
-    flow, z = shaken(stage3.RealNVP(d), 0.1), common.randn((40, d), common.generator(0))
+    flow, z = shaken(stage3.RealNVP(d), 0.1).double(), common.randn((40, d), common.generator(0)).double()
     u, order = flow(z)[0], torch.arange(d)
     assert torch.allclose(flow.inverse(u), z, atol=1e-4) and torch.allclose(flow(flow.inverse(z))[0], z, atol=1e-4)
     for permutation in flow.orders:

@@ -45,13 +45,14 @@ def simplify(change, train=None, scores=False):
     """Commands on few images, with some of the smoke budget's `train` settings changed. Without scores nothing is
     evaluated, 100 images are enough, and every tenth step is saved."""
     smoke, savings = common.budget, {"device": "", "sampler_steps": 0, "batch": 0, "saved_percent": {}}
+    tables = {"savings": savings, "uncertainty": {}}
     change(common, "draw_shapes", small_shapes)
     if not scores:
         change(common, "budget", lambda *args: (smoke(*args)[0] | (train or {}), smoke(*args)[1]))
         change(common, "draw_shapes", lambda count, seed: draw_all(count // 200, seed))
         change(common, "time", SimpleNamespace(time=itertools.count(0, 6).__next__))
         change(fid, "load_extractor", lambda *a: SimpleNamespace(name="none", suffix="_local"))
-        change(common, "evaluate", lambda folder, *a: {"run": {"train_images": 0}, "tables": {"savings": savings}})
+        change(common, "evaluate", lambda folder, *a: {"run": {"train_images": 0}, "tables": tables})
         change(common, "print_results", lambda *a: None)
 
 
