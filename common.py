@@ -658,6 +658,8 @@ def fit_mixture(vae, images, train, device):
     _, mu, logvar = encode(vae, images, gen, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
+    if not torch.isfinite(z).all():
+        fail("the VAE diverged: latents of training images are not finite; take a larger --batch-size or lower rates")
     return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
 
 
@@ -1030,8 +1032,8 @@ def keep_freed_memory():
 # ---- 9. Training -----------------------------------------------------------------------------------------------------
 
 def orthogonalise(matrix, rounds=5):
-    """The matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2), its directions kept: Newton-Schulz
-    iteration with the quintic of Jordan et al. 2024, matrix products alone."""
+    """The matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2; the tiniest stay below), its directions
+    kept: Newton-Schulz iteration with the quintic of Jordan et al. 2024, matrix products alone."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(rounds):
@@ -1069,9 +1071,10 @@ class Training:
             training.step(loss, {"v_mse": loss})                    # loss (B,)
         return training.finish(vae=vae_state["vae"])
 
-    It owns the learning rates, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_clip
-    and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or Ctrl-C is
-    obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's part.
+    It owns the optimisers, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_muon_lr,
+    NAME_clip and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or
+    Ctrl-C is obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's
+    part.
     `guard`: a step is skipped whose gradient norm, of any network, is not finite or above ten times its median over the
     last 20 steps; twenty skipped in a row end the run.
     """

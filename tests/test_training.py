@@ -136,7 +136,8 @@ def test_memory_stays_flat(train, tmp_path, monkeypatch, request):
 
     monkeypatch.setattr(common.Training, "step", watch)
     small = {"encoder": [[16, 8, 0], [1, 8, 0]], "decoder": [[1, 8, 0], [16, 8, 0]], "unet": [[16, 8, 0, 1]],
-             "attention": [], "image_size": 16, "vae_lr": 1e-5, "batch": 1, "steps": 550, "every": 550}
+             "attention": [], "image_size": 16, "vae_lr": 1e-5, "vae_muon_lr": 1e-5, "batch": 1,
+             "steps": 550, "every": 550}
     joint = {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0}
     gc.collect()
     gc.disable()
