@@ -1032,7 +1032,7 @@ def keep_freed_memory():
 # ---- 9. Training -----------------------------------------------------------------------------------------------------
 
 def orthogonalise(matrix, rounds=5):
-    """The matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2; the tiniest stay below), its directions
+    """The matrix (m, n) with singular values brought to about 1 (0.7 to 1.2; the tiniest stay below), its directions
     kept: Newton-Schulz iteration with the quintic of Jordan et al. 2024, matrix products alone."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)

@@ -900,12 +900,16 @@ def test_verdicts():
     assert report["posterior_variance"] == pytest.approx(math.exp(-4))
 
 
-def test_measure_vae(tiny, tmp_path):
-    """x_hat = Dec(mu); refined by a refiner that knows the real images they are as sharp; E log N(z; 0, I) is exact.
-    The start is judged by the noise over the signal there, in standard deviations of what x_hat leaves."""
-    real = images_of(50).images
+def test_measure_vae(tiny, tmp_path, monkeypatch):
+    """x_hat = Dec(mu); refined by a refiner that knows the real images they are as sharp and keep their classes; E log
+    N(z; 0, I) is exact. The start is judged by the noise over the signal there, in standard deviations of what x_hat
+    leaves."""
+    real, labels = images_of(50).images, images_of(50).labels
+    monkeypatch.setattr(common.fid, "extract", lambda _, images: (  # tells the class of real images, 0 of all others
+        None, torch.eye(20)[labels * ((images.float() - real.float()).abs().mean() < 2)]))
     tiny.denoiser = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
-    setup = SimpleNamespace(test=images_of(50), train={"seed": 0}, evaluation={"grid_count": 50, "sample_steps": 3})
+    setup = SimpleNamespace(test=images_of(50), train={"seed": 0}, evaluation={"grid_count": 50, "sample_steps": 3},
+                            extractor=SimpleNamespace(suffix="_local"))
     tables = common.measure_vae(tmp_path, tiny, setup)
     mu, logvar = tiny.vae.encoder(common.to_float(real))
     found, x_hat = tables["reconstruction"], common.to_uint8(tiny.vae.decoder(mu))
@@ -913,6 +917,7 @@ def test_measure_vae(tiny, tmp_path):
     assert found["kl_nats"] == pytest.approx(float(common.gaussian_kl(mu, logvar).mean()), rel=1e-3)
     assert found["hf_energy_vae"]["value"] == pytest.approx(common.hf_energy(x_hat, real)["value"], rel=1e-2)
     assert found["hf_energy_refined"]["value"] == pytest.approx(1, abs=1e-5)
+    assert found["class_kept_refined"] == 1 and found["class_kept_vae"] == pytest.approx(float((labels == 0).sum()) / 50)
     exact = -0.5 * (8 * math.log(2 * math.pi) + float((mu**2 + logvar.exp()).sum(1).mean()))
     assert tables["prior_log_density"] == {"gaussian": pytest.approx(exact, abs=4 * 2 / 50**0.5)}
     residual = float((x_hat.float() - real.float()).std()) / 127.5

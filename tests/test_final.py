@@ -187,8 +187,13 @@ def test_charts(tmp_path, monkeypatch):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
-def test_collect_and_runs(tmp_path, capsys):
+def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     """--collect copies metrics and the figures that a text shows, but none of real images; --runs writes a report."""
+    monkeypatch.setattr(final, "ROOT", tmp_path)
+    shown = [f"{name}/stage1-form1-s0-{part}" for name, part in
+             (("shapes", "reconstructions"), ("shapes", "samples"), ("cifar10", "samples"))]
+    for text, names in (("README.md", shown[:1]), ("REPORT.md", shown[1:])):
+        (tmp_path / text).write_text("".join(f"![](results/{name}.png)" for name in names))
     for dataset in ("shapes", "cifar10"):
         run = tmp_path / "runs" / f"{dataset}-cpu" / "stage1-form1-s0"
         run.mkdir(parents=True)
