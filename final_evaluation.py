@@ -247,10 +247,10 @@ def other_tables(folder):
     tables = {"features": table_numbers(features)}
     for path in Path(folder).glob("*/pairs.json"):
         counts = json.loads(path.read_text())["counts by sd of x_T"]
-        tables["pairs"] = table_numbers({f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
-    for path in Path(folder).glob("*/recipe.json"):  # {recipe: {seed: {name: number}}}
+        tables[f"pairs {path.parent.name}"] = table_numbers({f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
+    for path in sorted(Path(folder).glob("*/recipe*.json")):  # {recipe: {seed: {name: number}}}
         recipes = json.loads(path.read_text())
-        tables[f"recipe {path.parent.name}"] = table_numbers(
+        tables[f"{path.stem} {path.parent.name}"] = table_numbers(
             {recipe: {seed: {"numbers": told} for seed, told in seeds.items()} for recipe, seeds in recipes.items()})
     return tables
 
