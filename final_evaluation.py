@@ -241,17 +241,18 @@ def table_reproduced(fresh, committed):
 
 
 def other_tables(folder):
-    """Tables of what no run measured: the feature networks' examination, the sample's size alone, verdicts on pairs."""
+    """Tables of what no run measured: the feature networks' examination, recipes, verdicts on pairs."""
     features = {f"`{path.stem}`": {0: {"numbers": leaves(json.loads(path.read_text()))}}
                 for path in sorted(Path(folder).glob("features/*.json"))}
     tables = {"features": table_numbers(features)}
     for path in Path(folder).glob("*/pairs.json"):
         counts = json.loads(path.read_text())["counts by sd of x_T"]
-        tables[f"pairs {path.parent.name}"] = table_numbers({f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
+        tables[f"pairs {path.parent.name}"] = table_numbers(
+            {f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
     for path in sorted(Path(folder).glob("*/recipe*.json")):  # {recipe: {seed: {name: number}}}
-        recipes = json.loads(path.read_text())
         tables[f"{path.stem} {path.parent.name}"] = table_numbers(
-            {recipe: {seed: {"numbers": told} for seed, told in seeds.items()} for recipe, seeds in recipes.items()})
+            {recipe: {seed: {"numbers": told} for seed, told in seeds.items()}
+             for recipe, seeds in json.loads(path.read_text()).items()})
     return tables
 
 
