@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 .PHONY: demo report test test-slow lint clean
 
-demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 4 minutes on two cores
+demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 6 minutes on two slow cores
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
 report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: an hour at most

@@ -19,7 +19,7 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant all          with Formulation 2 and the control without a VAE (`uncond`)
         python stage1_baseline.py --dataset celeba64 --pretrained    faces, in half a minute: nothing is trained
-Expect  4 to 6 minutes on two CPU cores (twice that on slow ones), then pictures (samples.png: VAE above, refined below)
+Expect  6 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
         and a table. The VAE's samples are blurred (hf_energy about 0.15, where real images have 1), the refined ones
         show edges and bands (about 0.6), and their distance to the real images is a quarter to a third smaller.
 """
