@@ -59,8 +59,6 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does seeing `x_hat` help the refiner?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
-    ("Does calmed noise `x_T` help faces?", "sd 0.7/fd of stage1-form1", "sd 1/fd of stage1-form1"),
-    ("Less calmed noise?", "sd 0.85/fd of stage1-form1", "sd 1/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
@@ -110,7 +108,6 @@ def numbers_of(metrics):
     run, rows = metrics["run"], {first["prior"]: first} if first["sampler"] == "none" else {}
     for row in others:
         rows.setdefault(f"{row['sampler']} {row['nfe']}" if row["prior"] == first["prior"] else row["prior"], row)
-    rows |= {f"sd {row['temperature']:g}": row for row in metrics["tables"].get("temperature", [])}
     rows["own prior"] = rows.get(f"{first['sampler']} {first['nfe']}")  # as many images as other priors had
     cost = {"train minutes": run["train_seconds"] / 60, "parameters": run["parameters"], "gflops": run["gflops"]}
     return leaves(first) | leaves(rows) | leaves(metrics["tables"]) | cost
