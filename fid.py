@@ -92,21 +92,22 @@ def read_image(path):
 
 
 def find_hashed(folder, name):
-    """The files FOLDER/<name>-<hash8>.pt, of which save_hashed writes one."""
+    """The files FOLDER/<name>-<hash8>.pt; `save` wrote them as FOLDER/<name>-*.pt."""
     return sorted(Path(folder).glob(f"{name}-{'[0-9a-f]' * 8}.pt"))
 
 
-def save_hashed(folder, name, state):
-    """Write what torch.save makes of `state` to FOLDER/<name>-<hash8>.pt, of its sha256. Returns the path."""
+def save(path, state):
+    """Write what torch.save makes of `state`, tensors and plain values; `*` in the name becomes the first eight digits
+    of the bytes' sha256. Returns the path."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    path = Path(folder) / f"{name}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pt"
+    path = path.with_name(path.name.replace("*", hashlib.sha256(buffer.getvalue()).hexdigest()[:8]))
     write(path, buffer.getvalue())
     return path
 
 
 def load_hashed(path, flag, advice):
-    """What save_hashed wrote, on the CPU. Fails naming `flag` if the file's bytes are not those of its name."""
+    """What such a file holds, on the CPU. Fails naming `flag` if the file's bytes are not those of its name."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:8] != path.stem[-8:]:
         fail(f"{flag}: {path} has not its name's sha256; restore it, or delete it; {advice}")
@@ -257,7 +258,8 @@ class LocalNet(nn.Module):
 
 def save_local(net, name):
     """Write FEATURES_DIR/<name>-<hash8>.pt, matrices in half precision (1.4 MB). Returns its path."""
-    return save_hashed(FEATURES_DIR, name, {"classes": net.classes, "size": net.size, "state": half(net.state_dict())})
+    state = {"classes": net.classes, "size": net.size, "state": half(net.state_dict())}
+    return save(FEATURES_DIR / f"{name}-*.pt", state)
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
@@ -485,9 +487,8 @@ def reference(extractor, data_train, data_test, cache_dir):
             return Reference(*torch.load(path, weights_only=True))
         except Exception as error:  # whatever a damaged file raises, the answer is to make it again
             print(f"warning: {path} is damaged ({type(error).__name__}); computed again", file=sys.stderr)
-    ref, buffer = make_reference(extractor, train, test), io.BytesIO()
-    torch.save([ref.features, ref.test_features, ref.test_logits], buffer)
-    write(path, buffer.getvalue())
+    ref = make_reference(extractor, train, test)
+    save(path, [ref.features, ref.test_features, ref.test_logits])
     return ref
 
 

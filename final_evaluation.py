@@ -35,7 +35,7 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("uncertainty/regressed", "regressed"),
          ("uncertainty/terciles/", ""), ("uncertainty/controls/", "s "), ("/fd_to_these", ""),
          ("path_over_distance", "/ ends"), ("savings/saved_percent/", "% saved, "), ("bits_per_dim/bound", "bits/dim"),
-         ("seconds_per_image", "s/image"), ("elbo/log_density_", "log p(z) "), ("training/gradient", "gradient"),
+         ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"),
          ("training/skipped", "skipped"))
 
 TABLES = {  # name: (patterns of variants, columns)
@@ -92,13 +92,8 @@ def leaves(part, path=""):
 
 
 def load(path):
-    """One metrics file, checked against the schema; exits naming the file if it is damaged."""
-    try:
-        metrics = json.loads(Path(path).read_text())
-        common.check_metrics(metrics)
-        return metrics
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fid.fail(f"{path}: damaged ({error}); restore it or remove it")
+    """One metrics file; exits naming it if it is damaged."""
+    return common.read_metrics(path) or fid.fail(f"{path}: damaged, or of another schema; restore it or remove it")
 
 
 def numbers_of(metrics):
@@ -294,7 +289,7 @@ def keep_weights(checkpoint, home):
     state, older = common.load_checkpoint(checkpoint), fid.find_hashed(home, "form1")
     state["vae"] = {name: value for name, value in state["vae"].items() if name.startswith("decoder.")}
     parts = {name: fid.half(state[name]) for name in ("vae", "unet", "gmm")}
-    path = fid.save_hashed(home, "form1", {"train": state["train"], "seconds": state["seconds"]} | parts)
+    path = fid.save(Path(home) / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
     for other in older:
         if other != path:
             other.unlink()

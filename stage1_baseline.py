@@ -150,28 +150,6 @@ def draw_pretrained(args, evaluation, device):
     print(folder / "samples.png")
 
 
-# --- What it shows ---------------------------------------------------------------------------------------------------
-
-
-def draw_spacing(path, sd=0.05):
-    """With the exact denoiser of fine detail, x0 ~ N(0, sd^2), each sampler is a number: how much of the detail's
-    energy survives n steps? The uniform grid spends its steps where only coarse structure is decided."""
-    diffusion, counts, lines = common.Diffusion("eps"), [5, 10, 25, 50, 100, 250, 1000], {}
-
-    def denoise(x, t):  # E[eps | x_t] for Gaussian data
-        a, s = diffusion.factors(t)
-        return s / (a**2 * sd**2 + s**2) * x
-
-    for sampler in ("ddim", "dpm"):
-        for spacing in ("uniform", "quadratic"):
-            ends = [common.sample(diffusion, denoise, torch.ones(1, 1, 1, 1), sampler, n, clamp=False, spacing=spacing)
-                    for n in counts]  # x_T = 1 is one standard deviation; the map is linear
-            lines[f"{sampler}, {spacing}"] = counts, [float(x) ** 2 / sd**2 for x in ends]
-    common.save_chart(path, [{"title": "energy of fine detail kept, exact denoiser", "x": "steps", "y": "kept / true",
-                              "lines": lines, "log": "log", "level": {"exact": 1.0}}])
-    return lines
-
-
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
@@ -212,12 +190,8 @@ def main(argv=None):
         folder, state = setup.home / f"stage1-{variant}-s{args.seed}", vae_state
         if variant != "vae":
             state = train_refiner(folder, variant, train, vae_state, data, device, args.resume)
-
-        def more(model, rows, folder=folder):
-            return {"spacing": draw_spacing(folder / "spacing.png")} if model.denoiser else {}
-
         model = load_model(state, variant, device)
-        finished[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant), more)
+        finished[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(finished, setup)
 

@@ -338,7 +338,7 @@ def main(argv=None):
         form1 = load_model(common.load_checkpoint(form1), setup.device)
         form1 = dataclasses.replace(form1, temperature=evaluation["temperature"])
         tables["latent_space_stage1"] = latent_space(None, form1, setup)
-        common.write_metrics(folder / "metrics.json", metrics)
+        common.write_json(folder / "metrics.json", metrics)
     common.print_results(earlier | {folder: metrics}, setup)
     for name, where in (("stage 1", "latent_space_stage1"), (variant, "latent_space")):
         if where in tables:

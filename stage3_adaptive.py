@@ -458,28 +458,16 @@ def adaptive_refinement(model, measure, setup):
     return result
 
 
-def steps_to_quality(rows, fd):
-    """Per sampler, the fewest steps of the grid whose score is within 10% of the most steps', and the time saved."""
-    result = {}
-    for sampler in sorted({row["sampler"] for row in rows}):
-        mine = sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["nfe"])
-        enough = next(row for row in mine if row[fd]["value"] <= 1.1 * mine[-1][fd]["value"])
-        result[sampler] = {"steps": enough["nfe"], "of": mine[-1]["nfe"],
-                           "time_saved": 1 - enough["seconds_per_image"] / mine[-1]["seconds_per_image"]}
-    return result
-
-
 def held_out_elbo(trip, model):
     """Of the round trip of held-out images the negative ELBO (up to the constant of a Gaussian decoder of variance 1/2,
-    beta = 1), with the KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one; and each
-    prior's log density of z ~ q(z|x): scores with a 95% interval over images."""
+    beta = 1), with the KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one: scores
+    with a 95% interval over images."""
     z, mu, logvar, _, sse = trip
-    densities = {f"log_density_{name}": prior.log_prob(z).cpu().float() for name, prior in model.priors.items()}
     kl = common.gaussian_kl(mu, logvar)
     if model.vae.flow:
-        kl = gaussian_log_prob(z, mu, logvar) - densities["log_density_flow"]
+        kl = gaussian_log_prob(z, mu, logvar) - model.priors["flow"].log_prob(z).cpu()
     return {name: common.mean_score(values) for name, values in
-            ({"negative_elbo": sse + kl, "sse": sse, "kl": kl} | densities).items()}
+            {"negative_elbo": sse + kl, "sse": sse, "kl": kl}.items()}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -541,8 +529,7 @@ def main(argv=None):
     state = train_refiner(folder, train, vae_state, data, device, args.resume)
 
     def of_refiner(model, rows):
-        tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup),
-                  "steps_to_quality": steps_to_quality(rows[len(model.priors) :], setup.fd)}
+        tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup)}
         if args.uncertainty == "posterior":
             tables["bits_per_dim"] = None  # trained with side information about x: no bound
         return tables

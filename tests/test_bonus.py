@@ -9,6 +9,7 @@ from helpers import CPU, images_of, same, settings
 
 import bonus_latent as bonus
 import common
+import fid
 
 
 def tiny(**changes):
@@ -132,15 +133,12 @@ def test_equal_seconds_by_hand():
 def test_pixel_run_refuses_other_settings(tmp_path):
     """Only a finished run of the same training settings is compared with, and only rows measured in the same way."""
     train, setup = tiny(), SimpleNamespace(evaluation={"features": "local", "temperature": 0.9, "count": 64})
-    scores = dict.fromkeys(["hf_energy", *(f"{name}_local" for name in common.SCORES)],
-                           {"value": 1.0, "low": None, "high": None})
-    rows = [dict.fromkeys(common.ROW_KEYS, 0) | scores]
+    rows = [{"fd_local": {"value": 1.0, "low": None, "high": None}}]
 
     def found(finished=True, features="local", temperature=0.9, **changes):
-        common.save_checkpoint(tmp_path / "checkpoint.pt", {"train": settings(**changes), "finished": finished})
-        run = dict.fromkeys(common.RUN_KEYS, "") | {"features": features, "eval": {
-            "features": features, "temperature": temperature, "count": 99}}
-        common.write_metrics(tmp_path / "metrics.json", {"schema": 1, "run": run, "rows": rows, "tables": {}})
+        fid.save(tmp_path / "checkpoint.pt", {"train": settings(**changes), "finished": finished})
+        run = {"eval": {"features": features, "temperature": temperature, "count": 99}}
+        common.write_json(tmp_path / "metrics.json", {"schema": 1, "run": run, "rows": rows})
         state, theirs = bonus.pixel_run(tmp_path, train, setup)
         return state is not None, theirs
 

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import nn
 
 import common
+import fid
 
 T = 1000
-SAMPLERS = ({"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpm"})
+SAMPLERS = ("ddpm", "ddim", "dpm")
 Normal, kl_divergence = torch.distributions.Normal, torch.distributions.kl_divergence
 
 
@@ -440,16 +441,14 @@ def test_predict_inverts_target(objective):
     assert torch.allclose(diffusion.q_sample(x0_hat, t, eps_hat), xt, atol=1e-5)
 
 
-@pytest.mark.parametrize("spacing", ["quadratic", "uniform"])
-def test_time_grid(spacing):
-    """Strictly increasing from 0 to the start for every n in 1..start; the identity at n = start; quadratic is dense
-    near 0."""
+def test_time_grid():
+    """Strictly increasing from 0 to the start for every n in 1..start; the identity at n = start; dense near 0."""
     for start in (T, 137):
         for n in range(1, start + 1):
-            grid = common.time_grid(start, n, spacing)
+            grid = common.time_grid(start, n)
             assert len(grid) == n + 1 and grid[0] == 0 and grid[-1] == start and grid == sorted(set(grid)), n
         assert grid == list(range(start + 1))
-    assert common.time_grid(T, 10, spacing)[:3] == ([0, 10, 40] if spacing == "quadratic" else [0, 100, 200])
+    assert common.time_grid(T, 10)[:3] == [0, 10, 40]
 
 
 def oracle(diffusion, x0):
@@ -460,10 +459,9 @@ def oracle(diffusion, x0):
     return denoise
 
 
-@pytest.mark.parametrize("spacing", ["quadratic", "uniform"])
 @pytest.mark.parametrize("objective", ["eps", "v"])
-@pytest.mark.parametrize("options", SAMPLERS)
-def test_oracle_returns_x0(options, objective, spacing):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_oracle_returns_x0(sampler, objective):
     """A denoiser that knows x0 leads every sampler to x0 from every start in every number of steps, with as many calls;
     more steps than there are times are as many as there are."""
     gen = common.generator(0)
@@ -473,12 +471,12 @@ def test_oracle_returns_x0(options, objective, spacing):
         diffusion, calls = common.Diffusion(objective, start=start), []
         denoise = oracle(diffusion, x0)
         return common.sample(diffusion, lambda x, t: calls.append(t.tolist()) or denoise(x, t),
-                             common.randn(x0.shape, gen), steps=steps, gen=gen, spacing=spacing, **options), calls
+                             common.randn(x0.shape, gen), sampler, steps, gen), calls
 
     for start, steps in (*((T, n) for n in (1, 2, 3, 7, 25, 60, 333, T)), (60, 7), (60, 60), (60, 61)):
         x, calls = run(start, steps)
         assert torch.allclose(x, x0, atol=1e-4), (start, steps)
-        assert calls == [[t, t] for t in common.time_grid(start, min(start, steps), spacing)[:0:-1]]
+        assert calls == [[t, t] for t in common.time_grid(start, min(start, steps))[:0:-1]]
 
 
 MEAN, SD = 0.2, 0.5
@@ -492,23 +490,22 @@ def gaussian_denoiser(diffusion, mean=MEAN, sd=SD):
     return denoise
 
 
-def gaussian_result(sampler, steps, start=None, mean=MEAN, sd=SD, **options):
-    """Mean and sd of the samples. DDIM (eta 0) and DPM-Solver++ are affine maps of the noise: two points tell all."""
+def gaussian_result(sampler, steps, start=None, mean=MEAN, sd=SD):
+    """Mean and sd of the samples. DDIM and DPM-Solver++ are affine maps of the noise: two points tell all."""
     diffusion, gen = common.Diffusion(start=start), common.generator(0)
-    noisy = sampler == "ddpm" or options.get("eta")
-    eps = common.randn((50_000, 1, 1, 1), gen) if noisy else torch.tensor([0.0, 1.0])[:, None, None, None]
+    eps = common.randn((50_000, 1, 1, 1), gen) if sampler == "ddpm" else torch.tensor([0.0, 1.0])[:, None, None, None]
     x_start, denoise = diffusion.begin(torch.full_like(eps, mean), eps), gaussian_denoiser(diffusion, mean, sd)
-    x = common.sample(diffusion, denoise, x_start, sampler, steps, gen, clamp=False, **options)
-    return (float(x.mean()), float(x.std())) if noisy else (float(x[0]), float(x[1] - x[0]))
+    x = common.sample(diffusion, denoise, x_start, sampler, steps, gen, clamp=False)
+    return (float(x.mean()), float(x.std())) if sampler == "ddpm" else (float(x[0]), float(x[1] - x[0]))
 
 
-@pytest.mark.parametrize("options", SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("start,mean,sd,slack", [(T, MEAN, SD, 0.02), (403, -0.7, 0.09, 0.045)])
-def test_exact_score_gives_the_gaussian(options, start, mean, sd, slack):
+def test_exact_score_gives_the_gaussian(sampler, start, mean, sd, slack):
     """With the exact score of N(mean, sd^2), no clamp and all steps: mean and sd within `slack` sd. From T; and from an
     earlier start about the mean, where the noise is 10 sd."""
     assert start == T or float(common.Diffusion().noise[start]) == pytest.approx(10 * sd, rel=0.01)
-    found = gaussian_result(steps=start, start=start, mean=mean, sd=sd, **options)
+    found = gaussian_result(sampler, start, start, mean, sd)
     assert found == (pytest.approx(mean, abs=slack * sd), pytest.approx(sd, rel=slack))
 
 
@@ -526,29 +523,26 @@ def test_samplers_improve_in_their_order():
     assert ddpm[0] > ddpm[1] > ddpm[2] and all(e > error["ddim", n] for e, n in zip(ddpm, (10, 20, 40), strict=True))
 
 
-def test_ddim_eta_1_is_ddpm_fixedsmall():
-    """With the same noise the two are one on every respaced grid; on all steps DDPM takes fixedlarge."""
-    x_start = common.randn((4, 1, 2, 2), common.generator(0))
-    for start, steps in ((T, 7), (T, 50), (T, 999), (T, T), (300, 299), (300, 300)):
-        diffusion = common.Diffusion(start=start)
-        ddpm, ddim = (common.sample(diffusion, gaussian_denoiser(diffusion), x_start, sampler, steps,
-                                    common.generator(1), eta=1.0) for sampler in ("ddpm", "ddim"))
-        assert torch.allclose(ddpm, ddim, atol=1e-4) == (steps < start)
+def test_the_grid_keeps_fine_detail(monkeypatch):
+    """Data N(0, 0.05^2), exact score, 25 steps: the grid keeps most of its energy; a uniform one, whose steps go where
+    only coarse structure is decided, a small part."""
+    def kept(sampler):
+        return (gaussian_result(sampler, 25, mean=0.0, sd=0.05)[1] / 0.05) ** 2
+
+    assert kept("ddim") > 0.65 and kept("dpm") > 0.9
+    monkeypatch.setattr(common, "time_grid", lambda start, steps: [round(start * i / steps) for i in range(steps + 1)])
+    assert kept("ddim") < 0.2 and kept("dpm") < 0.2
 
 
 def test_noise_of_one_step():
-    """DDPM adds variance beta_tilde or beta; DDIM sd = eta sqrt(beta_tilde) (eq. 16), and mean and noise together keep
-    the marginal at s, whatever eta. Measured over many draws."""
+    """DDPM adds variance beta_tilde or beta, measured over many draws; DDIM keeps the marginal's at s."""
     diffusion, zero = common.Diffusion(), torch.zeros(100_000, 1, 1, 1)
     for variance, expected in zip(("fixedsmall", "fixedlarge"), diffusion.posterior(3, 1)[2:], strict=True):
         step = common.ddpm_step(diffusion, zero, zero, 3, 1, variance, common.generator(0))
         assert float(step.var()) == pytest.approx(expected, rel=0.02)
-    eps = common.randn(zero.shape, common.generator(0))
-    for eta in (0.3, 0.7):
-        added = eta * diffusion.posterior(400, 300)[2] ** 0.5
-        for mean, sd in ((zero, added), (eps, float(diffusion.noise[300]))):
-            step = common.ddim_step(diffusion, zero, mean, 400, 300, eta, common.generator(1))
-            assert float(step.std()) == pytest.approx(sd, rel=0.01)
+    one = torch.ones(1, 1, 1, 1)
+    assert float(common.ddim_step(diffusion, 0 * one, one, 300)) == pytest.approx(float(diffusion.noise[300]))
+    assert float(common.ddim_step(diffusion, one, 0 * one, 300)) == pytest.approx(float(diffusion.signal[300]))
 
 
 def test_dpm_step_is_the_published_formula():
@@ -578,24 +572,22 @@ def test_discretised_likelihood(sd):
     assert log_p.tolist() == pytest.approx(2 * [12 * math.log(math.erf(1 / 255 / (sd * 2**0.5)))], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge"])
 @pytest.mark.parametrize("start,offset", [(T, 0.0), (T, 0.1), (350, 0.1)])
-def test_diffusion_nats_of_a_known_case(variance, start, offset):
-    """A denoiser whose x0 is off by `offset` everywhere: every part has a closed form. With the oracle (offset 0) and
-    fixedsmall the diffusion part is 0; with fixedlarge it is D/2 sum(log(b/bt) + bt/b - 1). The prior is the KL from
-    q(x_start | x0) to N(0, I), from an earlier start to q(x_start | x_hat)."""
+def test_diffusion_nats_of_a_known_case(start, offset):
+    """A denoiser whose x0 is off by `offset` everywhere: every part has a closed form. With the oracle (offset 0) the
+    diffusion part is D/2 sum(log(b/bt) + bt/b - 1). The prior is the KL from q(x_start | x0) to N(0, I), from an
+    earlier start to q(x_start | x_hat)."""
     diffusion, gen = common.Diffusion("v", start=start), common.generator(0)
     images = torch.randint(1, 200, (2, 3, 2, 2), generator=gen).to(torch.uint8)
     x0, x_hat = common.to_float(images), common.randn((2, 3, 2, 2), gen)
-    parts = common.diffusion_nats(diffusion, oracle(diffusion, x0 + offset), images, x_hat, start - 1, gen, variance)
+    parts = common.diffusion_nats(diffusion, oracle(diffusion, x0 + offset), images, x_hat, start - 1, gen)
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)[:start]  # the schedule's definition
     bar, beta = (1 - beta).cumprod(0), beta[1:]
     small = beta * (1 - bar[:-1]) / (1 - bar[1:])  # beta_tilde, t = 2..T
-    model = small if variance == "fixedsmall" else beta
     c_x0 = bar[:-1].sqrt() * beta / (1 - bar[1:])
-    exact = 12 * (0.5 * ((model / small).log() + small / model - 1) + c_x0**2 * offset**2 / (2 * model)).sum()
+    exact = 12 * (0.5 * ((beta / small).log() + small / beta - 1) + c_x0**2 * offset**2 / (2 * beta)).sum()
     assert torch.allclose(parts["diffusion"].double(), exact.expand(2), rtol=3e-4, atol=1e-3)
-    cdf = Normal(0, float(small[0].sqrt())).cdf  # both variances take beta_tilde_2 at t = 1
+    cdf = Normal(0, float(small[0].sqrt())).cdf  # at t = 1 the model takes beta_tilde_2
     bin_mass = cdf(torch.tensor(1 / 255 - offset).double()) - cdf(torch.tensor(-1 / 255 - offset).double())
     assert torch.allclose(parts["data"].double(), -12 * bin_mass.clamp(min=1e-12).log().expand(2), rtol=1e-3)
     a, s = bar[-1].sqrt(), (1 - bar[-1]).sqrt()
@@ -719,7 +711,7 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
 
     path, rng, refused = tmp_path / "checkpoint.pt", random.Random(0), 0
     state = {"train": {"seed": 0}, "finished": True, "unet": {"w": common.randn((50, 50), common.generator(0))}}
-    common.save_checkpoint(path, state)
+    fid.save(path, state)
     assert same(common.load_checkpoint(path), state)
     whole = path.read_bytes()
     for _ in range(20):
@@ -752,13 +744,13 @@ def test_open_run_decides(tmp_path, capsys):
     expect_error(capsys, lambda: common.open_run(folder, train, False), "run", "--resume")  # begun, no checkpoint yet
     common.write_json(folder / "metrics.json", {})  # of a checkpoint that was removed, as its damage asks for
     assert common.open_run(folder, train, True) is None and not (folder / "metrics.json").exists()
-    common.save_checkpoint(checkpoint, {"train": train, "finished": False, "steps": 3})
+    fid.save(checkpoint, {"train": train, "finished": False, "steps": 3})
     expect_error(capsys, lambda: common.open_run(folder, train, False), "--resume")
     assert common.open_run(folder, train, True)["steps"] == 3
     for resume in (False, True):
-        common.save_checkpoint(checkpoint, {"train": train, "finished": True, "steps": 8})
+        fid.save(checkpoint, {"train": train, "finished": True, "steps": 8})
         assert common.open_run(folder, train, resume)["finished"]
-        common.save_checkpoint(checkpoint, {"train": train | {"steps": 9}, "finished": True})
+        fid.save(checkpoint, {"train": train | {"steps": 9}, "finished": True})
         expect_error(capsys, lambda r=resume: common.open_run(folder, train, r), "steps was 9, is now 8", "--out")
     for text in ("{", "{}", "null", "[]", '{"train": 3}'):
         config.write_text(text)
@@ -769,46 +761,19 @@ def test_open_run_decides(tmp_path, capsys):
 
 # ---- metrics.json ----------------------------------------------------------------------------------------------------
 
-def good_metrics(features="local-shapes-01234567"):
-    names = [f"{s}_local" if "local" in features else {"fd": "fid"}.get(s, s) for s in common.SCORES] + ["hf_energy"]
-    row = dict.fromkeys(common.ROW_KEYS, 0) | {name: {"value": 1.0, "low": 0.5, "high": None} for name in names}
-    run = dict.fromkeys(common.RUN_KEYS, 0) | {"features": features, "eval": {"count": 50}}
-    return {"schema": 1, "run": run, "rows": [row], "tables": {}}
-
-
-def test_check_metrics_accepts_good_ones(tmp_path):
-    """They come back as they were written, unless another evaluation is asked for."""
-    path = tmp_path / "metrics.json"
-    for metrics in (good_metrics(), good_metrics("inception-6726825d")):
-        common.write_metrics(path, metrics)
-        assert common.read_metrics(path) == common.read_metrics(path, {"count": 50}) == metrics
-        assert common.read_metrics(path, {"count": 51}) is None
-
-
-BREAKS = {
-    "schema": lambda m: m.update(schema=2), "no schema": lambda m: m.pop("schema"), "no run": lambda m: m.pop("run"),
-    "run lacks a key": lambda m: m["run"].pop("commit"), "no rows": lambda m: m.pop("rows"),
-    "empty rows": lambda m: m.update(rows=[]), "row lacks a key": lambda m: m["rows"][0].pop("nfe"),
-    "no fd": lambda m: m["rows"][0].pop("fd_local"), "no hf_energy": lambda m: m["rows"][0].pop("hf_energy"),
-    "FID with local features": lambda m: m["rows"][0].update(fid=m["rows"][0].pop("fd_local")),
-    "bare number": lambda m: m["rows"][0].update(fd_local=1.0), "row of text": lambda m: m.update(rows=["row"]),
-    "no interval": lambda m: m["rows"][0]["fd_local"].pop("low"),
-    "NaN": lambda m: m["rows"][0]["fd_local"].update(value=math.nan),
-    "text": lambda m: m["rows"][0]["fd_local"].update(value="1.0"),
-    "NaN bound": lambda m: m["rows"][0]["fd_local"].update(low=math.nan),
-    "no tables": lambda m: m.pop("tables"), "tables a list": lambda m: m.update(tables=[]),
-}
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_check_metrics_rejects_broken_ones(name, tmp_path):
-    """write_metrics leaves no file; a file with them, or a damaged one, is none."""
-    metrics, path = good_metrics(), tmp_path / "metrics.json"
-    BREAKS[name](metrics)
-    with pytest.raises(ValueError, match="metrics: "):
-        common.write_metrics(path, metrics)
-    assert not path.exists() and common.read_metrics(path) is None
-    for text in (json.dumps(metrics), "", "{", "[]", "null", '{"schema": 1, "run": 3}'):
+def test_metrics_come_back_or_are_measured_again(tmp_path):
+    """They come back as they were written, unless another evaluation is asked for, or the file is damaged or of another
+    schema. What is not finite is not written."""
+    path, metrics = tmp_path / "metrics.json", {"schema": 1, "run": {"eval": {"count": 50}}, "rows": [{}], "tables": {}}
+    assert common.read_metrics(path) is None
+    common.write_json(path, metrics)
+    assert common.read_metrics(path) == common.read_metrics(path, {"count": 50}) == metrics
+    assert common.read_metrics(path, {"count": 51}) is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        common.write_json(path, metrics | {"rows": [{"fd": math.nan}]})
+    assert common.read_metrics(path) == metrics
+    broken = [metrics | {"schema": 2}, metrics | {"rows": []}, {key: metrics[key] for key in ("run", "rows")}]
+    for text in (*map(json.dumps, broken), path.read_text()[:60], "", "{", "[]", "null", '{"schema": 1, "run": 3}'):
         path.write_text(text)
         assert common.read_metrics(path) is None
 
@@ -920,7 +885,7 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     assert found["class_kept_refined"] == 1
     assert found["class_kept_vae"] == pytest.approx(float((labels == 0).sum()) / 50)
     exact = -0.5 * (8 * math.log(2 * math.pi) + float((mu**2 + logvar.exp()).sum(1).mean()))
-    assert tables["prior_log_density"] == {"gaussian": pytest.approx(exact, abs=4 * 2 / 50**0.5)}
+    assert tables["prior_log_density"]["gaussian"]["value"] == pytest.approx(exact, abs=4 * 2 / 50**0.5)
     residual = float((x_hat.float() - real.float()).std()) / 127.5
     for start, words in ((T, "early enough"), (20, "raise `start`")):
         found = common.check_start(common.Diffusion(start=start), x_hat, real)
@@ -950,17 +915,6 @@ def test_robustness_area_by_hand(refined, tmp_path):
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
-
-def test_ranked_by_distance_to_the_nearest_real_image(tmp_path, monkeypatch):
-    """Twelve worst first; the best are those that lie on a real image's features."""
-    images = torch.arange(40, dtype=torch.uint8)[torch.randperm(40)][:, None, None, None].expand(40, 3, 8, 8)
-    monkeypatch.setattr(common.fid, "extract", lambda extractor, x: (x[:, 0, 0, :1].double(), None))
-    shown, real = {}, SimpleNamespace(features=torch.tensor([[0.0], [100.0]]))
-    monkeypatch.setattr(common, "save_grid", lambda path, rows: shown.update(rows))
-    common.draw_ranked(tmp_path, images, SimpleNamespace(extractor=None, reference=real))
-    assert {label: row[:, 0, 0, 0].tolist() for label, row in shown.items()} == {
-        "worst": list(range(39, 27, -1)), "median": list(range(25, 13, -1)), "best": list(range(11, -1, -1))}
-
 
 def test_grid(tmp_path):
     """One tile per image, in order, and labels before them."""

@@ -262,17 +262,3 @@ def test_network_cost_counts_what_a_variant_uses():
         networks = {"vae": common.build_vae(train), "unet": stage1.build_unet(train, variant)}
         assert set(cost) == names and all(c["gflops"] > 0 for c in cost.values())
         assert all(c["parameters"] == sum(p.numel() for p in networks[name].parameters()) for name, c in cost.items())
-
-
-def test_spacing_figure_has_the_numbers_of_the_lesson(tmp_path):
-    """Exact denoiser of fine detail: 25 uniform steps keep a small part of its energy, 25 quadratic ones most of it
-    (DPM-Solver++ over nine tenths); with all 1000 steps both grids are one and nearly exact."""
-    lines = stage1.draw_spacing(tmp_path / "spacing.png")
-    kept = {label: dict(zip(*points, strict=True)) for label, points in lines.items()}
-    assert kept["ddim, uniform"][25] < 0.2 and kept["ddim, quadratic"][25] > 0.65
-    assert kept["dpm, uniform"][25] < 0.2 and kept["dpm, quadratic"][25] > 0.9
-    for sampler in ("ddim", "dpm"):
-        uniform, quadratic = kept[f"{sampler}, uniform"], kept[f"{sampler}, quadratic"]
-        assert uniform[1000] == quadratic[1000] == pytest.approx(1, abs=0.1)
-        assert all(abs(1 - quadratic[n]) < abs(1 - uniform[n]) for n in (10, 25, 50))
-    assert (tmp_path / "spacing.png").is_file()

@@ -329,7 +329,6 @@ def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
             parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
             assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
             density = float(prior.log_prob(z_elbo).mean())
-            assert table[f"log_density_{name}"] == pytest.approx(density, rel=1e-4)
             kls_elbo.setdefault(name, float(q.log_prob(z_elbo).sum(1).mean()) - density)
         assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # told apart
         assert table["kl"] == pytest.approx(kls_elbo[trained_under], rel=1e-3)
@@ -379,9 +378,3 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
         stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).denoiser(damaged, z)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
-
-
-def test_steps_to_quality():
-    rows = [{"sampler": "dpm", "nfe": n, "fd": {"value": v}, "seconds_per_image": n / 100}
-            for n, v in ((50, 10.0), (5, 14.0), (10, 10.9), (25, 10.2))]
-    assert stage3.steps_to_quality(rows, "fd") == {"dpm": {"steps": 10, "of": 50, "time_saved": pytest.approx(0.8)}}
