@@ -18,6 +18,7 @@ Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructio
 """
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -179,11 +180,8 @@ def peak_memory(run, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
+    held = itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
+    return max(held) / 2**20
 
 
 def median_seconds(run, device, repeats=7):
@@ -198,14 +196,15 @@ def median_seconds(run, device, repeats=7):
     return statistics.median(times[2:])
 
 
-def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
-    """What sampling with one network costs: seconds per image (batch 1, `batch`), peak memory of a pass, and training
-    seconds per image (at `train_batch`). Saves the profiler's table of the costliest operators."""
+def cost(name, unet, shape, decoder, code, steps, train_batch, folder):
+    """What sampling with one network, then decoding `code` (B, ...), costs: seconds per image (batch 1, B), peak memory
+    of a pass, and training seconds per image (at `train_batch`). Saves the profiler's table of costliest operators."""
+    batch, device = len(code), code.device
     x, t = torch.randn(batch, *shape, device=device), torch.full((batch,), 500, device=device)
 
-    def passes(n):
+    def run(network, n, *inputs):
         with torch.no_grad(), common.autocast(device):
-            unet(x[:n], t[:n])
+            network(*(part[:n] for part in inputs))
 
     def train_step():
         with common.autocast(device):
@@ -214,15 +213,15 @@ def cost(name, unet, shape, decoder, steps, batch, train_batch, device, folder):
         unet.zero_grad(set_to_none=True)
 
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
-        passes(batch)
+        run(unet, batch, x, t)
     where = "cuda" if device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     common.write(folder / f"profile-{name}.txt", table.encode())
-    after = {n: median_seconds(lambda n=n: decoder(n), device) / n if decoder else 0.0 for n in (1, batch)}
-    seconds = {n: steps * median_seconds(lambda n=n: passes(n), device) / n + after[n] for n in (1, batch)}
+    after = {n: median_seconds(lambda n=n: run(decoder, n, code), device) / n for n in (1, batch)}
+    seconds = {n: steps * median_seconds(lambda n=n: run(unet, n, x, t), device) / n + after[n] for n in (1, batch)}
     unet.requires_grad_(True)
     return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch],
-            "peak_memory_mb": peak_memory(lambda: passes(batch), device),
+            "peak_memory_mb": peak_memory(lambda: run(unet, batch, x, t), device),
             "train_seconds_per_image": median_seconds(train_step, device, 5) / min(batch, train_batch)}
 
 
@@ -236,23 +235,12 @@ def savings(folder, model, unet, pixel_state, train, setup):
     vae = common.frozen(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
     small = torch.randn(batch, *model.shape, device=device)
-
-    @torch.no_grad()
-    def pixel_decoder(n):
-        with common.autocast(device):
-            vae.decoder(z[:n])
-
-    @torch.no_grad()
-    def latent_decoder(n):
-        with common.autocast(device):
-            model.decode(small[:n])
-
     result = {"device": str(device), "sampler_steps": steps, "batch": batch,
               "pixel_network_trained": bool(pixel_state)}
-    for name, net, shape, decoder, parts in (
-            ("pixel", pixel, (6, *2 * [train["image_size"]]), pixel_decoder, common.network_cost(train)),
-            ("latent", unet, model.shape, latent_decoder, network_cost(train))):
-        result[name] = cost(name, net, shape, decoder, steps, batch, train["batch"], device, folder) | {
+    for name, net, shape, decoder, code, parts in (
+            ("pixel", pixel, (6, *2 * [train["image_size"]]), vae.decoder, z, common.network_cost(train)),
+            ("latent", unet, model.shape, model.decode, small, network_cost(train))):
+        result[name] = cost(name, net, shape, decoder, code, steps, train["batch"], folder) | {
             "gflops_per_pass": parts["unet"]["gflops"],
             "gflops_per_image": steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]}
     result["saved_percent"] = {key: 100 * (1 - result["latent"][key] / result["pixel"][key]) for key in result["pixel"]}
@@ -268,7 +256,7 @@ def draw_savings(folder, saved):
     axis.bar_label(bars, fmt="%.0f%%", padding=3)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) * 1.15, 115))
-    common.save_figure(folder / "savings.png", figure)
+    common.save_as(folder / "savings.png", figure.savefig, format="png", dpi=110)
 
 
 @torch.no_grad()

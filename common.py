@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -72,12 +72,10 @@ def to_uint8(x):
 
 class Diffusion:
     """The Gaussian diffusion process of DDPM (Ho et al. 2020): linear beta from 1e-4 to 0.02 over T steps.
-
     `objective` says what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0`
     (Salimans & Ho 2022), which stays well conditioned at every noise level and so suits short trainings.
     `start` is the time at which the reverse process begins: T, or earlier where an x_hat tells what x0 is about. Only
-    times 1..start are trained and sampled.
-    """
+    times 1..start are trained and sampled."""
 
     def __init__(self, objective="eps", T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -103,9 +101,7 @@ class Diffusion:
     def begin(self, x_hat, eps):
         """x_start, from which the reverse process begins: x_hat (B, C, H, W) stands in for x0, with `eps` as the noise.
         At T it is eps alone, as published (x_hat would count for less than a hundredth)."""
-        if self.start == self.T:
-            return eps
-        return self.q_sample(x_hat, torch.full((len(x_hat),), self.start, device=x_hat.device), eps)
+        return eps if self.start == self.T else self.signal[self.start] * x_hat + self.noise[self.start] * eps
 
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
@@ -117,8 +113,7 @@ class Diffusion:
         return ((denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)) ** 2).flatten(1).mean(1)
 
     def predict(self, prediction, xt, t, clamp=True):
-        """A prediction of the target -> (x0, eps). x0 is clamped to [-1, 1], then eps is derived from it again, so that
-        they agree."""
+        """A prediction of the target -> (x0, eps); x0 is clamped to [-1, 1], eps follows from it, so they agree."""
         a, s = self.factors(t)
         x0 = (xt - s * prediction) / a if self.objective == "eps" else a * xt - s * prediction
         x0 = x0.clamp(-1, 1) if clamp else x0
@@ -148,12 +143,6 @@ def ddpm_step(diffusion, x, x0, t, s, variance, gen):
     return c_x0 * x0 + c_xt * x + math.sqrt(small if variance == "fixedsmall" else large) * noise
 
 
-def ddim_step(diffusion, x0, eps, s):
-    """DDIM (Song et al. 2021) eq. 12 with eta = 0: the same x0 and eps at the noise level of s."""
-    bar_s = float(diffusion.alpha_bar[s])
-    return math.sqrt(bar_s) * x0 + math.sqrt(1 - bar_s) * eps
-
-
 def dpm_step(diffusion, x, x0, t, s, before):
     """DPM-Solver++(2M) (Lu et al. 2022) algorithm 2: extrapolate x0 from the last two predictions, then one exact
     step of the linear part. `before` is the last step's (t, x0), or None. With sigma ratios in place of exp(-h) it
@@ -171,10 +160,8 @@ def dpm_step(diffusion, x, x0, t, s, before):
 def sample(diffusion, denoise, x, sampler="dpm", steps=25, gen=None, clamp=True):
     """Run the reverse process from x = x_start (B, C, H, W) to x_0 with `steps` evaluations of `denoise(x, t) ->
     prediction`, at most `start`.
-
     `sampler`: `ddpm` (fixedlarge on all steps, fixedsmall when respaced: fixedlarge then leaves visible noise; its
-    noise comes from `gen`), `ddim` or `dpm`.
-    """
+    noise comes from `gen`), `ddim` or `dpm`."""
     steps, before = min(steps, diffusion.start), None
     grid = time_grid(diffusion.start, steps)
     for i in range(steps, 0, -1):
@@ -183,20 +170,11 @@ def sample(diffusion, denoise, x, sampler="dpm", steps=25, gen=None, clamp=True)
         x0, eps = diffusion.predict(denoise(x, times), x, times, clamp)
         if sampler == "ddpm":
             x = ddpm_step(diffusion, x, x0, t, s, "fixedlarge" if steps == diffusion.start else "fixedsmall", gen)
-        elif sampler == "ddim":
-            x = ddim_step(diffusion, x0, eps, s)
+        elif sampler == "ddim":  # Song et al. 2021, eq. 12 with eta = 0: the same x0 and eps at the noise level of s
+            x = diffusion.q_sample(x0, torch.full_like(times, s), eps)
         else:
             x, before = dpm_step(diffusion, x, x0, t, s, before), (t, x0)
     return x
-
-
-def discretised_log_likelihood(x0, mean, sd):
-    """log P of uint8 values under N(mean, sd^2) on [-1, 1] with bins of +-1/255 and open tails (DDPM eq. 13).
-    x0 is to_float() of the pixels; all (B, ...), result (B,) nats, in float64 on the CPU."""
-    x0, mean = x0.cpu().double(), mean.cpu().double()
-    upper = torch.special.ndtr((x0 + 1 / 255 - mean) / sd).where(x0 < 0.999, torch.ones_like(x0))
-    lower = torch.special.ndtr((x0 - 1 / 255 - mean) / sd).where(x0 > -0.999, torch.zeros_like(x0))
-    return (upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)
 
 
 def kl_step(diffusion, x0, x0_hat, t):
@@ -217,9 +195,13 @@ def kl_prior(diffusion, x0, x_hat=None):
 
 
 def data_nats(diffusion, x0, x0_hat):
-    """L_0 = -log p(x0 | x_1), discretised (DDPM eq. 13), where the model puts x0_hat in place of x0: (B,) nats."""
+    """L_0 = -log p(x0 | x_1), (B,) nats, of x0 = to_float(pixels), where the model puts x0_hat in its place: N(x0_hat,
+    sd^2) on [-1, 1] with bins of +-1/255 and open tails (DDPM eq. 13), in float64 on the CPU."""
     sd = math.sqrt(diffusion.posterior(2, 1)[2])  # beta_tilde_2, since beta_tilde_1 = 0
-    return -discretised_log_likelihood(x0, x0_hat, sd).float().to(x0.device)
+    x, mean = x0.cpu().double(), x0_hat.cpu().double()
+    upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
+    lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
+    return -(upper - lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
 
 
 @torch.no_grad()
@@ -340,8 +322,7 @@ def gaussian_kl(mu, logvar):
 
 
 def active_units(mu):
-    """Which latent dimensions carry anything: those whose mean varies over images (Burda et al. 2016, section 5.2). Of
-    means (N, d): (d,) booleans."""
+    """Which latent dimensions carry anything: those whose mean, (N, d), varies (Burda et al. 2016, 5.2): (d,)."""
     return mu.var(0) > 0.01
 
 
@@ -404,10 +385,8 @@ class UNet(nn.Module):
     """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down;
     `attention` the resolutions with self-attention. DDPM has one block more going up than down, so that every skip
     is used; equal numbers (the first skip of a level then goes unused) are cheaper where resolution is dear.
-
     x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4 * first width), where given,
-    is added to the time embedding. The output starts at zero.
-    """
+    is added to the time embedding. The output starts at zero."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
@@ -498,9 +477,7 @@ class StandardNormal:
 
 class GaussianMixture:
     """Full-covariance Gaussian mixture fitted by EM from a k-means start (Bishop 2006, 9.2.2): the ex-post prior.
-
-    Attributes: weights (K,), means (K, d), factors (K, d, d) lower Cholesky factors; all float64.
-    """
+    Attributes: weights (K,), means (K, d), factors (K, d, d) lower Cholesky factors; all float64."""
 
     def __init__(self, weights, means, factors):
         self.weights, self.means, self.factors = weights, means, factors
@@ -554,8 +531,6 @@ class GaussianMixture:
 
 # ---- 4. The built-in data --------------------------------------------------------------------------------------------
 
-DATASETS = ("shapes", "cifar10", "celeba64", "folder")
-SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "star", "cross")
 FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction")
 
 
@@ -574,18 +549,16 @@ class ImageData:
 
 def draw_shapes(count, seed, size=32):
     """The built-in data set: `count` anti-aliased shapes, a third plain, a third with broad bands, a third with fine.
-
     Outline, place, colour and broad bands are what a small VAE can keep; fine bands and crisp edges are what it cannot.
     So the refiner has something to restore, and images differ in how much. Bands have two tones and are fixed to the
     pixel grid: horizontal, vertical or diagonal, with a period of 8 pixels (broad) or of 3 or 4 (fine).
-    Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS.
-    """
+    Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS."""
     gen = generator(seed)
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, generator=gen)
 
-    label, detail, direction = (torch.randint(n, (count,), generator=gen) for n in (len(SHAPE_CLASSES), 3, 3))
+    label, detail, direction = (torch.randint(n, (count,), generator=gen) for n in (6, 3, 3))
     period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
     radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
     lightness, slope = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the grey background, and where it gets lighter
@@ -603,12 +576,12 @@ def draw_shapes(count, seed, size=32):
         fold = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to a star's next tip
         arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
         distances = torch.stack([  # signed distance to each outline (negative inside), about exact near it
-            rho - 0.9,
-            (rho - 0.68).abs() - 0.25,
-            torch.maximum(u.abs(), v.abs()) - 0.78,
-            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,
-            0.443 * (rho * fold.cos() - 1) + 0.897 * rho * fold.sin(),
-            torch.minimum(arm, bar),
+            rho - 0.9,  # disc
+            (rho - 0.68).abs() - 0.25,  # ring
+            torch.maximum(u.abs(), v.abs()) - 0.78,  # square
+            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle
+            0.443 * (rho * fold.cos() - 1) + 0.897 * rho * fold.sin(),  # star
+            torch.minimum(arm, bar),  # cross
         ], dim=1)  # (P, 6, H, W)
         distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
         cover = (0.5 - distance * at(radius)).clamp(0, 1)[:, None]  # share of the pixel inside the outline
@@ -684,55 +657,46 @@ def refine(model, x_hat, z, gen, sampler, steps):
 
 
 @torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, corrupt=None, first=0):
+def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first=0):
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
-
     Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
     the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
-    `corrupt(x, gen)` damages what a decoder sends or gets: x_hat before refinement, or a diffused latent.
-    """
+    `damage` is the sd of noise on what a decoder sends or gets: x_hat before refinement, or a diffused latent."""
     parts, starts = [], range(first, first + count, batch)[rank() :: ranks()]  # batches are shared out
     for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(starts) < 2):
         gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
+        noise = generator(gen.initial_seed() + 2)
         z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
         x_hat = torch.zeros(batch, *model.shape, device=model.device)
         with autocast(model.device):
             if model.vae is not None:
-                x_hat = model.vae.decoder(z)
-                x_hat = corrupt(x_hat, generator(gen.initial_seed() + 2)) if corrupt else x_hat
+                x_hat = model.vae.decoder(z) + damage * randn(x_hat.shape, noise).to(model.device)
             x = refine(model, x_hat, z, gen, sampler, steps)
             if model.decode is not None:
-                x = model.decode(corrupt(x, generator(gen.initial_seed() + 2)) if corrupt else x)
+                x = model.decode(x + damage * randn(x.shape, noise).to(model.device))
         parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
     before, after, seconds = zip(*gather(parts), strict=True)
     return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
 
 
-# =====================================================================================================================
-# Part II, the machinery: how the models above are fed, trained, kept and measured. To be looked up.
-# =====================================================================================================================
+# ==== Part II, the machinery: how the models above are fed, trained, kept and measured. To be looked up. ==============
 
 # ---- 6. Budgets ------------------------------------------------------------------------------------------------------
 
-# VAE tables: (resolution, width, blocks). U-Net tables: (resolution, width, blocks down, blocks up).
+# (resolution, width, blocks down, blocks up): down is the VAE's encoder, up its decoder
 VAE_TABLES = {
-    "tiny 32": ([(32, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (32, 8, 0)]),
-    "tiny 64": ([(64, 8, 0), (16, 16, 0), (4, 32, 1), (1, 8, 0)], [(1, 8, 0), (4, 32, 1), (16, 16, 0), (64, 8, 0)]),
-    "shapes 32": ([(32, 32, 0), (16, 64, 0), (8, 96, 1), (4, 128, 1), (1, 64, 1)],
-                  [(1, 64, 1), (4, 128, 1), (8, 96, 1), (16, 64, 0), (32, 32, 1)]),
-    "cpu 32": ([(32, 32, 0), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
-               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1)]),
-    "cpu 64": ([(64, 16, 0), (32, 32, 1), (16, 64, 1), (8, 96, 1), (4, 128, 1), (1, 128, 1)],
-               [(1, 128, 1), (4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1), (64, 16, 1)]),
+    "smoke 32": [(32, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
+    "smoke 64": [(64, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
+    "shapes 32": [(32, 32, 0, 1), (16, 64, 0, 0), (8, 96, 1, 1), (4, 128, 1, 1), (1, 64, 1, 1)],
+    "cpu 32": [(32, 32, 0, 1), (16, 64, 1, 1), (8, 96, 1, 1), (4, 128, 1, 1), (1, 128, 1, 1)],
+    "cpu 64": [(64, 16, 0, 1), (32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1), (4, 128, 1, 1), (1, 128, 1, 1)],
     # Published (DiffuseVAE's cifar10 and celeba64 train.yaml): 9.24M and 14.01M parameters
-    "paper 32": ([(32, 64, 7), (16, 128, 4), (8, 256, 4), (4, 256, 3), (1, 512, 3)],
-                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 128, 7), (32, 64, 15)]),
-    "paper 64": ([(64, 64, 7), (32, 128, 4), (16, 256, 7), (8, 256, 3), (4, 256, 3), (1, 512, 2)],
-                 [(1, 512, 1), (4, 256, 2), (8, 256, 3), (16, 256, 7), (32, 128, 8), (64, 64, 10)]),
+    "paper 32": [(32, 64, 7, 15), (16, 128, 4, 7), (8, 256, 4, 3), (4, 256, 3, 2), (1, 512, 3, 1)],
+    "paper 64": [(64, 64, 7, 10), (32, 128, 4, 8), (16, 256, 7, 7), (8, 256, 3, 3), (4, 256, 3, 2), (1, 512, 2, 1)],
 }
 UNET_TABLES = {
-    "tiny 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
-    "tiny 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
+    "smoke 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
+    "smoke 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
     "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
     "cpu 32": [(32, 32, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],
     "cpu 64": [(64, 32, 0, 1), (32, 48, 1, 1), (16, 64, 1, 1), (8, 96, 1, 1)],  # 16 wide at 64x64 left speckle on faces
@@ -762,53 +726,43 @@ TRAIN = {
 EVAL = {
     "sampler": "dpm", "sample_steps": 10, "count": 1000, "batch": 100, "temperature": 1.0,  # of the headline row
     "grid": [["ddim", 6], ["ddim", 10], ["ddim", 25], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
-    "grid_count": 500,  # images for each row of the grid
-    "probe_steps": 10, "probe_count": 500,  # for noise, interpolations, uncertainty: DPM-Solver++
+    "grid_count": 500,  # images for each row of the grid, and of the probes:
+    "probe_steps": 10,  # of DPM-Solver++ for noise, interpolations, uncertainty
     "bits_images": 128, "bits_draws": 40,  # see bits_per_dim, diffusion_nats
 }
-PAPER_GRID = [["ddim", 5], ["ddim", 10], ["ddim", 25], ["ddim", 50], ["ddim", 100],
-              ["dpm", 5], ["dpm", 10], ["dpm", 25], ["dpm", 50], ["dpm", 100], ["ddpm", 1000]]
 
 
 def budget(name, dataset, size):
     """The settings of a budget for a data set at image size 32 or 64: (train, eval), plain dictionaries."""
     train, evaluation = dict(TRAIN), dict(EVAL)
+    tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     if name == "smoke":
-        tables = "tiny"
         train |= {"steps": 8, "attention": [16], "components": 2, "every": 4}
-        evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]],
-                       "grid_count": 64, "probe_steps": 2, "probe_count": 64, "bits_images": 8, "bits_draws": 4,
-                       "temperature": 0.9}
-    elif name == "cpu" and dataset == "shapes":
-        tables = "shapes"
+        evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
+                       "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
+    elif tables == "shapes":
         train |= {"steps": 1000, "beta": 0.25}
-        evaluation |= {"grid_count": 200, "probe_count": 200}
+        evaluation |= {"grid_count": 200}
     elif name == "cpu":
-        tables = "cpu"
-        train |= {"steps": 5000 if size == 32 else 3000, "components": 30, "beta": 0.25}
-        evaluation |= {"count": 2000, "grid_count": 300, "probe_count": 300}
-        evaluation |= {} if size == 32 else {"temperature": 0.9}  # see REPORT.md, Faces
+        train |= {"steps": 5000, "components": 30, "beta": 0.25}
+        evaluation |= {"count": 2000, "grid_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
-        tables = "gpu"
         train |= {"batch": 256, "steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1, "heads": 4, "attention": [16],
                   "components": 50}
         evaluation |= {"sample_steps": 25, "count": 10_000, "batch": 500, "grid_count": 2000, "probe_steps": 25,
-                       "probe_count": 2000, "bits_images": 256, "bits_draws": 100}
+                       "bits_images": 256, "bits_draws": 100}
     else:  # paper: DiffuseVAE's own settings (eps, from T, Adam, no VAE EMA, no flips for the VAE, constant rates)
-        tables = "paper"
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
                   "warmup": 5000, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
                   "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "flip": "refiner", "every": 100}
         train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
                   {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
-        evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": PAPER_GRID,
-                       "grid_count": 10_000, "probe_steps": 25, "probe_count": 10_000, "bits_draws": 999,
-                       "bits_images": 256}
-    if dataset == "shapes":
-        train |= {"flip": "none"}
-    vae = {"gpu": "cpu"}.get(tables, tables)
-    train |= {"encoder": VAE_TABLES[f"{vae} {size}"][0], "decoder": VAE_TABLES[f"{vae} {size}"][1],
-              "unet": UNET_TABLES[f"{tables} {size}"]}
+        grid = [[sampler, steps] for sampler in ("ddim", "dpm") for steps in (5, 10, 25, 50, 100)] + [["ddpm", 1000]]
+        evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": grid,
+                       "grid_count": 10_000, "probe_steps": 25, "bits_images": 256, "bits_draws": 999}
+    vae = VAE_TABLES[f"{'cpu' if name == 'gpu' else tables} {size}"]
+    train |= {"encoder": [row[:3] for row in vae], "decoder": [(r, width, up) for r, width, _, up in reversed(vae)],
+              "unet": UNET_TABLES[f"{tables} {size}"], "flip": "none" if dataset == "shapes" else train["flip"]}
     return json.loads(json.dumps(train)), evaluation
 
 
@@ -839,32 +793,27 @@ def decode_file(path, size, crop):
     """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
     the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as NVAE crops)."""
     image = fid.read_image(path)
-    width, height = image.size
-    if crop == "celeba-148":
-        scale = width / 178
-        box = (15 * scale, 40 * scale, 163 * scale, 188 * scale)
-        if box[3] > height:
-            fail(f"{path}: {width}x{height} is not an aligned CelebA image (178x218 or smaller in proportion)")
-    else:
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-    if (width, height) != (size, size):  # PIL's filter is anti-aliased when it shrinks
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image)
+    if crop != "celeba-148":
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))  # anti-aliased when it shrinks
+    (width, height), scale = image.size, image.width / 178
+    if 188 * scale > height:
+        fail(f"{path}: {width}x{height} is not an aligned CelebA image (178x218 or smaller in proportion)")
+    box = (15 * scale, 40 * scale, 163 * scale, 188 * scale)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def list_split(dataset, split, folder):
     """The files of a split, their labels (or None), the name of the crop, and what results must say of the data."""
+    below = {"cifar10": f"cifar10/{split}", "celeba64": "celeba/img_align_celeba", "folder": "."}
+    files = fid.find_images(folder / below[dataset])
+    jpeg = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)  # which moves every distance
     if dataset == "cifar10":
-        files = fid.find_images(folder / "cifar10" / split)
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
-        return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if is_jpeg(files) else ""
-    files = fid.find_images(folder / "celeba" / "img_align_celeba" if dataset == "celeba64" else folder)
+        return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else ""
     edge = len(files) - len(files) // 10  # the last tenth by name is the test split, unless there is a partition file
     chosen = files[:edge] if split == "train" else files[edge:]
     if dataset == "folder":
-        return chosen, None, "centre", "JPEG files" if is_jpeg(files) else ""
+        return chosen, None, "centre", "JPEG files" if jpeg else ""
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
         part = dict(line.split()[:2] for line in partition.read_text().splitlines() if line.strip())
@@ -873,14 +822,8 @@ def list_split(dataset, split, folder):
     return chosen, None, "celeba-148", "" if width == 178 else f"JPEG copies at {width}x{height}"
 
 
-def is_jpeg(files):
-    """Whether any of the files is a JPEG, which moves every distance."""
-    return any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
-
-
 def download(dataset, split, folder):
-    """Fetch CIFAR-10 or CelebA through torchvision, into its own layout, unless it is there. CIFAR-10's images and
-    labels are returned, CelebA's are files to be listed."""
+    """Fetch CIFAR-10 (images and labels are returned) or CelebA (files, to be listed) through torchvision."""
     from torchvision.datasets import CIFAR10, CelebA
     if dataset == "celeba64":
         CelebA(str(folder), split="all", download=True)  # needs the package gdown
@@ -890,19 +833,14 @@ def download(dataset, split, folder):
 
 
 def load_images(dataset, split, data_dir="data", image_size=None):
-    """Load one split (`train` or `test`) of a data set into memory: an ImageData.
-
-    Decoded files are cached as one array (in `DATA_DIR/cache`; of a folder in `data/cache`), rebuilt when they change.
-    Exits with one line that names the folder, the accepted layouts and the remedy if there is nothing to load.
-    """
+    """One split (`train` or `test`) of a data set: an ImageData. What is decoded is kept in `DATA_DIR/cache`, of a
+    folder in `data/cache`."""
     if dataset == "shapes":
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
     folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
-    if dataset == "folder" and not folder.is_dir():
-        fail(f"--data-dir {folder}: no such folder; give the folder that holds your images")
-    if dataset == "folder" and len(fid.find_images(folder)) < 20:
-        fail(f"--data-dir {folder}: found {len(fid.find_images(folder))} images there; at least 20 are needed")
+    if dataset == "folder" and (found := len(fid.find_images(folder))) < 20:
+        fail(f"--data-dir {folder}: found {found} images there; give a folder that holds at least 20")
     files, labels, crop, note = list_split(dataset, split, folder)
     if not files:
         try:
@@ -918,16 +856,13 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     name = folder.resolve().name if dataset == "folder" else dataset
     cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"
     images = torch.from_numpy(decode_files(files, size, crop, cache))
-    labels = torch.tensor(labels) if labels is not None else None
-    if split == "test":  # files come class by class: in random order the first N held-out images stand for all
-        order = torch.randperm(len(images), generator=generator(0))
-        images, labels = images[order], labels[order] if labels is not None else None
-    return ImageData(images, labels, None, name, crop, note)
+    # files come class by class: in random order the first N held-out images stand for all
+    order = torch.randperm(len(images), generator=generator(0)) if split == "test" else slice(None)
+    return ImageData(images[order], torch.tensor(labels)[order] if labels else None, None, name, crop, note)
 
 
 def decode_files(files, size, crop, cache):
-    """Image files -> uint8 array (N, 3, size, size), kept in the file `cache` until a file's path, size or time
-    changes."""
+    """Image files -> uint8 array (N, 3, size, size), kept in `cache` until a file's path, size or time changes."""
     listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
     key = hashlib.sha256(f"{crop} {size}\n{listing}".encode()).hexdigest()
     with contextlib.suppress(Exception):  # there is none, or it is damaged: decode again
@@ -935,9 +870,8 @@ def decode_files(files, size, crop, cache):
         if str(stored["key"]) == key:
             return stored["images"]
     images = np.stack([decode_file(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
-    images, buffer = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), io.BytesIO()
-    np.savez(buffer, images=images, key=key)
-    write(cache, buffer.getvalue())
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    save_as(cache, np.savez, images=images, key=key)
     return images
 
 
@@ -964,13 +898,10 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name).cpu()  # a `meta` tensor cannot be read
+        return torch.device(name)
     except (RuntimeError, AssertionError):  # an unknown name, a missing device, a build without it
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
         fail(f"--device {name}: not a device of this machine; use auto, cpu, cuda, cuda:N or mps")
-    return device
 
 
 def join_ranks(device, batch):
@@ -994,11 +925,6 @@ def wait_for_ranks():
     """Go on when all processes have come this far."""
     if ranks() > 1:
         distributed.barrier()
-
-
-def local_slice(batch):
-    """This process's slice of a tensor that holds a whole batch: (B, ...) -> (B / ranks, ...)."""
-    return batch.chunk(ranks())[rank()]
 
 
 def average_over_ranks(tensors):
@@ -1075,21 +1001,18 @@ class Training:
     Ctrl-C is obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's
     part.
     `guard`: a step is skipped whose gradient norm, of any network, is not finite or above ten times its median over the
-    last 20 steps; twenty skipped in a row end the run.
-    """
+    last 20 steps; twenty skipped in a row end the run."""
 
     def __init__(self, folder, state, train, device, data, flip, guard=False, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
         self.data, self.flip, self.guard = data.to(device), flip, guard
-        for network in networks.values():
+        self.averages, self.optimizers = {}, {}  # optimizers: by the setting that holds their learning rate
+        for name, network in networks.items():
             network.to(device, memory_format=torch.channels_last).train()
             for part in network.modules():
                 if train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
                     part.compile()  # in place: parameters keep their names
-        self.averages = {name: {key: value.detach().clone() for key, value in network.state_dict().items()}
-                         for name, network in networks.items()}
-        self.optimizers = {}  # by the setting that holds their learning rate
-        for name, network in networks.items():
+            self.averages[name] = {key: value.clone() for key, value in network.state_dict().items()}
             muon = [p for p in network.parameters() if p.dim() > 1 and train[f"{name}_muon_lr"]]
             adam = [p for p in network.parameters() if p.dim() == 1 or not train[f"{name}_muon_lr"]]
             if muon:
@@ -1115,25 +1038,28 @@ class Training:
             setattr(self, name, state[name])
 
     def __iter__(self):
+        stop = []  # where SIGTERM and Ctrl-C leave their number, so that the loop can save before it ends
         self.started = saved = time.time()
-        with StopRequest() as stop, tqdm(total=self.train["steps"], initial=self.steps, desc=self.folder.name,
-                                         unit="step") as self.bar:
+        with contextlib.ExitStack() as after, tqdm(total=self.train["steps"], initial=self.steps, unit="step",
+                                                   desc=self.folder.name) as self.bar:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                after.callback(signal.signal, number, signal.signal(number, lambda number, _: stop.append(number)))
             while self.steps < self.train["steps"]:
                 yield self.batch()
-                if stop.signal or time.time() - saved > 60:
+                ends = stop and rank() == 0  # the first process saves and ends; the others end with it
+                if ends or time.time() - saved > 60:
                     self.checkpoint()
                     saved = time.time()
-                if stop.signal:
+                if ends:
                     print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
-                    raise SystemExit(128 + stop.signal)
+                    raise SystemExit(128 + stop[-1])
         self.checkpoint()
 
     def batch(self):
         """Random training data, this process's part: images as floats, mirrored at random if `flip`."""
         if self.train["dropout"]:  # its global generators, of every device, start anew in each step
             torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * ranks() + rank())
-        index = torch.randint(len(self.data), (self.train["batch"],), generator=self.gen, device=self.device)
-        x = self.data[local_slice(index)]
+        x = self.data[self.draw(lambda count, **how: torch.randint(len(self.data), (count,), **how))]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
         if self.flip:
             x = torch.where(self.draw(torch.rand, 1, 1, 1) < 0.5, x.flip(3), x)
@@ -1141,7 +1067,8 @@ class Training:
 
     def draw(self, random, *shape):
         """Draws (B, *shape) of `random`, torch.rand or torch.randn, the same whatever the number of processes."""
-        return local_slice(random(self.train["batch"], *shape, generator=self.gen, device=self.device))
+        whole = random(self.train["batch"], *shape, generator=self.gen, device=self.device)
+        return whole.chunk(ranks())[rank()]  # this process's part
 
     def step(self, loss, terms, watch=lambda: {}):
         """One step of every optimiser down the mean of `loss` (B,). The log gets the means of `terms` {name: tensor}
@@ -1156,9 +1083,8 @@ class Training:
             norms[name] = nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
         if not (self.guard and self.spiked({name: float(norm) for name, norm in norms.items()})):
             for rate, optimizer in self.optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"],
-                                                train["decay"])
+                group, = optimizer.param_groups
+                group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"], train["decay"])
                 optimizer.step()
             for name in self.networks:
                 update_average(self.averages[name], self.networks[name], train[f"{name}_ema"],
@@ -1231,8 +1157,7 @@ class Training:
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
 
     def finish(self, **parts):
-        """The finished checkpoint, on the CPU: the averaged weights by network, and `parts`, what a model needs beside
-        them."""
+        """The finished checkpoint, on the CPU: averaged weights by network, and `parts`, what a model needs beside."""
         if rank() == 0:
             state = {"train": self.train, "finished": True, "seconds": self.seconds, "log": self.log}
             fid.save(self.folder / "checkpoint.pt", state | self.averages | parts)
@@ -1251,24 +1176,7 @@ def update_average(average, network, decay, updates):
     = min(decay, (1 + n) / (10 + n)). Without it a short run would be judged on its random start: 0.9999^10000 = 0.37.
     Decay 0 copies."""
     decay = min(decay, (1 + updates) / (10 + updates))
-    weights = [p.detach() for p in network.state_dict().values()]
-    torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
-
-
-class StopRequest:
-    """Context manager that turns SIGTERM and Ctrl-C into `.signal`, so that a loop can save before it ends."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = {s: signal.signal(s, self.remember) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def remember(self, number, frame):
-        self.signal = number if rank() == 0 else 0  # the first process saves and ends; the others end with it
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    torch._foreach_lerp_(list(average.values()), list(network.state_dict().values()), 1 - decay)
 
 
 # ---- 10. Runs --------------------------------------------------------------------------------------------------------
@@ -1277,7 +1185,7 @@ def add_flags(parser, *priors):
     """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
     parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fail
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="shapes", help="shapes is built in; the others read --data-dir")
+    add("--dataset", choices=(*fid.DATASETS, "folder"), default="shapes", help="all but shapes read --data-dir")
     add("--data-dir", default="data", help="where cifar10/ or celeba/ lie (or are downloaded); a folder of images")
     add("--image-size", type=int, choices=(32, 64), default=64, help="for --dataset folder")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -1290,8 +1198,7 @@ def add_flags(parser, *priors):
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
     add("--sample-steps", type=int, help="its number of steps, at most the `start` of refinement")
-    add("--temperature", type=float, help="factor of the noise that sampling starts from: below 1 fewer artefacts "
-        "and less detail")
+    add("--temperature", type=float, help="factor of the noise sampling starts from: below 1 cleaner, less detail")
     add("--eval-samples", type=int, help="images generated for the headline scores")
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
@@ -1360,34 +1267,35 @@ def prepare(args, train, evaluation, device):
     """Try what can fail before any training: processes, the output folder, the feature network, the data."""
     keep_freed_memory()
     device = join_ranks(device, train["batch"])
-    try:
-        probe = Path(args.out) / f".writable-{os.getpid()}"
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+    probe = Path(args.out) / ".writable"
+    write(probe, b"")  # or fails, naming it
+    with contextlib.suppress(OSError):
         probe.unlink()
-    except OSError as error:
-        fail(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder")
-    name, place = args.dataset, {}
-    if args.dataset == "folder":  # another folder of the same name is other data
-        name, place = Path(args.data_dir).resolve().name, {"data_dir": str(Path(args.data_dir).resolve())}
     if rank() > 0:
         wait_for_ranks()  # the first process downloads and decodes for all
-    extractor = fid.load_extractor(evaluation["features"], name, args.weights, device, args.data_dir)
+    extractor = fid.load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
     data, test = (load_images(args.dataset, split, args.data_dir, train["image_size"]) for split in ("train", "test"))
     if rank() == 0:
         wait_for_ranks()
     cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-    train = train | {"crop": data.crop, "n_train": len(data.images)} | place
+    train = train | {"crop": data.crop, "n_train": len(data.images)}
+    if args.dataset == "folder":  # another folder of the same name is other data
+        train["data_dir"] = str(Path(args.data_dir).resolve())
     return Setup(train, evaluation | {"features": extractor.name}, device,
-                 Path(args.out) / f"{name}-{train['budget']}", extractor, data, test, cache)
+                 Path(args.out) / f"{data.name}-{train['budget']}", extractor, data, test, cache)
 
 
 def first_difference(old, new):
     """The first key in which two settings differ, with both values, or None."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            return f"{key} was {old.get(key)}, is now {new.get(key)}"
-    return None
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return f"{keys[0]} was {old.get(keys[0])}, is now {new.get(keys[0])}" if keys else None
+
+
+def save_as(path, save, **options):
+    """Write what `save(file, **options)` saves, atomically: a picture's .save, a figure's .savefig, np.savez."""
+    buffer = io.BytesIO()
+    save(buffer, **options)
+    write(path, buffer.getvalue())
 
 
 def write_json(path, data):
@@ -1396,28 +1304,18 @@ def write_json(path, data):
 
 
 def open_run(folder, train, resume):
-    """Decide what to do in a run's folder: None (start from scratch) or the checkpoint to continue or to reuse.
-
-    Finished with the same settings: reused. Unfinished: needs --resume. Other settings: exits naming the key.
-    """
-    config, checkpoint = Path(folder) / "config.json", Path(folder) / "checkpoint.pt"
-    if not config.is_file():
-        wait_for_ranks()  # none looks for a config that another has just written
-        (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of a run whose settings are gone
-        write_json(config, {"train": train})
-        return None
-    try:
-        old = dict(json.loads(config.read_text())["train"])
-    except (ValueError, KeyError, TypeError):
-        fail(f"{config}: damaged; remove {folder} or choose another --out")
-    state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    difference = first_difference(old, train) or (first_difference(state["train"], train) if state else None)
-    if difference:
-        fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
-    if not resume and not (state and state["finished"]):
-        fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
-    if state is None:
+    """The checkpoint in a run's folder, or None: start from scratch. A finished one of the same settings is reused, an
+    unfinished one needs --resume; exits naming a setting that differs."""
+    checkpoint = Path(folder) / "checkpoint.pt"
+    if not checkpoint.is_file():
+        write_json(Path(folder) / "config.json", {"train": train})  # to be looked up
         (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
+        return None
+    state = load_checkpoint(checkpoint)
+    if difference := first_difference(state["train"], train):
+        fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
+    if not resume and not state["finished"]:
+        fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
     return state
 
 
@@ -1439,8 +1337,7 @@ def load_checkpoint(path):
 
 
 def read_metrics(path, evaluation=None):
-    """The metrics of an earlier evaluation (with the same settings, if given), or None where there are none, or they
-    are damaged or of another schema: to be measured again."""
+    """An earlier evaluation (with these settings, if given), or None: there is none, a damaged one, another schema."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         metrics = json.loads(Path(path).read_text())
         if metrics["schema"] == 1 and metrics["rows"] and evaluation in (None, metrics["run"]["eval"]):
@@ -1470,8 +1367,7 @@ def high_frequency_power(images):
 
 
 def hf_energy(images, real):
-    """Sharpness: high-frequency power of `images` over that of held-out `real` images, uint8 (N, 3, H, W); 1 is as
-    sharp as real. A score dictionary."""
+    """Sharpness (1: as real), a score: high-frequency power of `images` over that of `real`, uint8 (N, 3, H, W)."""
     return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
 
 
@@ -1480,18 +1376,13 @@ def psnr_db(images, real):
     return float(-10 * (images.float() - real.float()).div(255).square().mean((1, 2, 3)).log10().mean())
 
 
-def add_noise(sd):
-    """Corruption of x_hat or of a latent: Gaussian noise of standard deviation `sd`."""
-    return lambda x, gen: x + sd * randn(x.shape, gen).to(x.device)
-
-
-def measure(model, setup, prior, sampler, steps, count, corrupt=None):
+def measure(model, setup, prior, sampler, steps, count, damage=0.0):
     """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     x_hat, images, seconds = generate(model, count, prior, sampler, steps, setup.train["seed"],
-                                      setup.evaluation["batch"], corrupt)
+                                      setup.evaluation["batch"], damage)
     peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else None
     row = {"prior": prior, "sampler": sampler, "nfe": min(steps, model.diffusion.start), "n_generated": count,
            "seconds_per_image": seconds, "peak_memory_mb": peak} | fid.scores(setup.extractor, images, setup.reference)
@@ -1499,9 +1390,8 @@ def measure(model, setup, prior, sampler, steps, count, corrupt=None):
 
 
 def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
-    """The metrics of a finished run: read again if its folder holds them for these settings, else measured and written
-    together with figures. `model` is the Model of the checkpoint `state`, `cost` its network_cost, and `more(model,
-    rows)` gives the tables that only its stage has. Every image k has the same z and noise throughout."""
+    """The metrics of a finished run: read if its folder holds them for these settings, else measured and written, with
+    figures. `model` is that of the checkpoint `state`, `cost` its network_cost; `more` gives its stage's own tables."""
     metrics = read_metrics(folder / "metrics.json", setup.evaluation)
     if metrics is not None:
         return metrics
@@ -1548,16 +1438,15 @@ def export(args, folder, state, model, evaluation):
     if args.export is None:
         return
     model, how = dataclasses.replace(model, temperature=evaluation["temperature"]), headline(model, evaluation)
-    settings = dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
+    settings = json.dumps(dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
         "temperature": evaluation["temperature"], "batch": evaluation["batch"], "seed": args.seed,
-        "train_seconds": state["seconds"]}  # tells one training from another
+        "train_seconds": state["seconds"]})  # tells one training from another
     both = model.vae is not None and model.denoiser is not None
     places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
     for note in (place / "settings.json" for place in places):
-        if not note.is_file():
-            write(note, json.dumps(settings).encode())
-        elif note.read_text() != json.dumps(settings):
+        if note.is_file() and note.read_text() != settings:
             fail(f"{note.parent} holds other samples, drawn with {note.read_text()}; remove that folder")
+        write(note, settings.encode())
     share = evaluation["batch"] * ranks()  # a batch for each process
     for first in tqdm(range(0, args.export, share), desc=f"{folder.name}: samples", unit="batch"):
         names = [f"{k:05}.png" for k in range(first, min(first + share, args.export))]
@@ -1565,14 +1454,13 @@ def export(args, folder, state, model, evaluation):
             x_hat, images, _ = generate(model, len(names), *how, args.seed, evaluation["batch"], first=first)
             for place, part in zip(places, (images, x_hat), strict=False):
                 for name, image in zip(names, part, strict=True):
-                    save_png(place / name, to_pil(image))
+                    save_as(place / name, Image.fromarray(image.permute(1, 2, 0).numpy()).save, format="png")
     wait_for_ranks()  # the first process has written all
     print(*places, sep="\n")
 
 
 def measure_samples(folder, model, setup):
-    """Scores and pictures of samples: every prior (the headline first), every number of steps, noise.
-    Returns rows and tables."""
+    """Rows and tables of samples: every prior (the headline first), every number of steps, noise; with pictures."""
     evaluation, tables, draw = setup.evaluation, {}, functools.partial(measure, model, setup)
     prior, sampler, steps = headline(model, evaluation)
     row, x_hat, images = draw(prior, sampler, steps, evaluation["count"])
@@ -1601,7 +1489,7 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
     sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
     scores, pictures = {}, {}
     for name, sd in NOISE.items():
-        row, x_hat, images = draw(prior, sampler, steps, evaluation["probe_count"], add_noise(sd) if sd else None)
+        row, x_hat, images = draw(prior, sampler, steps, evaluation["grid_count"], sd)
         scores[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
         pictures |= {name: x_hat[:12]} if prior != "none" else {}
         pictures |= {f"{name}, refined": images[:12]} if refined else {}
@@ -1637,8 +1525,7 @@ def measure_vae(folder, model, setup):
 
 
 def diagnose(mu, logvar, sharpness):
-    """Are outputs smooth because the latent is unused, or underfitted, or just because a Gaussian decoder averages? As
-    numbers and one sentence."""
+    """Are outputs smooth because the latent is unused, or underfitted, or because a Gaussian decoder averages?"""
     active = int(active_units(mu).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
@@ -1682,18 +1569,6 @@ def bits_per_dim(model, prior, setup):
 
 # ---- 12. Pictures ----------------------------------------------------------------------------------------------------
 
-def to_pil(image):
-    """uint8 (3, H, W) -> a PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
-
-def save_png(path, picture):
-    """Save a PIL image as PNG, atomically."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    write(path, buffer.getvalue())
-
-
 def save_grid(path, rows, scale=None):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""
     size = next(iter(rows.values())).shape[-1]
@@ -1703,48 +1578,37 @@ def save_grid(path, rows, scale=None):
     for i, (label, row) in enumerate(rows.items()):
         ImageDraw.Draw(page).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
         for j, image in enumerate(row):
-            tile = to_pil(image)
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
             page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (margin + j * (side + 2), i * (side + 2)))
-    save_png(path, page)
-
-
-def save_figure(path, figure):
-    """Save a matplotlib figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write(path, buffer.getvalue())
+    save_as(path, page.save, format="png")
 
 
 def save_chart(path, panels):
     """Save line charts, three in a row (four: two by two). `panels`: dictionaries with title, x, y (axis names), lines
-    {label: (xs, ys)}, optionally `log` (for the x axis), `log_y` and `level` {label: y} (horizontal lines)."""
+    {label: (xs, ys)} and perhaps `log_y`."""
     from matplotlib import ticker
     from matplotlib.figure import Figure
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    names = list(dict.fromkeys(label for panel in panels for label in panel["lines"]))
-    colours = {label: f"C{i}" for i, label in enumerate(names)}  # one colour per label, whichever panels it is in
-    figure, handles = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained"), {}
+    figure, handles, colours = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained"), {}, {}
     for i, panel in enumerate(panels, 1):
         axis = figure.add_subplot(rows, columns, i)
         for label, (xs, ys) in panel["lines"].items():
-            handles[label], = axis.plot(xs, ys, colours[label], marker="o" if len(xs) < 30 else None, label=label)
-        for label, y in panel.get("level", {}).items():
-            handles[label] = axis.axhline(y, linestyle="--", color="grey", label=label)
-        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("log", "linear"),
-                 yscale="log" if "log_y" in panel else "linear")
+            colour = colours.setdefault(label, f"C{len(colours)}")  # the same in every panel
+            handles[label], = axis.plot(xs, ys, colour, marker="o" if len(xs) < 30 else None)
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if "log_y" in panel:  # plain numbers, not powers of ten
+            axis.set_yscale("log")
             axis.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
                            minor_formatter=ticker.NullFormatter())
         else:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    save_figure(path, figure)
+    save_as(path, figure.savefig, format="png", dpi=110)
 
 
 def draw_samples(folder, parts):
-    """samples.png: the first 36 of `parts` {label: uint8 (N, 3, H, W)}, twelve a row, those of one number one below the
-    other."""
+    """samples.png: the first 36 of `parts` {label: uint8 (N, 3, H, W)}, twelve a row, rows of all parts in turn."""
     save_grid(folder / "samples.png", {f"{label} {i}": images[12 * i : 12 * i + 12] for i in range(3)
                                        for label, images in parts.items() if len(images) > 12 * i})
 

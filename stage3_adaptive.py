@@ -110,11 +110,6 @@ class RealNVP(nn.Module):
         return self.inverse(torch.randn(count, self.d, generator=gen).to(self.orders.device)).cpu()
 
 
-def flow_kl(z, mu, logvar, flow):
-    """KL(q(z|x) || p_flow) by one Monte Carlo sample z ~ q: (B,) nats; a sample of it may be negative."""
-    return gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
-
-
 def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
     """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, from the weights `start` or
     the identity; returns it in evaluation mode. z is drawn anew in each step: of one draw it would learn the noise."""
@@ -202,8 +197,8 @@ def rank_errors(trip, stats):
 
 
 class ImageCoupling(nn.Module):
-    """Affine coupling on an image (B, 3, H, W): the pixels of one colour of a checkerboard, with s, scale and shift the
-    others. Starts as the identity."""
+    """Affine coupling on an image (B, 3, H, W): the pixels of one colour of a checkerboard, which pass unchanged, with
+    s, scale and shift the others. So it can be inverted; it starts as the identity."""
 
     def __init__(self, colour, width=16):
         super().__init__()
@@ -211,20 +206,12 @@ class ImageCoupling(nn.Module):
         self.net = nn.Sequential(nn.Conv2d(4, width, 3, padding=1), nn.SiLU(),
                                  common.zero_init(nn.Conv2d(width, 6, 3, padding=1)))
 
-    def parts(self, x, s):
+    def forward(self, x, s):
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
         passes = ((rows[:, None] + columns) % 2 == self.colour).to(x.dtype)  # (H, W)
         level = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * passes, level], 1)).chunk(2, 1)
-        return torch.tanh(raw).float() * (1 - passes), shift.float() * (1 - passes)
-
-    def forward(self, x, s):
-        scale, shift = self.parts(x, s)
-        return x * scale.exp() + shift
-
-    def inverse(self, y, s):  # the passing pixels are the same in x and y, so scale and shift are, too
-        scale, shift = self.parts(y, s)
-        return (y - shift) * (-scale).exp()
+        return x * (torch.tanh(raw).float() * (1 - passes)).exp() + shift.float() * (1 - passes)
 
 
 class Conditioner(nn.Module):
@@ -268,12 +255,9 @@ def vae_loss(vae, x0, noise, beta, joint):
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
     if vae.flow is None:
         return sse + beta * kl, {"sse": sse, "kl_nats": kl}
-    if joint:
-        kl_flow = flow_kl(z, mu, logvar, vae.flow)
-        total = sse + beta * kl_flow
-    else:
-        kl_flow = flow_kl(z.detach(), mu.detach(), logvar.detach(), vae.flow)
-        total = sse + beta * kl + kl_flow
+    q = (z, mu, logvar) if joint else (z.detach(), mu.detach(), logvar.detach())
+    kl_flow = gaussian_log_prob(*q) - vae.flow.log_prob(q[0])  # (B,), by one z ~ q: a sample of it may be negative
+    total = sse + beta * kl_flow if joint else sse + beta * kl + kl_flow
     return total, {"sse": sse, "kl_nats": kl, "kl_flow_nats": kl_flow}
 
 

@@ -39,7 +39,7 @@ FIGURES = {  # of every variant that a stage's smoke run evaluates
 every_stage = pytest.mark.parametrize("name", COMMANDS)
 
 
-SMALLEST = {"count": 16, "batch": 16, "grid_count": 16, "probe_count": 16}
+SMALLEST = {"count": 16, "batch": 16, "grid_count": 16}
 few_shapes, smoke_budget = functools.cache(small_shapes), common.budget
 
 

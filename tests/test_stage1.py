@@ -197,12 +197,12 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     """Image k starts from the same x_hat and noise whatever the sampler, the number of steps and of images; damage
     changes x_hat alone, and temperature is a factor of the noise. From T x_start is that noise, earlier on x_hat is
     below it: x_start = a x_hat + s noise."""
-    def start(sampler="dpm", steps=2, count=8, batch=4, corrupt=None, temperature=1.0):
+    def start(sampler="dpm", steps=2, count=8, batch=4, damage=0.0, temperature=1.0):
         model, seen = stage1.load_model(trained["form1"], "form1", CPU), []
         model.diffusion, model.temperature = common.Diffusion("v", start=first), temperature
         unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x[:, :3])  # noqa: E731
         model.denoiser = lambda x_hat, z: stage1.condition(unet, x_hat, "form1")
-        common.generate(model, count, "gaussian", sampler, steps, 0, batch, corrupt)
+        common.generate(model, count, "gaussian", sampler, steps, 0, batch, damage)
         x_start, x_hat = torch.cat(seen[::steps])[:count].chunk(2, 1)  # the first U-Net call of each batch
         a, s = (float(factor[first]) for factor in (model.diffusion.signal, model.diffusion.noise))
         return x_start if first == 1000 else (x_start - a * x_hat) / s, x_hat
@@ -214,7 +214,7 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     fewer = start(count=5)
     assert torch.equal(fewer[0], noise[:5]) and torch.equal(fewer[1], x_hat[:5])
     assert not torch.equal(noise[:4], noise[4:])  # the second batch has its own draws
-    damaged, cool = start(corrupt=common.add_noise(0.1)), start(temperature=0.7)
+    damaged, cool = start(damage=0.1), start(temperature=0.7)
     assert torch.allclose(damaged[0], noise, atol=1e-5) and torch.allclose(cool[0], 0.7 * noise, atol=1e-5)
     assert float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02) and torch.equal(cool[1], x_hat)
 
