@@ -185,15 +185,25 @@ def test_resize():
 # ---- Moments and the Frechet distance --------------------------------------------------------------------------------
 
 def test_frechet_closed_forms():
+    """Gaussians of known moments; and where covariances are singular: fewer rows than numbers, repeated rows, none."""
     a, b = torch.rand(2, 6, dtype=torch.float64) + 0.1
     apart = (a.sqrt() - b.sqrt()).square().sum().item()
     q, zero, eye = torch.linalg.qr(gaussian(6, 6))[0], torch.zeros(6), torch.eye(6)
     cases = [(([1.0], [[4.0]]), ([3.0], [[9.0]]), 4 + 1),  # (mu - mu')^2 + (sigma - sigma')^2
-             ((zero, a.diag()), (zero, b.diag()), apart),
              ((zero, q @ a.diag() @ q.T), (zero, q @ b.diag() @ q.T), apart),  # commuting: the same eigenvectors
              ((zero, eye), (zero + 2, eye), 24)]
     for one, other, expected in cases:
         assert fid.frechet_distance(exact_stats(*one), exact_stats(*other)) == pytest.approx(expected, rel=1e-11)
+    few, many = gaussian(10, 64), gaussian(3000, 64, seed=1)
+    cross = torch.linalg.svdvals((few - few.mean(0)) @ (many - many.mean(0)).T).sum() / math.sqrt(9 * 2999)
+    exact = (few.mean(0) - many.mean(0)).square().sum() + stats(few).cov.trace() + stats(many).cov.trace() - 2 * cross
+    assert stats(few).root.shape == (64, 9)
+    assert fid.frechet_distance(stats(few), stats(many)) == pytest.approx(exact.item(), rel=1e-10)
+    repeated = few[:8].repeat(64, 1)
+    assert stats(repeated).root.shape == (64, 7) and fid.frechet_distance(stats(repeated), stats(repeated)) < 1e-10
+    flat = stats(torch.ones(5, 64))  # no spread at all
+    assert fid.frechet_distance(flat, stats(many)) == pytest.approx(
+        ((1 - many.mean(0)).square().sum() + stats(many).cov.trace()).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("n, d, tolerance", [(400, 64, 1e-9), (1200, 512, 1e-9), (40, 64, 1e-5), (100, 128, 1e-5)])
@@ -208,64 +218,40 @@ def test_frechet_against_sqrtm(n, d, tolerance):
     assert fid.frechet_distance(stats(x), stats(x)) < 1e-10 * value
 
 
-def test_frechet_where_covariances_are_singular():
-    few, many = gaussian(10, 64), gaussian(3000, 64, seed=1)
-    cross = torch.linalg.svdvals((few - few.mean(0)) @ (many - many.mean(0)).T).sum() / math.sqrt(9 * 2999)
-    exact = (few.mean(0) - many.mean(0)).square().sum() + stats(few).cov.trace() + stats(many).cov.trace() - 2 * cross
-    assert stats(few).root.shape == (64, 9)
-    assert fid.frechet_distance(stats(few), stats(many)) == pytest.approx(exact.item(), rel=1e-10)
-    repeated = few[:8].repeat(64, 1)
-    assert stats(repeated).root.shape == (64, 7) and fid.frechet_distance(stats(repeated), stats(repeated)) < 1e-10
-    flat = stats(torch.ones(5, 64))  # no spread at all
-    assert fid.frechet_distance(flat, stats(many)) == pytest.approx(
-        ((1 - many.mean(0)).square().sum() + stats(many).cov.trace()).item(), rel=1e-12)
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("splits", [[200], [1] * 200, [1, 150, 49], [99, 101]])
-def test_streaming_equals_two_passes(offset, splits):
+def test_streaming_equals_two_passes(offset):
+    """However the rows are split; what was seen of nothing adds nothing; the root is kept until more is seen."""
     x = gaussian(200, 7) * torch.arange(1, 8) + offset
-    streamed = stats(*x.split(splits))
-    assert streamed.count == 200 and streamed.mean.dtype == torch.float64
-    np.testing.assert_allclose(streamed.mean, x.numpy().mean(0), rtol=1e-14)
-    np.testing.assert_allclose(streamed.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
-
-
-def test_merging_and_refusals():
-    x = gaussian(90, 5, shift=100)
-    merged = stats(x[:30]).merge(stats(x[30:])).merge(fid.FeatureStats())
-    torch.testing.assert_close(merged.cov, stats(x).cov, rtol=1e-12, atol=1e-12)
-    assert merged.count == 90
-    root = merged.root
-    assert merged.root is root  # kept ...
-    merged.update(x[:3])
-    assert merged.root is not root  # ... until more is seen
+    for splits in ([200], [1] * 200, [1, 150, 49], [99, 101]):
+        streamed = stats(*x.split(splits)).merge(fid.FeatureStats())
+        assert streamed.count == 200 and streamed.mean.dtype == torch.float64
+        np.testing.assert_allclose(streamed.mean, x.numpy().mean(0), rtol=1e-14)
+        np.testing.assert_allclose(streamed.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
+    root = streamed.root
+    assert streamed.root is root and streamed.update(x[:3]).root is not root
     for few in (fid.FeatureStats(), stats(x[:1])):
         with pytest.raises(ValueError, match="at least 2"):
             few.cov  # noqa: B018
-    with pytest.raises(ValueError, match="5 and 4"):
+    with pytest.raises(ValueError, match="7 and 4"):
         fid.frechet_distance(stats(x), stats(x[:, :4]))
 
 
 # ---- The other scores ------------------------------------------------------------------------------------------------
 
-def test_inception_score_closed_forms():
+def test_inception_score():
+    """The plain formula, in order or in torch-fidelity's; and closed forms."""
+    for n, splits in ((100, 10), (103, 10), (25, 10), (7, 3)):
+        logits, shuffled = gaussian(n, 12, scale=2), np.random.RandomState(2020).permutation(n)
+        p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+        for seed, order in ((None, np.arange(n)), (2020, shuffled)):
+            parts = [p[order][i * n // splits:(i + 1) * n // splits] for i in range(splits)]
+            values = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
+            plain = np.mean(values), np.std(values)
+            assert fid.inception_score(logits, splits, seed=seed) == pytest.approx(plain, rel=1e-9)
+        assert fid.inception_score(logits, splits) == pytest.approx(plain, rel=1e-9)
     assert fid.inception_score(torch.ones(50, 7)) == pytest.approx((1, 0), abs=1e-12)
     one_hot = 1e4 * torch.eye(10).repeat(30, 1)  # every class equally often; logits of 1e4 give no nan
     assert fid.inception_score(one_hot, splits=1)[0] == pytest.approx(10, rel=1e-12)
-
-
-@pytest.mark.parametrize("n, splits", [(100, 10), (103, 10), (25, 10), (7, 3)])
-def test_inception_score_equals_the_plain_formula(n, splits):
-    logits, shuffled = gaussian(n, 12, scale=2), np.random.RandomState(2020).permutation(n)  # torch-fidelity's order
-    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
-    for seed, order in ((None, np.arange(n)), (2020, shuffled)):
-        parts = [p[order][i * n // splits:(i + 1) * n // splits] for i in range(splits)]
-        values = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
-        plain = np.mean(values), np.std(values)
-        assert fid.inception_score(logits, splits, seed=seed) == pytest.approx(plain, rel=1e-9)
-    assert fid.inception_score(logits, splits) == pytest.approx(plain, rel=1e-9)
-    assert fid.inception_score(logits.roll(1, 0), splits)[0] != pytest.approx(plain[0], rel=1e-9)
 
 
 def slow_kid(x, y):
@@ -290,7 +276,13 @@ def test_kid_equals_brute_force(monkeypatch):
         fid.kid(x, y, size=71)
 
 
-def test_precision_recall_equals_brute_force(monkeypatch):
+def test_precision_recall(monkeypatch):
+    """By hand with k = 1; copies, whose balls have radius 0; and brute force, whatever the chunks."""
+    real, generated = torch.tensor([[0.0], [1], [2], [10]]), torch.tensor([[0.5], [1.5], [30], [31]])
+    assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
+    twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each, found only by `<=`
+    assert fid.precision_recall(twice, twice) == (1, 1)
+
     def covered(x, centres):
         radius = [sorted(math.dist(c, o) for o in centres)[3] for c in centres]
         return np.mean([any(math.dist(p, c) <= r for c, r in zip(centres, radius, strict=True)) for p in x])
@@ -300,16 +292,6 @@ def test_precision_recall_equals_brute_force(monkeypatch):
     for chunk in (512, 50, 7):
         monkeypatch.setattr(fid, "CHUNK", chunk)
         assert fid.precision_recall(real, generated) == pytest.approx(slow) and slow[1] != slow[0] < 1
-
-
-def test_precision_recall_by_hand():
-    real, generated = torch.tensor([[0.0], [1], [2], [10]]), torch.tensor([[0.5], [1.5], [30], [31]])
-    assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
-    twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each: radius 0, found only by `<=`
-    assert fid.precision_recall(twice, twice) == (1, 1)
-    real = gaussian(200, 4)
-    precision, recall = fid.precision_recall(real, real[:1] + 0.001 * gaussian(200, 4, seed=1))
-    assert precision == 1 and recall < 0.05  # collapse
     with pytest.raises(ValueError, match="more than 3"):
         fid.precision_recall(real, real[:3])
 
@@ -410,20 +392,16 @@ def test_download_cache_path_and_variable(server, weight_bytes, net, monkeypatch
     assert fid.load_inception().name == loaded.name and files_in(tmp_path) == [moved]
 
 
-def test_no_download_leaves_no_file_and_names_the_flags(server, weight_bytes, monkeypatch, tmp_path, capsys):
-    ways_out = ["no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"]
-    cases = [(b"x" * 1000, None, "invalid hash value"),  # another file
-             (weight_bytes[:50_000], len(weight_bytes), ""),  # cut off
-             (b"", None, "404")]
-    for server.body, server.length, message in cases:
+def test_weights_that_cannot_be_had(server, weight_bytes, monkeypatch, tmp_path, capsys):
+    """No download leaves a file; files that are absent, cut off or others are named, and stay; so do the ways out."""
+    absent, half, other = (tmp_path / name for name in ("absent.pth", "half.pth", "other.pth"))
+    ways_out, url = ["no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"], fid.INCEPTION_URL
+    for server.body, server.length, fid.INCEPTION_URL, message in (
+            (b"x" * 1000, None, url, "invalid hash value"),  # another file
+            (weight_bytes[:50_000], len(weight_bytes), url, ""),  # cut off
+            (b"", None, url, "404"), (b"", None, "http://127.0.0.1:9/nothing", "")):  # nobody listens there
         expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), message, *ways_out)
         assert files_in(tmp_path) == []
-    monkeypatch.setattr(fid, "INCEPTION_URL", "http://127.0.0.1:9/nothing")  # nobody listens there
-    expect_error(capsys, fid.load_inception, *ways_out)
-
-
-def test_damaged_weights_are_named(server, weight_bytes, monkeypatch, tmp_path, capsys):
-    absent, half, other = (tmp_path / name for name in ("absent.pth", "half.pth", "other.pth"))
     expect_error(capsys, lambda: fid.load_inception(absent), f"--weights {absent}: No such file", "--features local")
     half.write_bytes(weight_bytes[:1000])
     expect_error(capsys, lambda: fid.load_inception(half), "half.pth: 1,000 bytes, wrong sha256", "--features local")
@@ -431,7 +409,6 @@ def test_damaged_weights_are_named(server, weight_bytes, monkeypatch, tmp_path, 
     expect_error(capsys, fid.load_inception, "half.pth: 1,000 bytes, wrong sha256")
     assert half.is_file()  # the user's own file is not touched
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS")
-    server.cache.parent.mkdir(parents=True)
     server.cache.write_bytes(b"cut off by another program")  # found in the cache: checked, too
     expect_error(capsys, fid.load_inception, "wrong sha256")
     torch.save({"conv.weight": torch.zeros(1)}, other)
@@ -510,30 +487,21 @@ def real(local):
     return fid.make_reference(local, smooth_images(400), smooth_images(200, seed=1))
 
 
-def test_scores_of_real_and_of_noise(local, real):
-    good, bad = fid.scores(local, smooth_images(100, seed=2), real), fid.scores(local, random_images(100), real)
-    names = ["diversity", "fd", "floor", "is", "kid", "precision", "recall"]
-    assert sorted(good) == [f"{name}_local" for name in names]
-    for name in names:
-        score = good[f"{name}_local"]
-        if name in ("floor", "precision", "recall"):
-            assert score["low"] is None and score["high"] is None
-        else:
-            assert score["low"] < score["value"] < score["high"]
-    floor = good["floor_local"]["value"]  # as many held-out images
-    assert floor == pytest.approx(fid.frechet_distance(stats(real.test_features[:100]), real.stats), rel=1e-9)
-    assert good["fd_local"]["value"] == pytest.approx(floor, rel=0.5) and bad["fd_local"]["value"] > 10 * floor
-    assert abs(good["diversity_local"]["value"] - 1) < 0.1 and bad["precision_local"]["value"] < 0.1
-    assert bad["kid_local"]["value"] > good["kid_local"]["value"]
-
-
-def test_scores_of_few_images_are_finite(local, real, capsys):
-    for count in (2, 3, 30, 64):
-        row = fid.scores(local, smooth_images(count, seed=2), real)
-        assert all(math.isfinite(score["value"]) for score in row.values())
+def test_scores_of_few_images(local, real, capsys):
+    """Finite whatever their number; KID of all pairs; the floor is that of as many held-out images."""
+    for count in (2, 3, 30, 64, 100):
+        images = smooth_images(count, seed=2)
+        row, x = fid.scores(local, images, real), fid.shuffle(fid.extract(local, images)[0], 1)
+        assert sorted(row) == [f"{name}_local" for name in (
+            "diversity", "fd", "floor", "is", "kid", "precision", "recall")]
         for key, score in row.items():
             assert (score["low"] is None) == (count < 40 or key[:3] in ("pre", "rec", "flo"))
         json.dumps(row, allow_nan=False)
+        floor = fid.frechet_distance(stats(real.test_features[:count]), real.stats)
+        assert row["floor_local"]["value"] == pytest.approx(floor, rel=1e-9)
+        kid, diversity = fid.kid(real.features, x, size=None), fid.diversity(real.features[:count], x)
+        assert row["kid_local"]["value"] == pytest.approx(kid, rel=1e-6)
+        assert row["diversity_local"]["value"] == pytest.approx(diversity, rel=1e-6)
     expect_error(capsys, lambda: fid.scores(local, smooth_images(1), real), "at least 2")
 
 
@@ -571,18 +539,6 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
         assert len(list(tmp_path.iterdir())) == i
     file.write_bytes(b"half a file")
     assert torch.equal(fid.reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
-
-
-def test_intervals_cover_the_expected_value():
-    """FD of 200 draws against a fixed reference: 95% intervals cover its mean about 95% of the time."""
-    ref = stats(gaussian(2000, 6, seed=999))
-    results = []
-    for i in range(60):
-        x = gaussian(200, 6, seed=i, shift=0.3)
-        results.append(fid.jackknife(lambda x: fid.frechet_distance(stats(x), ref), x))
-    truth = np.mean([r["value"] for r in results])
-    covered = np.mean([r["low"] <= truth <= r["high"] for r in results])
-    assert 0.85 <= covered < 1 or covered == 1 and np.mean([r["high"] - r["low"] for r in results]) < truth
 
 
 # ---- Training local networks -----------------------------------------------------------------------------------------
@@ -663,7 +619,7 @@ def folders(tmp_path, features_dir, local):
                            good=save_folder(smooth_images(50, seed=1), tmp_path / "good"))
 
 
-def test_command_on_two_folders(folders, capsys):
+def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeypatch):
     fid.main([folders.real, folders.good, *folders.weights, "--json", "--device", "cpu"])
     captured = capsys.readouterr()
     row = json.loads(captured.out)
@@ -671,9 +627,14 @@ def test_command_on_two_folders(folders, capsys):
     assert (row["n_real"], row["n_generated"]) == (60, 50) and len(row["scores"]) == 7
     assert row["features"] == "local-" + folders.weights[1][-15:-3]
     fid.main([folders.real, folders.good, *folders.weights, "--count", "45"])
-    captured = capsys.readouterr()
-    assert "45 images of" in captured.out and "60 of" in captured.out and "floor" in captured.out
-    assert "warning: 45 images are few" in captured.err
+    out = capsys.readouterr().out
+    assert "45 images of" in out and "60 of" in out and "floor" in out
+    data = {split: image_data(smooth_images(80, seed=i), name="shapes") for i, split in enumerate(("train", "test"))}
+    monkeypatch.setattr("common.load_images", lambda name, split, data_dir: data[split])
+    fid.main(["shapes", folders.good, *folders.weights, "--data-dir", str(tmp_path / "data")])
+    out = capsys.readouterr().out
+    assert "80 of shapes" in out and "50 held-out images; IS of real ones (K = 6)" in out
+    assert len(files_in(tmp_path / "data" / "cache")) == 1
 
 
 def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
@@ -691,16 +652,6 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     fid.main([jpegs, jpegs, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
-
-
-def test_command_on_a_data_set(folders, capsys, tmp_path, monkeypatch):
-    data = {split: image_data(smooth_images(80, seed=i), name="shapes")
-            for i, split in enumerate(("train", "test"))}
-    monkeypatch.setattr("common.load_images", lambda name, split, data_dir: data[split])
-    fid.main(["shapes", folders.good, *folders.weights, "--data-dir", str(tmp_path / "data")])
-    out = capsys.readouterr().out
-    assert "80 of shapes" in out and "50 held-out images; IS of real ones (K = 6)" in out
-    assert len(files_in(tmp_path / "data" / "cache")) == 1
 
 
 def test_command_errors_are_one_line(folders, capsys, tmp_path, server, monkeypatch):

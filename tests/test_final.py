@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from helpers import expect_error
 
 import common
 import final_evaluation as final
@@ -52,7 +53,6 @@ def load(folder, *many):
 
 # --- Verdicts and names ----------------------------------------------------------------------------------------------
 
-
 def test_verdicts_on_planted_results():
     """Clear win, clear loss, tie, one and two seeds; the interval is Student's over the pairs."""
     base = [10.0, 11.0, 12.0]
@@ -67,26 +67,20 @@ def test_verdicts_on_planted_results():
 
 
 def test_a_columns_name_is_its_place(tmp_path):
-    """Headline, steps, other priors, tables and costs; a single score has its interval, several seeds their spread."""
-    both = load(tmp_path, metrics(), metrics(seed=1, distance=13.0))["shapes"]["stage1-form1"]
-    one = {0: both[0]}
+    """A single score has its interval, several seeds their spread; of times the first seed's stands alone."""
+    slow = metrics(seed=1, distance=13.0)
+    slow["rows"][0]["seconds_per_image"] *= 3
+    seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
+    one = {0: seeds[0]}
     assert [final.cell(one, name) for name in ("fd", "gaussian/fd", "dpm 5/fd", "own prior/fd", "noise 0.4/fd")] == [
         "10 [9, 11]", "30 [29, 31]", "20 [19, 21]", "12 [11, 13]", "40 [39, 41]"]
     assert [final.cell(one, name) for name in ("noise area", "train minutes", "no such")] == ["1.25", "1.5", ""]
-    assert final.cell(both, "fd") == "11.5 ± 2.1" and final.cell(both, "noise area") == "1.25"
+    assert final.cell(seeds, "fd") == "11.5 ± 2.1" and final.cell(seeds, "noise area") == "1.25"
+    assert final.values(seeds, "s/image") == {0: 0.5} and final.values(seeds, "fd") == {0: 10.0, 1: 13.0}
     assert final.show([1234.5]) == "1,234" and final.show([1.0, 2.0, 3.0]) == "2 ± 1"
 
 
-def test_times_are_the_first_seeds(tmp_path):
-    """Another seed may have shared the machine: its seconds are not averaged in, its scores are."""
-    slow = metrics(seed=1, distance=11.0)
-    slow["rows"][0]["seconds_per_image"] *= 3
-    seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
-    assert final.values(seeds, "s/image") == {0: 0.5} and final.values(seeds, "fd") == {0: 10.0, 1: 11.0}
-
-
 # --- Reading ---------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("change,key", [
     ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
@@ -96,20 +90,14 @@ def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
     """The file and the key are named."""
     other = metrics("stage1-vae", **change)
     other["rows"][0]["n_generated"] += not change
-    with pytest.raises(SystemExit) as stop:
-        load(tmp_path, metrics(), other)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and f" {key} was " in err and "stage1-vae-s0.json" in err
+    expect_error(capsys, lambda: load(tmp_path, metrics(), other), f" {key} was ", "stage1-vae-s0.json")
 
 
 def test_a_damaged_file_is_named(tmp_path, capsys):
     path, = save(tmp_path, metrics())
     for text in (path.read_text()[:100], "{}", json.dumps(metrics() | {"rows": []})):
         path.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            final.load_all([path])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and "stage1-form1-s0.json: damaged" in err and err.count("\n") == 1
+        expect_error(capsys, lambda: final.load_all([path]), "stage1-form1-s0.json: damaged")
 
 
 def test_order(tmp_path):
@@ -119,7 +107,6 @@ def test_order(tmp_path):
 
 
 # --- Tables and charts -----------------------------------------------------------------------------------------------
-
 
 def test_claims(tmp_path):
     """Each claim is judged over the seeds that both sides have, on each data set that has both, or is not run."""
@@ -139,22 +126,18 @@ def test_claims(tmp_path):
     assert "budget `cpu`, 7,100 images per network; 100 samples (50 for steps" in table and "`local-a`" in table
 
 
-def test_tables_have_the_variants_of_their_patterns(tmp_path):
-    """A line for each that has a number; what the numbers rest on stands below."""
-    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), metrics("stage2-sum"))
+def test_tables(tmp_path):
+    """A line for each fitting variant with a number, then what they rest on; long ones by stage, with every number."""
+    many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), metrics("bonus-latent")
+    everything = load(tmp_path, *many)
     table = final.table_of(everything, "stage1-*", "fd; bits/dim; no such").splitlines()
     assert table[2] == "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] |  |"
     assert table[3] == "| shapes stage1-form1 | 11.5 ± 2.1 | 3 |  |"
     assert len(table) == 6 and table[5].startswith("*shapes: drawn; budget `cpu`") and final.NOTE in table[5]
     assert len(final.table_of(everything, "*", "no such").splitlines()) == 4
-
-
-def test_long_tables_have_every_number(tmp_path):
-    """Every number of every variant, a column each, in the table of its stage."""
-    many = metrics(), metrics("stage1-vae", 0, 7.0), metrics("bonus-latent")
-    text = final.long_tables(load(tmp_path, *many), tmp_path)
+    text = final.long_tables(everything, tmp_path)
     assert "## shapes, stage1" in text and "## shapes, bonus" in text and "## shapes, stage2" not in text
-    assert "|  | stage1-vae | stage1-form1 |" in text and "| dpm 5/fd | 17 [16, 18] | 20 [19, 21] |" in text
+    assert "|  | stage1-vae | stage1-form1 |" in text and "| dpm 5/fd | 20 [19, 21] | 21.5 ± 2.1 |" in text
     for name in final.leaves(metrics()["rows"][0] | metrics()["tables"]):
         assert f"\n| {name} | " in text
 
@@ -186,12 +169,11 @@ def test_charts(tmp_path, monkeypatch):
 
 # --- Commands --------------------------------------------------------------------------------------------------------
 
-
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     """--collect copies metrics and the figures that a text shows, but none of real images; --runs writes a report."""
     monkeypatch.setattr(final, "ROOT", tmp_path)
-    shown = [f"{name}/stage1-form1-s0-{part}" for name, part in
-             (("shapes", "reconstructions"), ("shapes", "samples"), ("cifar10", "samples"))]
+    shown = [f"{dataset}/stage1-form1-s0-{part}" for dataset in ("shapes", "cifar10") for part in
+             ("reconstructions", "samples")]  # the reconstructions of cifar10 must not be copied all the same
     for text, names in (("README.md", shown[:1]), ("REPORT.md", shown[1:])):
         (tmp_path / text).write_text("".join(f"![](results/{name}.png)" for name in names))
     for dataset in ("shapes", "cifar10"):
@@ -200,7 +182,7 @@ def test_collect_and_runs(tmp_path, monkeypatch, capsys):
         (run / "metrics.json").write_text(json.dumps(metrics(dataset=dataset)))
         for name in ("samples", "reconstructions", "training"):
             (run / f"{name}.png").write_bytes(b"png")
-    final.main(["--collect", *map(str, tmp_path.glob("runs/*/*")), "--results", str(tmp_path / "results")])
+    final.main(["--collect", *map(str, tmp_path.glob("runs/*/*"))])
     found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in tmp_path.glob("results/*/*")}
     assert found == {("shapes", ".json"), ("shapes", "-samples.png"), ("shapes", "-reconstructions.png"),
                      ("cifar10", ".json"), ("cifar10", "-samples.png")}
@@ -208,33 +190,18 @@ def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     report = (tmp_path / "runs" / "REPORT.md").read_text()
     assert "reproduced: cifar10" in report and "reproduced (off by 0%)" in report and "## claims" in report
     assert (tmp_path / "runs" / "cifar10-comparison.png").is_file()
-    with pytest.raises(SystemExit) as stop:
-        final.main(["--results", str(tmp_path / "nothing")])
-    assert stop.value.code == 2 and "no results there" in capsys.readouterr().err
-
-
-def test_no_real_image_is_collected_even_if_a_text_shows_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(final, "ROOT", tmp_path)
-    for name in ("README.md", "REPORT.md"):
-        (tmp_path / name).write_text("![real](results/cifar10/stage1-form1-s0-reconstructions.png)")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics(dataset="cifar10")))
-    (tmp_path / "run" / "reconstructions.png").write_bytes(b"png")
-    final.main(["--collect", str(tmp_path / "run")])
-    assert [path.name for path in tmp_path.glob("results/cifar10/*")] == ["stage1-form1-s0.json"]
+    expect_error(capsys, lambda: final.main(["--results", str(tmp_path / "nothing")]), "no results there")
 
 
 def test_fill(capsys):
     """A marked table is replaced, again and again; the rest stays; a table that is not known is an error."""
     once = final.fill("a\n<!-- table t -->\nold\n<!-- end -->\nb", {"t": "| new |"})
     assert once == "a\n<!-- table t -->\n| new |\n<!-- end -->\nb" == final.fill(once, {"t": "| new |"})
-    with pytest.raises(SystemExit):
-        final.fill("<!-- table u -->\n<!-- end -->", {"t": ""})
-    assert "table 'u' is not known; known are t" in capsys.readouterr().err
+    expect_error(capsys, lambda: final.fill("<!-- table u -->\n<!-- end -->", {"t": ""}),
+                 "table 'u' is not known; known are t")
 
 
 # --- The texts of this repository ------------------------------------------------------------------------------------
-
 
 def typed_decimals(text):
     """Numbers with a decimal point outside marked tables, code and link targets."""
@@ -243,32 +210,27 @@ def typed_decimals(text):
     return re.findall(r"\d+\.\d+", text)
 
 
-def check(folder, edit, monkeypatch):
-    """The exit status of --check on a copy of the texts, after `edit` of the copy's path."""
-    for name in ("README.md", "REPORT.md"):
-        shutil.copy(final.ROOT / name, folder / name)
-    shutil.copytree(final.ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("*.png", "*.pt"))
-    edit(folder)
-    monkeypatch.setattr(final, "ROOT", folder)
+def check():
+    """The exit status of --check, which writes nothing."""
     with pytest.raises(SystemExit) as stop:
         final.main(["--check"])
     return stop.value.code
 
 
 def test_the_texts_agree_with_the_results(capsys):
-    with pytest.raises(SystemExit) as stop:
-        final.main(["--check"])
-    assert stop.value.code == 0, capsys.readouterr().out
+    assert check() == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["README.md", "REPORT.md", "results/TABLES.md"])
 def test_an_edited_cell_is_noticed(name, tmp_path, monkeypatch):
-    """One digit of one table's cell, in each of the texts; and check writes nothing."""
-    def edit(folder):
-        text = (folder / name).read_text()
-        (folder / name).write_text(re.sub(r"\| 0\.304 ", "| 0.305 ", text, count=1))
-    assert check(tmp_path, edit, monkeypatch) == 1
-    assert "| 0.305 " in (tmp_path / name).read_text()
+    """One digit of one table's cell, in each of the texts; and it stays as it was edited."""
+    for text in ("README.md", "REPORT.md"):
+        shutil.copy(final.ROOT / text, tmp_path / text)
+    shutil.copytree(final.ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.pt"))
+    edited = re.sub(r"\| 0\.304 ", "| 0.305 ", (tmp_path / name).read_text(), count=1)
+    (tmp_path / name).write_text(edited)
+    monkeypatch.setattr(final, "ROOT", tmp_path)
+    assert check() == 1 and (tmp_path / name).read_text() == edited and "| 0.305 " in edited
 
 
 def test_no_decimal_is_typed():

@@ -22,17 +22,7 @@ def shaken(network, std=0.3, seed=0):
     return network
 
 
-def moons(count, seed=0):
-    """Two interleaved half circles (count, 2), roughly standardised."""
-    gen = common.generator(seed)
-    angle, upper = math.pi * torch.rand(count, generator=gen), torch.rand(count, generator=gen) < 0.5
-    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
-    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
-    return torch.stack([x, y], 1) / torch.tensor([0.87, 0.5]) + 0.1 * common.randn((count, 2), gen)
-
-
 # --- The flow --------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("d", [5, 9, 64, 512])
 def test_flow_inverse_and_reach(d):
@@ -57,29 +47,28 @@ def test_flow_log_determinant_is_autograds():
 
 
 def test_flow_starts_as_the_identity():
-    """At the start u is a permutation of z, log p is N(0, I)'s, and the KL by one sample has its closed form on
-    average."""
-    flow, gen = stage3.RealNVP(6), common.generator(0)
-    z = common.randn((40, 6), gen)
+    """At the start u is a permutation of z, and log p is N(0, I)'s; fitted ex post it starts from what it is given."""
+    flow, z = stage3.RealNVP(6), common.randn((40, 6), common.generator(0))
     normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
     assert torch.allclose(flow.log_prob(z), normal, atol=1e-5) and torch.equal(flow(z)[1], torch.zeros(40))
-    mu, logvar = common.randn((1, 6), gen), 0.5 * common.randn((1, 6), gen)
-    noise = common.randn((100_000, 6), gen)
-    z = mu + (0.5 * logvar).exp() * noise
-    kl = common.gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
-    assert float(kl.detach().mean()) == pytest.approx(float(common.gaussian_kl(mu, logvar)), abs=0.05)
+    start = shaken(flow, 0.1).state_dict()
+    again = stage3.fit_flow(torch.zeros(10, 6), torch.zeros(10, 6), 0, 0, start)
+    assert same(dict(again.state_dict()), start) and not any(p.requires_grad for p in again.parameters())
 
 
-def test_flow_learns_two_moons_and_is_a_density():
-    """It beats the best Gaussian by half a nat on held-out points, integrates to one, and samples what it learnt."""
-    flow = stage3.fit_flow(moons(5000), torch.full((5000, 2), -99.0), 0, 600)
-    z, gen = moons(2000, seed=1), common.generator(0)
+def test_flow_learns_two_moons():
+    """It beats the best Gaussian by half a nat on held-out points, and samples what it learnt."""
+    def moons(count, seed):  # two interleaved half circles (count, 2), roughly standardised
+        gen = common.generator(seed)
+        angle, upper = math.pi * torch.rand(count, generator=gen), torch.rand(count, generator=gen) < 0.5
+        x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+        y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+        return torch.stack([x, y], 1) / torch.tensor([0.87, 0.5]) + 0.1 * common.randn((count, 2), gen)
+
+    flow, z = stage3.fit_flow(moons(5000, 0), torch.full((5000, 2), -99.0), 0, 600), moons(2000, 1)
     gaussian = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())
     assert float((flow.log_prob(z) - gaussian.log_prob(z)).mean()) > 0.5
-    axis = torch.linspace(-6, 6, 601)
-    grid = torch.cartesian_prod(axis, axis)
-    assert float(flow.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=0.02)
-    drawn = flow.sample(2000, gen)
+    drawn = flow.sample(2000, common.generator(0))
     assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.15) and torch.allclose(drawn.std(0), z.std(0), atol=0.15)
     assert float(torch.cdist(drawn, z).amin(1).mean()) < 0.15  # near the moons
 
@@ -113,8 +102,7 @@ def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
 
 
 def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
-    """300 images whose z ~ N(mu, 1/2) is N(0, I) all in all: drawn anew in each step, the flow comes close to the true
-    density of other images; fitted to one draw of each, it does not."""
+    """All z ~ N(mu, 1/2) are N(0, I): drawn anew in each step a flow comes near, fitted to one draw not."""
     gen = common.generator(0)
     mu, held_out = common.randn((300, 8), gen) / 2**0.5, common.randn((2000, 8), gen)
     half = torch.full_like(mu, math.log(0.5))
@@ -125,27 +113,11 @@ def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
 
-def test_a_flow_fitted_ex_post_goes_on_from_where_it_is():
-    start = shaken(stage3.RealNVP(4), 0.1).state_dict()
-    again = stage3.fit_flow(torch.zeros(10, 4), torch.zeros(10, 4), 0, 0, start)
-    assert same(dict(again.state_dict()), start) and not any(p.requires_grad for p in again.parameters())
-
-
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
-
 
 # A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey; its log-variances say nothing of errors
 PLANTED = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
                           decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
-
-
-def planted_images(count, seed):
-    """Images for that VAE; what it leaves grey is noise whose size depends on z."""
-    gen = common.generator(seed)
-    z, noise = common.randn((count, 8), gen).clamp(-1.9, 1.9), 0.2 * common.randn((count, 3, 8, 8), gen)
-    noise[:, 0, 0] = 0
-    size = (0.4 * z[:, 0] - 0.3 * z[:, 1] + 0.2 * z[:, 2] ** 2).exp()
-    return common.to_uint8(PLANTED.decoder(z) + size[:, None, None, None] * noise)
 
 
 def test_ridge_regression():
@@ -173,8 +145,14 @@ def test_standardise_by_hand():
 
 @pytest.mark.parametrize("network", ["planted", "random"])
 def test_fitted_uncertainty(network):
-    """Over the training images s has mean 0 and sd 1, for either kind, and high means hard; an image has the same s in
-    a batch and alone. On held-out images `regressed` finds errors that depend on z, where `variance` finds nothing."""
+    """s has mean 0 and sd 1, high is hard, alone as in a batch; only `regressed` finds errors that depend on z."""
+    def planted_images(count, seed):  # what PLANTED leaves grey is noise whose size depends on z
+        gen = common.generator(seed)
+        z, noise = common.randn((count, 8), gen).clamp(-1.9, 1.9), 0.2 * common.randn((count, 3, 8, 8), gen)
+        noise[:, 0, 0] = 0
+        size = (0.4 * z[:, 0] - 0.3 * z[:, 1] + 0.2 * z[:, 2] ** 2).exp()
+        return common.to_uint8(PLANTED.decoder(z) + size[:, None, None, None] * noise)
+
     vae, images, others = PLANTED, planted_images(2000, 0), planted_images(1000, 1)
     if network == "random":
         torch.manual_seed(0)
@@ -200,15 +178,13 @@ def test_fitted_uncertainty(network):
 
 # --- Strategies ------------------------------------------------------------------------------------------------------
 
-
 def batch_of(n=3, d=8, seed=0):
     gen = common.generator(seed)
     return common.randn((n, 3, 8, 8), gen), common.randn((n, d), gen), torch.tensor([-1.0, 0.0, 2.0])
 
 
 def test_strategies_start_where_they_should():
-    """film and coupling start bit-equal to fixed, as stage 1 conditions; fade equals it where s <= 0 and fades by
-    exp(-s/2) above."""
+    """film and coupling start bit-equal to fixed, as stage 1 conditions; fade fades by exp(-s/2) where s > 0."""
     x_hat, s_vec, s = batch_of()
     for strategy in ("fixed", "film", "coupling"):
         seen, extra = stage3.Conditioner(strategy, 8, 32)(x_hat, s_vec, s)
@@ -275,8 +251,7 @@ def test_allocation_keeps_the_mean_and_the_order(n, start):
 
 
 def test_adaptive_refinement(monkeypatch):
-    """Whichever third an image is in, it is what common.refine makes of it, with one z and noise, in its third's steps
-    from its third's start. Where these are equal, adaptive is even bit for bit."""
+    """Each image as common.refine makes it in its third's steps and start; if these are equal, `even` bit for bit."""
     model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), PLANTED,
                          {"gaussian": common.StandardNormal(8)}, lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
     scored, measure = [], lambda z, x_hat: (z, z[:, 0])
@@ -302,15 +277,13 @@ def test_adaptive_refinement(monkeypatch):
 
 # --- Training, the model, the bound ----------------------------------------------------------------------------------
 
-
 def joint(**changes):
     vae = settings() | {"vae_prior": "flow", "steps": 2} | changes
     return vae, vae | {"conditioning": "film", "uncertainty": "regressed"} | changes
 
 
 def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
-    """bits/dim holds log q(z|x) - log p(z) by one draw of z, under each of the three priors; the held-out ELBO has the
-    KL to the prior that the VAE was trained under."""
+    """The bound has one draw's KL to each prior, the ELBO that to the prior that the VAE was trained under."""
     monkeypatch.setattr(common, "autocast", contextlib.nullcontext)  # in float32
     data, unit = images_of(60), 3072 * math.log(2)
     for trained_under in ("gaussian", "flow"):
@@ -351,8 +324,7 @@ def test_fixed_is_stage_1(tmp_path):
 
 @pytest.mark.parametrize("source", ["regressed", "variance", "posterior"])
 def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
-    """The refiner is trained on uncertainty(Dec(z)); the model at sampling computes the same function of the same z.
-    With `posterior` it is trained on the variance of q(z|x), which sampling does not have."""
+    """s is the same function of z in both, whatever became of x_hat; `posterior` is trained on q(z|x)'s variance."""
     vae_train, train = joint()
     train |= {"uncertainty": source}
     data, seen, x0s, condition, batch = images_of(60), [], [], stage3.condition, common.Training.batch
