@@ -144,8 +144,8 @@ def values(seeds, name):
 def show(numbers):
     """Several numbers as text: mean ± standard deviation, the latter if there is one."""
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0
-    text = f"{mean:,.0f} ± {spread:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g} ± {spread:.2g}"
-    return text if spread > 1e-9 * abs(mean) else text.split(" ")[0]
+    text, more = (f"{mean:,.0f}", f"{spread:,.0f}") if abs(mean) >= 1000 else (f"{mean:.3g}", f"{spread:.2g}")
+    return f"{text} ± {more}" if spread > 1e-9 * abs(mean) else text
 
 
 def cell(seeds, name):
