@@ -834,7 +834,7 @@ def download(dataset, split, folder):
 
 def load_images(dataset, split, data_dir="data", image_size=None):
     """One split (`train` or `test`) of a data set: an ImageData. What is decoded is kept in `DATA_DIR/cache`, of a
-    folder in `data/cache`."""
+    folder in `data/cache`. Exits, naming the folder, the layouts and the remedy, if there is nothing to load."""
     if dataset == "shapes":
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
