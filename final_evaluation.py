@@ -17,6 +17,7 @@ import statistics
 from fnmatch import fnmatch
 from pathlib import Path
 
+from PIL import Image, ImageDraw
 from scipy.stats import t as student
 
 import common
@@ -25,6 +26,7 @@ import fid
 ROOT = Path(__file__).resolve().parent
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-form", "stage2-", "stage3-", "")
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
+SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "fd: Frechet distance of these features; a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
@@ -60,8 +62,10 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
+    ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
+    ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
     ("Does a start by thirds of `s` help?", "start by thirds/fd of stage3-flow-film",
@@ -163,10 +167,10 @@ def verdict(ours, theirs):
     changes = [100 * (one - other) / base for one, other in zip(ours, theirs, strict=True)]
     mean = statistics.mean(changes)
     if count < 3:
-        return f"{mean:+.0f}% ({'one run' if count == 1 else 'two runs'}, not tested)"
+        return f"{mean:+.0f}% ({'one run' if count == 1 else 'two runs'})"
     half = student.ppf(0.975, count - 1) * statistics.stdev(changes) / count**0.5
     said = f"{'better' if mean < 0 else 'worse'} by {abs(mean):.0f}%" if abs(mean) > half else "no difference shown"
-    return f"{said} ({count} paired seeds, 95%: {mean - half:+.0f}% to {mean + half:+.0f}%)"
+    return f"{said} ({count} seeds: {mean - half:+.0f}% to {mean + half:+.0f}%)"
 
 
 def markdown(header, rows):
@@ -196,19 +200,18 @@ def table_of(everything, variants, columns):
 
 
 def table_claims(everything):
-    """A line for each claim and data set with both sides: what is compared, means over common seeds, verdict."""
+    """A line for each claim: what is compared, and for each data set both means over common seeds and the verdict."""
     rows = []
     for question, *sides in CLAIMS:
         told = []
-        for dataset, results in everything.items():
+        for results in everything.values():
             found = [values(results.get(side.split(" of ")[1], {}), side.split(" of ")[0]) for side in sides]
-            seeds = sorted(found[0].keys() & found[1].keys())
-            if seeds:
-                ours, theirs = ([side[seed] for seed in seeds] for side in found)
-                told.append([question, dataset, *sides, show(ours), show(theirs), verdict(ours, theirs)])
-        rows += told or [[question, "", *sides, "", "", "not run"]]
-    header = ["question", "data", "first", "second", "mean of first", "mean of second", "verdict"]
-    return f"{markdown(header, rows)}\n\n*{' '.join(about(*item) for item in everything.items())}*"
+            ours, theirs = ([side[seed] for seed in sorted(found[0].keys() & found[1].keys())] for side in found)
+            told.append(f"{show(ours)} / {show(theirs)}: {verdict(ours, theirs)}" if ours else "not run")
+        rows.append([question, *sides, *told])
+    table = markdown(["question", "first", "second", *everything], rows)
+    note = "Mean of first / of second: how much less or more, in brackets its 95% interval over paired seeds."
+    return f"{table}\n\n*{note} {' '.join(about(*item) for item in everything.items())}*"
 
 
 def table_numbers(columns):
@@ -295,6 +298,21 @@ def keep_weights(checkpoint, home):
             other.unlink()
 
 
+def draw_sheet(path, home):
+    """One picture of all stages: the top of the samples.png of each run of SHEET in `home`, under its name."""
+    tops = {name: Image.open(home / f"{name}-s0" / "samples.png") for name in SHEET if
+            (home / f"{name}-s0" / "samples.png").is_file()}
+    tops = {name: image.crop((0, 0, image.width, image.height // 3)) for name, image in tops.items()}
+    page = Image.new("RGB", (max(top.width for top in tops.values()), sum(20 + top.height for top in tops.values())),
+                     "white")
+    y = 0
+    for name, top in tops.items():
+        ImageDraw.Draw(page).text((4, y + 4), name, fill="black")
+        page.paste(top, (0, y + 20))
+        y += 20 + top.height
+    common.save_as(path, page.save, format="png")
+
+
 def collect(runs, folder):
     """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and the weights of form1 of
     seed 0 at the cpu budget."""
@@ -310,6 +328,8 @@ def collect(runs, folder):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
                 fid.write(home / f"{name}-{figure.name}", figure.read_bytes())
+        if name in (f"{variant}-s0" for variant in SHEET):
+            draw_sheet(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png", run.parent)
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from helpers import expect_error
+from PIL import Image
 
 import common
 import final_evaluation as final
@@ -58,12 +59,12 @@ def test_verdicts_on_planted_results():
     base = [10.0, 11.0, 12.0]
     assert final.verdict([0.5 * v for v in base], base).startswith("better by 50%")
     assert final.verdict([2 * v for v in base], base).startswith("worse by 100%")
-    assert final.verdict([12.0, 9.5, 12.5], base).startswith("no difference shown (3 paired seeds")
-    assert final.verdict([8.0], [10.0]) == "-20% (one run, not tested)"
-    assert final.verdict([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs, not tested)"
+    assert final.verdict([12.0, 9.5, 12.5], base).startswith("no difference shown (3 seeds: ")
+    assert final.verdict([8.0], [10.0]) == "-20% (one run)"
+    assert final.verdict([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
     text = final.verdict([9.0, 9.0, 10.5], base)  # differences -1, -2, -1.5: sd 0.5, t(0.975, 2) = 4.3027
     half = 4.302653 * 0.5 / math.sqrt(3)
-    assert text.endswith(f"95%: {100 * (-1.5 - half) / 11:+.0f}% to {100 * (-1.5 + half) / 11:+.0f}%)")
+    assert text.endswith(f"(3 seeds: {100 * (-1.5 - half) / 11:+.0f}% to {100 * (-1.5 + half) / 11:+.0f}%)")
 
 
 def test_a_columns_name_is_its_place(tmp_path):
@@ -117,12 +118,13 @@ def test_claims(tmp_path):
         joint["tables"]["latent_space_stage1"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
         many.append(joint)
     table = final.table_claims(load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0)))
-    quality, = [line for line in table.splitlines() if "**Quality**" in line]
-    assert "| shapes | fd of stage2-anneal | fd of stage1-form1 | 5.5 ± 0.5 | 11 ± 1 | better by 50%" in quality
-    assert "| 1.2 | 1.6 ± 0.1 | better by 25% (3 paired seeds" in table  # as stage 2 measured it
-    assert table.count("-75% (one run, not tested)") == 1  # VAE and refiner
-    assert len(re.findall("Does adaptive conditioning .* not run", table)) == 2
-    assert table.count("own prior/fd of stage1-form1") == 2  # on both data sets
+    quality, = [line.split(" | ") for line in table.splitlines() if "**Quality**" in line]
+    assert quality[1:3] == ["fd of stage2-anneal", "fd of stage1-form1"]
+    assert quality[3].startswith("5.5 ± 0.5 / 11 ± 1: better by 50% (3 seeds: ") and quality[4] == "not run |"
+    assert "| 1.2 / 1.6 ± 0.1: better by 25% (3 seeds: " in table  # as stage 2 measured it
+    assert table.count("/ 40: -75% (one run)") == 1  # VAE and refiner
+    assert len(re.findall(r"Does adaptive conditioning .* \| not run \| not run \|", table)) == 2
+    assert "| 12 / 30: -60% (one run) |" in table  # own prior of the second data set
     assert "budget `cpu`, 7,100 images per network; 100 samples (50 for steps" in table and "`local-a`" in table
 
 
@@ -170,7 +172,8 @@ def test_charts(tmp_path, monkeypatch):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
-    """--collect copies metrics and the figures that a text shows, but none of real images; --runs writes a report."""
+    """--collect copies metrics and the figures that a text shows, but none of real images, and stacks samples of all
+    stages; --runs writes a report."""
     monkeypatch.setattr(final, "ROOT", tmp_path)
     shown = [f"{dataset}/stage1-form1-s0-{part}" for dataset in ("shapes", "cifar10") for part in
              ("reconstructions", "samples")]  # the reconstructions of cifar10 must not be copied all the same
@@ -181,11 +184,13 @@ def test_collect_and_runs(tmp_path, monkeypatch, capsys):
         run.mkdir(parents=True)
         (run / "metrics.json").write_text(json.dumps(metrics(dataset=dataset)))
         for name in ("samples", "reconstructions", "training"):
-            (run / f"{name}.png").write_bytes(b"png")
+            Image.new("RGB", (30, 60), "red").save(run / f"{name}.png")
     final.main(["--collect", *map(str, tmp_path.glob("runs/*/*"))])
     found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in tmp_path.glob("results/*/*")}
     assert found == {("shapes", ".json"), ("shapes", "-samples.png"), ("shapes", "-reconstructions.png"),
-                     ("cifar10", ".json"), ("cifar10", "-samples.png")}
+                     ("cifar10", ".json"), ("cifar10", "-samples.png"), ("figures", "shapes-sheet.png"),
+                     ("figures", "cifar10-sheet.png")}
+    assert Image.open(tmp_path / "results" / "figures" / "shapes-sheet.png").size == (30, 40)  # a name, a third
     final.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
     report = (tmp_path / "runs" / "REPORT.md").read_text()
     assert "reproduced: cifar10" in report and "reproduced (off by 0%)" in report and "## claims" in report
