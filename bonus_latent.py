@@ -269,19 +269,6 @@ def ceiling(folder, ae, setup):
         "hf_energy": common.hf_energy(x_hat, setup.test.images), "psnr_db": common.psnr_db(x_hat, real)}
 
 
-@torch.no_grad()
-def draw_interpolation(folder, model, steps, seed):
-    """interpolation.png: three paths from noise to noise along a great circle, where every point is N(0, I) again since
-    the ends are nearly orthogonal."""
-    ends = common.randn((2, 3, *model.shape), common.generator(95_000 + seed))
-    angle = torch.linspace(0, torch.pi / 2, 9)[:, None, None, None, None]
-    x_T = model.temperature * (angle.cos() * ends[0] + angle.sin() * ends[1]).to(model.device)  # (9, 3, 4, h, w)
-    with common.autocast(model.device):
-        z = common.sample(model.diffusion, model.denoiser(None, None), x_T.flatten(0, 1), "dpm", steps, clamp=False)
-        images = to_uint8(model.decode(z)).cpu().unflatten(0, (9, 3))
-    common.save_grid(folder / "interpolation.png", {str(i + 1): images[:, i] for i in range(3)})
-
-
 def equal_seconds(rows, pixel_rows, fd):
     """Quality at equal seconds, of equal counts: each row, and the pixel model's of the same sampler and its headline
     prior that are as quick."""
@@ -337,7 +324,6 @@ def main(argv=None):
 
     def more(model, rows):
         pixel_state, pixel_rows = pixel_run(setup.home / f"stage1-form1-s{args.seed}", train, setup)
-        draw_interpolation(folder, model, evaluation["probe_steps"], args.seed)
         return {"ceiling": ceiling(folder, ae, setup),
                 "savings": savings(folder, model, unet, pixel_state, train, setup)} | (
                     {"equal_seconds": equal_seconds(rows, pixel_rows, setup.fd)} if pixel_rows else {})

@@ -1569,10 +1569,10 @@ def bits_per_dim(model, prior, setup):
 
 # ---- 12. Pictures ----------------------------------------------------------------------------------------------------
 
-def save_grid(path, rows, scale=None):
+def save_grid(path, rows):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture with the labels on the left."""
     size = next(iter(rows.values())).shape[-1]
-    scale = scale or max(1, 96 // size)
+    scale = max(1, 96 // size)
     margin, side = 8 + 7 * max(map(len, rows)), scale * size
     page = Image.new("RGB", (margin + max(map(len, rows.values())) * (side + 2), len(rows) * (side + 2)), "white")
     for i, (label, row) in enumerate(rows.items()):

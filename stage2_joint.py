@@ -24,7 +24,7 @@ the gradient at x_hat, the diffusion term's) and `*_mse_shuffled` (the loss with
 
 Run     python stage2_joint.py                       shapes on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
-Expect  about the minutes of stage 1, the same pictures and table, and `interpolation.png`, `crops.png`.
+Expect  about the minutes of stage 1, the same pictures and table, and `interpolation.png`.
 """
 
 import argparse
@@ -268,15 +268,6 @@ def latent_space(folder, model, setup, pairs=32, points=9):
     return result
 
 
-def draw_crops(folder, model, setup):
-    """crops.png: the middle of eight samples, enlarged: what the refiner smooths away and what it puts in."""
-    x_hat, images, _ = common.generate(model, 8, setup.evaluation["prior"], "dpm", setup.evaluation["probe_steps"],
-                                       setup.train["seed"], 8)
-    edge = images.shape[-1] // 4
-    crops = {"VAE": x_hat[..., edge:-edge, edge:-edge], "refined": images[..., edge:-edge, edge:-edge]}
-    common.save_grid(folder / "crops.png", crops, scale=256 // images.shape[-1])
-
-
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +312,6 @@ def main(argv=None):
     state = train_joint(folder, setup.train, setup.data, setup.device, args.resume)
 
     def more(model, rows):
-        draw_crops(folder, model, setup)
         return {"latent_space": latent_space(folder, model, setup)}
 
     model = load_model(state, setup.device)

@@ -3,7 +3,6 @@
     python tests/benchmark.py                    two minutes on two CPU cores; `pip install diffusers` adds a comparison
     python tests/benchmark.py RUN ...            and, with the checkpoints of these stage 1 runs, samplers' scores
     python tests/benchmark.py RUN ... | tee results/benchmark.txt        what TABLES.md shows
-    python tests/benchmark.py --against FOLDER   only: a training step here against that of a checkout of another commit
 
 Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
 all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
@@ -199,60 +198,11 @@ def samplers(folder, data_dir):
               f"{row['seconds_per_image']:.4f} s per image")
 
 
-TRAIN_STEPS = """
-import dataclasses, sys, tempfile, time
-from pathlib import Path
-import torch, common, stage1_baseline as stage1
-common.keep_freed_memory()
-train = {"dataset": "shapes", "image_size": 32, "budget": "cpu", "seed": 0} | common.budget("cpu", "shapes", 32)[0]
-train |= {"steps": int(sys.argv[1]), "components": 2}
-data, device, started = common.load_images("shapes", "train"), torch.device("cpu"), [0.0]
-data = dataclasses.replace(data, images=data.images[:1000])
-step = common.Training.step
-
-def wait_for_turn(*args):
-    step(*args)
-    print(time.process_time() - started[0], flush=True)
-    sys.stdin.readline()
-    started[0] = time.process_time()
-
-common.Training.step = wait_for_turn
-sys.stdin.readline()
-with tempfile.TemporaryDirectory() as folder:
-    vae = stage1.train_vae(Path(folder) / "vae", train, data, device, False)
-    stage1.train_refiner(Path(folder) / "refiner", "form1", train, vae, data, device, False)
-"""  # stage 1's own loops at the `cpu` budget on shapes, stopped after every step
-
-
-def against(other, steps=240):
-    """A step of stage 1's loops in this checkout and in the folder `other`: two processes that take turns step by step,
-    in processor seconds, so that whatever else the machine does slows down both."""
-    sides = [subprocess.Popen([sys.executable, "-c", TRAIN_STEPS, str(steps)], cwd=folder, text=True, bufsize=1,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-             for folder in (ROOT, other)]
-    pairs = []
-    for _ in range(2 * steps):  # the VAE's, then the refiner's
-        pairs.append([])
-        for side in sides:
-            side.stdin.write("\n")
-            pairs[-1].append(float(side.stdout.readline()))
-    for side in sides:
-        side.communicate()
-    for name, part in (("VAE", pairs[40:steps]), ("refiner", pairs[steps + 40 :])):
-        here, there = (1000 * statistics.median(times) for times in zip(*part, strict=True))
-        ratios = [statistics.median(a / b for a, b in part[k::5]) for k in range(5)]
-        print(f"{name}: {here:.2f} ms a step here, {there:.2f} there; ratio {statistics.median(ratios):.3f} "
-              f"({min(ratios):.3f} to {max(ratios):.3f} in five fifths of the steps)")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Ratios of speed, and what few steps cost")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of stage 1's form1")
     parser.add_argument("--data-dir", default="data", help="where the runs' data lies")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout of another commit")
     args = parser.parse_args()
-    if args.against:
-        return against(args.against.resolve())
     torch.manual_seed(0)
     common.keep_freed_memory()
     train, _ = common.budget("cpu", "cifar10", 32)

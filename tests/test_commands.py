@@ -33,9 +33,9 @@ VAE, REFINER = BASE | {"robustness", "reconstructions"}, BASE | {"steps"}
 FIGURES = {  # of every variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": REFINER, "stage1-form1": VAE | REFINER,
                "stage1-form2": VAE | REFINER},
-    "stage2": {"stage2-anneal": VAE | REFINER | {"interpolation", "crops"}},
+    "stage2": {"stage2-anneal": VAE | REFINER | {"interpolation"}},
     "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": VAE | REFINER | {"uncertainty"}},
-    "bonus": {"bonus-latent": VAE | REFINER | {"savings", "interpolation"}}}
+    "bonus": {"bonus-latent": VAE | REFINER | {"savings"}}}
 every_stage = pytest.mark.parametrize("name", COMMANDS)
 SMALLEST = {"count": 16, "batch": 16, "grid_count": 16}
 few_shapes, smoke_budget = functools.cache(small_shapes), common.budget
