@@ -46,64 +46,48 @@ def report(title, seconds, base):
         print(f"  {name:44} {1000 * value:9.2f} ms   {value / seconds[base]:5.2f}")
 
 
-def training_step(network, forward, batch, bf16, channels_last, fused):
-    """A step as the stages take it: forward, backward, clipping, Adam. `forward(x, t)` returns the network's output."""
+def unet(table):
+    """A U-Net and what calls it; the other contenders are made in the same way."""
+    net = common.UNet(table, 6, attention=())
+    return net, net.forward
+
+
+def work(make, batch, train=True, bf16=False, channels_last=False, fused=False):
+    """A training step as the stages take it: forward, backward, clipping, Adam; or one evaluation without gradients."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    network, forward = make()
     network.to(memory_format=layout)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=fused, foreach=False)
     x = torch.randn(batch, 6, 32, 32).contiguous(memory_format=layout)
     t, target = torch.randint(1, 1001, (batch,)), torch.randn(batch, 3, 32, 32)
 
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = (forward(x, t) - target).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-    return step
-
-
-def sampling_pass(network, forward, batch, bf16, channels_last):
-    """One evaluation of the network without gradients."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    network.to(memory_format=layout)
-    x, t = torch.randn(batch, 6, 32, 32).contiguous(memory_format=layout), torch.full((batch,), 500)
-
     def run():
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            forward(x, t)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = (forward(x, t) - target).square().mean()
+        if train:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
     return run
 
 
-def unet(table):
-    net = common.UNet(table, 6, attention=())
-    return net, net.forward
-
-
-def constant_width(table, parameters):
-    """A table of the same levels whose one width gives about so many parameters."""
-    def count(width):
-        with torch.device("meta"):
-            net = common.UNet([(r, width, down, up) for r, _, down, up in table], 6, attention=())
-        return sum(p.numel() for p in net.parameters())
-    width = min(range(16, 257, 8), key=lambda w: abs(count(w) - parameters))
-    return [(r, width, down, up) for r, _, down, up in table]
+def parameters(make):
+    with torch.device("meta"):
+        return sum(p.numel() for p in make()[0].parameters())
 
 
 def defaults(train, native):
     """What each default gains at the training step, alone and together."""
-    table, step = train["unet"], partial(training_step, batch=train["batch"])
-    contenders = {"float32, contiguous, plain Adam": step(*unet(table), bf16=False, channels_last=False, fused=False),
-                  "channels_last": step(*unet(table), bf16=False, channels_last=True, fused=False),
-                  "fused Adam": step(*unet(table), bf16=False, channels_last=False, fused=True)}
-    if native:
-        contenders["bfloat16"] = step(*unet(table), bf16=True, channels_last=False, fused=False)
-    contenders["all of them: the default"] = step(*unet(table), bf16=native, channels_last=True, fused=True)
-    flat = constant_width(table, sum(p.numel() for p in unet(table)[0].parameters()))
-    contenders[f"all, but one width ({flat[0][1]}), as many parameters"] = step(*unet(flat), bf16=native,
-                                                                                channels_last=True, fused=True)
-    seconds = in_turn(contenders)
+    table, fast = train["unet"], {"bf16": native, "channels_last": True, "fused": True}
+    tables = {w: [(r, w, down, up) for r, _, down, up in table] for w in range(16, 257, 8)}  # of one width
+    width = min(tables, key=lambda w: abs(parameters(partial(unet, tables[w])) - parameters(partial(unet, table))))
+    ways = {"float32, contiguous, plain Adam": (table, {}), "channels_last": (table, {"channels_last": True}),
+            "fused Adam": (table, {"fused": True}), "bfloat16": (table, {"bf16": True}),
+            "all of them: the default": (table, fast),
+            f"all, but one width ({width}), as many parameters": (tables[width], fast)}
+    seconds = in_turn({name: work(partial(unet, shape), train["batch"], **options)
+                       for name, (shape, options) in ways.items() if native or name != "bfloat16"})
     report(f"training step, batch {train['batch']}", seconds, "float32, contiguous, plain Adam")
     return seconds["all of them: the default"]
 
@@ -124,20 +108,13 @@ def against_diffusers(train, native):
                           attention_head_dim=widths[-1])
         return net, lambda x, t: net(x, t).sample
 
-    size = [sum(p.numel() for p in make()[0].parameters()) / 1e6 for make in (theirs, partial(unet, table))]
-    print(f"\nparameters: diffusers {size[0]:.2f}M, ours {size[1]:.2f}M")
-    step, look = partial(training_step, batch=train["batch"]), partial(sampling_pass, batch=100)
-    plain = {"bf16": False, "channels_last": False}
-    fast = {"bf16": native, "channels_last": True}
-    report(f"training step, batch {train['batch']}", in_turn({
-        "diffusers, float32": step(*theirs(), **plain, fused=False),
-        "diffusers, our defaults": step(*theirs(), **fast, fused=True),
-        "ours, float32": step(*unet(table), **plain, fused=False),
-        "ours, our defaults": step(*unet(table), **fast, fused=True)}), "diffusers, float32")
-    report("sampling pass, batch 100", in_turn({
-        "diffusers, float32": look(*theirs(), **plain), "diffusers, our defaults": look(*theirs(), **fast),
-        "ours, float32": look(*unet(table), **plain), "ours, our defaults": look(*unet(table), **fast)}),
-        "diffusers, float32")
+    makers = {"diffusers": theirs, "ours": partial(unet, table)}
+    print("\nparameters: " + ", ".join(f"{name} {parameters(make) / 1e6:.2f}M" for name, make in makers.items()))
+    ways = {"float32": {}, "our defaults": {"bf16": native, "channels_last": True, "fused": True}}
+    for title, trains, batch in (("training step", True, train["batch"]), ("sampling pass", False, 100)):
+        report(f"{title}, batch {batch}", in_turn({
+            f"{name}, {way}": work(make, batch, trains, **options)
+            for name, make in makers.items() for way, options in ways.items()}), "diffusers, float32")
 
 
 def utilisation(train, native, seconds):
