@@ -1,13 +1,11 @@
-"""fid.py against closed forms, brute force, a frozen fingerprint and a local download server."""
+"""fid.py against closed forms, brute force, a frozen fingerprint and downloads from a file."""
 
 import gc
 import hashlib
-import http.server
 import io
 import json
 import math
 import os
-import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -26,11 +24,8 @@ def gaussian(n, d, seed=0, scale=1.0, shift=0.0):
     return torch.from_numpy(np.random.RandomState(seed).randn(n, d) * scale + shift)
 
 
-def stats(x, *more):
-    result = fid.FeatureStats().update(x)
-    for part in more:
-        result.update(part)
-    return result
+def stats(x):
+    return fid.FeatureStats().update(x)
 
 
 def exact_stats(mean, cov, count=1000):
@@ -223,7 +218,9 @@ def test_streaming_equals_two_passes(offset):
     """However the rows are split; what was seen of nothing adds nothing; the root is kept until more is seen."""
     x = gaussian(200, 7) * torch.arange(1, 8) + offset
     for splits in ([200], [1] * 200, [1, 150, 49], [99, 101]):
-        streamed = stats(*x.split(splits)).merge(fid.FeatureStats())
+        streamed = fid.FeatureStats()
+        for part in x.split(splits):
+            streamed.update(part).merge(fid.FeatureStats())
         assert streamed.count == 200 and streamed.mean.dtype == torch.float64
         np.testing.assert_allclose(streamed.mean, x.numpy().mean(0), rtol=1e-14)
         np.testing.assert_allclose(streamed.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
@@ -319,10 +316,8 @@ def local():
 def test_batch_size_changes_nothing(local, net):
     images = random_images(23)
     whole = fid.extract(local, images, batch_size=23)
-    for other in (fid.extract(local, images, batch_size=1), fid.extract(local, images, batch_size=7),
-                  fid.extract(local, list(images))):
-        torch.testing.assert_close(other[0], whole[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(other[1], whole[1], atol=1e-5, rtol=1e-4)
+    for other in (fid.extract(local, images, 1), fid.extract(local, images, 7), fid.extract(local, list(images))):
+        torch.testing.assert_close(other, whole, atol=1e-5, rtol=1e-4)
     assert whole[0].shape == (23, 64) and whole[1].shape == (23, 6) and whole[0].dtype == torch.float32
     torch.testing.assert_close(fid.extract(local.train(), images)[0], whole[0])  # it is put into eval mode
     mixed = [images[0], random_images(1, 48)[0]]  # other sizes are resized
@@ -342,29 +337,15 @@ def test_only_uint8_enters(local, net):
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path, weight_bytes):
-    """A weights server on the loopback address: .body is what it sends, .length what it promises."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if answer.body else 404)
-            self.send_header("Content-Length", str(answer.length or len(answer.body)))
-            self.end_headers()
-            self.wfile.write(answer.body)
-
-        def log_message(self, *_):
-            pass
-
-    answer = SimpleNamespace(body=weight_bytes, length=None,
-                             cache=tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE)
-    daemon = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=daemon.serve_forever, daemon=True).start()
-    monkeypatch.setattr(fid, "INCEPTION_URL", f"http://127.0.0.1:{daemon.server_port}/weights.pth")
+def origin(monkeypatch, tmp_path, tmp_path_factory, weight_bytes):
+    """The file that weights are downloaded from."""
+    path = tmp_path_factory.mktemp("origin") / "weights.pth"
+    path.write_bytes(weight_bytes)
+    monkeypatch.setattr(fid, "INCEPTION_URL", path.as_uri())
     monkeypatch.setattr(fid, "INCEPTION_SHA256", hashlib.sha256(weight_bytes).hexdigest())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
-    yield answer
-    daemon.shutdown()
-    daemon.server_close()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -378,28 +359,29 @@ def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_download_cache_path_and_variable(server, weight_bytes, net, monkeypatch, tmp_path):
+def test_download_cache_path_and_variable(origin, weight_bytes, net, monkeypatch, tmp_path):
+    cache, moved = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE, tmp_path / "mine.pth"
     loaded = fid.load_extractor("inception", "cifar10")
-    assert files_in(tmp_path) == [server.cache] and server.cache.read_bytes() == weight_bytes
+    assert files_in(tmp_path) == [cache] and cache.read_bytes() == weight_bytes
     assert same(loaded.state_dict(), net.state_dict())
     assert loaded.name == f"inception-{fid.INCEPTION_SHA256[:8]}" and (loaded.suffix, loaded.dim) == ("", 2048)
-    server.body = b""  # no second download: the cache serves
+    origin.unlink()  # no second download: the cache serves
     assert fid.load_inception().name == loaded.name
-    moved = tmp_path / "mine.pth"
-    server.cache.rename(moved)
+    cache.rename(moved)
     assert fid.load_inception(weights=str(moved)).name == loaded.name
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", str(moved))
     assert fid.load_inception().name == loaded.name and files_in(tmp_path) == [moved]
 
 
-def test_weights_that_cannot_be_had(server, weight_bytes, monkeypatch, tmp_path, capsys):
+def test_weights_that_cannot_be_had(origin, weight_bytes, monkeypatch, tmp_path, capsys):
     """No download leaves a file; files that are absent, cut off or others are named, and stay; so do the ways out."""
     absent, half, other = (tmp_path / name for name in ("absent.pth", "half.pth", "other.pth"))
-    ways_out, url = ["no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"], fid.INCEPTION_URL
-    for server.body, server.length, fid.INCEPTION_URL, message in (
-            (b"x" * 1000, None, url, "invalid hash value"),  # another file
-            (weight_bytes[:50_000], len(weight_bytes), url, ""),  # cut off
-            (b"", None, url, "404"), (b"", None, "http://127.0.0.1:9/nothing", "")):  # nobody listens there
+    ways_out = "no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"
+    for body, message in ((b"x" * 1000, "invalid hash value"), (weight_bytes[:50_000], "invalid hash value"),
+                          (b"", "refused")):
+        origin.write_bytes(body)
+        if not body:
+            monkeypatch.setattr(fid, "INCEPTION_URL", "http://127.0.0.1:9/nothing")  # nobody listens there
         expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), message, *ways_out)
         assert files_in(tmp_path) == []
     expect_error(capsys, lambda: fid.load_inception(absent), f"--weights {absent}: No such file", "--features local")
@@ -409,7 +391,8 @@ def test_weights_that_cannot_be_had(server, weight_bytes, monkeypatch, tmp_path,
     expect_error(capsys, fid.load_inception, "half.pth: 1,000 bytes, wrong sha256")
     assert half.is_file()  # the user's own file is not touched
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS")
-    server.cache.write_bytes(b"cut off by another program")  # found in the cache: checked, too
+    cache = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
+    cache.write_bytes(b"cut off by another program")  # checked, too
     expect_error(capsys, fid.load_inception, "wrong sha256")
     torch.save({"conv.weight": torch.zeros(1)}, other)
     monkeypatch.setattr(fid, "INCEPTION_SHA256", hashlib.sha256(other.read_bytes()).hexdigest())
@@ -654,8 +637,8 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
 
 
-def test_command_errors_are_one_line(folders, capsys, tmp_path, server, monkeypatch):
-    server.body = b""
+def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypatch):
+    origin.unlink()
     single, broken = (save_folder(smooth_images(n), tmp_path / name) for n, name in ((1, "single"), (5, "broken")))
     (tmp_path / "broken" / "0000.png").write_bytes(b"not an image")
     pair, weights = [folders.real, folders.good], folders.weights
