@@ -301,16 +301,16 @@ def test_published_networks(dataset, size, blocks, millions):
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "gpu", "paper"])
-@pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64), ("folder", 32)])
+@pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
 def test_every_budget_builds_and_is_plain_json(name, dataset, size):
     train, evaluation = common.budget(name, dataset, size)
-    assert json.loads(json.dumps(train)) == train and json.loads(json.dumps(evaluation)) == evaluation
+    assert json.loads(json.dumps([train, evaluation])) == [train, evaluation]
     assert train["flip"] == ("none" if dataset == "shapes" else "refiner" if name == "paper" else "both")
     with torch.device("meta"):
         vae, unet = common.build_vae(train), common.build_unet(train, 6)
-        x_hat, mu, logvar = vae(torch.empty(2, 3, size, size), torch.empty(2, vae.latent_dim))
+        x_hat, mu, _ = vae(torch.empty(2, 3, size, size), torch.empty(2, vae.latent_dim))
         assert x_hat.shape == unet(torch.empty(2, 6, size, size), torch.ones(2)).shape == (2, 3, size, size)
-        assert mu.shape == logvar.shape == (2, vae.latent_dim)
+        assert mu.shape == (2, vae.latent_dim)
 
 
 def test_unet_starts_at_zero_and_uses_time_extra_and_every_skip():
@@ -375,16 +375,12 @@ def test_forward_marginals():
 
 
 @pytest.mark.parametrize("start", [None, 400, 1])
-def test_where_the_process_begins(start):
-    """Times are 1..start, all as often, ends included. x_start is eps at T, earlier the process at x_hat."""
+def test_training_times(start):
+    """1..start, all as often, ends included."""
     diffusion, last = common.Diffusion(start=start), start or T
     t = diffusion.draw_t((torch.arange(50 * last, dtype=torch.float64) + 0.5) / (50 * last))
     assert t.bincount().tolist() == [0] + last * [50] and diffusion.start == last
     assert diffusion.draw_t(torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, last]  # float32, as in training
-    x_hat, eps = common.randn((2, 5, 3, 4, 4), common.generator(0))
-    bar = float(diffusion.alpha_bar[last])
-    expected = eps if start is None else bar**0.5 * x_hat + (1 - bar) ** 0.5 * eps
-    assert torch.allclose(diffusion.begin(x_hat, eps), expected, atol=0 if start is None else 1e-6)
 
 
 @pytest.mark.parametrize("t,s", [(1000, 999), (500, 499), (2, 1), (1000, 500), (300, 7), (25, 1)])
@@ -402,20 +398,6 @@ def test_posterior_is_bayes(t, s):
     assert mean == pytest.approx(centre, abs=1e-6 * width)
     assert float((weight * (x_s - mean) ** 2).sum()) == pytest.approx(variance, rel=1e-6)
     assert beta == pytest.approx(1 - bar_t / bar_s)
-
-
-@pytest.mark.parametrize("objective", ["eps", "v"])
-def test_predict_inverts_target(objective):
-    """From the training target the exact x0 and eps come back; once x0 is clamped, eps still agrees with x_t."""
-    diffusion, gen = common.Diffusion(objective), common.generator(0)
-    x0, eps = common.randn((6, 3, 4, 4), gen).clamp(-1, 1), common.randn((6, 3, 4, 4), gen)
-    t = torch.tensor([1, 2, 50, 300, 700, 1000])
-    xt = diffusion.q_sample(x0, t, eps)
-    x0_hat, eps_hat = diffusion.predict(diffusion.target(x0, t, eps), xt, t, clamp=False)
-    assert torch.allclose(x0_hat, x0, atol=1e-4) and torch.allclose(eps_hat, eps, atol=1e-4)
-    x0_hat, eps_hat = diffusion.predict(common.randn(x0.shape, gen) * 5, xt, t)
-    assert x0_hat.abs().max() <= 1
-    assert torch.allclose(diffusion.q_sample(x0_hat, t, eps_hat), xt, atol=1e-5)
 
 
 def test_time_grid():
@@ -675,6 +657,8 @@ def test_open_run_decides(tmp_path, capsys):
         assert common.open_run(folder, train, resume)["finished"]
         fid.save(checkpoint, {"train": train | {"steps": 9}, "finished": True})
         expect_error(capsys, lambda r=resume: common.open_run(folder, train, r), "steps was 9, is now 8", "--out")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
+        expect_error(capsys, lambda r=resume: common.open_run(folder, train, r), str(checkpoint), "remove")
     assert common.first_difference({"a": 1, "b": 2}, {"b": 2, "a": 1}) is None
     assert "c" in common.first_difference({"a": 1}, {"a": 1, "c": 0})
 
@@ -711,7 +695,7 @@ def tiny():
 
 
 def test_generate(tiny):
-    """z from the prior that is named, x_hat = Dec(z) refined (or not), damaged between if asked for; any total."""
+    """z from the prior that is named, x_hat = Dec(z) refined (or not); any total."""
     before, after, seconds = common.generate(tiny, 10, "gaussian", "dpm", 3, 0, 4)
     assert before.shape == after.shape == (10, 3, 32, 32) and before.dtype == after.dtype == torch.uint8 and seconds > 0
     assert (before.int() - after.int()).abs().max() <= 1 and len(before.flatten(1).unique(dim=0)) == 10
@@ -722,9 +706,6 @@ def test_generate(tiny):
     with common.autocast(CPU):
         exact = common.to_uint8(tiny.vae.decoder(torch.zeros(4, 8)))
     assert torch.equal(common.generate(tiny, 4, "zero", "dpm", 2, 0, 4)[0], exact)
-    damaged = common.generate(tiny, 10, "gaussian", "dpm", 3, 0, 4, damage=0.2)
-    assert 10 < (damaged[0].float() - before.float()).std() < 30  # some 0.2 * 127.5, less what is clamped
-    assert (damaged[1].int() - damaged[0].int()).abs().max() <= 1
 
 
 def test_encode_and_fit_mixture(tiny, monkeypatch):

@@ -1,7 +1,4 @@
-"""Stage 1: the losses and the two formulations, what training draws and moves, sampling, the bound, the lesson."""
-
-import math
-from types import SimpleNamespace
+"""Stage 1: the losses and the two formulations, learning, the model of a checkpoint, sampling."""
 
 import pytest
 import torch
@@ -20,8 +17,6 @@ def trained(tmp_path_factory):
     return {"vae": vae} | {variant: stage1.train_refiner(home / variant, variant, train, vae, data, CPU, False)
                            for variant in stage1.VARIANTS[1:]}
 
-
-# --- Losses and the two formulations ---------------------------------------------------------------------------------
 
 def test_vae_loss():
     """sse + beta KL of the image that mu and the noise decode to."""
@@ -69,12 +64,10 @@ def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
     assert torch.allclose(x - x_hat, y, atol=1e-8)
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("variant", stage1.VARIANTS)
 def test_overfits_one_batch(variant):
-    """On eight images without noise the VAE's squared error must fall to a third within 100 steps, with one fixed x0,
-    eps and t a refiner's to a tenth of its start (the target's mean square, as the output starts at zero)."""
+    """Of eight images without noise the VAE's squared error falls to a third within 100 steps; of one image, eps and t
+    a refiner's falls to a tenth."""
     torch.manual_seed(0)
     x0, diffusion, history = common.to_float(draw_all(8 if variant == "vae" else 1, 1)[0]), common.Diffusion("v"), []
     network = common.build_vae(settings()) if variant == "vae" else stage1.build_unet(settings(), variant)
@@ -88,37 +81,8 @@ def test_overfits_one_batch(variant):
         nn.utils.clip_grad_norm_(network.parameters(), 200.0)
         optimizer.step()
         history.append(loss.item())
-    if variant != "vae":
-        assert history[0] == pytest.approx(float(diffusion.target(x0, t, eps).square().mean()), rel=1e-5)
     assert history[-1] < history[0] / (3 if variant == "vae" else 10), history[::30]
 
-
-@pytest.mark.parametrize("variant,last", [("form1", 300), ("uncond", 1000)])
-def test_what_a_refiner_is_trained_on(variant, last, tmp_path, monkeypatch):
-    """t is uniform on 1..start, without an x_hat on 1..T; each x_hat a fresh posterior sample, of a VAE
-    that keeps its bits, has no gradient and is in evaluation mode."""
-    times, x_hats, built = [], [], []
-    condition, frozen, loss = stage1.condition, common.frozen, common.Diffusion.simple_loss
-    monkeypatch.setattr(common, "frozen", lambda *a: built.append(frozen(*a)) or built[-1])
-    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda d, f, x0, t, eps:
-                        times.append(t) or loss(d, f, x0, t, eps))
-    monkeypatch.setattr(stage1, "condition", lambda u, x_hat, *a: x_hats.append(x_hat) or condition(u, x_hat, *a))
-    data = images_of(1)
-    data.images = data.images.expand(40, 3, 32, 32)  # one image: x_hat differs by the posterior sample alone
-    train = settings(batch=32, steps=25, start=300)
-    vae_state = {"vae": common.build_vae(train).state_dict(), "gmm": {"weights": torch.ones(1)}}
-    state = stage1.train_refiner(tmp_path, variant, train, vae_state, data, CPU, False)
-    t = torch.cat(times)
-    assert len(t) == 25 * 32 and 1 <= t.min() < 0.02 * last and 0.98 * last < t.max() <= last
-    assert float(t.double().mean()) == pytest.approx((last + 1) / 2, abs=4 * last / (12 * len(t)) ** 0.5)
-    assert len(x_hats) == 25 and len(built) == (variant == "form1")
-    for vae in built:
-        assert not torch.equal(x_hats[0], x_hats[1]) and not torch.equal(x_hats[0][0], x_hats[0][1])
-        assert all(p.grad is None and not p.requires_grad for p in vae.parameters()) and not vae.training
-        assert same(dict(vae.state_dict()), vae_state["vae"]) and same({k: state[k] for k in vae_state}, vae_state)
-
-
-# --- Sampling --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", stage1.VARIANTS)
 def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
@@ -165,40 +129,3 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     damaged, cool = start(damage=0.1), start(temperature=0.7)
     assert torch.allclose(damaged[0], noise, atol=1e-5) and torch.allclose(cool[0], 0.7 * noise, atol=1e-5)
     assert float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02) and torch.equal(cool[1], x_hat)
-
-
-# --- Evaluation ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("variant", ["uncond", "form1", "form2"])
-def test_bits_per_dim_charges_the_prior_that_is_named(variant, trained):
-    """L_T + sum KL_t + L_0, and with a VAE log q(z|x) - log p(z) at one z ~ q, in bits per dimension."""
-    setup = SimpleNamespace(test=images_of(300, 5), train={"seed": 3}, evaluation={"bits_images": 200, "bits_draws": 2})
-    model, unit = stage1.load_model(trained[variant], variant, CPU), 3072 * math.log(2)
-    bits = {prior: common.bits_per_dim(model, prior, setup) for prior in ("gaussian", "gmm")}
-    parts = {"prior", "diffusion", "data"} | ({"kl"} if variant != "uncond" else set())
-    for prior, found in bits.items():
-        assert set(found) == parts | {"bound", "images", "latent_prior"}
-        assert found["images"] == 200 and found["latent_prior"] == prior
-        assert found["bound"]["value"] == pytest.approx(sum(found[name] for name in parts), rel=1e-5)
-        assert found["bound"]["low"] < found["bound"]["value"] < found["bound"]["high"]
-    if variant == "uncond":
-        assert bits["gaussian"]["bound"] == bits["gmm"]["bound"]
-        return
-    with torch.no_grad(), common.autocast(CPU):
-        mu, logvar = model.vae.encoder(common.to_float(setup.test.images[:200]))
-    z = mu + (0.5 * logvar).exp() * common.randn(mu.shape, common.generator(60_003))  # the function's own draws
-    log_p = {name: float(prior.log_prob(z).mean()) for name, prior in model.priors.items()}
-    log_q = float(torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(1).mean())
-    assert abs(log_p["gaussian"] - log_p["gmm"]) > 0.1  # they can be told apart
-    for name, found in bits.items():
-        assert found["kl"] * unit == pytest.approx(log_q - log_p[name], abs=1e-3)
-
-
-def test_network_cost_counts_what_a_variant_uses():
-    """Parameters agree with the built networks; uncond has no VAE, vae no U-Net."""
-    train = settings()
-    for variant, names in (("vae", {"vae"}), ("uncond", {"unet"}), ("form1", {"vae", "unet"})):
-        cost = stage1.network_cost(train, variant)
-        networks = {"vae": common.build_vae(train), "unet": stage1.build_unet(train, variant)}
-        assert set(cost) == names and all(c["gflops"] > 0 for c in cost.values())
-        assert all(c["parameters"] == sum(p.numel() for p in networks[name].parameters()) for name, c in cost.items())

@@ -17,8 +17,6 @@ def joint(**changes):
     return settings() | rates | {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0} | changes
 
 
-# --- Where the gradients go ------------------------------------------------------------------------------------------
-
 def test_no_gradient_has_no_share():
     """0 over 0."""
     seen, share = stage2.scale_gradient(torch.ones(2, requires_grad=True), 0.0, 0.0)
@@ -129,8 +127,6 @@ def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
     assert all(torch.allclose(value, theirs["unet"][name], atol=1e-6) for name, value in ours["unet"].items())
 
 
-# --- The losses ------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("start", [None, 25, 2])
 def test_bound_is_the_sum_of_its_parts(start):
     """Over u in [0, 1), of which t = 1, 2, ... end at (t / start)^(1/4), the mean is what evaluation adds up."""
@@ -183,8 +179,6 @@ def test_kendall_learns_the_balance(tmp_path):
     assert (state["balance"]["logvar"] > 0.05).all()  # 12 steps of at most 0.01, towards far larger logarithms
 
 
-# --- The latent space ------------------------------------------------------------------------------------------------
-
 def test_paths_and_their_smoothness():
     """Ends and middles by hand. A straight even path scores 1 and 1; a detour is longer; a jump is the worst step."""
     a, b = common.randn((2, 5, 16), common.generator(0))
@@ -215,8 +209,6 @@ def test_probe_finds_a_planted_factor():
     assert r2[0] > 0.999 and abs(r2[1]) < 0.05 and r2[2] == pytest.approx(0.5, abs=0.06)
     assert torch.allclose(predicted[:, 0], y[2000:, 0], atol=0.1)
 
-
-# --- Settings and names ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags,name,weight", [
     ("", "stage2-anneal", 1.0),
