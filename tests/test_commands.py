@@ -119,10 +119,14 @@ def test_smoke_writes_and_prints_everything(name, smoke):
 
 
 @every_stage
-def test_again_trains_nothing(name, smoke, monkeypatch, capsys):
-    """The same command prints the same, evaluates nothing, changes no file; another headline is measured anew."""
+def test_the_same_command_again(name, smoke, monkeypatch, capsys):
+    """The same command prints the same, evaluates nothing, changes no file; another headline is measured anew; other
+    training settings, with --resume, too, are refused, and so is a batch that processes cannot share."""
     def measured(folder, model, setup):
         raise KeyboardInterrupt(setup.evaluation)
+
+    def refused(flags, *words):
+        expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *FLAGS[name], *flags]), *words)
 
     home, printed = smoke(name)
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
@@ -138,29 +142,13 @@ def test_again_trains_nothing(name, smoke, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt) as stop:
             COMMANDS[name]([*SMOKE, *FLAGS[name], flag, str(value)])
         assert stop.value.args[0][key] == value
-
-
-@every_stage
-def test_what_an_existing_run_refuses(name, smoke, tmp_path, monkeypatch, capsys):
-    """Other training settings, damaged checkpoints (with --resume, too), a batch that processes cannot share."""
-    def refused(argv, *words):
-        expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *FLAGS[name], *argv]), *words)
-
-    enter(monkeypatch, copy_of(smoke(name)[0], tmp_path))
     refused(["--steps", "9"], "steps was 8, is now 9", "--out")
     refused(["--resume", "--batch-size", "2"], "batch was 32, is now 2", "--out")
-    for path in tmp_path.glob("runs/*/*/checkpoint.pt"):
-        whole = path.read_bytes()
-        for damaged, resume in ((whole[: len(whole) // 2], []), (whole[:-30], ["--resume"])):
-            path.write_bytes(damaged)
-            refused(resume, str(path.relative_to(tmp_path)), "remove")
-        path.write_bytes(whole)
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused([], "--batch-size 32", "multiple of the 3")
 
 
-@every_stage
-def test_stopped_while_evaluating(name, small, monkeypatch):
+def test_stopped_while_evaluating(small, monkeypatch):
     """While evaluating, signals end the process as ever and lose no training: the same command then only evaluates."""
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
@@ -169,24 +157,34 @@ def test_stopped_while_evaluating(name, small, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(common, "measure_samples", interrupted)
-    argv = [*SMOKE, "--steps", "1", *(["--variant", "vae"] if name == "stage1" else [])]
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            COMMANDS[name](argv)
+            stage1.main([*SMOKE, "--steps", "1", "--variant", "vae"])
         monkeypatch.setattr(common, "Training", refuse)
 
 
 # --- What only one stage does ----------------------------------------------------------------------------------------
 
 def test_stage1_variants(smoke):
-    """uncond has no prior and no VAE's tables; the others have both priors, the mixture first; a VAE has no bound."""
+    """uncond has no prior, no VAE's tables and no KL in its bound; the others have both priors, the mixture first; a
+    VAE has no bound. Parameters are counted of the networks that a variant uses."""
     for variant in stage1.VARIANTS:
-        metrics = load(smoke("stage1")[0], f"stage1-{variant}")
+        home = smoke("stage1")[0]
+        metrics, state = load(home, f"stage1-{variant}"), common.load_checkpoint(
+            folder_of(f"stage1-{variant}", home) / "checkpoint.pt")
         priors, tables = [row["prior"] for row in metrics["rows"]], metrics["tables"]
         assert priors[:2] == (["none", "none"] if variant == "uncond" else ["gmm", "gaussian"])
-        assert ("bits_per_dim" in tables) == (variant != "vae")
         assert ("latent" in tables) == ("reconstruction" in tables) == (variant != "uncond")
         assert ("before_refinement" in tables) == (variant in ("form1", "form2"))
+        weights = state.get("vae", {}) | {f"unet.{name}": value for name, value in state.get("unet", {}).items()}
+        assert metrics["run"]["parameters"] == sum(value.numel() for value in weights.values())
+        assert ("bits_per_dim" in tables) == (variant != "vae")
+        if variant != "vae":
+            bits, parts = tables["bits_per_dim"], {"prior", "diffusion", "data"}
+            parts |= set() if variant == "uncond" else {"kl"}
+            assert set(bits) == parts | {"bound", "images", "latent_prior"} and bits["images"] == 8
+            assert bits["bound"]["value"] == pytest.approx(sum(bits[name] for name in parts), rel=1e-5)
+            assert bits["bound"]["low"] < bits["bound"]["value"] < bits["bound"]["high"]
 
 
 def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
@@ -434,21 +432,14 @@ def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
 
 
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
-def test_weights_are_small(dataset, size, tmp_path):
-    """At most 6 MB: what a run of the cpu budget would leave, and what is committed."""
-    train = common.budget("cpu", dataset, size)[0]
-    d, k = train["encoder"][-1][1], train["components"]
-    mixture = {"weights": torch.ones(k).double(), "means": torch.zeros(k, d).double(),
-               "factors": torch.zeros(k, d, d).double()}
-    state = {"train": train, "finished": True, "seconds": 1.0, "vae": common.build_vae(train).state_dict(),
-             "unet": stage1.build_unet(train, "form1").state_dict(), "gmm": mixture}
-    fid.save(tmp_path / "checkpoint.pt", state)
-    final.keep_weights(tmp_path / "checkpoint.pt", tmp_path)
-    committed = fid.find_hashed(stage1.PRETRAINED / dataset, "form1")
-    assert len(committed) <= 1 and all(p.stat().st_size <= 6e6 for p in tmp_path.glob("form1-*.pt"))
-    for path in committed:
-        assert path.stat().st_size <= 6e6 and {"train", "seconds", "vae", "unet", "gmm"} == set(
-            fid.load_hashed(path, "", ""))
+def test_committed_weights(dataset, size):
+    """One file of at most 6 MB, of the networks that the cpu budget trains today, which load."""
+    path, = fid.find_hashed(stage1.PRETRAINED / dataset, "form1")
+    state, train = fid.load_hashed(path, "", ""), common.budget("cpu", dataset, size)[0]
+    assert path.stat().st_size <= 6e6 and set(state) == {"train", "seconds", "vae", "unet", "gmm"}
+    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components"))
+    state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
+    stage1.load_model(state, "form1", torch.device("cpu"))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -490,20 +481,18 @@ def test_bad_input_stops_before_any_training(name, flags, words, small, monkeypa
     assert not list(small.rglob("config.json"))
 
 
-@pytest.mark.parametrize("name,argv,words", [
-    *((name, ["--features", "inception"], ["--weights", "--features local"]) for name in COMMANDS),
-    ("stage1", ["--features", "inception", "--weights", "absent.pth"], ["absent.pth"]),
-    ("stage1", ["--features", "inception", "--weights", "wrong.pth"], ["wrong.pth"]),
-    ("stage1", [], ["--features local", "shapes"])])
-def test_features_that_are_not_there(name, argv, words, small, monkeypatch, capsys):
+@every_stage
+@pytest.mark.parametrize("flags,word", [
+    ("--features inception", "--weights"), ("--features inception --weights absent.pth", "absent.pth"),
+    ("", "--train-local shapes")])
+def test_features_that_are_not_there(name, flags, word, small, monkeypatch, capsys):
     """No file, no cache, no network: an error before any training that names the flag and what to do."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(fid, "FEATURES_DIR", small / "features")
     monkeypatch.setattr(common, "Training", refuse)
-    (small / "wrong.pth").write_bytes(b"wrong")
-    expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *argv]), *words)
+    expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *flags.split()]), "--features local", word)
     assert not list(small.rglob("config.json"))
 
 

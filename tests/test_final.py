@@ -52,8 +52,6 @@ def load(folder, *many):
     return final.load_all(save(folder, *many))
 
 
-# --- Verdicts and names ----------------------------------------------------------------------------------------------
-
 def test_verdicts_on_planted_results():
     """Clear win, clear loss, tie, one and two seeds; the interval is Student's over the pairs."""
     base = [10.0, 11.0, 12.0]
@@ -81,8 +79,6 @@ def test_a_columns_name_is_its_place(tmp_path):
     assert final.show([1234.5]) == "1,234" and final.show([1.0, 2.0, 3.0]) == "2 ± 1"
 
 
-# --- Reading ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("change,key", [
     ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
     ({"n_real": 6}, "n_real"), ({"train_images": 99}, "train_images"), ({"budget": "smoke"}, "budget"),
@@ -106,8 +102,6 @@ def test_order(tmp_path):
     found = load(tmp_path, *map(metrics, names), metrics(dataset="cifar10"), metrics(dataset="a-folder"))
     assert list(found["shapes"]) == names[::-1] and list(found) == ["shapes", "cifar10", "a-folder"]
 
-
-# --- Tables and charts -----------------------------------------------------------------------------------------------
 
 def test_claims(tmp_path):
     """Each claim is judged over the seeds that both sides have, on each data set that has both, or is not run."""
@@ -169,8 +163,6 @@ def test_charts(tmp_path, monkeypatch):
     assert steps["lines"].keys() == {"stage1-form1", "bonus-latent"}
 
 
-# --- Commands --------------------------------------------------------------------------------------------------------
-
 def test_collect_and_runs(tmp_path, monkeypatch, capsys):
     """--collect copies metrics and the figures that a text shows, but none of real images, and stacks samples of all
     stages; --runs writes a report."""
@@ -205,8 +197,6 @@ def test_fill(capsys):
     expect_error(capsys, lambda: final.fill("<!-- table u -->\n<!-- end -->", {"t": ""}),
                  "table 'u' is not known; known are t")
 
-
-# --- The texts of this repository ------------------------------------------------------------------------------------
 
 def typed_decimals(text):
     """Numbers with a decimal point outside marked tables, code and link targets."""
