@@ -365,7 +365,7 @@ def test_a_killed_export_goes_on(exported, tmp_path, monkeypatch):
 @pytest.fixture
 def pretrained(smoke, tmp_path, monkeypatch):
     """The path of the weights that --collect keeps of a smoke run renamed to cpu; nothing may be trained or loaded."""
-    run = tmp_path / "run"
+    run = folder_of("stage1-form1", tmp_path)
     shutil.copytree(folder_of("stage1-form1", smoke("stage1")[0]), run)
     text = (run / "metrics.json").read_text()
     (run / "metrics.json").write_text(text.replace('"budget": "smoke"', '"budget": "cpu"'))
@@ -383,7 +383,7 @@ def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, capsys):
     stage1.main(["--pretrained", "--device", "cpu"])
     home = Path("runs") / "shapes-pretrained"
     assert capsys.readouterr().out.split() == [str(home / name) for name in ("samples", "samples-vae", "samples.png")]
-    state = common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    state = common.load_checkpoint(folder_of("stage1-form1", tmp_path) / "checkpoint.pt")
     model = stage1.load_model(state, "form1", torch.device("cpu"))
     x_hat, images, _ = common.generate(model, 64, "gmm", "dpm", 10, 0, 100)
     for place, expected in (("samples", images), ("samples-vae", x_hat)):
@@ -418,12 +418,13 @@ def test_pretrained_refuses(pretrained, capsys):
 
 def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
     """The same run gives the same file; another takes its place; of other budgets, seeds and variants none are kept."""
-    argv = ["--collect", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+    run = folder_of("stage1-form1", tmp_path)
+    argv = ["--collect", str(run), "--results", str(tmp_path / "results")]
     final.main(argv)
     assert [*pretrained.parent.glob("*.pt")] == [pretrained]
-    state = common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    state = common.load_checkpoint(run / "checkpoint.pt")
     state["unet"]["out.bias"] += 1
-    fid.save(tmp_path / "run" / "checkpoint.pt", state)
+    fid.save(run / "checkpoint.pt", state)
     final.main(argv)
     assert len([*pretrained.parent.glob("*.pt")]) == 1 and not pretrained.exists()
     runs = map(str, (smoke("stage1")[0] / "runs" / "shapes-smoke").iterdir())
