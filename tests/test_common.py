@@ -632,10 +632,9 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
     assert refused > 12 and "checksum" in capsys.readouterr().err
     for foreign in (b"", b"garbage", whole[: len(whole) // 2], whole[:-30], {"other": 1}, [1, 2],
                     state | {"x": Malicious()}):
+        torch.save(foreign, path)
         if isinstance(foreign, bytes):
             path.write_bytes(foreign)
-        else:
-            torch.save(foreign, path)
         expect_error(capsys, lambda: common.load_checkpoint(path), "checkpoint.pt", "remove")
     assert not (tmp_path / "made").exists()
     expect_error(capsys, lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt")

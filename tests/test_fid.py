@@ -366,22 +366,23 @@ def test_download_cache_path_and_variable(origin, weight_bytes, net, monkeypatch
     assert same(loaded.state_dict(), net.state_dict())
     assert loaded.name == f"inception-{fid.INCEPTION_SHA256[:8]}" and (loaded.suffix, loaded.dim) == ("", 2048)
     origin.unlink()  # no second download: the cache serves
-    assert fid.load_inception().name == loaded.name
+    monkeypatch.setattr(fid, "InceptionV3", lambda: loaded)  # which takes seconds to build
+    assert fid.load_inception() is loaded
     cache.rename(moved)
-    assert fid.load_inception(weights=str(moved)).name == loaded.name
+    assert fid.load_inception(weights=str(moved)) is loaded
     monkeypatch.setenv("FID_INCEPTION_WEIGHTS", str(moved))
-    assert fid.load_inception().name == loaded.name and files_in(tmp_path) == [moved]
+    assert fid.load_inception() is loaded and files_in(tmp_path) == [moved]
 
 
 def test_weights_that_cannot_be_had(origin, weight_bytes, monkeypatch, tmp_path, capsys):
     """No download leaves a file; files that are absent, cut off or others are named, and stay; so do the ways out."""
     absent, half, other = (tmp_path / name for name in ("absent.pth", "half.pth", "other.pth"))
     ways_out = "no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"
-    for body, message in ((b"x" * 1000, "invalid hash value"), (weight_bytes[:50_000], "invalid hash value"),
-                          (b"", "refused")):
+    for body, url, message in ((b"x" * 1000, fid.INCEPTION_URL, "invalid hash value"),  # another file
+                               (weight_bytes[:50_000], fid.INCEPTION_URL, "invalid hash value"),  # cut off
+                               (b"", "http://127.0.0.1:9/nothing", "refused")):  # nobody listens there
         origin.write_bytes(body)
-        if not body:
-            monkeypatch.setattr(fid, "INCEPTION_URL", "http://127.0.0.1:9/nothing")  # nobody listens there
+        monkeypatch.setattr(fid, "INCEPTION_URL", url)
         expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), message, *ways_out)
         assert files_in(tmp_path) == []
     expect_error(capsys, lambda: fid.load_inception(absent), f"--weights {absent}: No such file", "--features local")

@@ -97,12 +97,6 @@ def test_a_damaged_file_is_named(tmp_path, capsys):
         expect_error(capsys, lambda: final.load_all([path]), "stage1-form1-s0.json: damaged")
 
 
-def test_order(tmp_path):
-    names = ["bonus-latent", "stage3-flow-fixed", "stage2-anneal", "stage1-form1", "stage1-uncond", "stage1-vae"]
-    found = load(tmp_path, *map(metrics, names), metrics(dataset="cifar10"), metrics(dataset="a-folder"))
-    assert list(found["shapes"]) == names[::-1] and list(found) == ["shapes", "cifar10", "a-folder"]
-
-
 def test_claims(tmp_path):
     """Each claim is judged over the seeds that both sides have, on each data set that has both, or is not run."""
     many = [metrics(seed=s, distance=10.0 + s) for s in range(4)]  # the joint variant has three of them

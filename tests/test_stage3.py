@@ -22,8 +22,6 @@ def shaken(network, std=0.3, seed=0):
     return network
 
 
-# --- The flow --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("d", [5, 9, 64, 512])
 def test_flow_inverse_and_reach(d):
     """The inverse holds both ways; every dimension is transformed, not only permuted."""
@@ -113,8 +111,6 @@ def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
 
-# --- Uncertainty -----------------------------------------------------------------------------------------------------
-
 # A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey; its log-variances say nothing of errors
 PLANTED = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
                           decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
@@ -175,8 +171,6 @@ def test_fitted_uncertainty(network):
     if network == "planted":
         assert facts["regressed"]["correlation"] > 0.8 and abs(facts["variance"]["correlation"]) < 0.1
 
-
-# --- Strategies ------------------------------------------------------------------------------------------------------
 
 def batch_of(n=3, d=8, seed=0):
     gen = common.generator(seed)
@@ -270,8 +264,6 @@ def test_adaptive_refinement(monkeypatch):
     stage3.adaptive_refinement(model, measure, setup)
     assert torch.equal(*scored[-2:])
 
-
-# --- Training, the model, the bound ----------------------------------------------------------------------------------
 
 def joint(**changes):
     vae = settings() | {"vae_prior": "flow", "steps": 2} | changes
