@@ -551,7 +551,7 @@ def test_contrastive_loss_by_hand():
 
 
 def test_training_learns_with_labels(monkeypatch):
-    monkeypatch.setitem(fid.IMAGES_SEEN, "toy", 3000)
+    monkeypatch.setitem(fid.IMAGES_SEEN, "toy", 1500)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
     net = fid.train_network(image_data(images, labels=labels, factors=gaussian(300, 9).float()), batch=50)

@@ -63,7 +63,7 @@ def test_flow_learns_two_moons():
         y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
         return torch.stack([x, y], 1) / torch.tensor([0.87, 0.5]) + 0.1 * common.randn((count, 2), gen)
 
-    flow, z = stage3.fit_flow(moons(5000, 0), torch.full((5000, 2), -99.0), 0, 600), moons(2000, 1)
+    flow, z = stage3.fit_flow(moons(5000, 0), torch.full((5000, 2), -99.0), 0, 300), moons(2000, 1)
     gaussian = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())
     assert float((flow.log_prob(z) - gaussian.log_prob(z)).mean()) > 0.5
     drawn = flow.sample(2000, common.generator(0))
@@ -106,7 +106,7 @@ def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
     half = torch.full_like(mu, math.log(0.5))
     one_draw = mu + common.randn(mu.shape, gen) / 2**0.5
     true = float(common.StandardNormal(8).log_prob(held_out).mean())
-    fresh, fixed = (float(stage3.fit_flow(m, v, 0, 400).log_prob(held_out).mean()) for m, v in
+    fresh, fixed = (float(stage3.fit_flow(m, v, 0, 250).log_prob(held_out).mean()) for m, v in
                     ((mu, half), (one_draw, torch.full_like(mu, -99.0))))
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
