@@ -43,16 +43,19 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
 TABLES = {  # name: (patterns of variants, columns)
     "results": ("stage1-vae stage1-form1", "fd; floor; hf_energy; psnr_db; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
-    "steps": ("stage1-uncond stage1-form1 stage2-anneal stage3-flow-fixed bonus-latent",
-              "dpm 5/fd; dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 10/hf_energy; s/image"),
+    "steps": ("stage1-uncond stage1-form1 bonus-latent",
+              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
     "joint": ("stage1-form1 stage2-*", "VAE fd; fd; kl_nats; psnr_db; bits/dim; gradient_share; skipped"),
-    "latent space": ("stage1-form1 stage2-anneal stage2-[skb]*", "path / ends; path end_distance; path midpoint_fd; "
+    "latent space": ("stage1-form1 stage2-anneal stage2-[kb]*", "path / ends; path end_distance; path midpoint_fd; "
                      "posterior/refined; probe_class_accuracy; probe_r2/x; probe_r2/hue sine"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
-    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; start by thirds/fd; "
-                     "variance/correlation; regressed/correlation"),
-    "controls": ("stage3-*-fixed stage3-flow-*", "s true; s shuffled; s constant; s zero"),
+    "uncertainty": ("stage3-flow-fixed stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
+                    "unsure/vae; sure/refined; unsure/refined"),
+    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; middle start/fd; "
+                     "start by thirds/fd; s/image"),
+    "controls": ("stage3-flow-fade stage3-flow-film* stage3-flow-coupling",
+                 "s true; s shuffled; s constant; s zero"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
@@ -328,7 +331,7 @@ def collect(runs, folder):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
                 fid.write(home / f"{name}-{figure.name}", figure.read_bytes())
-        if name in (f"{variant}-s0" for variant in SHEET):
+        if run.name in (f"{variant}-s0" for variant in SHEET):
             draw_sheet(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png", run.parent)
 
 
