@@ -413,6 +413,9 @@ def adaptivity(folder, state, model, setup):
             "adaptive_refinement": adaptive_refinement(model, measure, setup)}
 
 
+MEAN_STEPS = 2  # in adaptive_refinement: so few that each tells, since six score as a hundred
+
+
 def allocate(s, n, start):
     """Ways to refine N images (a multiple of 3) in n steps each on average, by thirds of s (N,) from the surest on: in
     more or fewer steps, or from more or less noise (only the least sure from `start`, the most that networks know).
@@ -428,7 +431,7 @@ def allocate(s, n, start):
 def adaptive_refinement(model, measure, setup):
     """The same z and noise refined in every way of `allocate`: scores and seconds per image. Every image is refined in
     every third's way, and the ways pick: so its noise is the same in all."""
-    count, n, seed = 3 * (setup.evaluation["grid_count"] // 3), setup.evaluation["probe_steps"], setup.train["seed"]
+    count, n, seed = 3 * (setup.evaluation["count"] // 3), MEAN_STEPS, setup.train["seed"]
     z = model.priors[setup.evaluation["prior"]].sample(count, common.generator(85_000 + seed))
     refined = functools.cache(lambda n, start: refine_all(model, measure, z, n, 86_000 + 1000 * seed, start))
     result, start = {"mean_steps": n}, model.diffusion.start

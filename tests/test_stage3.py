@@ -245,8 +245,9 @@ def test_adaptive_refinement(monkeypatch):
     model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), PLANTED,
                          {"gaussian": common.StandardNormal(8)}, lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
     scored, measure = [], lambda z, x_hat: (z, z[:, 0])
-    setup = SimpleNamespace(evaluation={"grid_count": 250, "probe_steps": 4, "prior": "gaussian"}, train={"seed": 0},
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 0},
                             extractor=None, reference=None, fd="fd", test=SimpleNamespace(images=None))
+    monkeypatch.setattr(stage3, "MEAN_STEPS", 4)
     monkeypatch.setattr(stage3.fid, "scores", lambda extractor, images, reference: {"fd": scored.append(images)})
     monkeypatch.setattr(common, "hf_energy", lambda images, real: 0)
     table = stage3.adaptive_refinement(model, measure, setup)
