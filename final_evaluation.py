@@ -12,6 +12,7 @@ Run     python final_evaluation.py                     results/ -> README.md, RE
 
 import argparse
 import json
+import math
 import re
 import statistics
 from fnmatch import fnmatch
@@ -33,6 +34,7 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("uncertainty/adaptive_steps/adaptive", "thirds"), ("uncertainty/adaptive_steps/even", "evenly"),
          ("uncertainty/correlation", "variance/correlation"), ("uncertainty/adaptive_refinement/", ""),
          ("even_middle_start", "middle start"), ("even/", "evenly/"), ("adaptive_steps", "thirds"),
+         ("shuffled_steps", "thirds shuffled"), ("shuffled_start", "start shuffled"),
          ("adaptive_start", "start by thirds"), ("uncertainty/variance", "variance"),
          ("uncertainty/regressed", "regressed"),
          ("uncertainty/terciles/", ""), ("uncertainty/controls/", "s "), ("/fd_to_these", ""),
@@ -41,21 +43,18 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("training/skipped", "skipped"))
 
 TABLES = {  # name: (patterns of variants, columns)
-    "results": ("stage1-vae stage1-form1", "fd; floor; hf_energy; psnr_db; train minutes"),
+    "results": ("stage1-vae stage1-form1 stage2-anneal stage3-flow-film bonus-latent",
+                "fd; floor; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
-    "steps": ("stage1-uncond stage1-form1 bonus-latent",
+    "steps": ("stage1-form1 bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
     "joint": ("stage1-form1 stage2-*", "VAE fd; fd; kl_nats; psnr_db; bits/dim; gradient_share; skipped"),
-    "latent space": ("stage1-form1 stage2-anneal stage2-[kb]*", "path / ends; path end_distance; path midpoint_fd; "
-                     "posterior/refined; probe_class_accuracy; probe_r2/x; probe_r2/hue sine"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
-    "uncertainty": ("stage3-flow-fixed stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
+    "uncertainty": ("stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
-    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; middle start/fd; "
-                     "start by thirds/fd; s/image"),
-    "controls": ("stage3-flow-fade stage3-flow-film* stage3-flow-coupling",
-                 "s true; s shuffled; s constant; s zero"),
+    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd; "
+                     "middle start/fd; start by thirds/fd"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
@@ -73,7 +72,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
     ("Does a start by thirds of `s` help?", "start by thirds/fd of stage3-flow-film",
      "middle start/fd of stage3-flow-film"),
-    ("Do they take more time?", "thirds/s/image of stage3-flow-film", "evenly/s/image of stage3-flow-film"),
+    ("Do steps by thirds take more time?", "thirds/s/image of stage3-flow-film", "evenly/s/image of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
     ("And the distance at strong noise?", "noise 0.4/fd of stage2-anneal", "noise 0.4/fd of stage1-form1"),
@@ -164,16 +163,16 @@ def cell(seeds, name):
 
 
 def verdict(ours, theirs):
-    """Compare the numbers of paired seeds, as a phrase: better (lower) or worse by so many percent if Student's 95%
-    interval of at least 3 differences excludes 0, else no difference shown."""
-    base, count = statistics.mean(theirs), len(theirs)
-    changes = [100 * (one - other) / base for one, other in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(changes)
+    """Compare the positive numbers of paired seeds by their mean log ratio, as a phrase: better (lower) or worse by so
+    many percent if Student's 95% interval of at least 3 log ratios excludes 0, else no difference shown."""
+    logs = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
+    percent, count, mean = lambda x: 100 * math.expm1(x), len(logs), statistics.mean(logs)
     if count < 3:
-        return f"{mean:+.0f}% ({'one run' if count == 1 else 'two runs'})"
-    half = student.ppf(0.975, count - 1) * statistics.stdev(changes) / count**0.5
-    said = f"{'better' if mean < 0 else 'worse'} by {abs(mean):.0f}%" if abs(mean) > half else "no difference shown"
-    return f"{said} ({count} seeds: {mean - half:+.0f}% to {mean + half:+.0f}%)"
+        return f"{percent(mean):+.0f}% ({'one run' if count == 1 else 'two runs'})"
+    half = student.ppf(0.975, count - 1) * statistics.stdev(logs) / count**0.5
+    said = f"{'better' if mean < 0 else 'worse'} by {abs(percent(mean)):.0f}%" if abs(mean) > half else (
+        "no difference shown")
+    return f"{said} ({count} seeds: {percent(mean - half):+.0f}% to {percent(mean + half):+.0f}%)"
 
 
 def markdown(header, rows):
@@ -213,7 +212,7 @@ def table_claims(everything):
             told.append(f"{show(ours)} / {show(theirs)}: {verdict(ours, theirs)}" if ours else "not run")
         rows.append([question, *sides, *told])
     table = markdown(["question", "first", "second", *everything], rows)
-    note = "Mean of first / of second: how much less or more, in brackets its 95% interval over paired seeds."
+    note = "Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds."
     return f"{table}\n\n*{note} {' '.join(about(*item) for item in everything.items())}*"
 
 

@@ -60,9 +60,11 @@ def test_verdicts_on_planted_results():
     assert final.verdict([12.0, 9.5, 12.5], base).startswith("no difference shown (3 seeds: ")
     assert final.verdict([8.0], [10.0]) == "-20% (one run)"
     assert final.verdict([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
-    text = final.verdict([9.0, 9.0, 10.5], base)  # differences -1, -2, -1.5: sd 0.5, t(0.975, 2) = 4.3027
-    half = 4.302653 * 0.5 / math.sqrt(3)
-    assert text.endswith(f"(3 seeds: {100 * (-1.5 - half) / 11:+.0f}% to {100 * (-1.5 + half) / 11:+.0f}%)")
+    text = final.verdict([9.0, 9.9, 9.6], base)  # ratios 0.9, 0.9, 0.8; t(0.975, 2) = 4.3027
+    a, b = math.log(0.9), math.log(0.8)
+    mean, half = (2 * a + b) / 3, 4.302653 * (a - b) / 3  # their sd is (a - b) / sqrt(3)
+    low, high = (100 * (math.exp(mean + side) - 1) for side in (-half, half))
+    assert text == f"no difference shown (3 seeds: {low:+.0f}% to {high:+.0f}%)"
 
 
 def test_a_columns_name_is_its_place(tmp_path):
@@ -216,10 +218,10 @@ def test_an_edited_cell_is_noticed(name, tmp_path, monkeypatch):
     for text in ("README.md", "REPORT.md"):
         shutil.copy(final.ROOT / text, tmp_path / text)
     shutil.copytree(final.ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.pt"))
-    edited = re.sub(r"\| 0\.304 ", "| 0.305 ", (tmp_path / name).read_text(), count=1)
+    edited = re.sub(r"\| 0\.276 ", "| 0.277 ", (tmp_path / name).read_text(), count=1)
     (tmp_path / name).write_text(edited)
     monkeypatch.setattr(final, "ROOT", tmp_path)
-    assert check() == 1 and (tmp_path / name).read_text() == edited and "| 0.305 " in edited
+    assert check() == 1 and (tmp_path / name).read_text() == edited and "| 0.277 " in edited
 
 
 def test_no_decimal_is_typed():
