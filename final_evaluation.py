@@ -48,10 +48,10 @@ TABLES = {  # name: (patterns of variants, columns)
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
-    "joint": ("stage1-form1 stage2-*", "VAE fd; fd; kl_nats; psnr_db; bits/dim; gradient_share; skipped"),
+    "joint": ("stage1-form1 stage2-*", "VAE fd; fd; precision; class_kept_refined; kl_nats; bits/dim; noise area"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
-    "uncertainty": ("stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
+    "uncertainty": ("stage3-flow-fixed", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
     "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd; "
                      "middle start/fd; start by thirds/fd"),
@@ -62,7 +62,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Does seeing `x_hat` help the refiner?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
-    ("And the refined ones?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
+    ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
