@@ -625,7 +625,8 @@ def examine(extractor, train, test):
                        for sd in (0.02, 0.05, 0.1, 0.2, 0.4)}
     report["blur"] = {s: fd(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, s, s)))) for s in (0.5, 1, 2, 4)}
     report["sample_size"] = {n: fd(features[:n]) for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(images)}
-    report["half_the_classes"] = fd(features[classes < extractor.classes / 2])
+    half_of_them = features[classes < extractor.classes / 2]
+    report["half_the_classes"] = fd(half_of_them) if len(half_of_them) > 1 else None
     repeated = shuffle(features)[:50].repeat(20, 1)
     report["fifty_images_repeated_recall"] = precision_recall(ref.features[:1000], repeated)[1]
     report["real_recall"] = precision_recall(ref.features[:len(images)], features)[1]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import draw_all, expect_error, same
 from PIL import Image
 
+import common
 import fid
 
 
@@ -572,6 +573,14 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     assert path.read_bytes() == before and [*features_dir.glob("*.pt")] == [path]
     assert json.loads(path.with_suffix(".json").read_text()) == report and path.stem in capsys.readouterr().out
     expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
+
+
+def test_examine_few_images():
+    """None of eight held-out images is of the first half of the classes: there is no distance of these to tell."""
+    images = smooth_images(38, 32)
+    train, test = (common.ImageData(part, torch.full((len(part),), 3), None, "few", "none", "drawn")
+                   for part in images.split([30, 8]))
+    assert fid.examine(fid.LocalNet(4).eval(), train, test)["half_the_classes"] is None
 
 
 @pytest.mark.parametrize("name", fid.DATASETS)
