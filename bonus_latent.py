@@ -15,7 +15,7 @@ Run     python bonus_latent.py                        shapes, on a laptop
 Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
         what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
         seconds are medians, memory and the costliest operators (profile-*.txt) come from torch.profiler. On shapes
-        half the seconds, and nearly twice the distance to real images.
+        half the seconds, at two thirds more distance to real images.
 """
 
 import argparse
