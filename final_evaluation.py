@@ -31,8 +31,7 @@ SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "
 NOTE = "fd: Frechet distance of these features; a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
-         ("uncertainty/adaptive_steps/adaptive", "thirds"), ("uncertainty/adaptive_steps/even", "evenly"),
-         ("uncertainty/correlation", "variance/correlation"), ("uncertainty/adaptive_refinement/", ""),
+         ("uncertainty/adaptive_refinement/", ""),
          ("even_middle_start", "middle start"), ("even/", "evenly/"), ("adaptive_steps", "thirds"),
          ("shuffled_steps", "thirds shuffled"), ("shuffled_start", "start shuffled"),
          ("adaptive_start", "start by thirds"), ("uncertainty/variance", "variance"),
