@@ -121,7 +121,7 @@ def load_all(paths):
         run = metrics["run"]
         facts = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget", "train_images")}
         facts |= {"n_generated": metrics["rows"][0]["n_generated"],
-                  "temperature": run["eval"].get("temperature", 1.0)}
+                  "temperature": run["eval"]["temperature"]}
         other, reference = compared.setdefault(run["dataset"], (path, facts))
         difference = common.first_difference(reference, facts)
         if difference:
@@ -184,8 +184,8 @@ def about(dataset, results):
     metrics = next(iter(next(iter(results.values())).values()))
     run, settings = metrics["run"], metrics["run"]["eval"]
     return (f"{dataset}: {run['data_note']}; budget `{run['budget']}`, {run['train_images']:,} images per network; "
-            f"{metrics['rows'][0]['n_generated']:,} samples ({settings.get('grid_count')} for steps, noise, probes), "
-            f"`x_T` of sd {settings.get('temperature', 1.0):g}; features `{run['features']}`.")
+            f"{metrics['rows'][0]['n_generated']:,} samples ({settings['grid_count']} for steps, noise, probes), "
+            f"`x_T` of sd {settings['temperature']:g}; features `{run['features']}`.")
 
 
 def table_of(everything, variants, columns):
