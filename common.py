@@ -1183,7 +1183,7 @@ def update_average(average, network, decay, updates):
 
 def add_flags(parser, *priors):
     """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
-    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fail
+    parser.formatter_class, parser.error, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, fail, False
     add = parser.add_argument
     add("--dataset", choices=(*fid.DATASETS, "folder"), default="shapes", help="all but shapes read --data-dir")
     add("--data-dir", default="data", help="where cifar10/ or celeba/ lie (or are downloaded); a folder of images")
@@ -1199,7 +1199,7 @@ def add_flags(parser, *priors):
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
     add("--sample-steps", type=int, help="its number of steps, at most the `start` of refinement")
     add("--temperature", type=float, help="factor of the noise sampling starts from: below 1 cleaner, less detail")
-    add("--eval-samples", type=int, help="images generated for the headline scores")
+    add("--eval-samples", type=int, help="images generated for the headline scores, and at most for each other row")
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file with the Inception weights, for --features inception")
@@ -1229,6 +1229,7 @@ def read_settings(args):
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}
     evaluation |= {key: value for key, value in given.items() if value is not None}
+    evaluation["grid_count"] = min(evaluation["grid_count"], evaluation["count"])
     evaluation["features"] = ("inception" if inception else "local") if args.features == "auto" else args.features
     evaluation["prior"] = vars(args).get("prior", "none")
     return train, evaluation, device
@@ -1266,6 +1267,7 @@ class Setup:
 def prepare(args, train, evaluation, device):
     """Try what can fail before any training: processes, the output folder, the feature network, the data."""
     keep_freed_memory()
+    sys.excepthook = fid.end_in_a_line
     device = join_ranks(device, train["batch"])
     probe = Path(args.out) / ".writable"
     write(probe, b"")  # or fails, naming it
@@ -1438,15 +1440,15 @@ def export(args, folder, state, model, evaluation):
     if args.export is None:
         return
     model, how = dataclasses.replace(model, temperature=evaluation["temperature"]), headline(model, evaluation)
-    settings = json.dumps(dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
+    settings = dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
         "temperature": evaluation["temperature"], "batch": evaluation["batch"], "seed": args.seed,
-        "train_seconds": state["seconds"]})  # tells one training from another
+        "train_seconds": state["seconds"]}  # tells one training from another
     both = model.vae is not None and model.denoiser is not None
     places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
     for note in (place / "settings.json" for place in places):
-        if note.is_file() and note.read_text() != settings:
-            fail(f"{note.parent} holds other samples, drawn with {note.read_text()}; remove that folder")
-        write(note, settings.encode())
+        if note.is_file() and (difference := first_difference(json.loads(note.read_text()), settings)):
+            fail(f"{note.parent} holds other samples ({difference}); choose another --out or remove that folder")
+        write_json(note, settings)
     share = evaluation["batch"] * ranks()  # a batch for each process
     for first in tqdm(range(0, args.export, share), desc=f"{folder.name}: samples", unit="batch"):
         names = [f"{k:05}.png" for k in range(first, min(first + share, args.export))]
@@ -1544,7 +1546,7 @@ def check_start(diffusion, x_hat, real):
     should be six times or more the standard deviation of what x_hat, uint8 (N, 3, H, W), leaves of `real`."""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.noise[diffusion.start] / diffusion.signal[diffusion.start]) / residual_sd
-    text = "early enough" if times >= 6 else "too late to mend its errors: raise `start`"
+    text = "early enough" if times >= 6 else "too late to mend its errors, it should be 6: raise `start` (common.TRAIN)"
     return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "verdict":
             f"refinement begins at t = {diffusion.start}, at {times:.1f} times the noise of the VAE's error: {text}"}
 

@@ -54,6 +54,14 @@ def fail(message):
     raise SystemExit(2)
 
 
+def end_in_a_line(kind, error, trace):
+    """For sys.excepthook: Ctrl-C ends in one line, anything else as ever."""
+    if issubclass(kind, KeyboardInterrupt):
+        tqdm.write("\nstopped; a stage goes on with --resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def write(path, data):
     """Write bytes under a temporary name, then rename: a half-written file is never seen. Of several processes only the
     first writes. Fails naming a path that cannot be written; an older file there is then still whole."""
@@ -268,6 +276,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     Fails, naming the flag and the place, if its weights cannot be had."""
     if kind == "inception":
         return load_inception(weights).to(device)
+    if dataset == "folder" and not Path(data_dir).is_dir():
+        fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
     name = Path(data_dir).resolve().name if dataset == "folder" else dataset
     advice = f"make it: python fid.py --train-local {data_dir if dataset == 'folder' else dataset}"
     found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
@@ -526,7 +536,7 @@ def scores(extractor, generated, ref, progress=False):
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
 PSEUDO_CLASSES = 20  # K of `is_local` where there are no labels
-IMAGES_SEEN = {"cifar10": 800_000}  # in training; elsewhere 200,000
+IMAGES_SEEN = {"cifar10": 800_000}  # in training; elsewhere 200,000, but each at most 100 times
 
 
 def augment(x, gen, crop=False):
@@ -567,7 +577,7 @@ def train_network(data, seed=0, batch=256):
     extra = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
         nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
     batch = min(batch, len(images))
-    steps = math.ceil(IMAGES_SEEN.get(data.name, 200_000) / batch)
+    steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
     optimiser = torch.optim.SGD([*net.parameters(), *extra.parameters()], 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     peak = 0.2 if labels is None else 0.4 if factors is None else 0.1  # a regression diverges where classes do not
@@ -677,6 +687,7 @@ def main(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     args = parser.parse_args(arguments)
+    sys.excepthook = end_in_a_line
     if args.train_local:
         return train_local(args.train_local, args.data_dir)
     if not args.generated:
@@ -694,7 +705,8 @@ def main(arguments=None):
         ref = make_reference(extractor, real)
     row, count = scores(extractor, images, ref, progress=True), len(images)
     if real_jpeg != jpeg:
-        print("warning: only one side is JPEG, which moves the distance; save samples as PNG", file=sys.stderr)
+        print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
+              file=sys.stderr)
     if count < 10 * extractor.dim:
         print(f"warning: {count} images are few for {extractor.dim} features: read the distance beside its floor",
               file=sys.stderr)

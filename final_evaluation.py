@@ -98,7 +98,9 @@ def leaves(part, path=""):
 
 def load(path):
     """One metrics file; exits naming it if it is damaged."""
-    return common.read_metrics(path) or fid.fail(f"{path}: damaged, or of another schema; restore it or remove it")
+    return common.read_metrics(path) or fid.fail(
+        f"{path}: damaged, or of another schema; restore it or remove it" if Path(path).is_file() else
+        f"{path}: no such file; finish that run first, with --resume")
 
 
 def numbers_of(metrics):

@@ -338,7 +338,7 @@ def main(argv=None):
                   f"{path['end_distance']:.3f} (refined, slerp)")
     if not earlier:
         print(f"no stage 1 results in {setup.home}; to compare: python stage1_baseline.py --dataset {args.dataset} "
-              f"--budget {train['budget']} --seed {args.seed}")
+              f"--budget {train['budget']} --seed {args.seed} --data-dir {args.data_dir} --out {args.out}")
 
 
 if __name__ == "__main__":

@@ -328,9 +328,10 @@ def test_exported_images_are_the_first_generated(exported, tmp_path, capsys):
     shutil.rmtree(tmp_path / "samples"), shutil.rmtree(tmp_path / "samples-vae")
     export(100)
     assert content(tmp_path) == grown and len(grown) == 2 * 101
-    for change in ({"sampler": "ddim"}, {"sample_steps": 3}, {"prior": "gaussian"}, {"temperature": 1.0}, {"batch": 8},
-                   {"seconds": 1.0}):
-        expect_error(capsys, lambda change=change: export(16, **change), "samples holds other", '"sampler": "dpm"')
+    for change, named in (({"sampler": "ddim"}, "sampler was dpm, is now ddim"), ({"sample_steps": 3}, "steps was"),
+                          ({"prior": "gaussian"}, "prior was gmm"), ({"temperature": 1.0}, "temperature was"),
+                          ({"batch": 8}, "batch was"), ({"seconds": 1.0}, "train_seconds was")):
+        expect_error(capsys, lambda change=change: export(16, **change), "samples holds other samples", named, "--out")
     assert content(tmp_path) == grown
     shutil.rmtree(tmp_path / "samples")
     expect_error(capsys, lambda: export(16, sampler="ddim"), "samples-vae holds other samples")

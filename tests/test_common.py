@@ -585,8 +585,8 @@ def test_flags_replace_the_budget():
     plain, measured = common.budget("smoke", "shapes", 32)
     assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "steps": 5,
                              "batch": 3, "compile": True}
-    assert evaluation == measured | {"sampler": "ddim", "sample_steps": 9, "count": 50, "temperature": 0.8,
-                                     "features": "local", "prior": "gaussian"} and device == CPU
+    assert evaluation == measured | {"sampler": "ddim", "sample_steps": 9, "count": 50, "grid_count": 50,
+                                     "temperature": 0.8, "features": "local", "prior": "gaussian"} and device == CPU
     for argv, size, features in ((["folder"], 64, "inception"), (["folder", "--image-size", "32"], 32, "inception"),
                                  (["cifar10"], 32, "inception"), (["celeba64", "--features", "local"], 64, "local"),
                                  (["shapes"], 32, "local")):

@@ -408,7 +408,7 @@ def features_dir(monkeypatch, tmp_path):
     return tmp_path / "features"
 
 
-def test_local_files_are_pinned_by_hash(features_dir, local, capsys):
+def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     load = partial(fid.load_extractor, "local", "shapes")
     expect_error(capsys, load, "--features local: 0 files", "shapes-<hash8>.pt", "--weights", "--train-local shapes")
     path = fid.save_local(local, "shapes")
@@ -417,7 +417,8 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys):
     loaded = load()
     assert (loaded.name, loaded.suffix, loaded.classes, loaded.dim) == (f"local-{path.stem}", "_local", 6, 64)
     torch.testing.assert_close(loaded(random_images(4))[0], local(random_images(4))[0], atol=0.02, rtol=0)
-    assert fid.load_extractor("local", "folder", data_dir="some/where/shapes").name == loaded.name
+    (tmp_path / "shapes").mkdir()
+    assert fid.load_extractor("local", "folder", data_dir=tmp_path / "shapes").name == loaded.name
     assert fid.load_extractor("local", "cifar10", weights=str(path)).name == loaded.name
     path.write_bytes(path.read_bytes() + b" ")
     expect_error(capsys, load, path.name, "has not its name's sha256")
@@ -575,6 +576,21 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
 
 
+def test_few_images_are_seen_a_hundred_times(monkeypatch):
+    """Not 200,000 in all: a feature network for a few hundred photos takes minutes."""
+    bars = []
+    monkeypatch.setattr(fid, "tqdm", lambda batches, **_: bars.append(len(batches)) or batches)
+    fid.train_network(image_data(smooth_images(6), labels=torch.arange(6) % 2), batch=50)
+    assert bars == [100]  # batches of all six
+
+
+def test_ctrl_c_ends_in_one_line(capsys):
+    for kind, shown in ((KeyboardInterrupt, "\nstopped; a stage goes on with --resume\n"),
+                        (ValueError, "ValueError: x\n")):
+        fid.end_in_a_line(kind, kind("x"), None)
+        assert capsys.readouterr().err == shown
+
+
 def test_examine_few_images():
     """None of eight held-out images is of the first half of the classes: there is no distance of these to tell."""
     images = smooth_images(38, 32)
@@ -641,7 +657,9 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["n_generated"] == 22
     jpegs = save_folder(smooth_images(20), tmp_path / "jpegs", "jpg")
     fid.main([folders.real, jpegs, *folders.weights, "--json"])
-    assert "warning: only one side is JPEG" in capsys.readouterr().err
+    assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
+    fid.main([jpegs, folders.real, *folders.weights, "--json"])
+    assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
     fid.main([jpegs, jpegs, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
@@ -655,6 +673,7 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
     cases = [([folders.real, single, *weights], "GENERATED", "found 1 image"),
              ([single, folders.good, *weights], "REAL", "found 1 images"),
              ([folders.real, str(tmp_path / "nowhere"), *weights], "nowhere", "found 0 images"),
+             ([str(tmp_path / "nowhere"), folders.good], "nowhere: no such folder", "--data-dir"),
              ([*pair, *weights, "--count", "51"], "--count 51", "50"),
              ([*pair, *weights, "--count", "-1"], "--count -1", "50"),
              ([folders.real, broken, *weights], "0000.png", "cannot be read"),
