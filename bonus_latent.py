@@ -14,8 +14,8 @@ Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
 Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
         what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
-        seconds are medians, memory and the costliest operators (profile-*.txt) come from torch.profiler. On shapes
-        half the seconds, at two thirds more distance to real images.
+        seconds are medians, memory and the costliest operators (profile-*.txt) come from torch.profiler, which also
+        prints lines of its own. On shapes half the seconds, at two thirds more distance to real images.
 """
 
 import argparse
