@@ -63,6 +63,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
+    ("And with the codes of real images?", "posterior/refined of stage2-anneal", "posterior/refined of stage1-form1"),
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
