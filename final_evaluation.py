@@ -257,7 +257,8 @@ def other_tables(folder):
 
 def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, what no run measured, the benchmark."""
-    parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}."]
+    parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A name is a place in metrics.json; "
+             "nfe: evaluations of the U-Net for an image; for other words see the glossary of README.md."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
