@@ -30,6 +30,7 @@ PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures s
 SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "fd: Frechet distance of these features; a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
+         ("latent_space/posterior/", "real codes/"),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
          ("uncertainty/adaptive_refinement/", ""),
          ("even_middle_start", "middle start"), ("even/", "evenly/"), ("adaptive_steps", "thirds"),
@@ -47,7 +48,8 @@ TABLES = {  # name: (patterns of variants, columns)
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
-    "joint": ("stage1-form1 stage2-*", "VAE fd; fd; precision; class_kept_refined; kl_nats; bits/dim; noise area"),
+    "joint": ("stage1-form1 stage2-*", "fd; precision; recall; hf_energy; kl_nats; bits/dim; noise area"),
+    "codes": ("stage1-form1 stage2-anneal*", "gaussian/fd; own prior/fd; real codes/refined; class_kept_refined"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
     "uncertainty": ("stage3-flow-fixed", "regressed/correlation; variance/correlation; sure/vae; "
@@ -63,20 +65,21 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
-    ("And with the codes of real images?", "posterior/refined of stage2-anneal", "posterior/refined of stage1-form1"),
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
+    ("So is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
+    ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
+    ("Or dimming `x_hat`?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
-    ("Does a start by thirds of `s` help?", "start by thirds/fd of stage3-flow-film",
-     "middle start/fd of stage3-flow-film"),
-    ("Do steps by thirds take more time?", "thirds/s/image of stage3-flow-film", "evenly/s/image of stage3-flow-film"),
+    ("Does it matter whose `s` they go by?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
-    ("And the distance at strong noise?", "noise 0.4/fd of stage2-anneal", "noise 0.4/fd of stage1-form1"),
     ("Does adaptive conditioning soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
+    ("And against stage 1?", "noise area of stage3-flow-film", "noise area of stage1-form1"),
+    ("Or dimming `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
