@@ -744,7 +744,7 @@ def budget(name, dataset, size):
         train |= {"steps": 1000, "beta": 0.25}
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
-        train |= {"steps": 5000, "components": 30, "beta": 0.25}
+        train |= {"steps": 5000 if size == 32 else 3000, "components": 30, "beta": 0.25}
         evaluation |= {"count": 2000, "grid_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         train |= {"batch": 256, "steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1, "heads": 4, "attention": [16],
