@@ -1,14 +1,12 @@
 """How fast are the defaults? Ratios between things that are timed in turn, within one run, on the machine at hand.
 
     python tests/benchmark.py                    two minutes on two CPU cores; `pip install diffusers` adds a comparison
-    python tests/benchmark.py RUN ...            and, with the checkpoints of these stage 1 runs, samplers' scores
-    python tests/benchmark.py RUN ... | tee results/benchmark.txt        what TABLES.md shows
+    python tests/benchmark.py | tee results/benchmark.txt        what TABLES.md shows
 
 Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
 all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -21,8 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import fid
-import stage1_baseline as stage1
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -157,29 +153,7 @@ def commands():
     print("\n" + ", ".join(f"{flag} {value:.1f} s" for flag, value in seconds.items()))
 
 
-def samplers(folder, data_dir):
-    """Is DPM-Solver++ with few steps as good as DDIM with 100? 1,000 images each from the same z and x_T."""
-    state = common.load_checkpoint(folder / "checkpoint.pt")
-    train = state["train"]
-    data, test = (common.load_images(train["dataset"], split, data_dir) for split in ("train", "test"))
-    extractor = fid.load_extractor("local", train["dataset"])
-    setup = common.Setup(train, {"batch": 100}, CPU, folder.parent, extractor, data, test, Path(data_dir) / "cache")
-    model, rows = stage1.load_model(state, "form1", CPU), {}
-    for name, steps in (("ddim", 100), ("dpm", 10), ("dpm", 12), ("dpm", 15)):
-        rows[f"{name} {steps}"] = common.measure(model, setup, "gmm", name, steps, 1000)[0]
-    print(f"\n{folder.parent.name}/{folder.name}: fd_local of 1,000 refined samples, {extractor.name}")
-    for name, row in rows.items():
-        score = row["fd_local"]
-        print(f"  {name:9} {score['value']:7.2f} [{score['low']:.2f}, {score['high']:.2f}]   "
-              f"{score['value'] / rows['ddim 100']['fd_local']['value']:.2f} of DDIM's   "
-              f"{row['seconds_per_image']:.4f} s per image")
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Ratios of speed, and what few steps cost")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of stage 1's form1")
-    parser.add_argument("--data-dir", default="data", help="where the runs' data lies")
-    args = parser.parse_args()
     torch.manual_seed(0)
     common.keep_freed_memory()
     train, _ = common.budget("cpu", "cifar10", 32)
@@ -191,8 +165,6 @@ def main():
     utilisation(train, native, seconds)
     overheads(train, seconds)
     commands()
-    for folder in args.runs:
-        samplers(folder, args.data_dir)
 
 
 if __name__ == "__main__":
