@@ -49,18 +49,18 @@ class Autoencoder(nn.Module):
         super().__init__()
         w, block = width, common.BottleneckBlock
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1), block(w, 32), nn.Conv2d(w, 2 * w, 2, stride=2),
-            block(2 * w, 16), nn.Conv2d(2 * w, 2 * w, 2, stride=2),
-            block(2 * w, 8), block(2 * w, 8), nn.Conv2d(2 * w, 2 * CHANNELS, 1))
+            nn.Conv2d(3, w, 3, padding=1), block(w), nn.Conv2d(w, 2 * w, 2, stride=2),
+            block(2 * w), nn.Conv2d(2 * w, 2 * w, 2, stride=2),
+            block(2 * w), block(2 * w), nn.Conv2d(2 * w, 2 * CHANNELS, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w, 8), block(2 * w, 8),
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, 2 * w, 3, padding=1), block(2 * w, 16),
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, w, 3, padding=1), block(w, 32), block(w, 32),
+            nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w), block(2 * w),
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, 2 * w, 3, padding=1), block(2 * w),
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, w, 3, padding=1), block(w), block(w),
             nn.Conv2d(w, 3, 3, padding=1))
 
     def encode(self, x0):
         """x0 (B, 3, H, W) -> mu, logvar, each (B, 4, H/4, W/4)."""
-        return (part.float() for part in self.encoder(x0).chunk(2, 1))
+        return tuple(part.float() for part in self.encoder(x0).chunk(2, 1))
 
     def decode(self, z):
         """z -> x_hat in [-1, 1]."""
@@ -99,7 +99,7 @@ def unscale(z, stats):
 @torch.no_grad()
 def encode_all(ae, images, device, batch=500):
     """Posterior means and standard deviations of images (N, 3, H, W), (N, 4, h, w) on the device."""
-    parts = [tuple(ae.encode(to_float(chunk.to(device)))) for chunk in images.split(batch)]
+    parts = [ae.encode(to_float(chunk.to(device))) for chunk in images.split(batch)]
     mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, (0.5 * logvar).exp()
 
@@ -199,7 +199,8 @@ def median_seconds(run, device, repeats=7):
 
 def cost(name, unet, shape, decoder, code, steps, train_batch, folder):
     """What sampling with one network, then decoding `code` (B, ...), costs: seconds per image (batch 1, B), peak memory
-    of a pass, and training seconds per image (at `train_batch`). Saves the profiler's table of costliest operators."""
+    of a pass, and seconds per image of a forward and backward pass of the network (at `train_batch`). Saves the
+    profiler's table of costliest operators."""
     batch, device = len(code), code.device
     x, t = torch.randn(batch, *shape, device=device), torch.full((batch,), 500, device=device)
 
@@ -218,28 +219,27 @@ def cost(name, unet, shape, decoder, code, steps, train_batch, folder):
     where = "cuda" if device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     common.write(folder / f"profile-{name}.txt", table.encode())
-    after = {n: median_seconds(lambda n=n: run(decoder, n, code), device) / n for n in (1, batch)}
-    seconds = {n: steps * median_seconds(lambda n=n: run(unet, n, x, t), device) / n + after[n] for n in (1, batch)}
+    decoding = {n: median_seconds(lambda n=n: run(decoder, n, code), device) / n for n in (1, batch)}
+    seconds = {n: steps * median_seconds(lambda n=n: run(unet, n, x, t), device) / n + decoding[n] for n in (1, batch)}
     unet.requires_grad_(True)
     return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch],
             "peak_memory_mb": peak_memory(lambda: run(unet, batch, x, t), device),
             "train_seconds_per_image": median_seconds(train_step, device, 5) / min(batch, train_batch)}
 
 
-def savings(folder, model, unet, pixel_state, train, setup):
+def savings(folder, model, unet, train, setup):
     """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent.
-    The pixel network is stage 1's refiner, trained if its run is there (cost does not depend on it). Seconds count what
-    sampling runs; `gflops_per_image` counts the encoders as well."""
-    device, steps, batch = model.device, setup.evaluation["sample_steps"], setup.evaluation["batch"]
+    The pixel network is stage 1's refiner, with any weights, on which no cost depends. Seconds count what sampling
+    runs; `gflops_per_image` counts the encoders as well."""
+    device, size = model.device, train["image_size"]
+    steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel, vae = common.build_unet(train, 6), common.build_vae(train)
-    pixel = common.frozen(pixel, pixel_state["unet"] if pixel_state else pixel.state_dict(), device)
-    vae = common.frozen(vae, vae.state_dict(), device)
+    pixel, vae = (common.frozen(network, network.state_dict(), device) for network in (pixel, vae))
     z = torch.randn(batch, vae.latent_dim, device=device)
     small = torch.randn(batch, *model.shape, device=device)
-    result = {"device": str(device), "sampler_steps": steps, "batch": batch,
-              "pixel_network_trained": bool(pixel_state)}
+    result = {"device": str(device), "sampler_steps": steps, "batch": batch}
     for name, net, shape, decoder, code, parts in (
-            ("pixel", pixel, (6, *2 * [train["image_size"]]), vae.decoder, z, common.network_cost(train)),
+            ("pixel", pixel, (6, size, size), vae.decoder, z, common.network_cost(train)),
             ("latent", unet, model.shape, model.decode, small, network_cost(train))):
         result[name] = cost(name, net, shape, decoder, code, steps, train["batch"], folder) | {
             "gflops_per_pass": parts["unet"]["gflops"],
@@ -262,7 +262,7 @@ def draw_savings(folder, saved):
 
 @torch.no_grad()
 def ceiling(folder, ae, setup):
-    """Scores of the autoencoder's reconstructions of held-out images: better, latent diffusion cannot become."""
+    """Scores of the autoencoder's reconstructions of held-out images, beyond which latent diffusion can hardly get."""
     real = setup.test.images[: setup.evaluation["count"]]
     x_hat = torch.cat([to_uint8(ae.decode(encode_all(ae, chunk, setup.device)[0])).cpu() for chunk in real.split(500)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
@@ -270,15 +270,15 @@ def ceiling(folder, ae, setup):
         "hf_energy": common.hf_energy(x_hat, setup.test.images), "psnr_db": common.psnr_db(x_hat, real)}
 
 
-def equal_seconds(rows, pixel_rows, fd):
+def equal_seconds(rows, pixel, fd):
     """Quality at equal seconds, of equal counts: each row, and the pixel model's of the same sampler and its headline
-    prior that are as quick."""
+    prior that take at most a tenth longer."""
     def brief(row):
         return {key: row[key] for key in ("prior", "sampler", "nfe", "seconds_per_image", fd)}
 
     return [{"latent": brief(ours), "pixel": [
-        brief(row) for row in pixel_rows if row["seconds_per_image"] <= 1.1 * ours["seconds_per_image"] and
-        row["prior"] == pixel_rows[0]["prior"] and all(row[key] == ours[key] for key in ("n_generated", "sampler"))]}
+        brief(row) for row in pixel if row["seconds_per_image"] <= 1.1 * ours["seconds_per_image"] and
+        row["prior"] == pixel[0]["prior"] and all(row[key] == ours[key] for key in ("n_generated", "sampler"))]}
         for ours in rows]
 
 
@@ -294,17 +294,17 @@ def network_cost(train):
                 "unet": common.count_cost(build_unet(train), one, torch.ones(1))}
 
 
-def pixel_run(folder, train, setup):
-    """Checkpoint and rows of stage 1's refiner of the same settings, each None where there are none to compare with."""
+def pixel_rows(folder, train, setup):
+    """The rows of stage 1's refiner of the same settings, or None where there are none to compare with."""
     path = folder / "checkpoint.pt"
     state = common.load_checkpoint(path) if path.is_file() else None
     if not state or not state["finished"] or common.first_difference(
             state["train"], {key: train[key] for key in train if key not in ("ae_width", "latent_unet")}):
-        return None, None
+        return None
     metrics = common.read_metrics(folder / "metrics.json")
     same = metrics and all(metrics["run"]["eval"].get(key) == setup.evaluation[key] for key in
                            ("features", "temperature"))
-    return state, metrics["rows"] if same else None
+    return metrics["rows"] if same else None
 
 
 def main(argv=None):
@@ -324,10 +324,10 @@ def main(argv=None):
     model, ae, unet = load_model(state, device)
 
     def more(model, rows):
-        pixel_state, pixel_rows = pixel_run(setup.home / f"stage1-form1-s{args.seed}", train, setup)
+        theirs = pixel_rows(setup.home / f"stage1-form1-s{args.seed}", train, setup)
         return {"ceiling": ceiling(folder, ae, setup),
-                "savings": savings(folder, model, unet, pixel_state, train, setup)} | (
-                    {"equal_seconds": equal_seconds(rows, pixel_rows, setup.fd)} if pixel_rows else {})
+                "savings": savings(folder, model, unet, train, setup)} | (
+                    {"equal_seconds": equal_seconds(rows, theirs, setup.fd)} if theirs else {})
 
     metrics = common.evaluate(folder, setup, state, model, network_cost(train), more)
     common.export(args, folder, state, model, setup.evaluation)

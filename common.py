@@ -2,13 +2,13 @@
 
 Part I    1 diffusion, 2 networks, 3 priors, 4 the built-in data, 5 a model: what a stage hands to sampling
 Part II   6 budgets, 7 image files, 8 processes, 9 training, 10 runs, 11 evaluation, 12 pictures
-For stage 1 read sections 1, 2 and 5, and the class Training in section 9.
+For stage 1 read sections 1, 2 and 5, TRAIN in section 6 and the class Training in section 9.
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
     `x_hat` is the VAE's image in [-1, 1]; its squared error `sse` is counted in [0, 1] units (SSE / 4).
     Time `t` runs 1..T and `alpha_bar[0] = 1`. Schedule constants are float64, cast where they are used.
-    Losses have shape (B,), in nats per image unless the name says otherwise (`v_mse`: mean over dimensions).
+    Losses have shape (B,): a KL or a bound in nats per image, `sse` a sum over pixels, `*_mse` a mean over them.
     Every random draw that decides a result comes from an explicit torch.Generator, but for initial weights and dropout:
     these use torch's global one, seeded before the network is built and anew in every step.
 """
@@ -83,7 +83,8 @@ class Diffusion:
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.signal = self.alpha_bar.sqrt().float().to(device)  # (T + 1,) factor of x0 in x_t
         self.noise = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,) factor of eps in x_t
-        self.log_snr = torch.log(self.alpha_bar / (1 - self.alpha_bar)) / 2  # (T + 1,) lambda of DPM-Solver, [0] = inf
+        # (T + 1,) log(signal / noise), half the log-SNR; [0] = inf
+        self.half_log_snr = torch.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
 
     def factors(self, t):
         """t (B,) -> the factors of x0 and eps in x_t, each (B, 1, 1, 1)."""
@@ -91,8 +92,8 @@ class Diffusion:
 
     def q_sample(self, x0, t, eps):
         """Draw x_t ~ q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar), with `eps` as the noise (DDPM eq. 4)."""
-        a, s = self.factors(t)
-        return a * x0 + s * eps
+        a, sigma = self.factors(t)
+        return a * x0 + sigma * eps
 
     def draw_t(self, u):
         """Training times, uniform on 1..start, for uniform u in [0, 1) (B,): (B,)."""
@@ -105,8 +106,8 @@ class Diffusion:
 
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
-        a, s = self.factors(t)
-        return eps if self.objective == "eps" else a * eps - s * x0
+        a, sigma = self.factors(t)
+        return eps if self.objective == "eps" else a * eps - sigma * x0
 
     def simple_loss(self, denoise, x0, t, eps):
         """Mean squared error of the prediction `denoise(x_t, t)` (DDPM eq. 14), mean over dimensions: (B,)."""
@@ -114,10 +115,10 @@ class Diffusion:
 
     def predict(self, prediction, xt, t, clamp=True):
         """A prediction of the target -> (x0, eps); x0 is clamped to [-1, 1], eps follows from it, so they agree."""
-        a, s = self.factors(t)
-        x0 = (xt - s * prediction) / a if self.objective == "eps" else a * xt - s * prediction
+        a, sigma = self.factors(t)
+        x0 = (xt - sigma * prediction) / a if self.objective == "eps" else a * xt - sigma * prediction
         x0 = x0.clamp(-1, 1) if clamp else x0
-        return x0, (xt - a * x0) / s
+        return x0, (xt - a * x0) / sigma
 
     def posterior(self, t, s):
         """q(x_s | x_t, x0) for integers s < t as (c_x0, c_xt, beta_tilde, beta): its mean is c_x0 x0 + c_xt x_t (DDPM
@@ -150,8 +151,8 @@ def dpm_step(diffusion, x, x0, t, s, before):
     a_t, a_s = (math.sqrt(float(diffusion.alpha_bar[k])) for k in (t, s))
     ratio = math.sqrt((1 - a_s**2) / (1 - a_t**2))  # sigma_s / sigma_t
     if before is not None and s > 0:  # the first and the last step are of first order
-        log_snr, (t_before, x0_before) = diffusion.log_snr, before
-        r = float((log_snr[t] - log_snr[t_before]) / (log_snr[s] - log_snr[t]))
+        lam, (t_before, x0_before) = diffusion.half_log_snr, before  # lambda of the paper
+        r = float((lam[t] - lam[t_before]) / (lam[s] - lam[t]))
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return ratio * x + (a_s - a_t * ratio) * x0
 
@@ -180,7 +181,7 @@ def sample(diffusion, denoise, x, sampler="dpm", steps=25, gen=None, clamp=True)
 def kl_step(diffusion, x0, x0_hat, t):
     """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) where the model, of variance fixedlarge, puts x0_hat in place of x0:
     (B,) nats, t in 2..T."""
-    c_x0, _, small, large = torch.tensor([diffusion.posterior(int(j), int(j) - 1) for j in t], device=x0.device).T
+    c_x0, _, small, large = torch.tensor([diffusion.posterior(j, j - 1) for j in t.tolist()], device=x0.device).T
     constant = 0.5 * x0[0].numel() * (large.log() - small.log() + small / large - 1)
     return constant + c_x0**2 / (2 * large) * ((x0 - x0_hat) ** 2).flatten(1).sum(1)
 
@@ -195,8 +196,8 @@ def kl_prior(diffusion, x0, x_hat=None):
 
 
 def data_nats(diffusion, x0, x0_hat):
-    """L_0 = -log p(x0 | x_1), (B,) nats, of x0 = to_float(pixels), where the model puts x0_hat in its place: N(x0_hat,
-    sd^2) on [-1, 1] with bins of +-1/255 and open tails (DDPM eq. 13), in float64 on the CPU."""
+    """L_0 = -log p(x0 | x_1), (B,) nats, of x0 = to_float(pixels): p is N(x0_hat, sd^2) over the bin of the pixel's
+    value, x0 +- 1/255; the outermost bins reach to infinity (DDPM eq. 13). In float64 on the CPU."""
     sd = math.sqrt(diffusion.posterior(2, 1)[2])  # beta_tilde_2, since beta_tilde_1 = 0
     x, mean = x0.cpu().double(), x0_hat.cpu().double()
     upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
@@ -214,7 +215,7 @@ def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
     total = torch.zeros(len(x0), device=x0.device)
     for k in range(draws):
         u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = 2 + ((k + u.double().cpu()) * terms / draws).long().clamp(max=terms - 1).to(x0.device)  # (B,)
+        t = 2 + ((k + u.cpu().double()) * terms / draws).long().clamp(max=terms - 1).to(x0.device)  # (B,)
         xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
         x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t)
         total += kl_step(diffusion, x0, x0_hat, t) * terms / draws
@@ -231,9 +232,9 @@ class BottleneckBlock(nn.Module):
     """Residual block of the VAE: GELU before each of 1x1, 3x3, 3x3, 1x1 convolutions, half the width inside, no
     normalisation (VDVAE, Child 2021, as DiffuseVAE uses it). At resolution 1 the 3x3s are 1x1. (B, C, H, W) kept."""
 
-    def __init__(self, width, resolution):
+    def __init__(self, width, resolution=None):
         super().__init__()
-        inner, kernel = width // 2, 3 if resolution > 1 else 1
+        inner, kernel = width // 2, 1 if resolution == 1 else 3
         shapes = [(width, inner, 1), (inner, inner, kernel), (inner, inner, kernel), (inner, width, 1)]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in shapes)
         for conv in self.convs:
@@ -447,7 +448,7 @@ def build_vae(train):
 
 
 def build_unet(train, in_channels):
-    """The U-Net of the train settings; it sees x_t (3 channels) and, below it, what conditions it."""
+    """The U-Net of the train settings; it sees the 3 channels of x_t, then those that condition it."""
     return UNet(train["unet"], in_channels, attention=train["attention"], heads=train["heads"],
                 dropout=train["dropout"])
 
@@ -547,13 +548,13 @@ class ImageData:
     note: str
 
 
-def draw_shapes(count, seed, size=32):
+def draw_shapes(count, seed):
     """The built-in data set: `count` anti-aliased shapes, a third plain, a third with broad bands, a third with fine.
     Outline, place, colour and broad bands are what a small VAE can keep; fine bands and crisp edges are what it cannot.
     So the refiner has something to restore, and images differ in how much. Bands have two tones and are fixed to the
     pixel grid: horizontal, vertical or diagonal, with a period of 8 pixels (broad) or of 3 or 4 (fine).
-    Returns uint8 images (count, 3, size, size), int64 labels (count,), float32 factors (count, 9), see FACTORS."""
-    gen = generator(seed)
+    Returns uint8 images (count, 3, 32, 32), int64 labels (count,), float32 factors (count, 9), see FACTORS."""
+    gen, size = generator(seed), 32
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, generator=gen)
@@ -561,8 +562,8 @@ def draw_shapes(count, seed, size=32):
     label, detail, direction = (torch.randint(n, (count,), generator=gen) for n in (6, 3, 3))
     period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
     radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
-    lightness, slope = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the grey background, and where it gets lighter
-    full = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
+    lightness, towards = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the grey ground, and where it gets lighter
+    full = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3) pure hue
     colour = full * 0.75 + 0.2
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
@@ -587,7 +588,7 @@ def draw_shapes(count, seed, size=32):
         cover = (0.5 - distance * at(radius)).clamp(0, 1)[:, None]  # share of the pixel inside the outline
         along = torch.stack([rows + 0 * columns, columns + 0 * rows, rows + columns])[direction[part]]  # (P, H, W)
         light = (at(detail) == 0) | (along % at(period) < at(period) // 2)  # two tones: light or dark
-        ground = at(lightness) + 0.3 * ((columns - 16) * at(slope).cos() + (rows - 16) * at(slope).sin()) / size
+        ground = at(lightness) + 0.3 * ((columns - 16) * at(towards).cos() + (rows - 16) * at(towards).sin()) / size
         inside = colour[part][:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
         image = ground[:, None] * (1 - cover) + inside * cover
         images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -650,9 +651,9 @@ def refine(model, x_hat, z, gen, sampler, steps):
     if model.denoiser is None:
         return x_hat
     x_start = model.diffusion.begin(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
-    noise = generator(gen.initial_seed() + 1, model.device)
+    step_gen = generator(gen.initial_seed() + 1, model.device)
     with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, noise,
+        return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, step_gen,
                       clamp=model.decode is None)  # latents have no [-1, 1]
 
 
@@ -662,18 +663,18 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
     the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
     `damage` is the sd of noise on what a decoder sends or gets: x_hat before refinement, or a diffused latent."""
-    parts, starts = [], range(first, first + count, batch)[rank() :: ranks()]  # batches are shared out
-    for start in tqdm(starts, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(starts) < 2):
-        gen, clock = generator(1_000_000 * (seed + 1) + start), time.time()
-        noise = generator(gen.initial_seed() + 2)
+    parts, offsets = [], range(first, first + count, batch)[rank() :: ranks()]  # batches are shared out
+    for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
+        gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()
+        damage_gen = generator(gen.initial_seed() + 2)
         z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
         x_hat = torch.zeros(batch, *model.shape, device=model.device)
         with autocast(model.device):
             if model.vae is not None:
-                x_hat = model.vae.decoder(z) + damage * randn(x_hat.shape, noise).to(model.device)
+                x_hat = model.vae.decoder(z) + damage * randn(x_hat.shape, damage_gen).to(model.device)
             x = refine(model, x_hat, z, gen, sampler, steps)
             if model.decode is not None:
-                x = model.decode(x + damage * randn(x.shape, noise).to(model.device))
+                x = model.decode(x + damage * randn(x.shape, damage_gen).to(model.device))
         parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
     before, after, seconds = zip(*gather(parts), strict=True)
     return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
@@ -708,7 +709,7 @@ UNET_TABLES = {
 }
 
 # What every budget but `paper` trains with: v-prediction, stable in short trainings; Muon; refinement from `start`,
-# where the noise is some ten times what the VAE leaves over.
+# where the noise is ten to twenty times what the VAE leaves over.
 TRAIN = {
     "batch": 32, "steps": 8,  # steps of each network, so that each sees steps * batch images
     "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # of Adam; see learning_rate
@@ -724,7 +725,8 @@ TRAIN = {
     "compile": False,
 }
 EVAL = {
-    "sampler": "dpm", "sample_steps": 10, "count": 1000, "batch": 100, "temperature": 1.0,  # of the headline row
+    "sampler": "dpm", "sample_steps": 10, "count": 1000,  # of the headline row
+    "batch": 100, "temperature": 1.0,  # of every row
     "grid": [["ddim", 6], ["ddim", 10], ["ddim", 25], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images for each row of the grid, and of the probes:
     "probe_steps": 10,  # of DPM-Solver++ for noise, interpolations, uncertainty
@@ -737,7 +739,7 @@ def budget(name, dataset, size):
     train, evaluation = dict(TRAIN), dict(EVAL)
     tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     if name == "smoke":
-        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4}
+        train |= {"attention": [16], "components": 2, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
     elif tables == "shapes":
@@ -839,8 +841,8 @@ def load_images(dataset, split, data_dir="data", image_size=None):
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
     folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
-    if dataset == "folder" and (found := len(fid.find_images(folder))) < 20:
-        fail(f"--data-dir {folder}: found {found} images there; give a folder that holds at least 20")
+    if dataset == "folder" and (found := len(fid.find_images(folder))) < 60:  # a tenth is held out
+        fail(f"--data-dir {folder}: found {found} images there; give a folder that holds at least 60")
     files, labels, crop, note = list_split(dataset, split, folder)
     if not files:
         try:
@@ -1197,7 +1199,7 @@ def add_flags(parser, *priors):
     add("--out", default="runs", help="folder for runs")
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
-    add("--sample-steps", type=int, help="its number of steps, at most the `start` of refinement")
+    add("--sample-steps", type=int, help="its number of steps, cut to the `start` of refinement")
     add("--temperature", type=float, help="factor of the noise sampling starts from: below 1 cleaner, less detail")
     add("--eval-samples", type=int, help="images generated for the headline scores, and at most for each other row")
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
@@ -1217,7 +1219,7 @@ def read_settings(args):
     train, evaluation = budget(name, args.dataset, size)
     for flag, value, low, high in (("--steps", args.steps, 1, 10**9), ("--batch-size", args.batch_size, 1, 10**5),
                                    ("--seed", args.seed, 0, 2**31), ("--temperature", args.temperature, 0, 2),
-                                   ("--sample-steps", args.sample_steps, 1, train["start"]),
+                                   ("--sample-steps", args.sample_steps, 1, 1000),
                                    ("--eval-samples", args.eval_samples, 40, 10**6),
                                    ("--export", args.export, 1, 10**6)):
         if value is not None and not low <= value <= high:

@@ -8,15 +8,15 @@ score compares the two clouds of vectors. The Frechet distance takes each for a 
 
 Three habits keep it honest. One pipeline for both sides: uint8 in, TF1 bilinear resize, (x - 128)/128, float64 moments.
 The floor: FD is biased upward by about C (1/N1 + 1/N2), so what as many held-out real images score stands beside it.
-An interval: leave out a twentieth of the images at a time (a percentile bootstrap adds the bias again: it misses).
+An interval: the jackknife, from the scores without a twentieth of the images each. (A percentile bootstrap would add
+the bias a second time and miss the score.)
 
     python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
     python fid.py cifar10 samples --features inception --count 10000 --json
     python fid.py --train-local FOLDER    makes a local feature network: minutes on two CPU cores (cifar10: 17)
 
 Contents: 1 small things every file uses, 2 Inception, 3 the local network, 4 features and their moments, 5 scores,
-6 the reference and a row of scores, 7 training the local network, 8 the command. Nothing of the project is imported,
-but for the data sets that a command names.
+6 the reference and a row of scores, 7 training the local network, 8 the command, which alone imports common.py.
 """
 
 import argparse
@@ -285,7 +285,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
         place = f"--weights {weights}: no such file" if weights else (
             f"--features local: {len(found)} files {FEATURES_DIR / name}-<hash8>.pt, one is needed")
         fail(f"{place}; name one with --weights, or {advice}")
-    stored = load_hashed(found[0], "--features local", advice)
+    stored = load_hashed(found[0], "--weights" if weights else "--features local", advice)
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -453,7 +453,8 @@ def jackknife(score, *arrays):
 
 def jackknife_pairs(value, own):
     """The jackknife of a mean over pairs of images, to first order and without computing a pair again: rows left out
-    move it by twice what they move the mean of `own` (N,), each image's mean over its partners."""
+    move it by twice what they move the mean of `own` (N,), each image's mean over its partners (it is quadratic in the
+    set of images: each is both sides of its pairs)."""
     return jackknife(lambda x: value + 2 * (x.mean() - own.mean()).item(), own)
 
 
@@ -523,7 +524,8 @@ def scores(extractor, generated, ref, progress=False):
         lambda x: frechet_distance(FeatureStats().update(x), ref.stats), features)}
     row["is"] = jackknife(  # shuffled here, so that its parts stay the same where rows are left out
         lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
-    own = torch.cat([pair_means(cubic, y) - pair_means(cubic, y, real_kid[:5000])  # partners: a block of some 2,000
+    # each image's part of the MMD, against its block of some 2,000 and 5,000 real ones: enough for an interval
+    own = torch.cat([pair_means(cubic, y) - pair_means(cubic, y, real_kid[:5000])
                      for y in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(real_kid, features, size=size), own)
     own = pair_means(distances, features[:few]) / pair_means(distances, real[:few]).mean()
@@ -541,7 +543,7 @@ IMAGES_SEEN = {"cifar10": 800_000}  # in training; elsewhere 200,000, but each a
 
 def augment(x, gen, crop=False):
     """Random views of float images (B, 3, S, S): a shift of up to an eighth and a flip; or (`crop`) 25 to 100% of the
-    area, a flip, and jitter of brightness, contrast and colour. Never blur or noise, which features must notice."""
+    area, a flip, and jitter of brightness, contrast and colour. No blur or noise as such: features must notice them."""
     draw = lambda low, high: low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)  # noqa: E731
     scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
     pixel = 2 / x.shape[-1]  # in grid_sample's coordinates; a move by whole pixels blurs nothing
@@ -580,7 +582,7 @@ def train_network(data, seed=0, batch=256):
     steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
     optimiser = torch.optim.SGD([*net.parameters(), *extra.parameters()], 0.1, 0.9, nesterov=True, weight_decay=5e-4)
-    peak = 0.2 if labels is None else 0.4 if factors is None else 0.1  # a regression diverges where classes do not
+    peak = 0.2 if labels is None else 0.4 if factors is None else 0.1  # regressing factors diverges at higher rates
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps)
     batches = torch.cat(epochs)[:steps * batch].view(steps, batch)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
@@ -668,7 +670,7 @@ def read_folder(folder, flag, count=None):
     agree; and whether most are JPEG. Fails naming `flag` if there are fewer than two, or than `count`."""
     files = find_images(folder)
     if count is not None and not 2 <= count <= len(files) or len(files) < 2:
-        fail(f"{flag}: found {len(files)} images in {folder} and below, and at least 2 are needed")
+        fail(f"{flag}: found {len(files)} images in {folder} and below, and {max(2, count or 0)} are needed")
     files = tqdm(shuffle(files)[:count], desc=f"reading {folder}", unit="image")
     images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) for path in files]
     jpeg = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in files.iterable) > len(images) / 2

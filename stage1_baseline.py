@@ -3,21 +3,24 @@
 The claim: a VAE is quick and gives a compact latent but blurs; a diffusion model is sharp but knows no latent. Put
 one behind the other, and the VAE decides *what* is in the image while the diffusion model decides *how it looks*.
 
-    1. VAE            x_hat = Dec(z), z ~ q(z|x);   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))
-    2. Refiner        x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps;   loss = MSE(target, U-Net(x_t, x_hat, t))
+    1. VAE            x_hat = Dec(z), z ~ q(z|x);   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)); beta is 1
+                      as published, 0.25 on a laptop
+    2. Refiner        x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps;   loss = MSE(target, U-Net(x_t, x_hat, t)); the
+                      target is eps as published, v by default (common.Diffusion)
        Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
        Formulation 2  x_t is moved by x_hat as well: N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With y_t = x_t - x_hat
                       that is the plain process again, so the two differ in one line: what the U-Net is shown.
+                      It ends at y_0 = x0: nothing is added back.
     3. Sampling       z ~ prior, x_hat = Dec(z), then the reverse process. The prior is N(0, I) or a Gaussian mixture
                       fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
     4. Where to begin As published, at pure noise, x_T ~ N(0, I). But x_hat tells what x0 is about, up to a residual of
-                      standard deviation r: from t0 on, where the noise is some 10 r, x_t0 = sqrt(abar) x_hat +
+                      standard deviation r: from t0 on, where the noise is 10 to 20 r, x_t0 = sqrt(abar) x_hat +
                       sqrt(1 - abar) eps can hardly be told from the true one. Begin there (`start`), train on 1..t0
                       alone, and half the steps do. A better VAE needs less refinement: that becomes a number.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
-        python stage1_baseline.py --variant all          with Formulation 2 and the control without a VAE (`uncond`)
+        python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
         python stage1_baseline.py --dataset celeba64 --pretrained    faces, in half a minute: nothing is trained
 Expect  6 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
         and a table. The VAE's samples are blurred (hf_energy about 0.15, where real images have 1), the refined ones
@@ -32,7 +35,8 @@ import torch
 import common
 import fid
 
-VARIANTS = ("vae", "uncond", "form1", "form2")
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # of what the U-Net sees: x_t, and x_hat below it
+VARIANTS = tuple(CHANNELS)
 PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -44,10 +48,6 @@ def vae_loss(vae, x0, noise, beta):
     x_hat, mu, logvar = vae(x0, noise)
     sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
     return sse + beta * kl, sse, kl
-
-
-def build_unet(train, variant):
-    return common.build_unet(train, 3 if variant == "uncond" else 6)
 
 
 def build_diffusion(train, variant, device):
@@ -86,7 +86,7 @@ def train_vae(folder, train, data, device, resume):
         with common.autocast(device):
             loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
         training.step(loss, {"sse": sse, "kl_nats": kl})
-    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
+    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)  # of the weights: what is kept
     return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
 
@@ -96,7 +96,8 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
     if state and state["finished"]:
         return state
     torch.manual_seed(train["seed"])
-    unet, diffusion = build_unet(train, variant), build_diffusion(train, variant, device)
+    unet = common.build_unet(train, CHANNELS[variant])
+    diffusion = build_diffusion(train, variant, device)
     vae = common.frozen(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
@@ -124,7 +125,7 @@ def load_model(state, variant, device):
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
-        unet = common.frozen(build_unet(train, variant), state["unet"], device)
+        unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant)
     return model
 
@@ -171,7 +172,7 @@ def parse_flags(argv=None):
 
 
 def network_cost(train, variant):
-    return common.network_cost(train, variant != "uncond", {"vae": None, "uncond": 3}.get(variant, 6))
+    return common.network_cost(train, variant != "uncond", CHANNELS[variant])
 
 
 def main(argv=None):
@@ -183,7 +184,7 @@ def main(argv=None):
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
     setup = common.prepare(args, train, evaluation, device)
-    train, data, device, vae_state, finished = setup.train, setup.data, setup.device, None, {}
+    train, data, device, vae_state, measured = setup.train, setup.data, setup.device, None, {}
     if args.variant != ["uncond"]:
         vae_state = train_vae(setup.home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)
     for variant in args.variant:
@@ -191,9 +192,9 @@ def main(argv=None):
         if variant != "vae":
             state = train_refiner(folder, variant, train, vae_state, data, device, args.resume)
         model = load_model(state, variant, device)
-        finished[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
+        measured[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
         common.export(args, folder, state, model, setup.evaluation)
-    common.print_results(finished, setup)
+    common.print_results(measured, setup)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ loss reaches the VAE through x_hat. Does that make better samples, and a smoothe
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))                    as in stage 1, in nats up to beta
     diffusion term  M = mean squared error of the U-Net's prediction at x_t; D M sums it over the D pixel values
     sum             E + lambda D M, one fixed weight. D M is not nats: with the likelihood's weights in place of equal
-                    ones it would be (lambda about 9.4 has that size for an eps-prediction)
+                    ones it would be (for an eps-prediction lambda about 9.4 from T, 5 from t = 400, has that size)
     anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
     kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
     bound           the exact bound on -log p(x) of the hybrid: KL, the process's sum_t KL_t + L_0, and what its start
@@ -19,8 +19,8 @@ D.) `--gradient` says how far it goes: `full` (decoder and encoder), `decoder`, 
 networks learning at once.
 
 Why it is delicate: the refiner pays for information in x_hat, so the latent is pushed to leak x (the KL rises) and
-x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (of
-the gradient at x_hat, the diffusion term's) and `*_mse_shuffled` (the loss with another image's x_hat).
+x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (the
+diffusion term's part of the gradient at x_hat) and `*_mse_shuffled` (the loss with another image's x_hat).
 
 Run     python stage2_joint.py                       shapes on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
@@ -51,8 +51,8 @@ def condition(unet, x_hat):
 
 
 def scale_gradient(x_hat, scale, sse_norm):
-    """A copy of x_hat whose backward pass hands on its gradient times `scale`, a number, and a tensor
-    () that is filled in then: the norm of what was handed on over the sum of it and `sse_norm`, the SSE gradient's.
+    """A copy of x_hat that multiplies the gradient passing back through it by `scale`, a number or tensor (); and a
+    tensor () that this pass fills: the norm of that gradient, g, over g + `sse_norm`, the norm of the SSE's gradient.
     The hook holds numbers only, nothing of the graph that it belongs to, so both are freed together."""
     gradient_share = torch.zeros((), device=x_hat.device)
 
@@ -83,8 +83,8 @@ class Balance(nn.Module):
         self.logvar = nn.Parameter(torch.zeros(2))
 
     def forward(self, elbo, diffusion):
-        """Both terms (B,) -> exp(-a) E + a + exp(-b) D M + b: (B,). Of the terms' gradients only E's goes on: the
-        refiner's own stays as it is."""
+        """Both terms (B,) -> exp(-a) E + a + exp(-b) D M + b: (B,). D M is detached, it teaches b alone: the VAE gets
+        exp(-b) times its gradient by scale_gradient, the refiner its own."""
         a, b = self.logvar
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
@@ -108,7 +108,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
-    x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t, clamp=False)
+    x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t, clamp=False)  # a clamp would cut the gradient
     nats = common.kl_step(diffusion, x0, x0_hat, t.clamp(min=2))
     first = t == 1
     if first.any():
@@ -143,13 +143,11 @@ def train_joint(folder, train, data, device, resume):
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
-    networks = {"vae": vae, "unet": common.build_unet(train, 6)}
-    unet, balance = networks["unet"], Balance()
-    if train["loss"] == "kendall":
-        networks["balance"] = balance
+    unet, balance = common.build_unet(train, 6), Balance()
+    learned = {"balance": balance} if train["loss"] == "kendall" else {}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", guard=True,
-                               **networks)
+                               vae=vae, unet=unet, **learned)
     probe = training.data[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
     name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
@@ -162,22 +160,23 @@ def train_joint(folder, train, data, device, resume):
             z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            vae_part = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
             sse_weight, weight = weights(train, training.steps, balance)
-            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # of the mean SSE's gradient at x_hat
+            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|
             # decoded again from detached z: the same values, but the gradient ends in the decoder
             seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             seen, gradient_share = scale_gradient(seen, weight * size, sse_norm)
             denoise = condition(unet, seen)
             if train["loss"] == "bound":
-                mse = bound_loss(diffusion, denoise, seen, x0, u, eps) / size  # (B,)
+                unet_part = bound_loss(diffusion, denoise, seen, x0, u, eps) / size  # (B,), nats per dimension
             else:
-                mse = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
+                unet_part = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
             if train["loss"] == "kendall":
-                elbo = balance(elbo, size * mse)  # (B,)
-        training.step(elbo + mse, {"sse": sse, "kl_nats": kl, name: mse, "weight": weight,
-                                   "gradient_share": gradient_share}, lambda: look(vae, unet, diffusion, probe))
+                vae_part = balance(vae_part, size * unet_part)  # (B,)
+        training.step(vae_part + unet_part,
+                      {"sse": sse, "kl_nats": kl, name: unet_part, "weight": weight, "gradient_share": gradient_share},
+                      lambda: look(vae, unet, diffusion, probe))
     averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
@@ -230,7 +229,8 @@ def linear_probe(train_x, train_y, test_x, test_y):
 @torch.no_grad()
 def latent_space(folder, model, setup, pairs=32, points=9):
     """Interpolations between held-out images (VAE decodes and refined, with the noise fixed along a path), the score of
-    the midpoints, and what a linear probe reads off mu. A picture goes into `folder`, if given."""
+    the midpoints, that of held-out images' own codes, and what a linear probe reads off mu. A picture goes into
+    `folder`, if given."""
     data, test, seed, result = setup.data, setup.test, setup.train["seed"], {}
     gen, steps = common.generator(90_000 + seed), setup.evaluation["probe_steps"]
     mu = common.encode(model.vae, test.images, gen, model.device)[1]  # (N, d)
@@ -246,7 +246,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         parts = zip(*(decode(part) for part in z.split(100)), strict=True)
         return [fid.scores(setup.extractor, torch.cat(part), setup.reference)[setup.fd] for part in parts]
 
-    result["posterior"] = dict(zip(("vae", "refined"), score(a), strict=True))  # no prior: what better ones could reach
+    result["posterior"] = dict(zip(("vae", "refined"), score(a), strict=True))  # what a perfect prior could reach
     for name, path in (("slerp", slerp), ("lerp", lerp)):
         shots = [decode(path(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
         strips = [torch.stack(part, 1) for part in zip(*shots, strict=True)]  # VAE, refined: (P, K, 3, H, W)
@@ -325,8 +325,8 @@ def main(argv=None):
             earlier[path] = found
     tables = metrics["tables"]
     if len(earlier) == 2 and "latent_space_stage1" not in tables:
-        form1 = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
-        form1 = load_model(common.load_checkpoint(form1), setup.device)
+        checkpoint = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
+        form1 = load_model(common.load_checkpoint(checkpoint), setup.device)
         form1 = dataclasses.replace(form1, temperature=evaluation["temperature"])
         tables["latent_space_stage1"] = latent_space(None, form1, setup)
         common.write_json(folder / "metrics.json", metrics)

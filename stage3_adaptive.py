@@ -11,8 +11,8 @@ the refiner should lean on it less there, and may take more steps or begin at mo
                     s = w . phi + b, phi = [z, z^2, s_vec], (B,): mean 0 and sd 1 over training images, high is hard
                     regressed  w from ridge regression of log |x_hat - x0|^2 on phi: learns which z are hard, and how
                     variance   w averages s_vec over active dimensions, with the sign that makes high hard
-                    posterior  a trap: trained on the logvar of q(z|x) in place of Enc(x_hat)'s. There is no x at
-                               sampling, and side information about x voids the likelihood bound
+                    posterior  a trap: as variance, but trained on the logvar of q(z|x), not Enc(x_hat)'s. There is no x
+                               at sampling, and side information about x voids the likelihood bound
     conditioning    fixed     x_hat as it is (stage 1)
                     fade      x_hat exp(-max(s, 0) / 2): fades where the VAE is unsure; nothing to learn
                     film      s_vec and s enter through the time embedding, and a gate on x_hat; starts as fixed
@@ -25,7 +25,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
 Expect  about the minutes of stage 1; the strategies share one VAE with the flow, and one for gaussian and gmm. First a
         verdict whether s ranks held-out errors at all: if it does not, conditioning on it cannot help. (On shapes it
-        does, with a rank correlation of 0.6, 0.25 by the variance; it helps little even so, see REPORT.md.)
+        does, with a rank correlation of 0.6, 0.2 by the variance; it helps little even so, see REPORT.md.)
 """
 
 import argparse
@@ -116,7 +116,8 @@ def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
     the identity; returns it in evaluation mode. z is drawn anew in each step: of one draw it would learn the noise."""
     torch.manual_seed(seed)
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + 3)
-    flow.load_state_dict(start or flow.state_dict())
+    if start:
+        flow.load_state_dict(start)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, 0.05, True)
@@ -132,7 +133,7 @@ def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
 
-def features(z, logvar, stats):
+def predictors(z, logvar, stats):
     """phi = [z, z^2, s_vec], (B, 3d), of z and log-variances (B, d)."""
     s_vec = ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
     return torch.cat([z, z**2, s_vec], 1)
@@ -140,7 +141,7 @@ def features(z, logvar, stats):
 
 def standardise(z, logvar, stats, kind):
     """s_vec (B, d) and s (B,) of z and log-variances (B, d): w . phi + b, with the w and b of `kind`."""
-    phi, kind = features(z, logvar, stats), "variance" if kind == "posterior" else kind
+    phi, kind = predictors(z, logvar, stats), "variance" if kind == "posterior" else kind
     return phi[:, -z.shape[1] :], (phi * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
 
 
@@ -170,7 +171,7 @@ def fit_uncertainty(trip):
     z, mu, _, logvar, error = trip
     active, hard = common.active_units(mu).float(), error.log()
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
-    phi = features(z, logvar, stats)
+    phi = predictors(z, logvar, stats)
     average = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])
     sign = 1.0 if (phi @ average) @ (hard - hard.mean()) >= 0 else -1.0
     weights = {"variance": sign * average, "regressed": common.ridge_regression(phi, hard[:, None])[0][:, 0]}
@@ -315,10 +316,10 @@ def train_refiner(folder, train, vae_state, data, device, resume):
         eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
         with common.autocast(device):
             with torch.no_grad():
-                x_hat, mu, logvar = vae(x0, z_noise)
-                s_vec = s = None
+                mu, logvar = vae.encoder(x0)
+                z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
+                x_hat, s_vec, s = vae.decoder(z), None, None
                 if train["conditioning"] != "fixed":
-                    z = mu + (0.5 * logvar).exp() * z_noise  # (B, d), x_hat = Dec(z)
                     s_vec, s = (standardise(z, logvar, stats, kind) if kind == "posterior" else
                                 uncertainty(vae, z, x_hat, stats, kind))
             loss = diffusion.simple_loss(condition(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
@@ -356,7 +357,7 @@ def load_model(state, device, control=None):
 # --- What it shows: what adaptivity buys -----------------------------------------------------------------------------
 
 
-CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: another image's, the median image's, zeros
+CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: another's, its batch's median's, zeros
     "shuffled": lambda s_vec, s: (s_vec.roll(1, 0), s.roll(1, 0)),
     "constant": lambda s_vec, s: tuple(x[s.argsort()[len(s) // 2]].expand_as(x) for x in (s_vec, s)),
     "zero": lambda s_vec, s: (torch.zeros_like(s_vec), torch.zeros_like(s)),
@@ -364,9 +365,9 @@ CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: ano
 
 
 @torch.no_grad()
-def refine_all(model, measure, z, steps, seed, start=None):
+def refine_all(model, sense, z, steps, seed, start=None):
     """Refine Dec(z) for z (N, d), from the model's own start or another: x_hat and refined, uint8, and s (N,), on the
-    CPU, and seconds per image, those of s included. With one seed image k has the same noise in every call."""
+    CPU, and seconds per image, with one `sense(z, x_hat)`. With one seed image k has the same noise in every call."""
     if start:  # a denoiser does not know where the process began
         diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
         model = dataclasses.replace(model, diffusion=diffusion)
@@ -374,7 +375,7 @@ def refine_all(model, measure, z, steps, seed, start=None):
     for i, part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(part)
         refined = common.refine(model, x_hat, part, common.generator(seed + i), "dpm", steps)
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), measure(part, x_hat)[1].cpu()))
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), sense(part, x_hat)[1].cpu()))
     return *(torch.cat(part) for part in zip(*parts, strict=True)), (time.time() - clock) / len(z)
 
 
@@ -390,15 +391,15 @@ def against(images, real, setup):
 def adaptivity(folder, state, model, setup):
     """Terciles of s, controls, consistency over refiner seeds, adaptive refinement; writes uncertainty.png."""
     steps, seed = setup.evaluation["probe_steps"], 80_000 + 1000 * setup.train["seed"]
-    real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]
+    real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]  # half of grid_count in each third
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
-    measure = functools.partial(uncertainty, model.vae, stats=stats, kind=state["train"]["uncertainty"])
+    sense = functools.partial(uncertainty, model.vae, stats=stats, kind=state["train"]["uncertainty"])
     mu = common.encode(model.vae, real, common.generator(seed), model.device)[1]
-    x_hat, refined, s, _ = refine_all(model, measure, mu, steps, seed)
-    again = [refine_all(model, measure, mu, steps, seed + more)[1] for more in (1000, 2000)]
+    x_hat, refined, s, _ = refine_all(model, sense, mu, steps, seed)
+    again = [refine_all(model, sense, mu, steps, seed + more)[1] for more in (1000, 2000)]
     known, *features = (fid.extract(setup.extractor, x)[0] for x in (real, refined, *again))  # each (N, f)
     features = torch.stack(features)  # (3, N, f)
-    wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart
+    wander = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,): how far refiner seeds lie apart, 0 if they agree
     error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
     thirds = dict(zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True))
     terciles = {name: {"sse": float(error[i].mean()), "vae": against(x_hat[i], known[i], setup),
@@ -409,9 +410,9 @@ def adaptivity(folder, state, model, setup):
     controls = {"true": against(refined, known, setup)}
     for name, control in CONTROLS.items():
         told = dataclasses.replace(load_model(state, model.device, control), temperature=model.temperature)
-        controls[name] = against(refine_all(told, measure, mu, steps, seed)[1], known, setup)
+        controls[name] = against(refine_all(told, sense, mu, steps, seed)[1], known, setup)
     return {"terciles": terciles, "controls": controls,
-            "adaptive_refinement": adaptive_refinement(model, measure, setup)}
+            "adaptive_refinement": adaptive_refinement(model, sense, setup)}
 
 
 MEAN_STEPS = 2  # in adaptive_refinement: so few that each tells, since six score as a hundred
@@ -423,18 +424,19 @@ def allocate(s, n, start):
     `shuffled`, a control, goes by another image's s. {name: three (indices, steps, start)}."""
     few, low, middle, other = n // 2, start // 2, 3 * start // 4, s.roll(1)
     steps, starts = [(few, start), (n, start), (2 * n - few, start)], [(n, low), (n, middle), (n, start)]
+    ways = {"even": (s, [(n, start)] * 3), "even_middle_start": (s, [(n, middle)] * 3),
+            "adaptive_steps": (s, steps), "shuffled_steps": (other, steps),
+            "adaptive_start": (s, starts), "shuffled_start": (other, starts)}
     return {name: [(index, *third) for index, third in zip(by.argsort().tensor_split(3), thirds, strict=True)]
-            for name, by, thirds in (("even", s, [(n, start)] * 3), ("even_middle_start", s, [(n, middle)] * 3),
-                                     ("adaptive_steps", s, steps), ("shuffled_steps", other, steps),
-                                     ("adaptive_start", s, starts), ("shuffled_start", other, starts))}
+            for name, (by, thirds) in ways.items()}
 
 
-def adaptive_refinement(model, measure, setup):
-    """The same z and noise refined in every way of `allocate`: scores and seconds per image. Every image is refined in
-    every third's way, and the ways pick: so its noise is the same in all."""
+def adaptive_refinement(model, sense, setup):
+    """Scores and seconds per image of every way of `allocate`. All images are refined once with each (steps, start); a
+    way then takes each image from the run of its third, so z and noise are the same in all."""
     count, n, seed = 3 * (setup.evaluation["count"] // 3), MEAN_STEPS, setup.train["seed"]
     z = model.priors[setup.evaluation["prior"]].sample(count, common.generator(85_000 + seed))
-    refined = functools.cache(lambda n, start: refine_all(model, measure, z, n, 86_000 + 1000 * seed, start))
+    refined = functools.cache(lambda n, start: refine_all(model, sense, z, n, 86_000 + 1000 * seed, start))
     result, start = {"mean_steps": n}, model.diffusion.start
     for name, thirds in allocate(refined(n, start)[2], n, start).items():
         images, seconds = torch.empty_like(refined(n, start)[1]), 0.0
@@ -495,8 +497,6 @@ def main(argv=None):
         return common.print_settings(train, evaluation, network_cost(train))
     setup = common.prepare(args, train, evaluation, device)
     train, data, device = setup.train, setup.data, setup.device
-    if len(setup.test.images) < 6:
-        common.fail(f"--data-dir {args.data_dir}: {len(setup.test.images)} held-out images; thirds need at least 6")
     vae_train = {key: value for key, value in train.items() if key not in ("conditioning", "uncertainty")}
     name = f"stage3-{args.prior}-{args.conditioning}" + (
         "" if args.uncertainty == "regressed" else f"-{args.uncertainty}")

@@ -84,7 +84,7 @@ def test_equal_seconds_by_hand():
     assert first["latent"] == {key: value for key, value in ours[0].items() if key not in ("n_generated", "hf_energy")}
 
 
-def test_pixel_run_refuses_other_settings(tmp_path):
+def test_pixel_rows_of_other_settings_are_refused(tmp_path):
     """Only a finished run of the same training settings is compared with, and only rows measured in the same way."""
     train, setup = tiny(), SimpleNamespace(evaluation={"features": "local", "temperature": 0.9, "count": 64})
     rows = [{"fd_local": {"value": 1.0, "low": None, "high": None}}]
@@ -93,10 +93,9 @@ def test_pixel_run_refuses_other_settings(tmp_path):
         fid.save(tmp_path / "checkpoint.pt", {"train": settings(**changes), "finished": finished})
         run = {"eval": {"features": features, "temperature": temperature, "count": 99}}
         common.write_json(tmp_path / "metrics.json", {"schema": 1, "run": run, "rows": rows})
-        state, theirs = bonus.pixel_run(tmp_path, train, setup)
-        return state is not None, theirs
+        return bonus.pixel_rows(tmp_path, train, setup)
 
-    assert bonus.pixel_run(tmp_path, train, setup) == (None, None)  # nothing there
-    assert found() == (True, rows)
-    assert found(steps=9) == found(seed=1) == found(finished=False) == (False, None)
-    assert found(temperature=1.0) == found(features="local, another") == (True, None)
+    assert bonus.pixel_rows(tmp_path, train, setup) is None  # nothing there
+    assert found() == rows
+    assert found(steps=9) is found(seed=1) is found(finished=False) is None
+    assert found(temperature=1.0) is found(features="local, another") is None

@@ -199,13 +199,13 @@ def test_folder_of_odd_images(tmp_path, monkeypatch):
     """Any size, mode and suffix, in nested folders: centre square, RGB; the last tenth is the test split."""
     monkeypatch.chdir(tmp_path)
     home, column = tmp_path / "photos", torch.arange(64.0).expand(64, 64)
-    for i in range(17):
-        save(home / "more" / f"{i:02}.jpg", noise_image(i, 30 + i, 50 - i))
+    for i in range(57):
+        save(home / "more" / f"{i:02}.jpg", noise_image(i, 30 + i % 17, 50 - i % 17))
     save(home / "a_wide.png", ramp(64, 128))
     save(home / "b_tall.png", ramp(128, 64))
     save(home / "c_grey.png", np.full((70, 70), 77, np.uint8))
     train, test = (common.load_images("folder", split, home, 64) for split in ("train", "test"))
-    assert train.images.shape == (18, 3, 64, 64) and test.images.shape == (2, 3, 64, 64)
+    assert train.images.shape == (54, 3, 64, 64) and test.images.shape == (6, 3, 64, 64)
     assert (train.crop, train.name, train.labels, train.note) == ("centre", "photos", None, "JPEG files")
     assert torch.equal(train.images[0, 0].float(), column + 32) and torch.equal(train.images[0, 1].float(), column.T)
     assert torch.equal(train.images[1, 0].float(), column) and torch.equal(train.images[1, 1].float(), column.T + 32)
@@ -217,7 +217,7 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, decode, count = tmp_path / "photos", common.decode_file, []
     monkeypatch.setattr(common, "decode_file", lambda *a: count.append(a) or decode(*a))
-    for i in range(30):  # uncompressed: a file edited in place keeps its size
+    for i in range(70):  # uncompressed: a file edited in place keeps its size
         save(folder / f"{i:02}.bmp", noise_image(i, 40, 44))
 
     def load(size=32, folder=folder):
@@ -225,20 +225,20 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
         return common.load_images("folder", "train", folder, size).images, len(count)
 
     (first, decoded), (again, decoded_again) = load(), load()
-    assert (decoded, decoded_again) == (27, 0) and torch.equal(first, again)
-    assert load(64)[1] == 27 and load()[1] == 0  # both sizes are kept
+    assert (decoded, decoded_again) == (63, 0) and torch.equal(first, again)
+    assert load(64)[1] == 63 and load()[1] == 0  # both sizes are kept
     save(folder / "00.bmp", noise_image(99, 40, 44))
     changed, decoded = load()
-    assert decoded == 27 and not torch.equal(first[0], changed[0]) and torch.equal(first[1:], changed[1:])
+    assert decoded == 63 and not torch.equal(first[0], changed[0]) and torch.equal(first[1:], changed[1:])
     (folder / "01.bmp").unlink()
-    assert load()[0].shape[0] == 27 and load()[1] == 0  # 29 files: two for the test split
+    assert load()[0].shape[0] == 63 and load()[1] == 0  # 69 files: six for the test split
     (cache,) = (tmp_path / "data" / "cache").glob("photos-train-*-32.npz")
     whole = cache.read_bytes()
     for damage in (whole[: len(whole) // 2], b"", whole[:2000] + bytes(500) + whole[2500:]):
         cache.write_bytes(damage)
         images, decoded = load()
-        assert decoded == 27 and torch.equal(images[0], changed[0]) and load()[1] == 0
-    assert load(folder=shutil.copytree(folder, tmp_path / "other" / "photos"))[1] == 27  # names, sizes and times alike
+        assert decoded == 63 and torch.equal(images[0], changed[0]) and load()[1] == 0
+    assert load(folder=shutil.copytree(folder, tmp_path / "other" / "photos"))[1] == 63  # names, sizes and times alike
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -580,12 +580,12 @@ def test_gmm_of_few_points_stays_finite(count, components):
 def test_flags_replace_the_budget():
     """What is given, and nothing else; the last prior is the default, and each data set has its size and features."""
     train, evaluation, device = common.read_settings(flags(
-        *"--budget smoke --steps 5 --batch-size 3 --seed 7 --sampler ddim --sample-steps 9 --eval-samples 50".split(),
+        *"--budget smoke --steps 5 --batch-size 3 --seed 7 --sampler ddim --sample-steps 999 --eval-samples 50".split(),
         *"--temperature 0.8 --prior gaussian --device cpu --compile".split()))
     plain, measured = common.budget("smoke", "shapes", 32)
     assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "steps": 5,
                              "batch": 3, "compile": True}
-    assert evaluation == measured | {"sampler": "ddim", "sample_steps": 9, "count": 50, "grid_count": 50,
+    assert evaluation == measured | {"sampler": "ddim", "sample_steps": 999, "count": 50, "grid_count": 50,
                                      "temperature": 0.8, "features": "local", "prior": "gaussian"} and device == CPU
     for argv, size, features in ((["folder"], 64, "inception"), (["folder", "--image-size", "32"], 32, "inception"),
                                  (["cifar10"], 32, "inception"), (["celeba64", "--features", "local"], 64, "local"),
@@ -603,7 +603,7 @@ def test_prepare(small, monkeypatch):
     assert not torch.equal(setup.data.images[:200], setup.test.images) and "crop" not in train
     assert setup.fd == "fd_local" and dataclasses.replace(setup, extractor=SimpleNamespace(suffix="")).fd == "fid"
     for home in ("one", "two"):
-        for i in range(20):
+        for i in range(60):
             save(Path(home) / "photos" / f"{i:02}.png", np.full((32, 32, 3), i, np.uint8))
     one, two = (common.prepare(flags("--dataset", "folder", "--data-dir", f"{home}/photos"), train | {"image_size": 32},
                                {"features": "local"}, CPU) for home in ("one", "two"))

@@ -70,7 +70,8 @@ def test_overfits_one_batch(variant):
     a refiner's falls to a tenth."""
     torch.manual_seed(0)
     x0, diffusion, history = common.to_float(draw_all(8 if variant == "vae" else 1, 1)[0]), common.Diffusion("v"), []
-    network = common.build_vae(settings()) if variant == "vae" else stage1.build_unet(settings(), variant)
+    network = common.build_vae(settings()) if variant == "vae" else common.build_unet(
+        settings(), stage1.CHANNELS[variant])
     eps, t = torch.randn(1, 3, 32, 32), torch.tensor([400])
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3 if variant == "vae" else 3e-3)
     for _ in range(100):
