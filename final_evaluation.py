@@ -70,7 +70,6 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
-    ("Or dimming `x_hat`?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
@@ -79,7 +78,6 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
     ("Does adaptive conditioning soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
     ("And against stage 1?", "noise area of stage3-flow-film", "noise area of stage1-form1"),
-    ("Or dimming `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
