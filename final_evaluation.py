@@ -52,7 +52,7 @@ TABLES = {  # name: (patterns of variants, columns)
     "codes": ("stage1-form1 stage2-anneal*", "gaussian/fd; own prior/fd; real codes/refined; class_kept_refined"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
-    "uncertainty": ("stage3-flow-fixed", "regressed/correlation; variance/correlation; sure/vae; "
+    "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
     "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd; "
                      "middle start/fd; start by thirds/fd"),
