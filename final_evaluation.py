@@ -44,7 +44,7 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
 
 TABLES = {  # name: (patterns of variants, columns)
     "results": ("stage1-vae stage1-form1 stage2-anneal stage3-flow-film bonus-latent",
-                "fd; floor; hf_energy; train minutes"),
+                "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
