@@ -54,8 +54,7 @@ TABLES = {  # name: (patterns of variants, columns)
                "log p(z) flow"),
     "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
-    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd; "
-                     "middle start/fd; start by thirds/fd"),
+    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
