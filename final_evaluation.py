@@ -67,6 +67,8 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
     ("So is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
     ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
+    ("Is it the gradient there?", "real codes/refined of stage2-anneal",
+     "real codes/refined of stage2-anneal-grad-none"),
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
@@ -75,8 +77,8 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does it matter whose `s` they go by?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
+    ("And without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
     ("Does adaptive conditioning soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
-    ("And against stage 1?", "noise area of stage3-flow-film", "noise area of stage1-form1"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
