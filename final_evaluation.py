@@ -60,7 +60,7 @@ TABLES = {  # name: (patterns of variants, columns)
 
 CLAIMS = [  # (question, a column of a variant, the same of another); of every column here less is better
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
-    ("Does seeing `x_hat` help the refiner?", "fd of stage1-form1", "fd of stage1-uncond"),
+    ("Does `x_hat`, with a start at `t0`, help?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
@@ -72,6 +72,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
     ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
+    ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
     ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
     ("Does it matter whose `s` they go by?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
