@@ -48,8 +48,10 @@ TABLES = {  # name: (patterns of variants, columns)
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
-    "joint": ("stage1-form1 stage2-*", "fd; precision; recall; hf_energy; kl_nats; bits/dim; noise area"),
-    "codes": ("stage1-form1 stage2-anneal*", "gaussian/fd; own prior/fd; real codes/refined; class_kept_refined"),
+    "joint": ("stage1-form1 stage2-anneal stage2-*none stage2-bound stage2-kendall stage2-sum stage2-*w10",
+              "fd; precision; recall; hf_energy; kl_nats; bits/dim; noise area"),
+    "codes": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+              "gaussian/fd; own prior/fd; real codes/refined; class_kept_refined"),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
     "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
