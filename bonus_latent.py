@@ -316,7 +316,7 @@ def main(argv=None):
     train |= {"ae_width": width, "latent_unet": [list(row) for row in table]}
     if args.dry_run:
         return common.print_settings(train, evaluation, network_cost(train))
-    setup = common.prepare(args, train, evaluation, device)
+    setup = common.Setup(args, train, evaluation, device)
     train, device = setup.train, setup.device
     ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
     ae_state = train_autoencoder(ae_folder, train, setup.data, device, args.resume)

@@ -16,7 +16,6 @@ Conventions (used by every file)
 import argparse
 import atexit
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import functools
@@ -27,14 +26,12 @@ import math
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import time
 import traceback
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +80,6 @@ class Diffusion:
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.signal = self.alpha_bar.sqrt().float().to(device)  # (T + 1,) factor of x0 in x_t
         self.noise = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,) factor of eps in x_t
-        # (T + 1,) log(signal / noise), half the log-SNR; [0] = inf
-        self.half_log_snr = torch.log(self.alpha_bar / (1 - self.alpha_bar)) / 2
 
     def factors(self, t):
         """t (B,) -> the factors of x0 and eps in x_t, each (B, 1, 1, 1)."""
@@ -137,13 +132,6 @@ def time_grid(start, steps):
     return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
 
 
-def ddpm_step(diffusion, x, x0, t, s, variance, gen):
-    """Ancestral sampling, DDPM algorithm 2: the posterior's mean plus noise (none in the last step, s = 0)."""
-    c_x0, c_xt, small, large = diffusion.posterior(t, s)
-    noise = randn(x.shape, gen) if s > 0 else 0.0
-    return c_x0 * x0 + c_xt * x + math.sqrt(small if variance == "fixedsmall" else large) * noise
-
-
 def dpm_step(diffusion, x, x0, t, s, before):
     """DPM-Solver++(2M) (Lu et al. 2022) algorithm 2: extrapolate x0 from the last two predictions, then one exact
     step of the linear part. `before` is the last step's (t, x0), or None. With sigma ratios in place of exp(-h) it
@@ -151,7 +139,7 @@ def dpm_step(diffusion, x, x0, t, s, before):
     a_t, a_s = (math.sqrt(float(diffusion.alpha_bar[k])) for k in (t, s))
     ratio = math.sqrt((1 - a_s**2) / (1 - a_t**2))  # sigma_s / sigma_t
     if before is not None and s > 0:  # the first and the last step are of first order
-        lam, (t_before, x0_before) = diffusion.half_log_snr, before  # lambda of the paper
+        lam, (t_before, x0_before) = diffusion.alpha_bar.logit() / 2, before  # lambda of the paper, log(signal / noise)
         r = float((lam[t] - lam[t_before]) / (lam[s] - lam[t]))
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return ratio * x + (a_s - a_t * ratio) * x0
@@ -169,8 +157,10 @@ def sample(diffusion, denoise, x, sampler="dpm", steps=25, gen=None, clamp=True)
         t, s = grid[i], grid[i - 1]
         times = torch.full((len(x),), t, device=x.device)
         x0, eps = diffusion.predict(denoise(x, times), x, times, clamp)
-        if sampler == "ddpm":
-            x = ddpm_step(diffusion, x, x0, t, s, "fixedlarge" if steps == diffusion.start else "fixedsmall", gen)
+        if sampler == "ddpm":  # algorithm 2: the posterior's mean plus noise (none in the last step, s = 0)
+            c_x0, c_xt, small, large = diffusion.posterior(t, s)
+            noise = randn(x.shape, gen) if s > 0 else 0.0
+            x = c_x0 * x0 + c_xt * x + math.sqrt(large if steps == diffusion.start else small) * noise
         elif sampler == "ddim":  # Song et al. 2021, eq. 12 with eta = 0: the same x0 and eps at the noise level of s
             x = diffusion.q_sample(x0, torch.full_like(times, s), eps)
         else:
@@ -263,10 +253,9 @@ class Encoder(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(3, table[0][1], 3, padding=1, bias=False)]
         for (resolution, width, blocks), below in zip(table, table[1:] + [None], strict=True):
-            layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
+            layers += [BottleneckBlock(width, resolution) for _ in range(blocks + bool(below))]
             if below:
                 k = resolution // below[0]
-                layers += [BottleneckBlock(width, resolution)]
                 layers += ([nn.AvgPool2d(k), nn.Conv2d(width, below[1], 1, bias=False)] if pool
                            else [keep_variance(nn.Conv2d(width, below[1], k, stride=k, bias=False), k * k * width)])
         self.body = nn.Sequential(*layers)
@@ -535,7 +524,7 @@ class GaussianMixture:
 FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction")
 
 
-@dataclass
+@dataclasses.dataclass
 class ImageData:
     """One split of a data set, held whole in memory: images uint8 (N, 3, H, W), labels int64 (N,) or None,
     factors float32 (N, len(FACTORS)) or None, and what a result must say about its data."""
@@ -600,7 +589,7 @@ def draw_shapes(count, seed):
 
 # ---- 5. A model: z ~ prior, x_hat = Dec(z), noise to x_start, refine -------------------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Model:
     """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or the one behind the other."""
 
@@ -663,7 +652,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
     the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
     `damage` is the sd of noise on what a decoder sends or gets: x_hat before refinement, or a diffused latent."""
-    parts, offsets = [], range(first, first + count, batch)[rank() :: ranks()]  # batches are shared out
+    parts, offsets = [], range(first, first + count, batch)[RANK :: RANKS]  # batches are shared out
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()
         damage_gen = generator(gen.initial_seed() + 2)
@@ -715,7 +704,7 @@ TRAIN = {
     "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # of Adam; see learning_rate
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of Muon, for matrices and convolutions; 0: Adam for all
     "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient: of a sum over pixels, of a mean; 0: any
-    "vae_ema": 0.995, "unet_ema": 0.995,  # see update_average
+    "vae_ema": 0.995, "unet_ema": 0.995,  # decay of the moving average of the weights
     "objective": "v", "start": 400,  # see Diffusion; without an x_hat the process starts at T
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
@@ -824,16 +813,6 @@ def list_split(dataset, split, folder):
     return chosen, None, "celeba-148", "" if width == 178 else f"JPEG copies at {width}x{height}"
 
 
-def download(dataset, split, folder):
-    """Fetch CIFAR-10 (images and labels are returned) or CelebA (files, to be listed) through torchvision."""
-    from torchvision.datasets import CIFAR10, CelebA
-    if dataset == "celeba64":
-        CelebA(str(folder), split="all", download=True)  # needs the package gdown
-        return None
-    source = CIFAR10(str(folder), train=split == "train", download=not (folder / "cifar-10-batches-py").is_dir())
-    return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
-
-
 def load_images(dataset, split, data_dir="data", image_size=None):
     """One split (`train` or `test`) of a data set: an ImageData. What is decoded is kept in `DATA_DIR/cache`, of a
     folder in `data/cache`. Exits, naming the folder, the layouts and the remedy, if there is nothing to load."""
@@ -846,14 +825,17 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     files, labels, crop, note = list_split(dataset, split, folder)
     if not files:
         try:
-            loaded = download(dataset, split, folder)
+            from torchvision.datasets import CIFAR10, CelebA
+            if dataset == "cifar10":
+                source = CIFAR10(str(folder), split == "train", download=not (folder / "cifar-10-batches-py").is_dir())
+                images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+                return ImageData(images, torch.tensor(source.targets), None, dataset, "none", "")
+            CelebA(str(folder), split="all", download=True)  # needs the package gdown
         except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
             layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
             fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
                  f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
-        if loaded:
-            return ImageData(*loaded, None, dataset, "none", "")
         files, labels, crop, note = list_split(dataset, split, folder)
     name = folder.resolve().name if dataset == "folder" else dataset
     cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"
@@ -883,16 +865,7 @@ def decode_files(files, size, crop, cache):
 # slice of every training batch, average the gradients, and share out what is sampled. So they stay equal, the number of
 # processes changes nothing but the speed (and dropout's masks), and the first one alone writes. This is what
 # DistributedDataParallel does, without its overlap of sending and computing.
-
-
-def rank():
-    """This process's number among those that torchrun started: 0 where there is but one."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def ranks():
-    """How many processes torchrun started."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+RANK, RANKS = fid.RANK, int(os.environ.get("WORLD_SIZE", 1))  # this process's number, and how many there are
 
 
 def choose_device(name):
@@ -908,16 +881,16 @@ def choose_device(name):
 
 def join_ranks(device, batch):
     """Meet the other processes, if torchrun started any (gloo on a CPU, nccl on GPUs); returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if RANKS == 1:
         return device
-    if batch % int(os.environ["WORLD_SIZE"]):
-        fail(f"--batch-size {batch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+    if batch % RANKS:
+        fail(f"--batch-size {batch}: must be a multiple of the {RANKS} processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(distributed.destroy_process_group)
-    if rank() > 0:  # the first process speaks for all
+    if RANK > 0:  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     return device
@@ -925,26 +898,26 @@ def join_ranks(device, batch):
 
 def wait_for_ranks():
     """Go on when all processes have come this far."""
-    if ranks() > 1:
+    if RANKS > 1:
         distributed.barrier()
 
 
 def average_over_ranks(tensors):
     """Replace tensors, such as the gradients of equally large slices, by their means over all processes, in place."""
-    if ranks() > 1 and tensors:
+    if RANKS > 1 and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         distributed.all_reduce(flat)
-        torch._foreach_copy_(tensors, [part.view_as(x) / ranks() for part, x in
+        torch._foreach_copy_(tensors, [part.view_as(x) / RANKS for part, x in
                                        zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)])
 
 
 def gather(parts):
     """Lists of batches, one list per process, in turn: process r has made batch r, r + ranks, ... Returns all."""
-    if ranks() == 1:
+    if RANKS == 1:
         return parts
-    lists = [None] * ranks()
+    lists = [None] * RANKS
     distributed.all_gather_object(lists, parts)
-    return [lists[i % ranks()][i // ranks()] for i in range(sum(map(len, lists)))]
+    return [lists[i % RANKS][i // RANKS] for i in range(sum(map(len, lists)))]
 
 
 def keep_freed_memory():
@@ -979,9 +952,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:  # not in use
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):  # those in use
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # looks ahead, after Nesterov
@@ -990,20 +961,12 @@ class Muon(torch.optim.Optimizer):
 
 
 class Training:
-    """A training loop without its maths: a stage builds networks, iterates over batches, and hands over a loss.
-
-        training = Training(folder, state, train, device, data.images, flip, unet=unet)
-        for x0 in training:                                         # (B, 3, H, W) in [-1, 1]
-            eps = training.draw(torch.randn, *x0.shape[1:])         # (B, 3, H, W)
-            training.step(loss, {"v_mse": loss})                    # loss (B,)
-        return training.finish(vae=vae_state["vae"])
-
+    """A training loop without its maths: a stage iterates over batches and hands over a loss (stage1_baseline.py).
     It owns the optimisers, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_muon_lr,
     NAME_clip and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or
     Ctrl-C is obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's
     part.
-    `guard`: a step is skipped whose gradient norm, of any network, is not finite or above ten times its median over the
-    last 20 steps; twenty skipped in a row end the run."""
+    `guard`: a step is skipped whose gradient norm, of any network, is above ten times its median of 20 steps."""
 
     def __init__(self, folder, state, train, device, data, flip, guard=False, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
@@ -1021,37 +984,31 @@ class Training:
                 self.optimizers[f"{name}_muon_lr"] = Muon(muon)
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(adam, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + 1, device)
-        self.steps, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.steps, self.seconds, self.skipped = 0, 0.0, 0
         self.log, self.sums, self.norms = [], {}, {name: [] for name in networks}  # sums: since the last row of the log
-        if state:
-            self.restore(state)
-        self.write_log()
-
-    def restore(self, state):
-        """Go on where a checkpoint was written."""
-        for name, network in self.networks.items():
-            network.load_state_dict(state["weights"][name])
-            self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.gen.set_state(state["generator"])
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        for name in ("steps", "seconds", "skipped", "skipped_in_a_row", "log", "norms"):
-            setattr(self, name, state[name])
+        if state:  # go on where it was written
+            for name, network in networks.items():
+                network.load_state_dict(state["weights"][name])
+                self.averages[name] = {key: value.to(device) for key, value in state["averages"][name].items()}
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.gen.set_state(state["generator"])
+            self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            for name in ("steps", "seconds", "skipped", "log", "norms"):
+                setattr(self, name, state[name])
 
     def __iter__(self):
         stop = []  # where SIGTERM and Ctrl-C leave their number, so that the loop can save before it ends
-        self.started = saved = time.time()
+        self.started = time.time()  # of this process, or since the last checkpoint
         with contextlib.ExitStack() as after, tqdm(total=self.train["steps"], initial=self.steps, unit="step",
                                                    desc=self.folder.name) as self.bar:
             for number in (signal.SIGTERM, signal.SIGINT):
                 after.callback(signal.signal, number, signal.signal(number, lambda number, _: stop.append(number)))
             while self.steps < self.train["steps"]:
                 yield self.batch()
-                ends = stop and rank() == 0  # the first process saves and ends; the others end with it
-                if ends or time.time() - saved > 60:
+                ends = stop and RANK == 0  # the first process saves and ends; the others end with it
+                if ends or time.time() - self.started > 60:
                     self.checkpoint()
-                    saved = time.time()
                 if ends:
                     print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
                     raise SystemExit(128 + stop[-1])
@@ -1060,7 +1017,7 @@ class Training:
     def batch(self):
         """Random training data, this process's part: images as floats, mirrored at random if `flip`."""
         if self.train["dropout"]:  # its global generators, of every device, start anew in each step
-            torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * ranks() + rank())
+            torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * RANKS + RANK)
         x = self.data[self.draw(lambda count, **how: torch.randint(len(self.data), (count,), **how))]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
         if self.flip:
@@ -1070,7 +1027,7 @@ class Training:
     def draw(self, random, *shape):
         """Draws (B, *shape) of `random`, torch.rand or torch.randn, the same whatever the number of processes."""
         whole = random(self.train["batch"], *shape, generator=self.gen, device=self.device)
-        return whole.chunk(ranks())[rank()]  # this process's part
+        return whole.chunk(RANKS)[RANK]  # this process's part
 
     def step(self, loss, terms, watch=lambda: {}):
         """One step of every optimiser down the mean of `loss` (B,). The log gets the means of `terms` {name: tensor}
@@ -1088,9 +1045,10 @@ class Training:
                 group, = optimizer.param_groups
                 group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"], train["decay"])
                 optimizer.step()
-            for name in self.networks:
-                update_average(self.averages[name], self.networks[name], train[f"{name}_ema"],
-                               self.steps + 1 - self.skipped)
+            n = self.steps + 1 - self.skipped  # without warm-up a short run's average is its start: 0.9999^10000 = 0.37
+            for name, network in self.networks.items():
+                decay = min(train[f"{name}_ema"], (1 + n) / (10 + n))  # 0 copies
+                torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
             for name, value in (terms | {"counted": 1.0}).items():
                 self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value, device=self.device).detach().mean()
         self.steps += 1
@@ -1100,18 +1058,14 @@ class Training:
 
     def spiked(self, norms):
         """Whether to skip this step for its gradient norms {network: float}."""
-        bad = [name for name, norm in norms.items() if not math.isfinite(norm) or
-               len(self.norms[name]) == 20 and norm > 10 * statistics.median(self.norms[name])]
-        for name, norm in norms.items():  # a norm that stays high becomes the median
-            self.norms[name] = [*self.norms[name], norm][-20:] if math.isfinite(norm) else self.norms[name]
-        self.skipped, self.skipped_in_a_row = self.skipped + bool(bad), self.skipped_in_a_row + 1 if bad else 0
+        norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
+        bad = [name for name, norm in norms.items()
+               if len(self.norms[name]) == 20 and norm > 10 * np.median(self.norms[name])]
+        for name, norm in norms.items():  # a norm that stays high becomes the median, and if infinite ruins the weights
+            self.norms[name] = [*self.norms[name], norm][-20:]
         if bad:
-            what = f"{self.folder.name}: step {self.steps + 1} skipped, gradient of {' and '.join(bad)} exploded"
-            last = self.steps + 1 == self.train["steps"] and not all(map(math.isfinite, norms.values()))
-            if last or self.skipped_in_a_row == 20:
-                fail(f"{what} ({norms}, {self.skipped_in_a_row} in a row); see log.csv, take a lower rate, another "
-                     "weight or a larger --batch-size")
-            tqdm.write(f"{what} ({norms})")
+            self.skipped += 1
+            tqdm.write(f"{self.folder.name}: step {self.steps + 1} skipped, gradient of {' and '.join(bad)} exploded")
         return bool(bad)
 
     @torch.no_grad()
@@ -1125,42 +1079,34 @@ class Training:
                  f"or look at the data (the last good checkpoint is in {self.folder})")
 
     def write_row(self, watched):
-        """Add a row to the log: means since the last one, and what was watched."""
+        """Add a row to the log: means since the last one, and what was watched. log.csv is a copy of all rows."""
         average_over_ranks(list(self.sums.values()))
         self.check_finite()
         counted = float(self.sums.pop("counted", math.nan))
         means = {name: float(value) / counted for name, value in self.sums.items()} | watched
-        if self.guard:
-            means["skipped"] = self.skipped
         self.log.append({"step": self.steps, **means})
         self.sums = {}
-        self.write_log()
+        names = dict.fromkeys(name for row in self.log for name in row)
+        lines = [names, *([row.get(name, "") for name in names] for row in self.log)]
+        write(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
-
-    def write_log(self):
-        """log.csv is a copy of the log, which lives in the checkpoint."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.log for name in row)))
-        writer.writeheader()
-        writer.writerows(self.log)
-        write(self.folder / "log.csv", text.getvalue().encode())
 
     def checkpoint(self):
         """All that is needed to go on to the same bits."""
         self.check_finite()
         now = time.time()
         self.seconds, self.started = self.seconds + now - self.started, now
-        if rank() == 0:
+        if RANK == 0:
             fid.save(self.folder / "checkpoint.pt", {
                 "train": self.train, "finished": False, "steps": self.steps, "seconds": self.seconds, "log": self.log,
-                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "norms": self.norms,
-                "sums": self.sums, "generator": self.gen.get_state(), "averages": self.averages,
+                "skipped": self.skipped, "norms": self.norms, "sums": self.sums, "generator": self.gen.get_state(),
+                "averages": self.averages,
                 "weights": {name: network.state_dict() for name, network in self.networks.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
 
     def finish(self, **parts):
         """The finished checkpoint, on the CPU: averaged weights by network, and `parts`, what a model needs beside."""
-        if rank() == 0:
+        if RANK == 0:
             state = {"train": self.train, "finished": True, "seconds": self.seconds, "log": self.log}
             fid.save(self.folder / "checkpoint.pt", state | self.averages | parts)
         wait_for_ranks()
@@ -1171,14 +1117,6 @@ def learning_rate(base, step, steps, warmup, decay):
     """Linear warm-up (over `warmup` steps, or that share of all if below 1), then linear decay to 0 or constant."""
     warmup = warmup * steps if warmup < 1 else warmup
     return base * min(1, (step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup) if decay else 1)
-
-
-def update_average(average, network, decay, updates):
-    """The `updates`-th update of a moving average {name: tensor} of a network's weights, in place, with warm-up: decay
-    = min(decay, (1 + n) / (10 + n)). Without it a short run would be judged on its random start: 0.9999^10000 = 0.37.
-    Decay 0 copies."""
-    decay = min(decay, (1 + updates) / (10 + updates))
-    torch._foreach_lerp_(list(average.values()), list(network.state_dict().values()), 1 - decay)
 
 
 # ---- 10. Runs --------------------------------------------------------------------------------------------------------
@@ -1217,20 +1155,16 @@ def read_settings(args):
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
-    for flag, value, low, high in (("--steps", args.steps, 1, 10**9), ("--batch-size", args.batch_size, 1, 10**5),
-                                   ("--seed", args.seed, 0, 2**31), ("--temperature", args.temperature, 0, 2),
-                                   ("--sample-steps", args.sample_steps, 1, 1000),
-                                   ("--eval-samples", args.eval_samples, 40, 10**6),
-                                   ("--export", args.export, 1, 10**6)):
-        if value is not None and not low <= value <= high:
-            fail(f"{flag} {value}: must lie between {low} and {high}")
-    given = {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}
-    train = {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed} | train | {
-        key: value for key, value in given.items() if value is not None}
+    for flag, low, high in (("steps", 1, 10**9), ("batch_size", 1, 10**5), ("seed", 0, 2**31), ("temperature", 0, 2),
+                            ("sample_steps", 1, 1000), ("eval_samples", 40, 10**6), ("export", 1, 10**6)):
+        if (value := vars(args)[flag]) is not None and not low <= value <= high:
+            fail(f"--{flag.replace('_', '-')} {value}: must lie between {low} and {high}")
+    for settings, given in ((train, {"steps": args.steps, "batch": args.batch_size, "compile": args.compile}),
+                            (evaluation, {"sampler": args.sampler, "sample_steps": args.sample_steps,
+                                          "count": args.eval_samples, "temperature": args.temperature})):
+        settings |= {key: value for key, value in given.items() if value is not None}
+    train |= {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
     inception = name in ("gpu", "paper") and args.dataset != "shapes"
-    given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
-             "temperature": args.temperature}
-    evaluation |= {key: value for key, value in given.items() if value is not None}
     evaluation["grid_count"] = min(evaluation["grid_count"], evaluation["count"])
     evaluation["features"] = ("inception" if inception else "local") if args.features == "auto" else args.features
     evaluation["prior"] = vars(args).get("prior", "none")
@@ -1242,51 +1176,33 @@ def print_settings(train, evaluation, networks):
     print(json.dumps({"settings": {"train": train, "eval": evaluation}, "networks": networks}, indent=1))
 
 
-@dataclass
 class Setup:
-    """What a command works with once all that can fail early has been tried."""
+    """What a command works with. Making it tries what can fail before any training: processes, features, the data."""
 
-    train: dict
-    evaluation: dict
-    device: torch.device
-    home: Path  # the folder of the runs
-    extractor: nn.Module
-    data: ImageData
-    test: ImageData
-    cache: Path
+    def __init__(self, args, train, evaluation, device):
+        keep_freed_memory()
+        sys.excepthook = fid.end_in_a_line
+        self.device = join_ranks(device, train["batch"])
+        if RANK > 0:
+            wait_for_ranks()  # the first process downloads and decodes for all
+        self.extractor = fid.load_extractor(evaluation["features"], args.dataset, args.weights, self.device,
+                                            args.data_dir)
+        self.fd = "fd_local" if self.extractor.suffix else "fid"  # the name of the Frechet distance
+        self.data, self.test = (load_images(args.dataset, split, args.data_dir, train["image_size"])
+                                for split in ("train", "test"))
+        if RANK == 0:
+            wait_for_ranks()
+        self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
+        self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images)}
+        if args.dataset == "folder":  # another folder of the same name is other data
+            self.train["data_dir"] = str(Path(args.data_dir).resolve())
+        self.evaluation = evaluation | {"features": self.extractor.name}
+        self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 
     @functools.cached_property
     def reference(self):
         """What the scores compare with: the training split's features, cached beside the data."""
         return fid.reference(self.extractor, self.data, self.test, self.cache)
-
-    @property
-    def fd(self):
-        """The name of the Frechet distance: `fid`, or with local features `fd_local`."""
-        return "fd_local" if self.extractor.suffix else "fid"
-
-
-def prepare(args, train, evaluation, device):
-    """Try what can fail before any training: processes, the output folder, the feature network, the data."""
-    keep_freed_memory()
-    sys.excepthook = fid.end_in_a_line
-    device = join_ranks(device, train["batch"])
-    probe = Path(args.out) / ".writable"
-    write(probe, b"")  # or fails, naming it
-    with contextlib.suppress(OSError):
-        probe.unlink()
-    if rank() > 0:
-        wait_for_ranks()  # the first process downloads and decodes for all
-    extractor = fid.load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
-    data, test = (load_images(args.dataset, split, args.data_dir, train["image_size"]) for split in ("train", "test"))
-    if rank() == 0:
-        wait_for_ranks()
-    cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-    train = train | {"crop": data.crop, "n_train": len(data.images)}
-    if args.dataset == "folder":  # another folder of the same name is other data
-        train["data_dir"] = str(Path(args.data_dir).resolve())
-    return Setup(train, evaluation | {"features": extractor.name}, device,
-                 Path(args.out) / f"{data.name}-{train['budget']}", extractor, data, test, cache)
 
 
 def first_difference(old, new):
@@ -1382,14 +1298,10 @@ def psnr_db(images, real):
 
 def measure(model, setup, prior, sampler, steps, count, damage=0.0):
     """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
-    cuda = model.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(model.device)
     x_hat, images, seconds = generate(model, count, prior, sampler, steps, setup.train["seed"],
                                       setup.evaluation["batch"], damage)
-    peak = torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else None
     row = {"prior": prior, "sampler": sampler, "nfe": min(steps, model.diffusion.start), "n_generated": count,
-           "seconds_per_image": seconds, "peak_memory_mb": peak} | fid.scores(setup.extractor, images, setup.reference)
+           "seconds_per_image": seconds} | fid.scores(setup.extractor, images, setup.reference)
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
@@ -1416,14 +1328,12 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
     hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     variant = folder.name.removesuffix(f"-s{train['seed']}")
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note, "variant": variant,
-           "stage": variant.split("-")[0], "budget": train["budget"], "seed": train["seed"],
-           "features": setup.extractor.name, "n_real": len(data.images),
-           "parameters": sum(part["parameters"] for part in cost.values()),
+           "budget": train["budget"], "seed": train["seed"], "features": setup.extractor.name,
+           "n_real": len(data.images), "parameters": sum(part["parameters"] for part in cost.values()),
            "gflops": sum(part["gflops"] for part in cost.values()),
            "train_images": train["steps"] * train["batch"], "train_seconds": state["seconds"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
-           "commit": commit or "unknown", "eval": setup.evaluation, "start": model.diffusion.start,
-           "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+           "commit": commit or "unknown", "torch": torch.__version__, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -1451,7 +1361,7 @@ def export(args, folder, state, model, evaluation):
         if note.is_file() and (difference := first_difference(json.loads(note.read_text()), settings)):
             fail(f"{note.parent} holds other samples ({difference}); choose another --out or remove that folder")
         write_json(note, settings)
-    share = evaluation["batch"] * ranks()  # a batch for each process
+    share = evaluation["batch"] * RANKS  # a batch for each process
     for first in tqdm(range(0, args.export, share), desc=f"{folder.name}: samples", unit="batch"):
         names = [f"{k:05}.png" for k in range(first, min(first + share, args.export))]
         if not all((place / name).is_file() for place in places for name in names):

@@ -37,10 +37,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import distributed, nn
+from torch import nn
 from tqdm import tqdm
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"
+RANK = int(os.environ.get("RANK", 0))  # this process's number among those that torchrun started
 DATASETS = ("shapes", "cifar10", "celeba64")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -65,7 +66,7 @@ def end_in_a_line(kind, error, trace):
 def write(path, data):
     """Write bytes under a temporary name, then rename: a half-written file is never seen. Of several processes only the
     first writes. Fails naming a path that cannot be written; an older file there is then still whole."""
-    if distributed.is_initialized() and distributed.get_rank() > 0:
+    if RANK > 0:
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -183,7 +183,7 @@ def main(argv=None):
     if args.pretrained:
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
-    setup = common.prepare(args, train, evaluation, device)
+    setup = common.Setup(args, train, evaluation, device)
     train, data, device, vae_state, measured = setup.train, setup.data, setup.device, None, {}
     if args.variant != ["uncond"]:
         vae_state = train_vae(setup.home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)

@@ -176,7 +176,7 @@ def train_joint(folder, train, data, device, resume):
                 vae_part = balance(vae_part, size * unet_part)  # (B,)
         training.step(vae_part + unet_part,
                       {"sse": sse, "kl_nats": kl, name: unet_part, "weight": weight, "gradient_share": gradient_share},
-                      lambda: look(vae, unet, diffusion, probe))
+                      lambda: look(vae, unet, diffusion, probe) | {"skipped": training.skipped})
     averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
@@ -308,7 +308,7 @@ def main(argv=None):
     train, variant = settings(args, train)
     if args.dry_run:
         return common.print_settings(train, evaluation, common.network_cost(train))
-    setup = common.prepare(args, train, evaluation, device)
+    setup = common.Setup(args, train, evaluation, device)
     folder = setup.home / f"{variant}-s{args.seed}"
     state = train_joint(folder, setup.train, setup.data, setup.device, args.resume)
 

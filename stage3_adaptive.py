@@ -29,6 +29,7 @@ Expect  about the minutes of stage 1; the strategies share one VAE with the flow
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import math
@@ -495,7 +496,7 @@ def main(argv=None):
               "uncertainty": args.uncertainty}
     if args.dry_run:
         return common.print_settings(train, evaluation, network_cost(train))
-    setup = common.prepare(args, train, evaluation, device)
+    setup = common.Setup(args, train, evaluation, device)
     train, data, device = setup.train, setup.data, setup.device
     vae_train = {key: value for key, value in train.items() if key not in ("conditioning", "uncertainty")}
     name = f"stage3-{args.prior}-{args.conditioning}" + (
@@ -507,7 +508,8 @@ def main(argv=None):
         trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
         return {"uncertainty": rank_errors(trip, vae_state["uncertainty"]), "elbo": held_out_elbo(trip, model)}
 
-    vae_setup = dataclasses.replace(setup, evaluation=setup.evaluation | {"prior": train["vae_prior"]})
+    vae_setup = copy.copy(setup)
+    vae_setup.evaluation = setup.evaluation | {"prior": train["vae_prior"]}
     vae_metrics = common.evaluate(vae_folder, vae_setup, vae_state, load_model(vae_state, device),
                                   network_cost(vae_train), of_vae)
     ranks = vae_metrics["tables"]["uncertainty"]

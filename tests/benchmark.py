@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -136,9 +137,11 @@ def overheads(train, seconds):
         for optimizer in training.optimizers.values():
             optimizer.step()  # makes its state, which a checkpoint holds
         training.started, rows = time.time(), train["steps"] // train["every"]
+        training.bar = tqdm(disable=True)
         training.log = [{"step": i, "v_mse": 0.1} for i in range(rows // 2)]  # as long as it is on average
-        parts = in_turn({"feed": training.batch, "log": training.write_log, "save": training.checkpoint,
-                         "average": lambda: common.update_average(training.averages["unet"], net, 0.999, 1000)})
+        parts = in_turn({"feed": training.batch, "log": lambda: training.write_row({}), "save": training.checkpoint,
+                         "average": lambda: torch._foreach_lerp_(list(training.averages["unet"].values()),
+                                                                 list(net.state_dict().values()), 0.001)})
     print(f"\nfeeding a batch: {parts['feed'] / seconds:.2%} of a step")
     kept = {"moving average": parts["average"] / seconds, "a row of the log": parts["log"] / train["every"] / seconds,
             "a checkpoint a minute": parts["save"] / 60}

@@ -598,15 +598,16 @@ def test_prepare(small, monkeypatch):
     """What of the data belongs to the settings; folders of one name and number of images are other data."""
     monkeypatch.setattr(common.fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     train = settings()
-    setup = common.prepare(flags("--out", "new/runs"), train, {"features": "local"}, CPU)
+    setup = common.Setup(flags("--out", "new/runs"), train, {"features": "local"}, CPU)
     assert setup.train == train | {"crop": "none", "n_train": 1000} and setup.evaluation == {"features": "stub"}
     assert not torch.equal(setup.data.images[:200], setup.test.images) and "crop" not in train
-    assert setup.fd == "fd_local" and dataclasses.replace(setup, extractor=SimpleNamespace(suffix="")).fd == "fid"
+    monkeypatch.setattr(common.fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix=""))
+    assert setup.fd == "fd_local" and common.Setup(flags(), train, {"features": "inception"}, CPU).fd == "fid"
     for home in ("one", "two"):
         for i in range(60):
             save(Path(home) / "photos" / f"{i:02}.png", np.full((32, 32, 3), i, np.uint8))
-    one, two = (common.prepare(flags("--dataset", "folder", "--data-dir", f"{home}/photos"), train | {"image_size": 32},
-                               {"features": "local"}, CPU) for home in ("one", "two"))
+    one, two = (common.Setup(flags("--dataset", "folder", "--data-dir", f"{home}/photos"), train | {"image_size": 32},
+                             {"features": "local"}, CPU) for home in ("one", "two"))
     assert one.home == two.home and "data_dir" in common.first_difference(one.train, two.train)
 
 

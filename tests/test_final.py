@@ -29,7 +29,7 @@ def metrics(variant="stage1-form1", seed=0, distance=10.0, **run):
            "peak_memory_mb": None, "fd_local": score(distance)} | {name: score(0.5) for name in names}
     facts = {"dataset": "shapes", "crop": "none", "data_note": "drawn", "variant": variant, "stage": variant[:6],
              "budget": "cpu", "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5,
-             "train_images": 7100, "train_seconds": 90.0, "device": "cpu", "commit": "c", "versions": {},
+             "train_images": 7100, "train_seconds": 90.0, "device": "cpu", "commit": "c", "torch": "2",
              "eval": {"grid_count": 50, "temperature": 1.0}}
     grid = [row | {"nfe": n, "n_generated": 50, "fd_local": score(distance + 50 / n)} for n in (5, 25)]
     rows = [row, row | {"prior": "gaussian", "fd_local": score(3 * distance)}, *grid]
