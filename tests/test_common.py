@@ -594,7 +594,7 @@ def test_flags_replace_the_budget():
         assert (train["image_size"], evaluation["features"], evaluation["prior"]) == (size, features, "gmm")
 
 
-def test_prepare(small, monkeypatch):
+def test_setup(small, monkeypatch):
     """What of the data belongs to the settings; folders of one name and number of images are other data."""
     monkeypatch.setattr(common.fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     train = settings()
