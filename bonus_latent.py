@@ -40,7 +40,6 @@ SIZES = {"smoke": (16, [(1, 16, 1, 1)]), "cpu": (32, [(1, 96, 1, 1), (2, 128, 1,
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
-
 class Autoencoder(nn.Module):
     """Convolutional KL autoencoder: x (B, 3, H, W) <-> z (B, 4, H/4, W/4). Two halvings, no normalisation, no
     attention: everything stays local, so the latent is a small picture."""
@@ -83,18 +82,7 @@ def latent_shape(train):
     return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
 
 
-def scale(z, stats):
-    """Latents to zero mean and unit variance per channel over the training set."""
-    return (z - stats["mean"]) / stats["sd"]
-
-
-def unscale(z, stats):
-    """Undo `scale`, before decoding."""
-    return z * stats["sd"] + stats["mean"]
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def encode_all(ae, images, device, batch=500):
@@ -104,18 +92,8 @@ def encode_all(ae, images, device, batch=500):
     return mu, (0.5 * logvar).exp()
 
 
-def measure_scale(mu, sd):
-    """Mean and standard deviation per channel, (1, 4, 1, 1), of z ~ q(z|x) over the whole training set."""
-    mean = mu.mean((0, 2, 3), keepdim=True)
-    variance = ((mu - mean) ** 2 + sd**2).mean((0, 2, 3), keepdim=True)
-    return {"mean": mean, "sd": variance.sqrt()}
-
-
-def train_autoencoder(folder, train, data, device, resume):
+def train_autoencoder(folder, train, data, device, state):
     """Train the autoencoder and measure its latent's scale; returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     torch.manual_seed(train["seed"])
     ae = Autoencoder(train["ae_width"])
     training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", vae=ae)
@@ -127,15 +105,14 @@ def train_autoencoder(folder, train, data, device, resume):
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
     ae = common.frozen(Autoencoder(train["ae_width"]), training.averages["vae"], device)
-    stats = measure_scale(*encode_all(ae, data.images, device))
-    return training.finish(scale={key: value.cpu() for key, value in stats.items()})
+    mu, sd = encode_all(ae, data.images, device)
+    mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1), of z ~ q(z|x) over the whole training set
+    variance = ((mu - mean) ** 2 + sd**2).mean((0, 2, 3), keepdim=True)
+    return training.finish(scale={"mean": mean.cpu(), "sd": variance.sqrt().cpu()})
 
 
-def train_latent(folder, train, ae_state, data, device, resume):
+def train_latent(folder, train, ae_state, data, device, state):
     """Train the U-Net on scaled latents, the autoencoder frozen; returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     ae = common.frozen(Autoencoder(train["ae_width"]), ae_state["vae"], device)
     stats = {key: value.to(device) for key, value in ae_state["scale"].items()}
     images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
@@ -145,8 +122,8 @@ def train_latent(folder, train, ae_state, data, device, resume):
     training = common.Training(folder, state, train, device, latents, False, unet=unet)
     for mu_sd in training:  # (B, 8, h, w)
         mu, sd = mu_sd.chunk(2, 1)
-        z = scale(mu + sd * training.draw(torch.randn, *latent_shape(train)), stats)  # (B, 4, h, w)
-        z = z.contiguous(memory_format=torch.channels_last)
+        z = mu + sd * training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
+        z = ((z - stats["mean"]) / stats["sd"]).contiguous(memory_format=torch.channels_last)
         t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..T
         eps = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
         with common.autocast(device):
@@ -157,19 +134,17 @@ def train_latent(folder, train, ae_state, data, device, resume):
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
-
 def load_model(state, device):
     """Rebuild a common.Model, and the autoencoder and U-Net in it, from the checkpoint alone."""
     train, stats = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
     ae = common.frozen(Autoencoder(train["ae_width"]), state["vae"], device)
     unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
-                         denoiser=lambda x_hat, z: unet, decode=lambda z: ae.decode(unscale(z, stats)))
+                         denoiser=lambda x_hat, z: unet, decode=lambda z: ae.decode(z * stats["sd"] + stats["mean"]))
     return model, ae, unet
 
 
 # --- What it saves ---------------------------------------------------------------------------------------------------
-
 
 def peak_memory(run, device):
     """Peak memory of run() in MB beyond what is held before: of the GPU, or the profiler's running sum on a CPU."""
@@ -228,9 +203,9 @@ def cost(name, unet, shape, decoder, code, steps, train_batch, folder):
 
 
 def savings(folder, model, unet, train, setup):
-    """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent.
-    The pixel network is stage 1's refiner, with any weights, on which no cost depends. Seconds count what sampling
-    runs; `gflops_per_image` counts the encoders as well."""
+    """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent,
+    drawn in savings.png. The pixel network is stage 1's refiner, with any weights, on which no cost depends. Seconds
+    count what sampling runs; `gflops_per_image` counts the encoders as well."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel, vae = common.build_unet(train, 6), common.build_vae(train)
@@ -245,19 +220,14 @@ def savings(folder, model, unet, train, setup):
             "gflops_per_pass": parts["unet"]["gflops"],
             "gflops_per_image": steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]}
     result["saved_percent"] = {key: 100 * (1 - result["latent"][key] / result["pixel"][key]) for key in result["pixel"]}
-    draw_savings(folder, result["saved_percent"])
-    return result
-
-
-def draw_savings(folder, saved):
-    """savings.png: one bar per quantity, in percent of the pixel network's."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    saved, figure = result["saved_percent"], Figure(figsize=(8, 3), layout="constrained")
     axis = figure.add_subplot()
     bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
     axis.bar_label(bars, fmt="%.0f%%", padding=3)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) * 1.15, 115))
     common.save_as(folder / "savings.png", figure.savefig, format="png", dpi=110)
+    return result
 
 
 @torch.no_grad()
@@ -283,7 +253,6 @@ def equal_seconds(rows, pixel, fd):
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
-
 
 def network_cost(train):
     """Parameters and forward GFLOPs per image of the autoencoder and the latent U-Net."""
@@ -319,8 +288,8 @@ def main(argv=None):
     setup = common.Setup(args, train, evaluation, device)
     train, device = setup.train, setup.device
     ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
-    ae_state = train_autoencoder(ae_folder, train, setup.data, device, args.resume)
-    state = train_latent(folder, train, ae_state, setup.data, device, args.resume)
+    ae_state = common.trained(train_autoencoder, args.resume, ae_folder, train, setup.data, device)
+    state = common.trained(train_latent, args.resume, folder, train, ae_state, setup.data, device)
     model, ae, unet = load_model(state, device)
 
     def more(model, rows):

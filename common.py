@@ -766,11 +766,11 @@ def count_cost(model, *inputs):
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
 
 
-def network_cost(train, vae=True, channels=6):
-    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
+def network_cost(train, channels=6):
+    """count_cost of the VAE and of a U-Net with so many input channels (None: no U-Net; 3: no x_hat, so no VAE)."""
     size, cost = train["image_size"], {}
     with torch.device("meta"):
-        if vae:
+        if channels != 3:
             net = build_vae(train)
             cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
         if channels:
@@ -1223,20 +1223,21 @@ def write_json(path, data):
     write(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def open_run(folder, train, resume):
-    """The checkpoint in a run's folder, or None: start from scratch. A finished one of the same settings is reused, an
-    unfinished one needs --resume; exits naming a setting that differs."""
+def trained(begin, resume, folder, train, *rest):
+    """The finished checkpoint of a run: the one in its folder, if there is one, else what `begin(folder, train, *rest,
+    state)` returns, a stage's training, from scratch (state None) or from an unfinished checkpoint, which needs
+    --resume. Exits naming a setting that differs."""
     checkpoint = Path(folder) / "checkpoint.pt"
     if not checkpoint.is_file():
         write_json(Path(folder) / "config.json", {"train": train})  # to be looked up
         (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
-        return None
+        return begin(folder, train, *rest, None)
     state = load_checkpoint(checkpoint)
     if difference := first_difference(state["train"], train):
         fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
     if not resume and not state["finished"]:
         fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
-    return state
+    return state if state["finished"] else begin(folder, train, *rest, state)
 
 
 def load_checkpoint(path):

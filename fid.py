@@ -21,7 +21,6 @@ Contents: 1 small things every file uses, 2 Inception, 3 the local network, 4 fe
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import io
 import json
@@ -50,8 +49,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 def fail(message):
     """Print one line that says what is wrong and what to do, and exit with status 2."""
-    gc.collect()  # else a forgotten bar may be closed while tqdm goes through all bars to clear them, which it resents
-    tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own print: it does not tear a progress bar
+    print(f"\nerror: {message}", file=sys.stderr)  # below a progress bar, if one is about
     raise SystemExit(2)
 
 
@@ -115,11 +113,17 @@ def save(path, state):
     return path
 
 
-def load_hashed(path, flag, advice):
-    """What such a file holds, on the CPU. Fails naming `flag` if the file's bytes are not those of its name."""
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:8] != path.stem[-8:]:
-        fail(f"{flag}: {path} has not its name's sha256; restore it, or delete it; {advice}")
+def load_hashed(found, flag, advice, sha256=None):
+    """What the one file in `found` holds, on the CPU. Fails naming `flag` if that is not one, if it cannot be read, or
+    if its bytes have not this sha256, of which its name may end in the first eight digits."""
+    if len(found) != 1:
+        fail(f"{flag}: {len(found)} files, one is needed; {advice}")
+    try:
+        data = found[0].read_bytes()
+    except OSError as error:
+        fail(f"{flag} {found[0]}: {error.strerror}; {advice}")
+    if not hashlib.sha256(data).hexdigest().startswith(sha256 or found[0].stem[-8:]):
+        fail(f"{flag} {found[0]}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
@@ -208,14 +212,8 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(cache), hash_prefix=INCEPTION_SHA256)
         except Exception as error:  # no network, cut off, another file, a full disk: the remedy is the same
             fail(f"--weights {cache}: no such file, and no download ({error}); {advice}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        fail(f"--weights {path}: {error.strerror}; {advice}")
-    if hashlib.sha256(data).hexdigest() != INCEPTION_SHA256:
-        fail(f"--weights {path}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
-    net = InceptionV3()
-    net.load_state_dict(net.state_dict() | torch.load(io.BytesIO(data), weights_only=True))  # it may lack batch counts
+    state, net = load_hashed([path], "--weights", advice, INCEPTION_SHA256), InceptionV3()
+    net.load_state_dict(net.state_dict() | state)  # it may lack batch counts
     net.name = f"inception-{INCEPTION_SHA256[:8]}"
     return net
 
@@ -280,13 +278,10 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     if dataset == "folder" and not Path(data_dir).is_dir():
         fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
     name = Path(data_dir).resolve().name if dataset == "folder" else dataset
-    advice = f"make it: python fid.py --train-local {data_dir if dataset == 'folder' else dataset}"
     found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
-    if len(found) != 1 or not found[0].is_file():
-        place = f"--weights {weights}: no such file" if weights else (
-            f"--features local: {len(found)} files {FEATURES_DIR / name}-<hash8>.pt, one is needed")
-        fail(f"{place}; name one with --weights, or {advice}")
-    stored = load_hashed(found[0], "--weights" if weights else "--features local", advice)
+    stored = load_hashed(found, "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt",
+                         "name one with --weights, or make it: python fid.py --train-local "
+                         f"{data_dir if dataset == 'folder' else dataset}")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -494,11 +489,8 @@ def reference(extractor, data_train, data_test, cache_dir):
         pixels.update(images.contiguous().numpy().data)
     name = f"{data_train.name}-{data_train.crop}-{len(train)}-{pixels.hexdigest()[:8]}-{extractor.name}.pt"
     path = Path(cache_dir) / name
-    if path.is_file():
-        try:
-            return Reference(*torch.load(path, weights_only=True))
-        except Exception as error:  # whatever a damaged file raises, the answer is to make it again
-            print(f"warning: {path} is damaged ({type(error).__name__}); computed again", file=sys.stderr)
+    with contextlib.suppress(Exception):  # there is none, or it is damaged: made again
+        return Reference(*torch.load(path, weights_only=True))
     ref = make_reference(extractor, train, test)
     save(path, [ref.features, ref.test_features, ref.test_logits])
     return ref
@@ -513,8 +505,6 @@ def scores(extractor, generated, ref, progress=False):
     all of them; without any, by formula). Precision, recall and floor have no interval.
     """
     count = len(generated)
-    if count < 2:
-        fail(f"scores need at least 2 generated images (a covariance does), not {count}")
     features, logits = (shuffle(x, seed=1) for x in extract(extractor, generated, progress=progress))
     real, few = ref.features[:count], min(count, 2000, len(ref.features))
     real_kid, size = (ref.features[:2000], None) if few < 2000 else (ref.features, 1000)

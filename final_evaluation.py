@@ -296,18 +296,6 @@ def fill(text, tables):
                   flags=re.DOTALL)
 
 
-def keep_weights(checkpoint, home):
-    """What stage1_baseline.py --pretrained draws with, as HOME/form1-<hash8>.pt, in place of an older one. To be small
-    (6 MB at most) the VAE is without its encoder, and matrices are in half precision."""
-    state, older = common.load_checkpoint(checkpoint), fid.find_hashed(home, "form1")
-    state["vae"] = {name: value for name, value in state["vae"].items() if name.startswith("decoder.")}
-    parts = {name: fid.half(state[name]) for name in ("vae", "unet", "gmm")}
-    path = fid.save(Path(home) / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
-    for other in older:
-        if other != path:
-            other.unlink()
-
-
 def draw_sheet(path, home):
     """One picture of all stages: the top of the samples.png of each run of SHEET in `home`, under its name."""
     tops = {name: Image.open(home / f"{name}-s0" / "samples.png") for name in SHEET if
@@ -324,8 +312,8 @@ def draw_sheet(path, home):
 
 
 def collect(runs, folder):
-    """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and the weights of form1 of
-    seed 0 at the cpu budget."""
+    """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and, for --pretrained, the
+    weights of form1 of seed 0 at the cpu budget: at most 6 MB, so without the encoder, matrices in half precision."""
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
     for run in map(Path, runs):
         facts = load(run / "metrics.json")["run"]
@@ -333,7 +321,12 @@ def collect(runs, folder):
         fid.write(home / f"{name}.json", (run / "metrics.json").read_bytes())
         checkpoint, shared = run / "checkpoint.pt", facts["dataset"] in fid.DATASETS and facts["budget"] == "cpu"
         if name == "stage1-form1-s0" and shared and checkpoint.is_file():
-            keep_weights(checkpoint, home)
+            state = common.load_checkpoint(checkpoint)
+            for older in fid.find_hashed(home, "form1"):
+                older.unlink()
+            state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
+            parts = {part: fid.half(state[part]) for part in ("vae", "unet", "gmm")}
+            fid.save(home / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
         for figure in sorted(run.glob("*.png")):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:

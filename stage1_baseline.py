@@ -36,11 +36,9 @@ import common
 import fid
 
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # of what the U-Net sees: x_t, and x_hat below it
-VARIANTS = tuple(CHANNELS)
 PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
-
 
 def vae_loss(vae, x0, noise, beta):
     """DiffuseVAE's loss: with beta = 1 the negative ELBO, up to a constant, of a Gaussian decoder of variance 1/2 in
@@ -72,12 +70,8 @@ def condition(unet, x_hat, variant):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-
-def train_vae(folder, train, data, device, resume):
+def train_vae(folder, train, data, device, state):
     """Train the VAE and fit the Gaussian mixture to its training latents; returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
@@ -90,11 +84,8 @@ def train_vae(folder, train, data, device, resume):
     return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
 
 
-def train_refiner(folder, variant, train, vae_state, data, device, resume):
+def train_refiner(folder, train, variant, vae_state, data, device, state):
     """Train a refiner (or the unconditional control) with the VAE frozen; returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     torch.manual_seed(train["seed"])
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
@@ -115,7 +106,6 @@ def train_refiner(folder, variant, train, vae_state, data, device, resume):
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
-
 def load_model(state, variant, device):
     """Rebuild the common.Model of a variant from its checkpoint."""
     train, size = state["train"], state["train"]["image_size"]
@@ -133,11 +123,8 @@ def load_model(state, variant, device):
 def draw_pretrained(args, evaluation, device):
     """--pretrained: samples of weights that come with the project. They draw and no more: the encoder is left out,
     matrices are in half precision. Exports args.export images, and draws samples.png."""
-    found, advice = fid.find_hashed(PRETRAINED / args.dataset, "form1"), "or train: leave --pretrained out"
-    if len(found) != 1:
-        common.fail(f"--pretrained: {len(found)} files {PRETRAINED / args.dataset}/form1-<hash8>.pt, one is needed; "
-                    f"take another --dataset, {advice}")
-    state = fid.load_hashed(found[0], "--pretrained", advice)
+    home, advice = PRETRAINED / args.dataset, "take another --dataset, or train: leave --pretrained out"
+    state = fid.load_hashed(fid.find_hashed(home, "form1"), f"--pretrained, {home}/form1-<hash8>.pt", advice)
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # an encoder that nothing uses
     state["gmm"] = {name: value.double() for name, value in state["gmm"].items()}
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
@@ -153,11 +140,10 @@ def draw_pretrained(args, evaluation, device):
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-
-def parse_flags(argv=None):
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, "gaussian", "gmm")
-    parser.add_argument("--variant", nargs="+", choices=(*VARIANTS, "all"), default=["vae", "form1"],
+    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"), default=["vae", "form1"],
                         help="what to train and evaluate; refiners train the VAE they need")
     parser.add_argument("--pretrained", action="store_true",
                         help="train and score nothing: samples of form1 with weights that come with the project")
@@ -167,32 +153,24 @@ def parse_flags(argv=None):
             common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has form1 of the cpu "
                         "budget alone")
         args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
-    args.variant = list(VARIANTS) if "all" in args.variant else args.variant
-    return args
-
-
-def network_cost(train, variant):
-    return common.network_cost(train, variant != "uncond", CHANNELS[variant])
-
-
-def main(argv=None):
-    args = parse_flags(argv)
+    args.variant = list(CHANNELS) if "all" in args.variant else args.variant
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(train, evaluation, network_cost(train, args.variant[-1]))
+        return common.print_settings(train, evaluation, common.network_cost(train, CHANNELS[args.variant[-1]]))
     if args.pretrained:
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
     setup = common.Setup(args, train, evaluation, device)
     train, data, device, vae_state, measured = setup.train, setup.data, setup.device, None, {}
     if args.variant != ["uncond"]:
-        vae_state = train_vae(setup.home / f"stage1-vae-s{args.seed}", train, data, device, args.resume)
+        vae_state = common.trained(train_vae, args.resume, setup.home / f"stage1-vae-s{args.seed}", train, data, device)
     for variant in args.variant:
         folder, state = setup.home / f"stage1-{variant}-s{args.seed}", vae_state
         if variant != "vae":
-            state = train_refiner(folder, variant, train, vae_state, data, device, args.resume)
+            state = common.trained(train_refiner, args.resume, folder, train, variant, vae_state, data, device)
         model = load_model(state, variant, device)
-        measured[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
+        cost = common.network_cost(train, CHANNELS[variant])
+        measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)
 

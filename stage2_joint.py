@@ -44,7 +44,6 @@ WEIGHT = 1.0  # lambda where none is given
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
-
 def condition(unet, x_hat):
     """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input. As in stage 1."""
     return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
@@ -118,7 +117,6 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def look(vae, unet, diffusion, images):
     """What to watch, on fixed training images, times and noise: active units, the refiner's loss, and its loss when
@@ -135,11 +133,8 @@ def look(vae, unet, diffusion, images):
     return {"active_units": float(common.active_units(mu).sum()), **losses}
 
 
-def train_joint(folder, train, data, device, resume):
+def train_joint(folder, train, data, device, state):
     """Train VAE and refiner together; returns the finished checkpoint, which has the form of stage 1's refiner."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
@@ -193,7 +188,6 @@ def load_model(state, device):
 
 
 # --- What it shows: the latent space ---------------------------------------------------------------------------------
-
 
 def lerp(a, b, w):
     """The straight line from a (w = 0) to b (w = 1): (N, d)."""
@@ -271,8 +265,8 @@ def latent_space(folder, model, setup, pairs=32, points=9):
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-
 def parse_flags(argv=None):
+    """The flags, the train settings that are this stage's own, and the run's name (in which defaults do not show)."""
     parser = argparse.ArgumentParser(description="Stage 2: VAE and refiner trained jointly")
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--loss", choices=("sum", "anneal", "kendall", "bound"), default="anneal",
@@ -287,30 +281,25 @@ def parse_flags(argv=None):
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
-    return args
-
-
-def settings(args, train):
-    """The train settings of this stage, and the run's name, in which the defaults do not show."""
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
-    train = train | {"loss": args.loss, "gradient": args.gradient,
-                     "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
+    own = {"loss": args.loss, "gradient": args.gradient,
+           "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":
-        train |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
+        own |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     suffix = ("" if weight == WEIGHT else f"-w{weight:g}") + (
         "" if args.gradient == "full" else f"-grad-{args.gradient}")
-    return train, f"stage2-{args.loss}{suffix}"
+    return args, own, f"stage2-{args.loss}{suffix}"
 
 
 def main(argv=None):
-    args = parse_flags(argv)
+    args, own, variant = parse_flags(argv)
     train, evaluation, device = common.read_settings(args)
-    train, variant = settings(args, train)
+    train |= own
     if args.dry_run:
         return common.print_settings(train, evaluation, common.network_cost(train))
     setup = common.Setup(args, train, evaluation, device)
     folder = setup.home / f"{variant}-s{args.seed}"
-    state = train_joint(folder, setup.train, setup.data, setup.device, args.resume)
+    state = common.trained(train_joint, args.resume, folder, setup.train, setup.data, setup.device)
 
     def more(model, rows):
         return {"latent_space": latent_space(folder, model, setup)}

@@ -48,7 +48,6 @@ STRATEGIES = ("fixed", "fade", "film", "coupling")
 
 # --- The flow prior --------------------------------------------------------------------------------------------------
 
-
 class Coupling(nn.Module):
     """Affine coupling (RealNVP eq. 7-8): the first half of z (B, d) passes and scales and shifts the second. The
     log-scale is bounded by 2; the last layer starts at zero, so the coupling starts as the identity."""
@@ -133,7 +132,6 @@ def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
 
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
-
 def predictors(z, logvar, stats):
     """phi = [z, z^2, s_vec], (B, 3d), of z and log-variances (B, d)."""
     s_vec = ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
@@ -198,7 +196,6 @@ def rank_errors(trip, stats):
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------
 
-
 class ImageCoupling(nn.Module):
     """Affine coupling on an image (B, 3, H, W): the pixels of one colour of a checkerboard, which pass unchanged, with
     s, scale and shift the others. So it can be inverted; it starts as the identity."""
@@ -249,7 +246,6 @@ def condition(refiner, x_hat, s_vec, s):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-
 def vae_loss(vae, x0, noise, beta, joint):
     """SSE + beta KL, stage 1's, or against the VAE's flow: (B,) and its terms. Before `joint` the VAE still feels
     N(0, I) while the flow is fitted to detached z; from then on the KL of both is that to the flow."""
@@ -271,12 +267,9 @@ def build_vae(train):
     return vae
 
 
-def train_vae(folder, train, data, device, resume):
+def train_vae(folder, train, data, device, state):
     """Train the VAE; then fit what is fitted ex post: the mixture, the flow (a joint one goes on: it, too, gains from
     large batches once the VAE holds still), and the statistics of s. Returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
@@ -300,11 +293,8 @@ def build_refiner(train, d):
                           "conditioner": Conditioner(train["conditioning"], d, 4 * train["unet"][0][1])})
 
 
-def train_refiner(folder, train, vae_state, data, device, resume):
+def train_refiner(folder, train, vae_state, data, device, state):
     """Train a refiner under a strategy with the VAE frozen; returns the checkpoint."""
-    state = common.open_run(folder, train, resume)
-    if state and state["finished"]:
-        return state
     vae = common.frozen(build_vae(train), vae_state["vae"], device)
     torch.manual_seed(train["seed"])
     refiner = build_refiner(train, vae.latent_dim)
@@ -329,7 +319,6 @@ def train_refiner(folder, train, vae_state, data, device, resume):
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
-
 
 def load_model(state, device, control=None):
     """Rebuild a common.Model from its checkpoint alone: of a VAE, or of a refiner with its VAE. `control(s_vec, s)`
@@ -356,7 +345,6 @@ def load_model(state, device, control=None):
 
 
 # --- What it shows: what adaptivity buys -----------------------------------------------------------------------------
-
 
 CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: another's, its batch's median's, zeros
     "shuffled": lambda s_vec, s: (s_vec.roll(1, 0), s.roll(1, 0)),
@@ -463,19 +451,6 @@ def held_out_elbo(trip, model):
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-
-def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 3: flow prior and adaptive conditioning")
-    common.add_flags(parser, "gaussian", "gmm", "flow")
-    parser.add_argument("--conditioning", choices=STRATEGIES, default="film", help="how the refiner sees x_hat")
-    parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
-                        help="where s comes from; posterior: the naive choice in training, to see why not")
-    args = parser.parse_args(argv)
-    if args.uncertainty != "regressed" and args.conditioning == "fixed":
-        common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
-    return args
-
-
 def network_cost(train):
     """common.network_cost with the flow and, for a refiner, the conditioner of its strategy."""
     cost = common.network_cost(train, channels=6 if "conditioning" in train else None)
@@ -490,7 +465,14 @@ def network_cost(train):
 
 
 def main(argv=None):
-    args = parse_flags(argv)
+    parser = argparse.ArgumentParser(description="Stage 3: flow prior and adaptive conditioning")
+    common.add_flags(parser, "gaussian", "gmm", "flow")
+    parser.add_argument("--conditioning", choices=STRATEGIES, default="film", help="how the refiner sees x_hat")
+    parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
+                        help="where s comes from; posterior: the naive choice in training, to see why not")
+    args = parser.parse_args(argv)
+    if args.uncertainty != "regressed" and args.conditioning == "fixed":
+        common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
     train, evaluation, device = common.read_settings(args)
     train |= {"vae_prior": "flow" if args.prior == "flow" else "gaussian", "conditioning": args.conditioning,
               "uncertainty": args.uncertainty}
@@ -502,7 +484,7 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}" + (
         "" if args.uncertainty == "regressed" else f"-{args.uncertainty}")
     vae_folder, folder = (setup.home / f"{part}-s{args.seed}" for part in (f"stage3-vae-{train['vae_prior']}", name))
-    vae_state = train_vae(vae_folder, vae_train, data, device, args.resume)
+    vae_state = common.trained(train_vae, args.resume, vae_folder, vae_train, data, device)
 
     def of_vae(model, rows):
         trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
@@ -516,7 +498,7 @@ def main(argv=None):
     for kind, facts in ranks.items():
         print(f"uncertainty, {kind}: rank correlation with held-out squared errors {facts['correlation']:.3f}: "
               f"{facts['verdict']}")
-    state = train_refiner(folder, train, vae_state, data, device, args.resume)
+    state = common.trained(train_refiner, args.resume, folder, train, vae_state, data, device)
 
     def of_refiner(model, rows):
         tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup)}

@@ -1,6 +1,5 @@
 """Every test file imports the scripts from the repository root, and computes on one thread (same bits everywhere)."""
 
-import gc
 import sys
 from pathlib import Path
 
@@ -20,9 +19,3 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     return tmp_path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_collections():
-    """`fid.fail` collects garbage before it prints, hundreds of times in these tests: not what imports have made."""
-    gc.freeze()

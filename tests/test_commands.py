@@ -169,7 +169,7 @@ def test_stopped_while_evaluating(small, monkeypatch):
 def test_stage1_variants(smoke):
     """uncond has no prior, no VAE's tables and no KL in its bound; the others have both priors, the mixture first; a
     VAE has no bound. Parameters are counted of the networks that a variant uses."""
-    for variant in stage1.VARIANTS:
+    for variant in stage1.CHANNELS:
         home = smoke("stage1")[0]
         metrics, state = load(home, f"stage1-{variant}"), common.load_checkpoint(
             folder_of(f"stage1-{variant}", home) / "checkpoint.pt")
@@ -438,7 +438,7 @@ def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
 def test_committed_weights(dataset, size):
     """One file of at most 6 MB, of the networks that the cpu budget trains today, which load."""
     path, = fid.find_hashed(stage1.PRETRAINED / dataset, "form1")
-    state, train = fid.load_hashed(path, "", ""), common.budget("cpu", dataset, size)[0]
+    state, train = fid.load_hashed([path], "", ""), common.budget("cpu", dataset, size)[0]
     assert path.stat().st_size <= 6e6 and set(state) == {"train", "seconds", "vae", "unet", "gmm"}
     assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components"))
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
@@ -469,34 +469,27 @@ def test_committed_weights(dataset, size):
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
     ("stage2", "--loss kendall --diffusion-weight 2", ["--diffusion-weight", "kendall"]),
     ("stage3", "--conditioning fixed --uncertainty posterior", ["--uncertainty posterior", "fixed"]),
+    *((name, f"--features {kind}", ["--features local", word]) for name in COMMANDS for kind, word in (
+        ("inception", "--weights"), ("inception --weights absent.pth", "absent.pth"), ("local", "--train-local"))),
 ])
 def test_bad_input_stops_before_any_training(name, flags, words, small, monkeypatch, capsys):
-    """One line that names the flag (with the range of a number) or the file, and the way out; no run's folder."""
+    """One line that names the flag (with the range of a number) or the file, and the way out; no run's folder. So it is
+    where features are not there: no file, no cache, no network."""
     (small / "file").write_text("")
     for folder, count in (("few", 59), ("text", 60)):
         (small / folder).mkdir()
         for i in range(count):
             (small / folder / f"{i:02}.png").write_text("this is not an image")
-    monkeypatch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
-    monkeypatch.setattr(common, "Training", refuse)
-    monkeypatch.setattr(datasets, "CIFAR10", offline)
-    monkeypatch.setattr(datasets, "CelebA", offline)
-    expect_error(capsys, lambda: COMMANDS[name](["--budget", "smoke", *flags.split()]), *words)
-    assert not list(small.rglob("config.json"))
-
-
-@every_stage
-@pytest.mark.parametrize("flags,word", [
-    ("--features inception", "--weights"), ("--features inception --weights absent.pth", "absent.pth"),
-    ("", "--train-local shapes")])
-def test_features_that_are_not_there(name, flags, word, small, monkeypatch, capsys):
-    """No file, no cache, no network: an error before any training that names the flag and what to do."""
+    if "--features" not in flags:
+        monkeypatch.setattr(fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(fid, "FEATURES_DIR", small / "features")
     monkeypatch.setattr(common, "Training", refuse)
-    expect_error(capsys, lambda: COMMANDS[name]([*SMOKE, *flags.split()]), "--features local", word)
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    monkeypatch.setattr(datasets, "CelebA", offline)
+    expect_error(capsys, lambda: COMMANDS[name](["--budget", "smoke", *flags.split()]), *words)
     assert not list(small.rglob("config.json"))
 
 

@@ -478,21 +478,6 @@ def test_samplers_improve_in_their_order(monkeypatch):
     assert kept("ddim") < 0.2 and kept("dpm") < 0.2
 
 
-def test_dpm_step_is_the_published_formula():
-    """DPM-Solver++(2M): x_s = sigma_s/sigma_t x - alpha_s (exp(-h) - 1) D with h = lambda_s - lambda_t,
-    D = (1 + 1/2r) x0 - 1/2r x0_before."""
-    diffusion, gen, (t, s, before) = common.Diffusion(), common.generator(0), (300, 200, 450)
-    x, x0, x0_before = (common.randn((2, 3, 2, 2), gen).double() for _ in range(3))
-    alpha, sigma = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()
-    lam = (alpha / sigma).log()
-    h = lam[s] - lam[t]
-    r = (lam[t] - lam[before]) / h
-    d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
-    expected = sigma[s] / sigma[t] * x - alpha[s] * (torch.exp(-h) - 1) * d
-    assert torch.allclose(common.dpm_step(diffusion, x, x0, t, s, (before, x0_before)), expected)
-    assert torch.allclose(common.dpm_step(diffusion, x, x0, t, 0, (before, x0_before)), x0)  # the last returns x0
-
-
 @pytest.mark.parametrize("sd", [0.003, 0.0074, 0.1, 1.0])
 def test_data_nats(sd):
     """The 256 values' probabilities sum to one; with its mean in a bin of +-1/255 it has erf(1/255 / (sd sqrt 2))."""
@@ -641,24 +626,25 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
     expect_error(capsys, lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt")
 
 
-def test_open_run_decides(tmp_path, capsys):
+def test_where_training_begins(tmp_path, capsys):
     """New, or stopped before its first checkpoint: None. Finished: reused. Unfinished: needs --resume."""
     train, folder = {"steps": 8, "seed": 0, "unet": [[32, 8, 1, 1]]}, tmp_path / "run"
     checkpoint = folder / "checkpoint.pt"
+    opened = lambda resume: common.trained(lambda *of: of[-1], resume, folder, train)  # noqa: E731 - what it begins from
     for resume in (False, True):
         common.write_json(folder / "metrics.json", {})  # of a checkpoint that was removed, as its damage asks for
-        assert common.open_run(folder, train, resume) is None and not (folder / "metrics.json").exists()
+        assert opened(resume) is None and not (folder / "metrics.json").exists()
         assert json.loads((folder / "config.json").read_text()) == {"train": train}
     fid.save(checkpoint, {"train": train, "finished": False, "steps": 3})
-    expect_error(capsys, lambda: common.open_run(folder, train, False), "--resume")
-    assert common.open_run(folder, train, True)["steps"] == 3
+    expect_error(capsys, lambda: opened(False), "--resume")
+    assert opened(True)["steps"] == 3
     for resume in (False, True):
         fid.save(checkpoint, {"train": train, "finished": True, "steps": 8})
-        assert common.open_run(folder, train, resume)["finished"]
+        assert common.trained(None, resume, folder, train)["finished"]  # nothing begins
         fid.save(checkpoint, {"train": train | {"steps": 9}, "finished": True})
-        expect_error(capsys, lambda r=resume: common.open_run(folder, train, r), "steps was 9, is now 8", "--out")
+        expect_error(capsys, lambda r=resume: opened(r), "steps was 9, is now 8", "--out")
         checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
-        expect_error(capsys, lambda r=resume: common.open_run(folder, train, r), str(checkpoint), "remove")
+        expect_error(capsys, lambda r=resume: opened(r), str(checkpoint), "remove")
     assert common.first_difference({"a": 1, "b": 2}, {"b": 2, "a": 1}) is None
     assert "c" in common.first_difference({"a": 1}, {"a": 1, "c": 0})
 

@@ -13,9 +13,9 @@ import stage1_baseline as stage1
 def trained(tmp_path_factory):
     """The checkpoints of one short training of the VAE and the three refiners."""
     home, train, data = tmp_path_factory.mktemp("trained"), settings(), images_of(200)
-    vae = stage1.train_vae(home / "vae", train, data, CPU, False)
-    return {"vae": vae} | {variant: stage1.train_refiner(home / variant, variant, train, vae, data, CPU, False)
-                           for variant in stage1.VARIANTS[1:]}
+    vae = stage1.train_vae(home / "vae", train, data, CPU, None)
+    return {"vae": vae} | {variant: stage1.train_refiner(home / variant, train, variant, vae, data, CPU, None)
+                           for variant in list(stage1.CHANNELS)[1:]}
 
 
 def test_vae_loss():
@@ -64,7 +64,7 @@ def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
     assert torch.allclose(x - x_hat, y, atol=1e-8)
 
 
-@pytest.mark.parametrize("variant", stage1.VARIANTS)
+@pytest.mark.parametrize("variant", stage1.CHANNELS)
 def test_overfits_one_batch(variant):
     """Of eight images without noise the VAE's squared error falls to a third within 100 steps; of one image, eps and t
     a refiner's falls to a tenth."""
@@ -85,7 +85,7 @@ def test_overfits_one_batch(variant):
     assert history[-1] < history[0] / (3 if variant == "vae" else 10), history[::30]
 
 
-@pytest.mark.parametrize("variant", stage1.VARIANTS)
+@pytest.mark.parametrize("variant", stage1.CHANNELS)
 def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
     """Weights of U-Net and VAE, GMM, objective and size come from the checkpoint."""
     networks, restore, state = {}, common.frozen, trained[variant]

@@ -66,7 +66,7 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     monkeypatch.setattr(common.Training, "step", lambda training, *args: step(training, *args) or gradients.update(
         {name: [p.grad for p in net.parameters()] for name, net in training.networks.items()}))
     monkeypatch.setattr(stage2, "Balance", Unequal)
-    row, = stage2.train_joint(tmp_path / "joint", train, data, CPU, False)["log"]
+    row, = stage2.train_joint(tmp_path / "joint", train, data, CPU, None)["log"]
 
     torch.manual_seed(0)
     vae = common.build_vae(train)
@@ -118,10 +118,10 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
 def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
     """From equal weights and seeds the refiner's losses of 5 steps agree with stage 1's within 1e-6, relative."""
     data, train = images_of(60), joint(gradient="none", vae_lr=0.0, vae_muon_lr=0.0, steps=5, every=1)
-    ours = stage2.train_joint(tmp_path / "joint", train, data, CPU, False)
+    ours = stage2.train_joint(tmp_path / "joint", train, data, CPU, None)
     torch.manual_seed(train["seed"])
     frozen = {"vae": common.build_vae(train).state_dict(), "gmm": {}}
-    theirs = stage1.train_refiner(tmp_path / "form1", "form1", train, frozen, data, CPU, False)
+    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", frozen, data, CPU, None)
     a, b = ([row["v_mse"] for row in state["log"]] for state in (ours, theirs))
     assert len(a) == 5 and a == pytest.approx(b, rel=1e-6)
     assert all(torch.allclose(value, theirs["unet"][name], atol=1e-6) for name, value in ours["unet"].items())
@@ -155,7 +155,7 @@ def test_anneal_raises_the_weight(tmp_path, monkeypatch):
     assert stage2.diffusion_weight(train | {"diffusion_weight": 0.001}, 0) == pytest.approx(0.001)
     train = joint(loss="anneal", every=1)
     monkeypatch.setattr(common.Training, "spiked", lambda training, norms: training.steps == 2)
-    log = stage2.train_joint(tmp_path, train, images_of(60), CPU, False)["log"]
+    log = stage2.train_joint(tmp_path, train, images_of(60), CPU, None)["log"]
     scheduled = [stage2.diffusion_weight(train, step) for step in range(8) if step != 2]
     assert [row["weight"] for row in log if "weight" in row] == pytest.approx(scheduled) and len(log) == 8
 
@@ -173,7 +173,7 @@ def test_kendall_learns_the_balance(tmp_path):
     balance(elbo, squares).sum().backward()
     assert elbo.grad.tolist() == pytest.approx([1 / 30] * 2, rel=1e-3) and squares.grad is None
     train = joint(loss="kendall", steps=12, every=3)
-    state = stage2.train_joint(tmp_path, train, images_of(60), CPU, False)
+    state = stage2.train_joint(tmp_path, train, images_of(60), CPU, None)
     weights = [row["weight"] for row in state["log"]]
     assert weights == sorted(weights, reverse=True) and weights[0] < 1
     assert (state["balance"]["logvar"] > 0.05).all()  # 12 steps of at most 0.01, towards far larger logarithms
@@ -220,8 +220,7 @@ def test_probe_finds_a_planted_factor():
 ])
 def test_names(flags, name, weight):
     """The defaults do not show; a loss without lambda has none."""
-    train, variant = stage2.settings(stage2.parse_flags(flags.split()), settings())
-    assert (variant, train["diffusion_weight"]) == (name, weight)
+    _, own, variant = stage2.parse_flags(flags.split())
+    assert (variant, own["diffusion_weight"]) == (name, weight)
     rates = {"balance_lr", "balance_muon_lr", "balance_clip", "balance_ema"}
-    assert train.keys() - settings().keys() == {"loss", "gradient", "diffusion_weight"} | (
-        rates if "kendall" in name else set())
+    assert own.keys() == {"loss", "gradient", "diffusion_weight"} | (rates if "kendall" in name else set())

@@ -278,8 +278,8 @@ def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
     for trained_under in ("gaussian", "flow"):
         vae_train, train = joint(vae_prior=trained_under)
         home = tmp_path / trained_under
-        vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU, False)
-        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU, False), CPU)
+        vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU, None)
+        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU, None), CPU)
         shaken(model.priors["flow"], 0.3)
         setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
         _, mu, logvar = common.encode(model.vae, data.images, common.generator(0), CPU)
@@ -305,9 +305,9 @@ def test_fixed_is_stage_1(tmp_path):
     """From the same VAE, seeds and draws, `fixed` trains stage 1's refiner bit for bit."""
     vae_train, train = joint(vae_prior="gaussian", steps=8)
     train, data = train | {"conditioning": "fixed"}, images_of(60)
-    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
-    ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU, False)
-    theirs = stage1.train_refiner(tmp_path / "form1", "form1", train, vae_state, data, CPU, False)
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, None)
+    ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU, None)
+    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU, None)
     assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
 
 
@@ -318,11 +318,11 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
     train |= {"uncertainty": source}
     data, seen, x0s, condition, batch = images_of(60), [], [], stage3.condition, common.Training.batch
     draws, draw = [], common.Training.draw  # four in each step: of images, z, t, eps
-    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, False)
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, None)
     monkeypatch.setattr(stage3, "condition", lambda *args: seen.append(args) or condition(*args))
     monkeypatch.setattr(common.Training, "batch", lambda training: x0s.append(batch(training)) or x0s[-1])
     monkeypatch.setattr(common.Training, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
-    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, False)
+    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, None)
     assert len(seen) == len(x0s) == 2 and same(state["vae"], vae_state["vae"])
     model, stats = stage3.load_model(state, CPU), state["uncertainty"]
     assert not any(p.requires_grad for p in model.vae.parameters())

@@ -137,7 +137,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch, request):
     gc.collect()
     gc.disable()
     request.addfinalizer(gc.enable)
-    stage2.train_joint(tmp_path / "run", train, SimpleNamespace(images=draw_all(40, 0)[0][..., ::2, ::2]), CPU, False)
+    stage2.train_joint(tmp_path / "run", train, SimpleNamespace(images=draw_all(40, 0)[0][..., ::2, ::2]), CPU, None)
     assert len(held) == 350 and held[-1] - held[49] < 8  # MB; the activations of 300 steps are more than 40
 
 
