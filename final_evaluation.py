@@ -63,6 +63,7 @@ TABLES = {  # name: (patterns of variants, columns)
 CLAIMS = [  # (question, a column of a variant, the same of another); of every column here less is better
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Does `x_hat`, with a start at `t0`, help?", "fd of stage1-form1", "fd of stage1-uncond"),
+    ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
     ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
