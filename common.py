@@ -766,11 +766,11 @@ def count_cost(model, *inputs):
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
 
 
-def network_cost(train, channels=6):
-    """count_cost of the VAE and of a U-Net with so many input channels (None: no U-Net; 3: no x_hat, so no VAE)."""
+def network_cost(train, vae=True, channels=6):
+    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
     size, cost = train["image_size"], {}
     with torch.device("meta"):
-        if channels != 3:
+        if vae:
             net = build_vae(train)
             cost["vae"] = count_cost(net, torch.empty(1, 3, size, size), torch.empty(1, net.latent_dim))
         if channels:
@@ -1231,6 +1231,8 @@ def trained(begin, resume, folder, train, *rest):
     if not checkpoint.is_file():
         write_json(Path(folder) / "config.json", {"train": train})  # to be looked up
         (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
+        if resume:
+            print(f"nothing to resume in {folder}: it starts at step 0")
         return begin(folder, train, *rest, None)
     state = load_checkpoint(checkpoint)
     if difference := first_difference(state["train"], train):

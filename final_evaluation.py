@@ -323,11 +323,11 @@ def collect(runs, folder):
         checkpoint, shared = run / "checkpoint.pt", facts["dataset"] in fid.DATASETS and facts["budget"] == "cpu"
         if name == "stage1-form1-s0" and shared and checkpoint.is_file():
             state = common.load_checkpoint(checkpoint)
-            for older in fid.find_hashed(home, "form1"):
-                older.unlink()
             state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
             parts = {part: fid.half(state[part]) for part in ("vae", "unet", "gmm")}
-            fid.save(home / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
+            kept = fid.save(home / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
+            for older in set(fid.find_hashed(home, "form1")) - {kept}:
+                older.unlink()
         for figure in sorted(run.glob("*.png")):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:

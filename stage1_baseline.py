@@ -156,7 +156,8 @@ def main(argv=None):
     args.variant = list(CHANNELS) if "all" in args.variant else args.variant
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(train, evaluation, common.network_cost(train, CHANNELS[args.variant[-1]]))
+        last = args.variant[-1]
+        return common.print_settings(train, evaluation, common.network_cost(train, last != "uncond", CHANNELS[last]))
     if args.pretrained:
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
@@ -169,7 +170,7 @@ def main(argv=None):
         if variant != "vae":
             state = common.trained(train_refiner, args.resume, folder, train, variant, vae_state, data, device)
         model = load_model(state, variant, device)
-        cost = common.network_cost(train, CHANNELS[variant])
+        cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)

@@ -189,13 +189,8 @@ def load_model(state, device):
 
 # --- What it shows: the latent space ---------------------------------------------------------------------------------
 
-def lerp(a, b, w):
-    """The straight line from a (w = 0) to b (w = 1): (N, d)."""
-    return (1 - w) * a + w * b
-
-
 def slerp(a, b, w):
-    """The arc from a to b (N, d) (Shoemake 1985): in d dimensions N(0, I) lives near a sphere, which a line leaves."""
+    """The arc from a (w = 0) to b (w = 1), (N, d) (Shoemake 1985): N(0, I) lives near a sphere, which a line leaves."""
     angle = torch.acos((F.normalize(a) * F.normalize(b)).sum(1, keepdim=True).clamp(-1, 1))
     angle = angle.clamp(1e-4, math.pi - 1e-4)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
@@ -241,16 +236,15 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         return [fid.scores(setup.extractor, torch.cat(part), setup.reference)[setup.fd] for part in parts]
 
     result["posterior"] = dict(zip(("vae", "refined"), score(a), strict=True))  # what a perfect prior could reach
-    for name, path in (("slerp", slerp), ("lerp", lerp)):
-        shots = [decode(path(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
-        strips = [torch.stack(part, 1) for part in zip(*shots, strict=True)]  # VAE, refined: (P, K, 3, H, W)
-        features = [fid.extract(setup.extractor, part.flatten(0, 1))[0].view(*part.shape[:2], -1) for part in strips]
-        result[name] = {part: smoothness(f) | {f"midpoint_{setup.fd}": middle} for part, f, middle in
-                        zip(("vae", "refined"), features, score(path(a, b, 0.5)), strict=True)}
-        if folder and name == "slerp":
-            rows = {f"{label} {i + 1}": strip[i] for i in range(3) for label, strip in
-                    zip(("VAE", "refined"), strips, strict=True)}
-            common.save_grid(folder / "interpolation.png", rows)
+    shots = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
+    strips = [torch.stack(part, 1) for part in zip(*shots, strict=True)]  # VAE, refined: (P, K, 3, H, W)
+    features = [fid.extract(setup.extractor, part.flatten(0, 1))[0].view(*part.shape[:2], -1) for part in strips]
+    result["slerp"] = {part: smoothness(f) | {f"midpoint_{setup.fd}": middle} for part, f, middle in
+                       zip(("vae", "refined"), features, score(slerp(a, b, 0.5)), strict=True)}
+    if folder:
+        rows = {f"{label} {i + 1}": strip[i] for i in range(3) for label, strip in
+                zip(("VAE", "refined"), strips, strict=True)}
+        common.save_grid(folder / "interpolation.png", rows)
     some = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
     train_mu = common.encode(model.vae, data.images[some], gen, model.device)[1]
     if data.labels is not None:

@@ -193,7 +193,7 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
     home, printed = smoke("stage2")
     assert "python stage1_baseline.py --dataset shapes --budget smoke --seed 0" in printed
     latent = load(home, "stage2-anneal")["tables"]["latent_space"]
-    assert set(latent) == {"posterior", "slerp", "lerp", "probe_class_accuracy", "probe_r2"}
+    assert set(latent) == {"posterior", "slerp", "probe_class_accuracy", "probe_r2"}
     assert set(latent["probe_r2"]) == set(common.FACTORS) and latent["slerp"]["refined"]["path_over_distance"] >= 1
     enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
     monkeypatch.setattr(common, "measure_samples", refuse)

@@ -635,6 +635,7 @@ def test_where_training_begins(tmp_path, capsys):
         common.write_json(folder / "metrics.json", {})  # of a checkpoint that was removed, as its damage asks for
         assert opened(resume) is None and not (folder / "metrics.json").exists()
         assert json.loads((folder / "config.json").read_text()) == {"train": train}
+        assert (f"nothing to resume in {folder}" in capsys.readouterr().out) == resume
     fid.save(checkpoint, {"train": train, "finished": False, "steps": 3})
     expect_error(capsys, lambda: opened(False), "--resume")
     assert opened(True)["steps"] == 3
