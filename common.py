@@ -800,17 +800,17 @@ def list_split(dataset, split, folder):
     jpeg = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)  # which moves every distance
     if dataset == "cifar10":
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
-        return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else ""
+        return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else "lossless"
     edge = len(files) - len(files) // 10  # the last tenth by name is the test split, unless there is a partition file
     chosen = files[:edge] if split == "train" else files[edge:]
     if dataset == "folder":
-        return chosen, None, "centre", "JPEG files" if jpeg else ""
+        return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
         part = dict(line.split()[:2] for line in partition.read_text().splitlines() if line.strip())
         chosen = [p for p in files if part.get(p.name) == {"train": "0", "test": "2"}[split]]
     width, height = fid.read_image(chosen[0]).size if chosen else (178, 218)
-    return chosen, None, "celeba-148", "" if width == 178 else f"JPEG copies at {width}x{height}"
+    return chosen, None, "celeba-148", "as published" if width == 178 else f"JPEG copies at {width}x{height}"
 
 
 def load_images(dataset, split, data_dir="data", image_size=None):
@@ -829,10 +829,10 @@ def load_images(dataset, split, data_dir="data", image_size=None):
             if dataset == "cifar10":
                 source = CIFAR10(str(folder), split == "train", download=not (folder / "cifar-10-batches-py").is_dir())
                 images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-                return ImageData(images, torch.tensor(source.targets), None, dataset, "none", "")
+                return ImageData(images, torch.tensor(source.targets), None, dataset, "none", "as published")
             CelebA(str(folder), split="all", download=True)  # needs the package gdown
         except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
-            layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
+            layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
             fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
                  f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
@@ -1319,7 +1319,9 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
     rows, tables = measure_samples(folder, model, setup)
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
-        print("\n".join(f"{folder.name}: {tables[name]['verdict']}" for name in ("latent", "start") if name in tables))
+        for table in (tables["latent"], tables.get("start")):
+            if table and train["budget"] != "smoke":  # its few steps tell nothing
+                print(f"{folder.name}: {table['verdict']}")
     if model.denoiser is not None and model.decode is None:
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = draw_training(folder, state["log"])
@@ -1559,6 +1561,6 @@ def print_results(finished, setup):
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
-          "resampling only, one run")
+          "resampling only, one run; compare scores of equally many images")
     for folder in finished:
         print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))

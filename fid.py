@@ -263,16 +263,17 @@ class LocalNet(nn.Module):
         return features, self.head(features)
 
 
-def save_local(net, name):
-    """Write FEATURES_DIR/<name>-<hash8>.pt, matrices in half precision (1.4 MB). Returns its path."""
-    state = {"classes": net.classes, "size": net.size, "state": half(net.state_dict())}
+def save_local(net, name, folder=None):
+    """Write FEATURES_DIR/<name>-<hash8>.pt, matrices in half precision (1.4 MB). Returns its path. `folder`: the whole
+    path of the images it was trained on, if they are no data set's."""
+    state = {"classes": net.classes, "size": net.size, "folder": folder, "state": half(net.state_dict())}
     return save(FEATURES_DIR / f"{name}-*.pt", state)
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     """The feature network `inception` or `local`, in eval mode, with name, suffix, dim, classes: uint8 (B, 3, H, W) ->
-    features (B, dim), logits (B, classes). A local one belongs to one data set (`folder`: to a folder's name).
-    Fails, naming the flag and the place, if its weights cannot be had."""
+    features (B, dim), logits (B, classes). A local one belongs to one data set, or to one folder, by whose name it is found.
+    Fails, naming the flag and the place, if its weights cannot be had or are of another folder of that name."""
     if kind == "inception":
         return load_inception(weights).to(device)
     if dataset == "folder" and not Path(data_dir).is_dir():
@@ -282,6 +283,9 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     stored = load_hashed(found, "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt",
                          "name one with --weights, or make it: python fid.py --train-local "
                          f"{data_dir if dataset == 'folder' else dataset}")
+    if dataset == "folder" and not weights and stored.get("folder") != str(Path(data_dir).resolve()):
+        fail(f"--features local: {found[0].name} was trained on {stored.get('folder') or 'a data set'}, not on {data_dir}; "
+             "rename your folder to train one on it, or name that file with --weights")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -646,12 +650,14 @@ def train_local(name, data_dir="data"):
     dataset, data_dir = (name, data_dir) if name in DATASETS else ("folder", name)
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
     if not find_hashed(FEATURES_DIR, train.name):
-        save_local(train_network(train), train.name)
+        save_local(train_network(train), train.name, str(Path(data_dir).resolve()) if dataset == "folder" else None)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
-    path = FEATURES_DIR / f"{extractor.name.removeprefix('local-')}.json"
+    path = FEATURES_DIR / extractor.name.removeprefix("local-")
     report = json.dumps(examine(extractor, train, test), indent=1)
-    write(path, (report + "\n").encode())
-    print(f"{path}\n{report}")
+    write(path.with_suffix(".json"), (report + "\n").encode())
+    flags = f"folder --data-dir {data_dir}" if dataset == "folder" else dataset
+    print(f"{report}\n{path}.pt has the weights, {path.name}.json the report above\n"
+          f"next: python stage1_baseline.py --features local --dataset {flags}")
 
 
 # ---- 8. The command --------------------------------------------------------------------------------------------------
@@ -701,8 +707,8 @@ def main(arguments=None):
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)
     if count < 10 * extractor.dim:
-        print(f"warning: {count} images are few for {extractor.dim} features: read the distance beside its floor",
-              file=sys.stderr)
+        print(f"warning: {count} images are few for {extractor.dim} features, {10 * extractor.dim} would do: read the "
+              "distance beside its floor", file=sys.stderr)
     held_out = ref.test_logits
     facts = {"real": args.real, "n_real": ref.stats.count, "generated": args.generated, "n_generated": count,
              "features": extractor.name, "classes": extractor.classes,

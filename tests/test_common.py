@@ -130,7 +130,7 @@ def test_cifar10_class_folders(tmp_path):
             save(home / "test" / name / f"{i}.png", flat(10 * k + i))
     train, test, again = (common.load_images("cifar10", split, tmp_path) for split in ("train", "test", "test"))
     assert train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
-    assert (train.note, train.crop, train.name, train.factors) == ("", "none", "cifar10", None)
+    assert (train.note, train.crop, train.name, train.factors) == ("lossless", "none", "cifar10", None)
     for row, k in ((0, 10), (9, 1), (31, 37)):  # airplane 0, bird 1, dog 7
         assert np.array_equal(train.images[row].permute(1, 2, 0).numpy(), noise_image(k))
     value = test.images[:, 0, 0, 0].long()
@@ -157,12 +157,12 @@ def test_cifar10_torchvision_layout(tmp_path, monkeypatch):
         pixels = np.stack([noise_image(10 * i + j).transpose(2, 0, 1).reshape(-1) for j in range(2)])
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [i, 9 - i]}))
     train, test = (common.load_images("cifar10", split, tmp_path) for split in ("train", "test"))
-    assert train.images.shape == (10, 3, 32, 32) and train.images.dtype == torch.uint8 and train.note == ""
+    assert train.images.shape == (10, 3, 32, 32) and train.images.dtype == torch.uint8 and train.note == "as published"
     assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and test.labels.tolist() == [5, 4]
     assert np.array_equal(train.images[3].permute(1, 2, 0).numpy(), noise_image(11))
 
 
-@pytest.mark.parametrize("width,height,note", [(178, 218, ""), (89, 109, "JPEG copies at 89x109")])
+@pytest.mark.parametrize("width,height,note", [(178, 218, "as published"), (89, 109, "JPEG copies at 89x109")])
 def test_celeba_crop(tmp_path, width, height, note, capsys):
     """The crop is the box (15, 40, 163, 188) of 178x218, in proportion; other images and broken ones are named."""
     step, home = 178 // width, tmp_path / "celeba" / "img_align_celeba"

@@ -380,8 +380,6 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     loaded = load()
     assert (loaded.name, loaded.suffix, loaded.classes, loaded.dim) == (f"local-{path.stem}", "_local", 6, 64)
     torch.testing.assert_close(loaded(random_images(4))[0], local(random_images(4))[0], atol=0.02, rtol=0)
-    (tmp_path / "shapes").mkdir()
-    assert fid.load_extractor("local", "folder", data_dir=tmp_path / "shapes").name == loaded.name
     assert fid.load_extractor("local", "cifar10", weights=str(path)).name == loaded.name
     path.write_bytes(path.read_bytes() + b" ")
     expect_error(capsys, load, path.name, "wrong sha256")
@@ -536,7 +534,15 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
             "fifty_images_repeated_recall", "real_recall", "real_is"} <= set(report)
     fid.main(["--train-local", folder])  # there already: examined, not trained again
     assert path.read_bytes() == before and [*features_dir.glob("*.pt")] == [path]
-    assert json.loads(path.with_suffix(".json").read_text()) == report and path.stem in capsys.readouterr().out
+    assert json.loads(path.with_suffix(".json").read_text()) == report
+    out = capsys.readouterr().out
+    assert f"{path} has the weights" in out and f"--dataset folder --data-dir {folder}" in out
+    fid.main([folder, folder])  # found by the folder's name, but not for another folder of that name
+    for place, owner in (("elsewhere/mine", folder), ("shapes", "a data set")):
+        other = save_folder(smooth_images(4), tmp_path / place)
+        fid.save_local(fid.LocalNet(2), "shapes") if place == "shapes" else None
+        expect_error(capsys, lambda other=other: fid.main([other, other]), f"was trained on {owner}, not on {other}")
+        fid.main([other, other, "--weights", str(path)])
     expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
 
 
@@ -596,7 +602,7 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
     fid.main([folders.real, folders.good, *folders.weights, "--json", "--device", "cpu"])
     captured = capsys.readouterr()
     row = json.loads(captured.out)
-    assert "warning: 50 images are few for 64 features" in captured.err and "JPEG" not in captured.err
+    assert "warning: 50 images are few for 64 features, 640 would do" in captured.err and "JPEG" not in captured.err
     assert (row["n_real"], row["n_generated"]) == (60, 50) and len(row["scores"]) == 7
     assert row["features"] == "local-" + folders.weights[1][-15:-3]
     fid.main([folders.real, folders.good, *folders.weights, "--count", "45"])
