@@ -272,8 +272,8 @@ def save_local(net, name, folder=None):
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     """The feature network `inception` or `local`, in eval mode, with name, suffix, dim, classes: uint8 (B, 3, H, W) ->
-    features (B, dim), logits (B, classes). A local one belongs to one data set, or to one folder, by whose name it is found.
-    Fails, naming the flag and the place, if its weights cannot be had or are of another folder of that name."""
+    features (B, dim), logits (B, classes). A local one belongs to a data set, or to a folder, found by its name.
+    Fails, naming the flag and the place, if its weights cannot be had, or are of another folder of that name."""
     if kind == "inception":
         return load_inception(weights).to(device)
     if dataset == "folder" and not Path(data_dir).is_dir():
@@ -284,8 +284,9 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
                          "name one with --weights, or make it: python fid.py --train-local "
                          f"{data_dir if dataset == 'folder' else dataset}")
     if dataset == "folder" and not weights and stored.get("folder") != str(Path(data_dir).resolve()):
-        fail(f"--features local: {found[0].name} was trained on {stored.get('folder') or 'a data set'}, not on {data_dir}; "
-             "rename your folder to train one on it, or name that file with --weights")
+        owner = stored.get("folder") or "a data set"
+        fail(f"--features local: {found[0].name} was trained on {owner}, not on {data_dir}; rename your folder to train "
+             "one on it, or name that file with --weights")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
