@@ -285,8 +285,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
                          f"{data_dir if dataset == 'folder' else dataset}")
     if dataset == "folder" and not weights and stored.get("folder") != str(Path(data_dir).resolve()):
         owner = stored.get("folder") or "a data set"
-        fail(f"--features local: {found[0].name} was trained on {owner}, not on {data_dir}; rename your folder to train "
-             "one on it, or name that file with --weights")
+        fail(f"--features local: {found[0].name} was trained on {owner}, not on {data_dir}; rename your folder to "
+             "train one on it, or name that file with --weights")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
