@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-form", "stage2-", "stage3-", "")
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
 SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
-NOTE = "fd: Frechet distance of these features; a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
+NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
          ("latent_space/posterior/", "real codes/"),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
@@ -192,9 +192,9 @@ def about(dataset, results):
     """What all numbers of a data set rest on, in a sentence."""
     metrics = next(iter(next(iter(results.values())).values()))
     run, settings = metrics["run"], metrics["run"]["eval"]
-    return (f"{dataset}: {run['data_note']}; budget `{run['budget']}`, {run['train_images']:,} images per network; "
-            f"{metrics['rows'][0]['n_generated']:,} samples ({settings['grid_count']} for steps, noise, probes), "
-            f"`x_T` of sd {settings['temperature']:g}; features `{run['features']}`.")
+    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {run['train_images']:,} images per network, "
+            f"{metrics['rows'][0]['n_generated']:,} samples ({settings['grid_count']} in probes), "
+            f"`x_T` of sd {settings['temperature']:g}, features `{run['features']}`.")
 
 
 def table_of(everything, variants, columns):
