@@ -708,7 +708,7 @@ TRAIN = {
     "objective": "v", "start": 400,  # see Diffusion; without an x_hat the process starts at T
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
-    "flip": "both",  # who sees images mirrored at random: both networks, refiner, none
+    "flip": "both",  # who sees images mirrored at random: both networks, refiner (and what trains with it), none
     "components": 20,  # of the mixture fitted ex post
     "every": 50,  # steps between two rows of the log
     "compile": False,
@@ -800,6 +800,7 @@ def list_split(dataset, split, folder):
     jpeg = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)  # which moves every distance
     if dataset == "cifar10":
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
+        files = [p for p in files if p.parent.name in classes]
         return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else "lossless"
     edge = len(files) - len(files) // 10  # the last tenth by name is the test split, unless there is a partition file
     chosen = files[:edge] if split == "train" else files[edge:]
@@ -1049,8 +1050,10 @@ class Training:
             for name, network in self.networks.items():
                 decay = min(train[f"{name}_ema"], (1 + n) / (10 + n))  # 0 copies
                 torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
-            for name, value in (terms | {"counted": 1.0}).items():
-                self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value, device=self.device).detach().mean()
+            means = {name: torch.as_tensor(value, device=self.device).detach().mean() for name, value in terms.items()}
+            average_over_ranks(list(means.values()))
+            for name, mean in (means | {"counted": torch.ones((), device=self.device)}).items():
+                self.sums[name] = self.sums.get(name, 0) + mean
         self.steps += 1
         if self.steps % min(train["every"], train["steps"]) == 0:
             self.write_row(watch())
@@ -1080,7 +1083,6 @@ class Training:
 
     def write_row(self, watched):
         """Add a row to the log: means since the last one, and what was watched. log.csv is a copy of all rows."""
-        average_over_ranks(list(self.sums.values()))
         self.check_finite()
         counted = float(self.sums.pop("counted", math.nan))
         means = {name: float(value) / counted for name, value in self.sums.items()} | watched
@@ -1151,7 +1153,8 @@ def add_flags(parser, *priors):
 
 def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings, device."""
-    device = choose_device("auto" if args.dry_run and not torch.cuda.is_available() else args.device)
+    sys.excepthook = fid.end_in_a_line
+    device = choose_device(args.device)
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size)
     train, evaluation = budget(name, args.dataset, size)
@@ -1181,7 +1184,6 @@ class Setup:
 
     def __init__(self, args, train, evaluation, device):
         keep_freed_memory()
-        sys.excepthook = fid.end_in_a_line
         self.device = join_ranks(device, train["batch"])
         if RANK > 0:
             wait_for_ranks()  # the first process downloads and decodes for all
@@ -1193,7 +1195,7 @@ class Setup:
         if RANK == 0:
             wait_for_ranks()
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-        self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images)}
+        self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
         self.evaluation = evaluation | {"features": self.extractor.name}
@@ -1419,7 +1421,8 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
 
 
 def measure_vae(folder, model, setup):
-    """Tables of a VAE, with the refiner behind it: held-out reconstructions, the latent, the priors' fit."""
+    """Tables of a VAE, with the refiner behind it (DPM-Solver++ in as many steps as the headline has, of whatever
+    sampler): held-out reconstructions, the latent, the priors' fit."""
     test, seed = setup.test.images, setup.train["seed"]
     real, gen = test[: min(1000, setup.evaluation["grid_count"])], generator(50_000 + seed)
     mu, logvar = encode(model.vae, real, gen, model.device)[1:]
@@ -1435,7 +1438,7 @@ def measure_vae(folder, model, setup):
     z = encode(model.vae, test, generator(70_000 + seed), model.device)[0]
     table = {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
              "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)}
-    if setup.test.labels is not None and setup.extractor.suffix:  # local features, whose classes are those of the data
+    if setup.test.labels is not None and setup.extractor.name.startswith(f"local-{setup.test.name}-"):  # its classes
         for name, images in (("vae", x_hat), ("refined", refined)):
             told = fid.extract(setup.extractor, images)[1].argmax(1)
             table[f"class_kept_{name}"] = float((told == setup.test.labels[: len(real)]).float().mean())

@@ -16,11 +16,12 @@ the bias a second time and miss the score.)
     python fid.py --train-local FOLDER    makes a local feature network: minutes on two CPU cores (cifar10: 17)
 
 Contents: 1 small things every file uses, 2 Inception, 3 the local network, 4 features and their moments, 5 scores,
-6 the reference and a row of scores, 7 training the local network, 8 the command, which alone imports common.py.
+6 the reference and a row of scores, 7 training the local network, 8 the command. 7 and 8 import common.py for its data.
 """
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -100,7 +101,7 @@ def read_image(path):
 
 def find_hashed(folder, name):
     """The files FOLDER/<name>-<hash8>.pt; `save` wrote them as FOLDER/<name>-*.pt."""
-    return sorted(Path(folder).glob(f"{name}-{'[0-9a-f]' * 8}.pt"))
+    return sorted(Path(folder).glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.pt"))
 
 
 def save(path, state):
@@ -236,7 +237,8 @@ class Residual(nn.Sequential):
 class LocalNet(nn.Module):
     """Small residual network: uint8 (B, 3, H, W) -> features (B, 64), logits (B, K). 0.7M parameters, 0.1 GFLOP.
 
-    Pixels enter as x / 127.5 - 1 at `size` (32, or 64 with a stride-2 stem); other sizes are resized with antialias.
+    Pixels enter as x / 127.5 - 1 at `size` (32, or 64 with a stride-2 stem); of other sizes the centred square, resized
+    with antialias, as a stage reads a folder.
     Every feature has mean 0 and variance about 1 over the training set: that is the unit of its Frechet distances.
     """
 
@@ -258,6 +260,9 @@ class LocalNet(nn.Module):
     def forward(self, images):
         x = require_uint8(images).float() / 127.5 - 1
         if x.shape[2:] != (self.size, self.size):
+            side = min(x.shape[2:])
+            top, left = ((full - side) // 2 for full in x.shape[2:])
+            x = x[:, :, top:top + side, left:left + side]
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         features = self.body(x.contiguous(memory_format=torch.channels_last))
         return features, self.head(features)
@@ -280,9 +285,12 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
         fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
     name = Path(data_dir).resolve().name if dataset == "folder" else dataset
     found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
-    stored = load_hashed(found, "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt",
-                         "name one with --weights, or make it: python fid.py --train-local "
-                         f"{data_dir if dataset == 'folder' else dataset}")
+    advice = ("name one with --weights, or make it: python fid.py --train-local "
+              f"{data_dir if dataset == 'folder' else dataset}")
+    flag = "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt"
+    stored = load_hashed(found, flag, advice)
+    if "classes" not in stored:
+        fail(f"--weights {found[0]}: not a local feature network; {advice}")
     if dataset == "folder" and not weights and stored.get("folder") != str(Path(data_dir).resolve()):
         owner = stored.get("folder") or "a data set"
         fail(f"--features local: {found[0].name} was trained on {owner}, not on {data_dir}; rename your folder to "
@@ -655,7 +663,7 @@ def train_local(name, data_dir="data"):
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = FEATURES_DIR / extractor.name.removeprefix("local-")
     report = json.dumps(examine(extractor, train, test), indent=1)
-    write(path.with_suffix(".json"), (report + "\n").encode())
+    write(Path(f"{path}.json"), (report + "\n").encode())
     flags = f"folder --data-dir {data_dir}" if dataset == "folder" else dataset
     print(f"{report}\n{path}.pt has the weights, {path.name}.json the report above\n"
           f"next: python stage1_baseline.py --features local --dataset {flags}")
@@ -688,6 +696,8 @@ def main(arguments=None):
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     args = parser.parse_args(arguments)
     sys.excepthook = end_in_a_line
+    if args.train_local and args.real:
+        fail(f"--train-local {args.train_local} is not for scores; leave {args.real} out")
     if args.train_local:
         return train_local(args.train_local, args.data_dir)
     if not args.generated:

@@ -137,9 +137,11 @@ def load_all(paths):
             fid.fail(f"{path} cannot be compared with {other}: {difference}; remove one of them")
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
     for results in found.values():
-        for seed, joint in results.get("stage2-anneal", {}).items():  # it measures stage 1's latent space as well
-            if space := joint["tables"].pop("latent_space_stage1", None):
-                results.get("stage1-form1", {}).get(seed, joint)["tables"].setdefault("latent_space", space)
+        form1 = results.get("stage1-form1", {})
+        for seed, metrics in [item for seeds in results.values() for item in seeds.items()]:
+            space = metrics["tables"].pop("latent_space_stage1", None)  # stage 2 measures it beside its own
+            if space and seed in form1:
+                form1[seed]["tables"].setdefault("latent_space", space)
         for metrics in (metrics for seeds in results.values() for metrics in seeds.values()):
             metrics["numbers"] = numbers_of(metrics)
     rank = lambda name: ([name.startswith(start) for start in ORDER].index(True), name)  # noqa: E731
@@ -341,13 +343,15 @@ def main(argv=None):
     parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fid.fail
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
     parser.add_argument("--runs", help="read fresh runs from this folder, and write REPORT.md there")
-    parser.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a text would change")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
+    only.add_argument("--check", action="store_true", help="write nothing; exit 1 if a text would change")
     args = parser.parse_args(argv)
     if args.collect:
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
-    everything = load_all(source.glob("*/*/metrics.json" if args.runs else "*/*-s[0-9]*.json"))
+    paths = source.glob("*/*/metrics.json" if args.runs else "*/*-s[0-9]*.json")
+    everything = load_all(path for path in paths if not path.parent.parent.name.endswith("-smoke"))  # they tell nothing
     if not everything:
         fid.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
     tables = {"claims": table_claims(everything)} | {name: table_of(everything, *of) for name, of in TABLES.items()}

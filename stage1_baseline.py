@@ -156,8 +156,8 @@ def main(argv=None):
     args.variant = list(CHANNELS) if "all" in args.variant else args.variant
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        last = args.variant[-1]
-        return common.print_settings(train, evaluation, common.network_cost(train, last != "uncond", CHANNELS[last]))
+        largest = max(CHANNELS[variant] or 0 for variant in args.variant)
+        return common.print_settings(train, evaluation, common.network_cost(train, args.variant != ["uncond"], largest))
     if args.pretrained:
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))

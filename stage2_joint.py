@@ -275,6 +275,8 @@ def parse_flags(argv=None):
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
+    if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
+        common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}

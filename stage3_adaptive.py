@@ -111,13 +111,13 @@ class RealNVP(nn.Module):
         return self.inverse(torch.randn(count, self.d, generator=gen).to(self.orders.device)).cpu()
 
 
-def fit_flow(mu, logvar, seed, steps, start=None, batch=256):
-    """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, from the weights `start` or
+def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
+    """Fit a RealNVP ex post to z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, from `initial` weights or
     the identity; returns it in evaluation mode. z is drawn anew in each step: of one draw it would learn the noise."""
     torch.manual_seed(seed)
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + 3)
-    if start:
-        flow.load_state_dict(start)
+    if initial:
+        flow.load_state_dict(initial)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, 0.05, True)

@@ -255,12 +255,10 @@ def test_bonus_savings(smoke, tmp_path, monkeypatch, capsys):
     assert all("conv" in (home / folder / f"profile-{name}.txt").read_text() for name in ("pixel", "latent"))
 
     enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
-    (tmp_path / folder / "metrics.json").unlink()
     COMMANDS["bonus"](SMOKE)
     capsys.readouterr()
     again = load(tmp_path, "bonus-latent")["tables"]
-    assert again["equal_seconds"][0]["latent"]["nfe"] == 4
-    assert again["savings"]["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
+    assert again.pop("equal_seconds")[0]["latent"]["nfe"] == 4 and again == tables
 
 
 # --- Exported samples ------------------------------------------------------------------------------------------------
@@ -465,8 +463,10 @@ def test_committed_weights(dataset, size):
     ("stage1", "--dataset folder --data-dir text", ["text", "00.png"]),
     *(("stage1", f"--dataset {dataset} --data-dir nowhere", [
         f"--dataset {dataset}", "nowhere", "--data-dir", "--dataset shapes", layout]) for dataset, layout in (
-        ("cifar10", "cifar10/{train,test}/<class>/*.png"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
+        ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
+    ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
+    ("stage2", "--gradient none --diffusion-weight 2", ["--gradient none", "--diffusion-weight"]),
     ("stage2", "--loss kendall --diffusion-weight 2", ["--diffusion-weight", "kendall"]),
     ("stage3", "--conditioning fixed --uncertainty posterior", ["--uncertainty posterior", "fixed"]),
     *((name, f"--features {kind}", ["--features local", word]) for name in COMMANDS for kind, word in (

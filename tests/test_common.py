@@ -141,6 +141,8 @@ def test_cifar10_class_folders(tmp_path):
     train = common.load_images("cifar10", "train", tmp_path)
     assert len(train.images) == 33 and train.labels[24] == 2 and "JPEG" in train.note
     assert np.abs(train.images[24].permute(1, 2, 0).numpy().astype(int) - ramp(32, 32, 4)).mean() < 12
+    save(home / "train" / "1.png", flat(1))  # of no class
+    assert len(common.load_images("cifar10", "train", tmp_path).images) == 33
 
 
 def test_cifar10_torchvision_layout(tmp_path, monkeypatch):
@@ -584,7 +586,8 @@ def test_setup(small, monkeypatch):
     monkeypatch.setattr(common.fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix="_local"))
     train = settings()
     setup = common.Setup(flags("--out", "new/runs"), train, {"features": "local"}, CPU)
-    assert setup.train == train | {"crop": "none", "n_train": 1000} and setup.evaluation == {"features": "stub"}
+    assert setup.train == train | {"crop": "none", "n_train": 1000, "data_note": "drawn by the program"}
+    assert setup.evaluation == {"features": "stub"}
     assert not torch.equal(setup.data.images[:200], setup.test.images) and "crop" not in train
     monkeypatch.setattr(common.fid, "load_extractor", lambda *a: SimpleNamespace(name="stub", suffix=""))
     assert setup.fd == "fd_local" and common.Setup(flags(), train, {"features": "inception"}, CPU).fd == "fid"
@@ -594,6 +597,12 @@ def test_setup(small, monkeypatch):
     one, two = (common.Setup(flags("--dataset", "folder", "--data-dir", f"{home}/photos"), train | {"image_size": 32},
                              {"features": "local"}, CPU) for home in ("one", "two"))
     assert one.home == two.home and "data_dir" in common.first_difference(one.train, two.train)
+    for suffix in (".png", ".jpg"):  # and so are JPEG copies of the same images
+        for split, i in itertools.product(("train", "test"), range(4)):
+            save(Path(suffix) / "cifar10" / split / "cat" / f"{i}{suffix}", np.full((32, 32, 3), i, np.uint8))
+    one, two = (common.Setup(flags("--dataset", "cifar10", "--data-dir", suffix), train | {"image_size": 32},
+                             {"features": "local"}, CPU) for suffix in (".png", ".jpg"))
+    assert one.home == two.home and "JPEG" in common.first_difference(one.train, two.train)
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
@@ -757,7 +766,9 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
         None, torch.eye(20)[labels * ((images.float() - real.float()).abs().mean() < 2)]))
     tiny.denoiser = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
     setup = SimpleNamespace(test=images_of(50), train={"seed": 0}, evaluation={"grid_count": 50, "sample_steps": 3},
-                            extractor=SimpleNamespace(suffix="_local"))
+                            extractor=SimpleNamespace(name="local-other-0"))
+    assert "class_kept_vae" not in common.measure_vae(tmp_path, tiny, setup)["reconstruction"]  # classes of other data
+    setup.extractor.name = f"local-{setup.test.name}-0"
     tables = common.measure_vae(tmp_path, tiny, setup)
     mu, logvar = tiny.vae.encoder(common.to_float(real))
     found, x_hat = tables["reconstruction"], common.to_uint8(tiny.vae.decoder(mu))

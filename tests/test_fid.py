@@ -286,6 +286,8 @@ def test_batch_size_changes_nothing(local, net):
     torch.testing.assert_close(fid.extract(local.train(), images)[0], whole[0])  # it is put into eval mode
     mixed = [images[0], random_images(1, 48)[0]]  # other sizes are resized
     torch.testing.assert_close(fid.extract(local, mixed)[0][1:], fid.extract(local, mixed[1][None])[0])
+    wide = torch.cat([images.flip(0)[..., :8], images, images.flip(0)[..., :8]], 3)  # and cut to the centred square
+    torch.testing.assert_close(fid.extract(local, wide)[0], whole[0])
     two = fid.extract(net, images[:2], batch_size=2)[0]
     torch.testing.assert_close(fid.extract(net, images[:2], batch_size=1)[0], two, atol=1e-4, rtol=1e-4)
 
@@ -386,6 +388,8 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     (features_dir / "shapes-00000000.pt").write_bytes(b"")
     expect_error(capsys, load, "2 files")
     expect_error(capsys, lambda: load(weights="gone.pt"), "--weights gone.pt: No such file", "--train-local shapes")
+    other = fid.save(tmp_path / "form1-*.pt", {"unet": {}})
+    expect_error(capsys, lambda: load(weights=other), other.name, "not a local feature network")
 
 
 # ---- Floor, intervals, the row of scores, the reference --------------------------------------------------------------
@@ -523,12 +527,13 @@ def test_training_learns_with_labels(monkeypatch):
 
 
 def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
-    monkeypatch.setitem(fid.IMAGES_SEEN, "mine", 200)
-    folder = save_folder(smooth_images(80, 40), tmp_path / "mine")
+    monkeypatch.setitem(fid.IMAGES_SEEN, "mine.v1 [new]", 200)
+    folder = save_folder(smooth_images(80, 40), tmp_path / "mine.v1 [new]")  # nothing in a name means anything
     monkeypatch.chdir(tmp_path)
     fid.main(["--train-local", folder])
-    path, = features_dir.glob("mine-*.pt")
+    path, = features_dir.glob("mine*.pt")
     before, report = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    assert len([*features_dir.iterdir()]) == 2 and path.stem.startswith("mine.v1 [new]-")
     assert report["classes"] == 20 and 0 <= report["retrieval"] <= 1 and report["n_test"] == 8
     assert {"extractor", "note", "floor", "noise", "blur", "sample_size", "half_the_classes",
             "fifty_images_repeated_recall", "real_recall", "real_is"} <= set(report)
@@ -538,7 +543,7 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     out = capsys.readouterr().out
     assert f"{path} has the weights" in out and f"--dataset folder --data-dir {folder}" in out
     fid.main([folder, folder])  # found by the folder's name, but not for another folder of that name
-    for place, owner in (("elsewhere/mine", folder), ("shapes", "a data set")):
+    for place, owner in (("elsewhere/mine.v1 [new]", folder), ("shapes", "a data set")):
         other = save_folder(smooth_images(4), tmp_path / place)
         fid.save_local(fid.LocalNet(2), "shapes") if place == "shapes" else None
         expect_error(capsys, lambda other=other: fid.main([other, other]), f"was trained on {owner}, not on {other}")

@@ -179,11 +179,15 @@ def test_collect_and_runs(tmp_path, monkeypatch, capsys):
                      ("cifar10", ".json"), ("cifar10", "-samples.png"), ("figures", "shapes-sheet.png"),
                      ("figures", "cifar10-sheet.png")}
     assert Image.open(tmp_path / "results" / "figures" / "shapes-sheet.png").size == (30, 40)  # a name, a third
+    smoke = tmp_path / "runs" / "shapes-smoke" / "stage1-form1-s0" / "metrics.json"
+    smoke.parent.mkdir(parents=True)
+    smoke.write_text(json.dumps(metrics(budget="smoke")))  # passed over: it cannot be compared
     final.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
     report = (tmp_path / "runs" / "REPORT.md").read_text()
     assert "reproduced: cifar10" in report and "reproduced (off by 0%)" in report and "## claims" in report
     assert (tmp_path / "runs" / "cifar10-comparison.png").is_file()
     expect_error(capsys, lambda: final.main(["--results", str(tmp_path / "nothing")]), "no results there")
+    expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
 
 
 def test_fill(capsys):

@@ -212,7 +212,7 @@ def test_probe_finds_a_planted_factor():
 @pytest.mark.parametrize("flags,name,weight", [
     ("", "stage2-anneal", 1.0),
     ("--loss sum --diffusion-weight 0.1", "stage2-sum-w0.1", 0.1),
-    ("--diffusion-weight 1 --gradient none", "stage2-anneal-grad-none", 1.0),
+    ("--gradient none", "stage2-anneal-grad-none", 1.0),
     ("--loss sum --diffusion-weight 2 --gradient decoder", "stage2-sum-w2-grad-decoder", 2.0),
     ("--loss kendall", "stage2-kendall", None),
     ("--loss bound", "stage2-bound", None),

@@ -453,6 +453,15 @@ def act_as(patch, rank, ranks=2):
         patch.setattr(place, name, value)
 
 
+def test_a_checkpoint_holds_what_all_processes_saw(tmp_path, monkeypatch):
+    """The log's sums, too, at any step: else a resumed run's next row would be the first process's alone."""
+    act_as(monkeypatch, 0)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(0).add_(10))  # all others had so much
+    tiny(tmp_path, lambda i, w: 0 * w + i, steps=5, every=3)
+    sums = common.load_checkpoint(tmp_path / "checkpoint.pt")["sums"]
+    assert {name: float(value) for name, value in sums.items()} == {"loss": 10.0, "net": 10.0, "counted": 2.0}
+
+
 def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
     def everyone(lists, mine):
         lists[:] = "ace", mine
