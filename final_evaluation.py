@@ -157,7 +157,7 @@ def values(seeds, name):
     return {seed: leaf["value"] if isinstance(leaf, dict) else leaf for seed, leaf in found.items() if leaf is not None}
 
 
-def show(numbers):
+def mean_and_sd(numbers):
     """Several numbers as text: mean ± standard deviation, the latter if there is one."""
     mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0
     text, more = (f"{mean:,.0f}", f"{spread:,.0f}") if abs(mean) >= 1000 else (f"{mean:.3g}", f"{spread:.2g}")
@@ -169,7 +169,7 @@ def cell(seeds, name):
     found = values(seeds, name)
     if len(found) == 1 and isinstance(score := seeds[next(iter(found))]["numbers"][name], dict):
         return common.show(score)
-    return show(list(found.values())) if found else ""
+    return mean_and_sd(list(found.values())) if found else ""
 
 
 def verdict(ours, theirs):
@@ -219,7 +219,7 @@ def table_claims(everything):
         for results in everything.values():
             found = [values(results.get(side.split(" of ")[1], {}), side.split(" of ")[0]) for side in sides]
             ours, theirs = ([side[seed] for seed in sorted(found[0].keys() & found[1].keys())] for side in found)
-            told.append(f"{show(ours)} / {show(theirs)}: {verdict(ours, theirs)}" if ours else "not run")
+            told.append(f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {verdict(ours, theirs)}" if ours else "not run")
         rows.append([question, *sides, *told])
     table = markdown(["question", "first", "second", *everything], rows)
     note = "Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds."

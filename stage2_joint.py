@@ -88,7 +88,7 @@ class Balance(nn.Module):
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
 
-def weights(train, step, balance):
+def loss_weights(train, step, balance):
     """What multiplies the SSE and the diffusion term D M in the VAE's loss: two numbers, or tensors ()."""
     if train["loss"] == "kendall":
         sse_weight, weight = (-balance.logvar.detach()).exp()
@@ -157,7 +157,7 @@ def train_joint(folder, train, data, device, state):
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
             vae_part = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
-            sse_weight, weight = weights(train, training.steps, balance)
+            sse_weight, weight = loss_weights(train, training.steps, balance)
             sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|
             # decoded again from detached z: the same values, but the gradient ends in the decoder
             seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat

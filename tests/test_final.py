@@ -78,7 +78,7 @@ def test_a_columns_name_is_its_place(tmp_path):
     assert [final.cell(one, name) for name in ("noise area", "train minutes", "no such")] == ["1.25", "1.5", ""]
     assert final.cell(seeds, "fd") == "11.5 ± 2.1" and final.cell(seeds, "noise area") == "1.25"
     assert final.values(seeds, "s/image") == {0: 0.5} and final.values(seeds, "fd") == {0: 10.0, 1: 13.0}
-    assert final.show([1234.5]) == "1,234" and final.show([1.0, 2.0, 3.0]) == "2 ± 1"
+    assert final.mean_and_sd([1234.5]) == "1,234" and final.mean_and_sd([1.0, 2.0, 3.0]) == "2 ± 1"
 
 
 @pytest.mark.parametrize("change,key", [
