@@ -30,6 +30,7 @@ PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures s
 SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
+         ("latent_space/slerp/vae/", "VAE path "),
          ("latent_space/posterior/", "real codes/"),
          ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
          ("uncertainty/adaptive_refinement/", ""),
@@ -42,17 +43,16 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"),
          ("training/skipped", "skipped"))
 
-TABLES = {  # name: (patterns of variants, columns)
+TABLES = {  # name: (patterns of variants, columns, and the seed if it is one alone)
     "results": ("stage1-vae stage1-form1 stage2-anneal stage3-flow-film bonus-latent",
                 "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
-              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy; s/image"),
-    "joint": ("stage1-form1 stage2-anneal stage2-*none stage2-bound stage2-kendall stage2-sum stage2-*w10",
-              "fd; precision; recall; hf_energy; kl_nats; bits/dim; noise area"),
-    "codes": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
-              "gaussian/fd; own prior/fd; real codes/refined; class_kept_refined"),
-    "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; elbo/negative_elbo; log p(z) gaussian; log p(z) gmm; "
+              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy"),
+    "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+              "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
+    "losses, seed 0": ("stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
+    "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
     "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
@@ -72,8 +72,10 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
     ("Is it the gradient there?", "real codes/refined of stage2-anneal",
      "real codes/refined of stage2-anneal-grad-none"),
-    ("Does a VAE trained with a flow prior help?", "fd of stage3-flow-fixed", "fd of stage1-form1"),
-    ("Does adaptive conditioning help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
+    ("Does a VAE trained with a flow help, given a mixture?", "gmm/fd of stage3-flow-fixed",
+     "own prior/fd of stage1-form1"),
+    ("Does adaptive conditioning help, `film`?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
+    ("And `fade`?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
@@ -82,7 +84,8 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
     ("And without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
-    ("Does adaptive conditioning soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
+    ("Does `film` soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
+    ("And `fade`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
@@ -194,16 +197,19 @@ def about(dataset, results):
     """What all numbers of a data set rest on, in a sentence."""
     metrics = next(iter(next(iter(results.values())).values()))
     run, settings = metrics["run"], metrics["run"]["eval"]
-    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {run['train_images']:,} images per network, "
-            f"{metrics['rows'][0]['n_generated']:,} samples ({settings['grid_count']} in probes), "
-            f"`x_T` of sd {settings['temperature']:g}, features `{run['features']}`.")
+    calmed = "" if settings["temperature"] == 1 else f" from `x_T` of sd {settings['temperature']:g}"
+    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({run['train_images']:,} images per network), "
+            f"{metrics['rows'][0]['n_generated']:,} samples{calmed} ({settings['grid_count']} in probes), features "
+            f"`{run['features']}`.")
 
 
-def table_of(everything, variants, columns):
-    """A line for each variant that fits one of the patterns and has a number in one of the columns."""
+def table_of(everything, variants, columns, only=None):
+    """A line for each variant that fits one of the patterns and has a number in one of the columns, of all its seeds or
+    of `only` one."""
     rows, used, columns = [], {}, columns.split("; ")
     for dataset, results in everything.items():
         for variant, seeds in results.items():
+            seeds = {seed: metrics for seed, metrics in seeds.items() if only in (None, seed)}
             cells = [cell(seeds, column) for column in columns]
             if any(fnmatch(variant, pattern) for pattern in variants.split()) and any(cells):
                 rows.append([f"{dataset} {variant}", *cells])

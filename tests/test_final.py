@@ -113,9 +113,9 @@ def test_claims(tmp_path):
     assert quality[3].startswith("5.5 ± 0.5 / 11 ± 1: better by 50% (3 seeds: ") and quality[4] == "not run |"
     assert "| 1.2 / 1.6 ± 0.1: better by 25% (3 seeds: " in table  # as stage 2 measured it
     assert table.count("/ 40: -75% (one run)") == 1  # VAE and refiner
-    assert len(re.findall(r"Does adaptive conditioning .* \| not run \| not run \|", table)) == 2
+    assert len(re.findall(r"Do.* `film`.* \| not run \| not run \|", table)) == 2
     assert "| 12 / 30: -60% (one run) |" in table  # own prior of the second data set
-    assert "budget `cpu`, 7,100 images per network, 100 samples (50 in probes" in table and "`local-a`" in table
+    assert "budget `cpu` (7,100 images per network), 100 samples (50 in probes" in table and "`local-a`" in table
 
 
 def test_tables(tmp_path):
@@ -125,6 +125,7 @@ def test_tables(tmp_path):
     table = final.table_of(everything, "stage1-*", "fd; bits/dim; no such").splitlines()
     assert table[2] == "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] |  |"
     assert table[3] == "| shapes stage1-form1 | 11.5 ± 2.1 | 3 |  |"
+    assert "| shapes stage1-form1 | 13 [" in final.table_of(everything, "stage1-*", "fd", 1)  # of seed 1 alone
     assert len(table) == 6 and table[5].startswith("*shapes: drawn, budget `cpu`") and final.NOTE in table[5]
     assert len(final.table_of(everything, "*", "no such").splitlines()) == 4
     text = final.long_tables(everything, tmp_path)
