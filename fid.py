@@ -448,14 +448,14 @@ def diversity(real, generated):
 GROUPS, T_95 = 20, 2.093024  # jackknife groups, and Student's t for 95% at 19 degrees of freedom
 
 
-def jackknife(score, *arrays):
-    """score(*arrays), a number, with a 95% interval: {"value", "low", "high"}. From the scores without rows g, g + 20,
-    ... of every array, for each of 20 groups g. It tells what another draw of the images could change (not another
+def jackknife(score, x):
+    """score(x), a number, with a 95% interval: {"value", "low", "high"}. From the scores without rows g, g + 20, ... of
+    x (N, ...), for each of 20 groups g. It tells what another draw of the images could change (not another
     training). With fewer than two rows per group nothing is left out: low and high are None."""
-    value, group = score(*arrays), torch.arange(len(arrays[0])) % GROUPS
+    value, group = score(x), torch.arange(len(x)) % GROUPS
     if len(group) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
-    left = np.array([score(*(x[group != g] for x in arrays)) for g in range(GROUPS)])
+    left = np.array([score(x[group != g]) for g in range(GROUPS)])
     half = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(left - left.mean()).sum())
     return {"value": value, "low": value - half, "high": value + half}
 
