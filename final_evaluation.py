@@ -51,7 +51,7 @@ TABLES = {  # name: (patterns of variants, columns, and the seed if it is one al
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
               "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
-    "losses, seed 0": ("stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
+    "losses, seed 0": ("stage1-form1 stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; "
                "log p(z) flow"),
     "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
