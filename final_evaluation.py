@@ -43,7 +43,7 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"),
          ("training/skipped", "skipped"))
 
-TABLES = {  # name: (patterns of variants, columns, and the seed if it is one alone)
+TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one alone)
     "results": ("stage1-vae stage1-form1 stage2-anneal stage3-flow-film bonus-latent",
                 "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
@@ -51,9 +51,9 @@ TABLES = {  # name: (patterns of variants, columns, and the seed if it is one al
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
               "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
-    "losses, seed 0": ("stage1-form1 stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
-    "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; "
-               "log p(z) flow"),
+    "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
+                       "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
+    "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
     "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
     "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
@@ -211,7 +211,7 @@ def table_of(everything, variants, columns, only=None):
         for variant, seeds in results.items():
             seeds = {seed: metrics for seed, metrics in seeds.items() if only in (None, seed)}
             cells = [cell(seeds, column) for column in columns]
-            if any(fnmatch(variant, pattern) for pattern in variants.split()) and any(cells):
+            if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in variants.split()) and any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 used[dataset] = about(dataset, results)
     return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(used.values())} {NOTE}.*"
