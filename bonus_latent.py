@@ -292,7 +292,7 @@ def main(argv=None):
     state = common.trained(train_latent, args.resume, folder, train, ae_state, setup.data, device)
     model, ae, unet = load_model(state, device)
 
-    def more(model, rows):
+    def more(model):
         return {"ceiling": ceiling(folder, ae, setup), "savings": savings(folder, model, unet, train, setup)}
 
     metrics = common.evaluate(folder, setup, state, model, network_cost(train), more)

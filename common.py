@@ -1310,7 +1310,7 @@ def measure(model, setup, prior, sampler, steps, count, damage=0.0):
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
-def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
+def evaluate(folder, setup, state, model, cost, more=lambda model: {}):
     """The metrics of a finished run: read if its folder holds them for these settings, else measured and written, with
     figures. `model` is that of the checkpoint `state`, `cost` its network_cost; `more` gives its stage's own tables."""
     metrics = read_metrics(folder / "metrics.json", setup.evaluation)
@@ -1327,7 +1327,7 @@ def evaluate(folder, setup, state, model, cost, more=lambda model, rows: {}):
     if model.denoiser is not None and model.decode is None:
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = draw_training(folder, state["log"])
-    tables |= more(model, rows)
+    tables |= more(model)
     commit = ""
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,

@@ -297,7 +297,7 @@ def main(argv=None):
     folder = setup.home / f"{variant}-s{args.seed}"
     state = common.trained(train_joint, args.resume, folder, setup.train, setup.data, setup.device)
 
-    def more(model, rows):
+    def more(model):
         return {"latent_space": latent_space(folder, model, setup)}
 
     model = load_model(state, setup.device)

@@ -486,7 +486,7 @@ def main(argv=None):
     vae_folder, folder = (setup.home / f"{part}-s{args.seed}" for part in (f"stage3-vae-{train['vae_prior']}", name))
     vae_state = common.trained(train_vae, args.resume, vae_folder, vae_train, data, device)
 
-    def of_vae(model, rows):
+    def of_vae(model):
         trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
         return {"uncertainty": rank_errors(trip, vae_state["uncertainty"]), "elbo": held_out_elbo(trip, model)}
 
@@ -500,7 +500,7 @@ def main(argv=None):
               f"{facts['verdict']}")
     state = common.trained(train_refiner, args.resume, folder, train, vae_state, data, device)
 
-    def of_refiner(model, rows):
+    def of_refiner(model):
         tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup)}
         if args.uncertainty == "posterior":
             tables["bits_per_dim"] = None  # trained with side information about x: no bound
