@@ -48,46 +48,53 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
                 "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 bonus-latent",
-              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 10/hf_energy"),
+              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 6/s/image; ddim 100/s/image"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
               "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
     "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
                        "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
-    "uncertainty": ("stage3-flow-fi*", "regressed/correlation; variance/correlation; sure/vae; "
+    "uncertainty": ("stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
-    "conditioning": ("stage3-*-fixed stage3-flow-*", "fd; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
+    "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
+                     "fd; is; s/image; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
 CLAIMS = [  # (question, a column of a variant, the same of another); of every column here less is better
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Does `x_hat`, with a start at `t0`, help?", "fd of stage1-form1", "fd of stage1-uncond"),
-    ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
-    ("Does a fitted prior help the VAE's samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
-    ("And the refined ones? (Fewer samples)", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
+    ("Does a fitted prior help?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
-    ("So is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
     ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
-    ("Is it the gradient there?", "real codes/refined of stage2-anneal",
-     "real codes/refined of stage2-anneal-grad-none"),
-    ("Does a VAE trained with a flow help, given a mixture?", "gmm/fd of stage3-flow-fixed",
-     "own prior/fd of stage1-form1"),
-    ("Does adaptive conditioning help, `film`?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
-    ("And `fade`?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
-    ("Does it matter whose `s` it is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
-    ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
+    ("Does adaptive conditioning (`film`) help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
-    ("Do steps by thirds of `s` help?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film"),
-    ("Does it matter whose `s` they go by?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
+    ("Do steps by thirds of `s` beat another's `s`?", "thirds/fd of stage3-flow-film",
+     "thirds shuffled/fd of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
-    ("Does joint training soften it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
-    ("And without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
-    ("Does `film` soften it?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
-    ("And `fade`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
+    ("Does joint training?", "noise area of stage2-anneal", "noise area of stage1-form1"),
+    ("Does adaptive conditioning (`film`)?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
+
+FURTHER_CLAIMS = [  # in TABLES.md alone
+    ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
+    ("Does a fitted prior help unrefined samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
+    ("Does a VAE trained with a flow help, given a mixture?", "gmm/fd of stage3-flow-fixed",
+     "own prior/fd of stage1-form1"),
+    ("Is what joint training gains its gradient's?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
+    ("And with the codes of real images?", "real codes/refined of stage2-anneal",
+     "real codes/refined of stage2-anneal-grad-none"),
+    ("And with noise on `x_hat`?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
+    ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
+    ("And with noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
+    ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
+    ("And with noise on `x_hat`?", "noise area of stage3-flow-coupling", "noise area of stage3-flow-fixed"),
+    ("Does it matter whose `s` `film` is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
+    ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
+    ("Are steps by thirds of `s` better than even ones?", "thirds/fd of stage3-flow-film",
+     "evenly/fd of stage3-flow-film")]
 
 PANELS = {  # x axis of a chart: (variants, {place: column})
     "U-Net evaluations": ("stage1-* *-anneal stage3-flow-f* bonus-*", {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
@@ -217,10 +224,10 @@ def table_of(everything, variants, columns, only=None):
     return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(used.values())} {NOTE}.*"
 
 
-def table_claims(everything):
+def table_claims(everything, claims):
     """A line for each claim: what is compared, and for each data set both means over common seeds and the verdict."""
     rows = []
-    for question, *sides in CLAIMS:
+    for question, *sides in claims:
         told = []
         for results in everything.values():
             found = [values(results.get(side.split(" of ")[1], {}), side.split(" of ")[0]) for side in sides]
@@ -277,6 +284,7 @@ def long_tables(everything, folder):
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
             parts += [f"## {dataset}, {stage}", about(dataset, results), table_numbers(columns)] if columns else []
+    parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
     parts += [text for name, table in other_tables(folder).items() for text in (f"## {name}", table)]
     parts += [f"## benchmark\n\n```\n{path.read_text().strip()}\n```" for path in Path(folder).glob("benchmark.txt")]
     return "\n\n".join(parts) + "\n"
@@ -360,7 +368,8 @@ def main(argv=None):
     everything = load_all(path for path in paths if not path.parent.parent.name.endswith("-smoke"))  # they tell nothing
     if not everything:
         fid.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
-    tables = {"claims": table_claims(everything)} | {name: table_of(everything, *of) for name, of in TABLES.items()}
+    tables = {"claims": table_claims(everything, CLAIMS)}
+    tables |= {name: table_of(everything, *of) for name, of in TABLES.items()}
     if args.runs:
         committed = load_all(Path(args.results).glob("*/*-s[0-9]*.json"))
         tables = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))

@@ -107,13 +107,14 @@ def test_claims(tmp_path):
         joint["tables"]["latent_space"] = {"slerp": {"refined": {"path_over_distance": 1.2}}}
         joint["tables"]["latent_space_stage1"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
         many.append(joint)
-    table = final.table_claims(load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0)))
+    everything = load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0))
+    table = final.table_claims(everything, final.CLAIMS)
     quality, = [line.split(" | ") for line in table.splitlines() if "**Quality**" in line]
     assert quality[1:3] == ["fd of stage2-anneal", "fd of stage1-form1"]
     assert quality[3].startswith("5.5 ± 0.5 / 11 ± 1: better by 50% (3 seeds: ") and quality[4] == "not run |"
     assert "| 1.2 / 1.6 ± 0.1: better by 25% (3 seeds: " in table  # as stage 2 measured it
     assert table.count("/ 40: -75% (one run)") == 1  # VAE and refiner
-    assert len(re.findall(r"Do.* `film`.* \| not run \| not run \|", table)) == 2
+    assert len(re.findall(r"\(`film`\).* \| not run \| not run \|", table)) == 2
     assert "| 12 / 30: -60% (one run) |" in table  # own prior of the second data set
     assert "budget `cpu` (7,100 images per network), 100 samples (50 in probes" in table and "`local-a`" in table
 
