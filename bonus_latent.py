@@ -14,8 +14,8 @@ Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
 Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
         what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
-        seconds are medians, memory and the costliest operators (profile-*.txt) come from torch.profiler, which also
-        prints lines of its own. On shapes half the seconds, at nearly three quarters more distance.
+        seconds are medians, the costliest operators (profile-*.txt) and on a CPU the memory come from torch.profiler,
+        which also prints lines of its own. On shapes half the seconds, at nearly three quarters more distance.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def train_autoencoder(folder, train, data, device, state):
     """Train the autoencoder and measure its latent's scale; returns the checkpoint."""
     torch.manual_seed(train["seed"])
     ae = Autoencoder(train["ae_width"])
-    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", vae=ae)
+    training = common.Training(folder, state, train, device, data.images, train["flip"] == "both",
+                               vae=ae)  # trained with the vae_* settings, kept as state["vae"]
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
         with common.autocast(device):
@@ -140,7 +141,7 @@ def load_model(state, device):
     ae = common.frozen(Autoencoder(train["ae_width"]), state["vae"], device)
     unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
-                         denoiser=lambda x_hat, z: unet, decode=lambda z: ae.decode(z * stats["sd"] + stats["mean"]))
+                         condition=lambda x_hat, z: unet, decode=lambda z: ae.decode(z * stats["sd"] + stats["mean"]))
     return model, ae, unet
 
 
@@ -288,8 +289,10 @@ def main(argv=None):
     setup = common.Setup(args, train, evaluation, device)
     train, device = setup.train, setup.device
     ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
-    ae_state = common.trained(train_autoencoder, args.resume, ae_folder, train, setup.data, device)
-    state = common.trained(train_latent, args.resume, folder, train, ae_state, setup.data, device)
+    ae_state = common.trained(ae_folder, train, args.resume,
+                              lambda state: train_autoencoder(ae_folder, train, setup.data, device, state))
+    state = common.trained(folder, train, args.resume,
+                           lambda state: train_latent(folder, train, ae_state, setup.data, device, state))
     model, ae, unet = load_model(state, device)
 
     def more(model):

@@ -2,7 +2,8 @@
 
 Part I    1 diffusion, 2 networks, 3 priors, 4 the built-in data, 5 a model: what a stage hands to sampling
 Part II   6 budgets, 7 image files, 8 processes, 9 training, 10 runs, 11 evaluation, 12 pictures
-For stage 1 read sections 1, 2 and 5, TRAIN in section 6 and the class Training in section 9.
+For stage 1 read sections 1, 2 and 5, TRAIN in section 6 and the class Training in section 9; Setup, trained and
+evaluate (10, 11) are what their names say. In one process RANKS is 1 and gather (8) returns what it is given.
 
 Conventions (used by every file)
     Images `x0` are float32 (B, 3, H, W) in [-1, 1]; stored data and whatever `fid.py` sees are uint8. Saving rounds.
@@ -42,7 +43,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 import fid
-from fid import autocast, fail, write  # small things of the lowest layer
+from fid import autocast, fail, write  # fid.py is the lowest layer; its section 1 has small things for all files
 
 
 def generator(seed, device="cpu"):
@@ -139,8 +140,9 @@ def dpm_step(diffusion, x, x0, t, s, before):
     a_t, a_s = (math.sqrt(float(diffusion.alpha_bar[k])) for k in (t, s))
     ratio = math.sqrt((1 - a_s**2) / (1 - a_t**2))  # sigma_s / sigma_t
     if before is not None and s > 0:  # the first and the last step are of first order
-        lam, (t_before, x0_before) = diffusion.alpha_bar.logit() / 2, before  # lambda of the paper, log(signal / noise)
-        r = float((lam[t] - lam[t_before]) / (lam[s] - lam[t]))
+        t_before, x0_before = before
+        lam_before, lam_t, lam_s = diffusion.alpha_bar[[t_before, t, s]].logit() / 2  # the paper's, log(signal / noise)
+        r = float((lam_t - lam_before) / (lam_s - lam_t))
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return ratio * x + (a_s - a_t * ratio) * x0
 
@@ -187,8 +189,9 @@ def kl_prior(diffusion, x0, x_hat=None):
 
 def data_nats(diffusion, x0, x0_hat):
     """L_0 = -log p(x0 | x_1), (B,) nats, of x0 = to_float(pixels): p is N(x0_hat, sd^2) over the bin of the pixel's
-    value, x0 +- 1/255; the outermost bins reach to infinity (DDPM eq. 13). In float64 on the CPU."""
-    sd = math.sqrt(diffusion.posterior(2, 1)[2])  # beta_tilde_2, since beta_tilde_1 = 0
+    value, x0 +- 1/255; the outermost bins reach to infinity (DDPM eq. 13). As in DDPM's code sd^2 is beta_tilde_2 and
+    a bin has at least 1e-12, else a single value could cost any number of nats. In float64 on the CPU."""
+    sd = math.sqrt(diffusion.posterior(2, 1)[2])
     x, mean = x0.cpu().double(), x0_hat.cpu().double()
     upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
     lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
@@ -245,9 +248,10 @@ def keep_variance(conv, fan_in):
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> mu, logvar, each (B, d). `table` lists (resolution, width, blocks) from the image down to
-    resolution 1, whose width is d. Between resolutions: one block, then `pool`, as published (average pooling and a
-    bias-free 1x1 convolution), or a strided convolution over the same window, which keeps where things are: the
-    published one has to learn that from the zero padding, which takes far more images than a short training sees."""
+    resolution 1, whose width is d: [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Between resolutions: one block more,
+    then `pool`, as published (average pooling and a bias-free 1x1 convolution), or a strided convolution over the same
+    window, which keeps where things are: the published one has to learn that from the zero padding, which takes far
+    more images than a short training sees."""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -372,11 +376,11 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down;
-    `attention` the resolutions with self-attention. DDPM has one block more going up than down, so that every skip
-    is used; equal numbers (the first skip of a level then goes unused) are cheaper where resolution is dear.
-    x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4 * first width), where given,
-    is added to the time embedding. The output starts at zero."""
+    """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down, as
+    [(32, 128, 2, 3), (16, 256, 2, 3), ...]; `attention` the resolutions with self-attention. DDPM has one block more
+    going up than down, so that every skip is used; equal numbers (the first skip of a level then goes unused) are
+    cheaper where resolution is dear. x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4
+    * first width), where given, is added to the time embedding. The output starts at zero."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
@@ -406,7 +410,7 @@ class UNet(nn.Module):
                 width = out
             self.up.append(blocks)
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        del self.shrink[-1], self.grow[-1]  # nothing below the last level, nothing above the first
+        self.shrink[-1] = self.grow[-1] = nn.Identity()  # nothing below the last level, nothing above the first
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x, t, extra=None):
@@ -416,18 +420,18 @@ class UNet(nn.Module):
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
         emb = F.silu(emb if extra is None else emb + extra)
         h, levels = self.stem(x), []
-        for i, blocks in enumerate(self.down):
+        for blocks, shrink in zip(self.down, self.shrink, strict=True):
             levels.append([h])
             for residual, attention in blocks:
                 h = attention(residual(h, emb))
                 levels[-1].append(h)
-            h = self.shrink[i](h) if i < len(self.shrink) else h
+            h = shrink(h)
         h = self.middle[2](self.middle[1](self.middle[0](h, emb)), emb)
-        for i, blocks in enumerate(self.up):
+        for blocks, grow in zip(self.up, self.grow, strict=True):
             skips = levels.pop()
             for residual, attention in blocks:
                 h = attention(residual(torch.cat([h, skips.pop()], 1), emb))
-            h = self.grow[i](h) if i < len(self.grow) else h
+            h = grow(h)
         return self.out(F.silu(self.norm(h))).float()
 
 
@@ -599,7 +603,7 @@ class Model:
     diffusion: Diffusion
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name: each has sample(count, gen), log_prob(z)
-    denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
+    condition: Callable | None = None  # condition(x_hat, z) -> denoise(x, t), see sample; None: a VAE alone
     decode: Callable | None = None  # from what is diffused to images, where that is a latent
     temperature: float = 1.0  # of the noise in x_start: 1 as trained, below 1 fewer artefacts and less detail
 
@@ -637,12 +641,12 @@ def ridge_regression(x, y, ridge=1e-3):
 def refine(model, x_hat, z, gen, sampler, steps):
     """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1] (x_hat itself if the model is a VAE alone). The noise
     of x_start comes from `gen`, a CPU generator, that of the steps from one beside it on the device."""
-    if model.denoiser is None:
+    if model.condition is None:
         return x_hat
     x_start = model.diffusion.begin(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
     step_gen = generator(gen.initial_seed() + 1, model.device)
     with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, step_gen,
+        return sample(model.diffusion, model.condition(x_hat, z), x_start, sampler, steps, step_gen,
                       clamp=model.decode is None)  # latents have no [-1, 1]
 
 
@@ -651,7 +655,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
     Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
     the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
-    `damage` is the sd of noise on what a decoder sends or gets: x_hat before refinement, or a diffused latent."""
+    `damage` is the sd of noise added to x_hat before refinement, or to a diffused latent before it is decoded."""
     parts, offsets = [], range(first, first + count, batch)[RANK :: RANKS]  # batches are shared out
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()
@@ -698,9 +702,9 @@ UNET_TABLES = {
 }
 
 # What every budget but `paper` trains with: v-prediction, stable in short trainings; Muon; refinement from `start`,
-# where the noise is ten to twenty times what the VAE leaves over.
+# where the noise over the signal is ten to twenty times the sd of what the VAE leaves over. `steps` are a budget's own.
 TRAIN = {
-    "batch": 32, "steps": 8,  # steps of each network, so that each sees steps * batch images
+    "batch": 32,  # each network sees steps * batch images
     "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # of Adam; see learning_rate
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of Muon, for matrices and convolutions; 0: Adam for all
     "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient: of a sum over pixels, of a mean; 0: any
@@ -728,7 +732,7 @@ def budget(name, dataset, size):
     train, evaluation = dict(TRAIN), dict(EVAL)
     tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     if name == "smoke":
-        train |= {"attention": [16], "components": 2, "every": 4}
+        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
     elif tables == "shapes":
@@ -1225,23 +1229,23 @@ def write_json(path, data):
     write(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def trained(begin, resume, folder, train, *rest):
-    """The finished checkpoint of a run: the one in its folder, if there is one, else what `begin(folder, train, *rest,
-    state)` returns, a stage's training, from scratch (state None) or from an unfinished checkpoint, which needs
-    --resume. Exits naming a setting that differs."""
+def trained(folder, train, resume, begin):
+    """The finished checkpoint of a run: the one in its folder, if there is one, else what `begin(state)` returns, a
+    stage's training, from scratch (state None) or from an unfinished checkpoint, which needs --resume. Exits naming a
+    setting that differs."""
     checkpoint = Path(folder) / "checkpoint.pt"
     if not checkpoint.is_file():
         write_json(Path(folder) / "config.json", {"train": train})  # to be looked up
         (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
         if resume:
             print(f"nothing to resume in {folder}: it starts at step 0")
-        return begin(folder, train, *rest, None)
+        return begin(None)
     state = load_checkpoint(checkpoint)
     if difference := first_difference(state["train"], train):
         fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
     if not resume and not state["finished"]:
         fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove the folder")
-    return state if state["finished"] else begin(folder, train, *rest, state)
+    return state if state["finished"] else begin(state)
 
 
 def load_checkpoint(path):
@@ -1324,7 +1328,7 @@ def evaluate(folder, setup, state, model, cost, more=lambda model: {}):
         for table in (tables["latent"], tables.get("start")):
             if table and train["budget"] != "smoke":  # its few steps tell nothing
                 print(f"{folder.name}: {table['verdict']}")
-    if model.denoiser is not None and model.decode is None:
+    if model.condition is not None and model.decode is None:
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = draw_training(folder, state["log"])
     tables |= more(model)
@@ -1349,7 +1353,7 @@ def evaluate(folder, setup, state, model, cost, more=lambda model: {}):
 def headline(model, evaluation):
     """Prior, sampler and steps of a model's headline row, of its samples.png and of what it exports."""
     prior = evaluation["prior"] if model.vae is not None else "none"
-    return prior, *(("none", 0) if model.denoiser is None else (evaluation["sampler"], evaluation["sample_steps"]))
+    return prior, *(("none", 0) if model.condition is None else (evaluation["sampler"], evaluation["sample_steps"]))
 
 
 def export(args, folder, state, model, evaluation):
@@ -1362,7 +1366,7 @@ def export(args, folder, state, model, evaluation):
     settings = dict(zip(("prior", "sampler", "steps"), how, strict=True)) | {
         "temperature": evaluation["temperature"], "batch": evaluation["batch"], "seed": args.seed,
         "train_seconds": state["seconds"]}  # tells one training from another
-    both = model.vae is not None and model.denoiser is not None
+    both = model.vae is not None and model.condition is not None
     places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
     for note in (place / "settings.json" for place in places):
         if note.is_file() and (difference := first_difference(json.loads(note.read_text()), settings)):
@@ -1385,14 +1389,14 @@ def measure_samples(folder, model, setup):
     evaluation, tables, draw = setup.evaluation, {}, functools.partial(measure, model, setup)
     prior, sampler, steps = headline(model, evaluation)
     row, x_hat, images = draw(prior, sampler, steps, evaluation["count"])
-    both = model.vae is not None and model.denoiser is not None
+    both = model.vae is not None and model.condition is not None
     draw_samples(folder, {"VAE": x_hat, "refined": images} if both else {model.name: images})
     if both:
         tables["before_refinement"] = fid.scores(setup.extractor, x_hat, setup.reference) | {
             "hf_energy": hf_energy(x_hat, setup.test.images)}
-    others = evaluation["count" if model.denoiser is None else "grid_count"]
+    others = evaluation["count" if model.condition is None else "grid_count"]
     rows = [row, *(draw(name, sampler, steps, others)[0] for name in model.priors if name != prior)]
-    if model.denoiser is not None:
+    if model.condition is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
             row, _, images = draw(prior, name, n, evaluation["grid_count"])
@@ -1400,7 +1404,7 @@ def measure_samples(folder, model, setup):
             pictures[f"{name} {n}"] = images[:12]
         save_grid(folder / "steps.png", pictures)
     if model.vae is not None or model.decode is not None:
-        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
+        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.condition is not None)
     return rows, tables
 
 
@@ -1431,7 +1435,7 @@ def measure_vae(folder, model, setup):
         refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", setup.evaluation["sample_steps"])
     x_hat, refined = to_uint8(x_hat).cpu(), to_uint8(refined).cpu()
     parts, begin = {"real": real, "VAE": x_hat}, {}
-    if model.denoiser is not None:
+    if model.condition is not None:
         parts, begin = parts | {"refined": refined}, {"start": check_start(model.diffusion, x_hat, real)}
     save_grid(folder / "reconstructions.png", {label: part[:12] for label, part in parts.items()})
     sharp = hf_energy(x_hat, test)
@@ -1476,14 +1480,16 @@ def bits_per_dim(model, prior, setup):
     """The valid bound in bits per dimension on held-out images, in parts: those of diffusion_nats
     given x_hat = Dec(z), z ~ q(z|x), plus log q(z|x) - log p(z) under the prior that is named."""
     evaluation, gen = setup.evaluation, generator(60_000 + setup.train["seed"], model.device)
-    images, parts, x_hat, z = setup.test.images[: evaluation["bits_images"]].to(model.device), {}, None, None
+    images = setup.test.images[: evaluation["bits_images"]].to(model.device)
+    parts, x_hat, z = {}, None, None
     with autocast(model.device):
         if model.vae is not None:
             mu, logvar = model.vae.encoder(to_float(images))
             z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
             x_hat = model.vae.decoder(z)
             parts["kl"] = gaussian_log_prob(z, mu, logvar).cpu() - model.priors[prior].log_prob(z.cpu()).cpu()
-        parts |= diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, x_hat, evaluation["bits_draws"], gen)
+        denoise, draws = model.condition(x_hat, z), evaluation["bits_draws"]
+        parts |= diffusion_nats(model.diffusion, denoise, images, x_hat, draws, gen)
     unit = images[0].numel() * math.log(2)
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
             **{name: float((value / unit).mean()) for name, value in parts.items()}}

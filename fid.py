@@ -6,7 +6,7 @@ score compares the two clouds of vectors. The Frechet distance takes each for a 
 
     FD = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)            (FID only with Inception's features)
 
-Three habits keep it honest. One pipeline for both sides: uint8 in, TF1 bilinear resize, (x - 128)/128, float64 moments.
+Three habits keep it honest. One pipeline for both sides: uint8 in, the network's own resize and scale, float64 moments.
 The floor: FD is biased upward by about C (1/N1 + 1/N2), so what as many held-out real images score stands beside it.
 An interval: the jackknife, from the scores without a twentieth of the images each. (A percentile bootstrap would add
 the bias a second time and miss the score.)
@@ -116,7 +116,7 @@ def save(path, state):
 
 def load_hashed(found, flag, advice, sha256=None):
     """What the one file in `found` holds, on the CPU. Fails naming `flag` if that is not one, if it cannot be read, or
-    if its bytes have not this sha256, of which its name may end in the first eight digits."""
+    if the sha256 of its bytes is not the given one (default: it must begin with the eight digits in its name)."""
     if len(found) != 1:
         fail(f"{flag}: {len(found)} files, one is needed; {advice}")
     try:
@@ -513,15 +513,15 @@ def scores(extractor, generated, ref, progress=False):
     """Every score of uint8 images (N, 3, H, W), or a list, against a Reference: {key: {"value", "low", "high"}}.
 
     Keys: fid (local features: fd), is, kid, precision, recall, diversity, floor, each with the extractor's suffix. KID:
-    all pairs below 2,000 images, else 100 subsets of 1,000. Precision, recall: as many real images as generated; below
-    4 images k = N - 1. Diversity: of at most 2,000. Floor: the Frechet distance of as many held-out real images (or of
+    all pairs below 2,000 images, else 100 subsets of 1,000. Precision, recall: of equal numbers of both; below 4 images
+    k = N - 1. Diversity: of at most 2,000. Floor: the Frechet distance of as many held-out real images (or of
     all of them; without any, by formula). Precision, recall and floor have no interval.
     """
     count = len(generated)
     features, logits = (shuffle(x, seed=1) for x in extract(extractor, generated, progress=progress))
     real, few = ref.features[:count], min(count, 2000, len(ref.features))
     real_kid, size = (ref.features[:2000], None) if few < 2000 else (ref.features, 1000)
-    precision, recall = precision_recall(real, features, k=min(3, count - 1, len(real) - 1))
+    precision, recall = precision_recall(real, features[: len(real)], k=min(3, count - 1, len(real) - 1))
     floor = expected_floor(ref.stats, count) if ref.test_features is None else frechet_distance(
         FeatureStats().update(ref.test_features[:count]), ref.stats)
     row = {"fd" if extractor.suffix else "fid": jackknife(

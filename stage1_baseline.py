@@ -13,15 +13,16 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
                       It ends at y_0 = x0: nothing is added back.
     3. Sampling       z ~ prior, x_hat = Dec(z), then the reverse process. The prior is N(0, I) or a Gaussian mixture
                       fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
-    4. Where to begin As published, at pure noise, x_T ~ N(0, I). But x_hat tells what x0 is about, up to a residual of
-                      standard deviation r: from t0 on, where the noise is 10 to 20 r, x_t0 = sqrt(abar) x_hat +
-                      sqrt(1 - abar) eps can hardly be told from the true one. Begin there (`start`), train on 1..t0
-                      alone, and half the steps do. A better VAE needs less refinement: that becomes a number.
+    4. Where to begin As published, at pure noise, x_T ~ N(0, I) (Formulation 2: y_T). But x_hat tells what x0 is about,
+                      up to a residual of standard deviation r: at t0, where the noise over the signal is 10 to 20 r
+                      (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true
+                      one (common.kl_prior: how near). Begin there (`start`), train on 1..t0 alone, and half the
+                      steps do. A better VAE needs less refinement: that becomes a number.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
-        python stage1_baseline.py --dataset celeba64 --pretrained    faces, in half a minute: nothing is trained
+        python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
 Expect  6 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
         and a table. The VAE's samples are blurred (hf_energy about 0.15, where real images have 1), the refined ones
         show edges and bands (about 0.6), and their distance to the real images is a quarter to a third smaller.
@@ -35,7 +36,7 @@ import torch
 import common
 import fid
 
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # of what the U-Net sees: x_t, and x_hat below it
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # that the U-Net sees: 3 of x_t, 3 of x_hat
 PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def build_diffusion(train, variant, device):
 
 
 def condition(unet, x_hat, variant):
-    """The denoiser of one batch, `denoise(y, t) -> prediction`, with x_hat (B, 3, H, W) fixed.
+    """`denoise(y, t) -> prediction` of one batch, with x_hat (B, 3, H, W) fixed.
 
     In Formulation 2 the process runs in y = x_t - x_hat and the U-Net sees x_t = y + x_hat: the only difference.
     """
@@ -76,12 +77,12 @@ def train_vae(folder, train, data, device, state):
     vae = common.build_vae(train)
     training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
+        z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
         with common.autocast(device):
-            loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
+            loss, sse, kl = vae_loss(vae, x0, z_noise, train["beta"])
         training.step(loss, {"sse": sse, "kl_nats": kl})
-    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)  # of the weights: what is kept
-    return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
+    vae = common.frozen(common.build_vae(train), training.averages["vae"], device)  # averaged weights: what is kept
+    return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
 
 
 def train_refiner(folder, train, variant, vae_state, data, device, state):
@@ -116,7 +117,7 @@ def load_model(state, variant, device):
                         "gmm": common.GaussianMixture(**state["gmm"])}
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
-        model.denoiser = lambda x_hat, z: condition(unet, x_hat, variant)
+        model.condition = lambda x_hat, z: condition(unet, x_hat, variant)
     return model
 
 
@@ -162,13 +163,17 @@ def main(argv=None):
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
     setup = common.Setup(args, train, evaluation, device)
-    train, data, device, vae_state, measured = setup.train, setup.data, setup.device, None, {}
+    train, data, device = setup.train, setup.data, setup.device
+    vae_state, measured = None, {}
     if args.variant != ["uncond"]:
-        vae_state = common.trained(train_vae, args.resume, setup.home / f"stage1-vae-s{args.seed}", train, data, device)
+        folder = setup.home / f"stage1-vae-s{args.seed}"
+        vae_state = common.trained(folder, train, args.resume,
+                                   lambda state: train_vae(folder, train, data, device, state))
     for variant in args.variant:
         folder, state = setup.home / f"stage1-{variant}-s{args.seed}", vae_state
         if variant != "vae":
-            state = common.trained(train_refiner, args.resume, folder, train, variant, vae_state, data, device)
+            state = common.trained(folder, train, args.resume, lambda state: train_refiner(
+                folder, train, variant, vae_state, data, device, state))  # noqa: B023 - called at once
         model = load_model(state, variant, device)
         cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
         measured[folder] = common.evaluate(folder, setup, state, model, cost)

@@ -6,7 +6,7 @@ loss reaches the VAE through x_hat. Does that make better samples, and a smoothe
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))                    as in stage 1, in nats up to beta
     diffusion term  M = mean squared error of the U-Net's prediction at x_t; D M sums it over the D pixel values
     sum             E + lambda D M, one fixed weight. D M is not nats: with the likelihood's weights in place of equal
-                    ones it would be (for an eps-prediction lambda about 9.4 from T, 5 from t = 400, has that size)
+                    ones it would be (lambda about 4.2 has that size for a v-prediction, 9.4 for eps from T)
     anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
     kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
     bound           the exact bound on -log p(x) of the hybrid: KL, the process's sum_t KL_t + L_0, and what its start
@@ -20,7 +20,8 @@ networks learning at once.
 
 Why it is delicate: the refiner pays for information in x_hat, so the latent is pushed to leak x (the KL rises) and
 x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (the
-diffusion term's part of the gradient at x_hat) and `*_mse_shuffled` (the loss with another image's x_hat).
+diffusion term's part of the gradient at x_hat, all of it under `bound`) and `*_mse_shuffled` (the loss with another
+image's x_hat).
 
 Run     python stage2_joint.py                       shapes on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
@@ -75,7 +76,7 @@ def diffusion_weight(train, step):
 
 
 class Balance(nn.Module):
-    """a and b of `kendall`: the learned log-variances of the two terms."""
+    """a and b of `kendall`: they tend to the logs of the two terms, so that each weighs about one over its size."""
 
     def __init__(self):
         super().__init__()
@@ -157,11 +158,11 @@ def train_joint(folder, train, data, device, state):
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
             vae_part = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
-            sse_weight, weight = loss_weights(train, training.steps, balance)
-            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|
             # decoded again from detached z: the same values, but the gradient ends in the decoder
-            seen = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            seen, gradient_share = scale_gradient(seen, weight * size, sse_norm)
+            decoded = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
+            sse_weight, weight = loss_weights(train, training.steps, balance)
+            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|, for the log
+            seen, gradient_share = scale_gradient(decoded, weight * size, sse_norm)
             denoise = condition(unet, seen)
             if train["loss"] == "bound":
                 unet_part = bound_loss(diffusion, denoise, seen, x0, u, eps) / size  # (B,), nats per dimension
@@ -172,8 +173,8 @@ def train_joint(folder, train, data, device, state):
         training.step(vae_part + unet_part,
                       {"sse": sse, "kl_nats": kl, name: unet_part, "weight": weight, "gradient_share": gradient_share},
                       lambda: look(vae, unet, diffusion, probe) | {"skipped": training.skipped})
-    averaged = common.frozen(common.build_vae(train), training.averages["vae"], device)
-    return training.finish(gmm=common.fit_mixture(averaged, data.images, train, device))
+    vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
+    return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
 
 
 def load_model(state, device):
@@ -220,8 +221,8 @@ def latent_space(folder, model, setup, pairs=32, points=9):
     """Interpolations between held-out images (VAE decodes and refined, with the noise fixed along a path), the score of
     the midpoints, that of held-out images' own codes, and what a linear probe reads off mu. A picture goes into
     `folder`, if given."""
-    data, test, seed, result = setup.data, setup.test, setup.train["seed"], {}
-    gen, steps = common.generator(90_000 + seed), setup.evaluation["probe_steps"]
+    data, test, seed = setup.data, setup.test, setup.train["seed"]
+    gen, steps, result = common.generator(90_000 + seed), setup.evaluation["probe_steps"], {}
     mu = common.encode(model.vae, test.images, gen, model.device)[1]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     a, b = mu[:count], mu[count : 2 * count]
@@ -232,15 +233,16 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
     def score(z):  # of VAE decodes and refined images
-        parts = zip(*(decode(part) for part in z.split(100)), strict=True)
-        return [fid.scores(setup.extractor, torch.cat(part), setup.reference)[setup.fd] for part in parts]
+        x_hat, refined = zip(*(decode(part) for part in z.split(100)), strict=True)
+        return {name: fid.scores(setup.extractor, torch.cat(images), setup.reference)[setup.fd] for name, images in
+                (("vae", x_hat), ("refined", refined))}
 
-    result["posterior"] = dict(zip(("vae", "refined"), score(a), strict=True))  # what a perfect prior could reach
+    result["posterior"] = score(a)  # of real images' codes, their means: no prior is in between
     shots = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
     strips = [torch.stack(part, 1) for part in zip(*shots, strict=True)]  # VAE, refined: (P, K, 3, H, W)
     features = [fid.extract(setup.extractor, part.flatten(0, 1))[0].view(*part.shape[:2], -1) for part in strips]
-    result["slerp"] = {part: smoothness(f) | {f"midpoint_{setup.fd}": middle} for part, f, middle in
-                       zip(("vae", "refined"), features, score(slerp(a, b, 0.5)), strict=True)}
+    result["slerp"] = {part: smoothness(f) | {f"midpoint_{setup.fd}": middle} for f, (part, middle) in
+                       zip(features, score(slerp(a, b, 0.5)).items(), strict=True)}
     if folder:
         rows = {f"{label} {i + 1}": strip[i] for i in range(3) for label, strip in
                 zip(("VAE", "refined"), strips, strict=True)}
@@ -295,7 +297,8 @@ def main(argv=None):
         return common.print_settings(train, evaluation, common.network_cost(train))
     setup = common.Setup(args, train, evaluation, device)
     folder = setup.home / f"{variant}-s{args.seed}"
-    state = common.trained(train_joint, args.resume, folder, setup.train, setup.data, setup.device)
+    state = common.trained(folder, setup.train, args.resume,
+                           lambda state: train_joint(folder, setup.train, setup.data, setup.device, state))
 
     def more(model):
         return {"latent_space": latent_space(folder, model, setup)}
@@ -309,8 +312,8 @@ def main(argv=None):
         if found and found["run"]["train_images"] == metrics["run"]["train_images"]:
             earlier[path] = found
     tables = metrics["tables"]
-    if len(earlier) == 2 and "latent_space_stage1" not in tables:
-        checkpoint = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
+    checkpoint = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
+    if len(earlier) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
         form1 = load_model(common.load_checkpoint(checkpoint), setup.device)
         form1 = dataclasses.replace(form1, temperature=evaluation["temperature"])
         tables["latent_space_stage1"] = latent_space(None, form1, setup)

@@ -5,9 +5,10 @@ normalizing flow (RealNVP, Dinh et al. 2017) can be the prior instead. And where
 the refiner should lean on it less there, and may take more steps or begin at more noise there.
 
     flow prior      u = f(z), log p(z) = log N(u; 0, I) + log |det df/dz|; the KL by one sample z ~ q(z|x):
-                    KL = log q(z|x) - log p(z), shape (B,). Fitted to detached z first, then with the VAE, then ex post
+                    KL = log q(z|x) - log p(z), shape (B,). Fitted to detached z for 60% of the steps, then with the
+                    VAE, then ex post
     uncertainty     how large an error to expect of x_hat = Dec(z), from z alone: the same in training and sampling.
-                    s_vec = logvar of Enc(x_hat), standardised per dimension, 0 where inactive, (B, d);
+                    s_vec = logvar of Enc(x_hat), standardised per dimension within 3 sd, 0 where inactive, (B, d);
                     s = w . phi + b, phi = [z, z^2, s_vec], (B,): mean 0 and sd 1 over training images, high is hard
                     regressed  w from ridge regression of log |x_hat - x0|^2 on phi: learns which z are hard, and how
                     variance   w averages s_vec over active dimensions, with the sign that makes high hard
@@ -34,6 +35,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import namedtuple
 
 import torch
 from scipy.stats import spearmanr
@@ -132,23 +134,31 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
 
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
-def predictors(z, logvar, stats):
-    """phi = [z, z^2, s_vec], (B, 3d), of z and log-variances (B, d)."""
-    s_vec = ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
+def standardise(logvar, stats):
+    """s_vec (B, d) of log-variances (B, d)."""
+    return ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
+
+
+def predictors(z, s_vec):
+    """phi (B, 3d) of z and s_vec, (B, d)."""
     return torch.cat([z, z**2, s_vec], 1)
 
 
-def standardise(z, logvar, stats, kind):
-    """s_vec (B, d) and s (B,) of z and log-variances (B, d): w . phi + b, with the w and b of `kind`."""
-    phi, kind = predictors(z, logvar, stats), "variance" if kind == "posterior" else kind
-    return phi[:, -z.shape[1] :], (phi * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
+def read_s(z, logvar, stats, kind):
+    """s_vec (B, d) and s (B,) of z and log-variances (B, d): s = w . phi + b, with the w and b of `kind`."""
+    kind = "variance" if kind == "posterior" else kind
+    s_vec = standardise(logvar, stats)
+    return s_vec, (predictors(z, s_vec) * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
 
 
 def uncertainty(vae, z, x_hat, stats, kind):
     """s_vec (B, d) and s (B,) of z and of what the VAE makes of its own x_hat = Dec(z): a function of z alone. In
     float32, as its statistics are: log-variances differ little from image to image."""
     with torch.autocast(x_hat.device.type, enabled=False):
-        return standardise(z, vae.encoder(x_hat)[1], stats, kind)
+        return read_s(z, vae.encoder(x_hat)[1], stats, kind)
+
+
+Trip = namedtuple("Trip", "z mu logvar logvar_again sse")
 
 
 @torch.no_grad()
@@ -161,16 +171,15 @@ def round_trip(vae, images, seed, device):
         x_hat = vae.decoder(part.to(device))
         again.append(vae.encoder(x_hat)[1].cpu())
         errors.append(common.squared_error(x_hat, to_float(chunk.to(device))).cpu())
-    return z, mu, logvar, torch.cat(again), torch.cat(errors)
+    return Trip(z, mu, logvar, torch.cat(again), torch.cat(errors))
 
 
 def fit_uncertainty(trip):
     """What s needs to know of the round trip of training images: mean, sd and active (d,) of s_vec; for either kind
     weight (3d,) and bias."""
-    z, mu, _, logvar, error = trip
-    active, hard = common.active_units(mu).float(), error.log()
+    logvar, hard, active = trip.logvar_again, trip.sse.log(), common.active_units(trip.mu).float()
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
-    phi = predictors(z, logvar, stats)
+    phi = predictors(trip.z, standardise(logvar, stats))
     average = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])
     sign = 1.0 if (phi @ average) @ (hard - hard.mean()) >= 0 else -1.0
     weights = {"variance": sign * average, "regressed": common.ridge_regression(phi, hard[:, None])[0][:, 0]}
@@ -183,11 +192,10 @@ def fit_uncertainty(trip):
 
 def rank_errors(trip, stats):
     """Does s rank the errors of held-out images? Of either kind the rank correlation and a verdict."""
-    z, _, _, logvar, error = trip
     facts = {}
     for kind in ("variance", "regressed"):
-        s = standardise(z, logvar, stats, kind)[1]
-        correlation, p_value = spearmanr(s, error) if float(s.std()) > 0 else (0.0, 1.0)
+        s = read_s(trip.z, trip.logvar_again, stats, kind)[1]
+        correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
         ranks = correlation >= 0.1 and p_value <= 0.05
         facts[kind] = {"correlation": float(correlation), "verdict": "s ranks the error" if ranks else
                        "s carries no information: conditioning on it cannot help"}
@@ -247,8 +255,8 @@ def condition(refiner, x_hat, s_vec, s):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def vae_loss(vae, x0, noise, beta, joint):
-    """SSE + beta KL, stage 1's, or against the VAE's flow: (B,) and its terms. Before `joint` the VAE still feels
-    N(0, I) while the flow is fitted to detached z; from then on the KL of both is that to the flow."""
+    """SSE + beta KL, (B,), and its terms. Without a flow it is stage 1's. With one, until `joint`, the VAE feels the KL
+    to N(0, I) while the flow is fitted to detached z; from then on both feel the KL to the flow."""
     mu, logvar = vae.encoder(x0)
     z = mu + (0.5 * logvar).exp() * noise
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -274,9 +282,9 @@ def train_vae(folder, train, data, device, state):
     vae = build_vae(train)
     training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
+        z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
         with common.autocast(device):
-            loss, terms = vae_loss(vae, x0, noise, train["beta"], training.steps >= 0.6 * train["steps"])
+            loss, terms = vae_loss(vae, x0, z_noise, train["beta"], training.steps >= 0.6 * train["steps"])
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     gmm = common.fit_mixture(vae, data.images, train, device)
@@ -300,7 +308,8 @@ def train_refiner(folder, train, vae_state, data, device, state):
     refiner = build_refiner(train, vae.latent_dim)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     stats, kind = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}, train["uncertainty"]
-    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=refiner)
+    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none",
+                               unet=refiner)  # trained with the unet_* settings, kept as state["unet"]
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..start
@@ -311,7 +320,7 @@ def train_refiner(folder, train, vae_state, data, device, state):
                 z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
                 x_hat, s_vec, s = vae.decoder(z), None, None
                 if train["conditioning"] != "fixed":
-                    s_vec, s = (standardise(z, logvar, stats, kind) if kind == "posterior" else
+                    s_vec, s = (read_s(z, logvar, stats, kind) if kind == "posterior" else
                                 uncertainty(vae, z, x_hat, stats, kind))
             loss = diffusion.simple_loss(condition(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
@@ -334,14 +343,14 @@ def load_model(state, device, control=None):
     refiner = common.frozen(build_refiner(train, vae.latent_dim), state["unet"], device)
     stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
-    def denoiser(x_hat, z):
+    def condition_on(x_hat, z):
         s_vec = s = None
         if train["conditioning"] != "fixed":  # of z, whatever happened to x_hat
             s_vec, s = uncertainty(vae, z, vae.decoder(z), stats, train["uncertainty"])
             s_vec, s = control(s_vec, s) if control else (s_vec, s)
         return condition(refiner, x_hat, s_vec, s)
 
-    return dataclasses.replace(model, denoiser=denoiser)
+    return dataclasses.replace(model, condition=condition_on)
 
 
 # --- What it shows: what adaptivity buys -----------------------------------------------------------------------------
@@ -357,7 +366,7 @@ CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: ano
 def refine_all(model, sense, z, steps, seed, start=None):
     """Refine Dec(z) for z (N, d), from the model's own start or another: x_hat and refined, uint8, and s (N,), on the
     CPU, and seconds per image, with one `sense(z, x_hat)`. With one seed image k has the same noise in every call."""
-    if start:  # a denoiser does not know where the process began
+    if start:  # no network knows where the process began
         diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
         model = dataclasses.replace(model, diffusion=diffusion)
     parts, clock = [], time.time()
@@ -412,7 +421,8 @@ def allocate(s, n, start):
     more or fewer steps, or from more or less noise (only the least sure from `start`, the most that networks know).
     `shuffled`, a control, goes by another image's s. {name: three (indices, steps, start)}."""
     few, low, middle, other = n // 2, start // 2, 3 * start // 4, s.roll(1)
-    steps, starts = [(few, start), (n, start), (2 * n - few, start)], [(n, low), (n, middle), (n, start)]
+    steps = [(few, start), (n, start), (2 * n - few, start)]
+    starts = [(n, low), (n, middle), (n, start)]
     ways = {"even": (s, [(n, start)] * 3), "even_middle_start": (s, [(n, middle)] * 3),
             "adaptive_steps": (s, steps), "shuffled_steps": (other, steps),
             "adaptive_start": (s, starts), "shuffled_start": (other, starts)}
@@ -441,12 +451,11 @@ def held_out_elbo(trip, model):
     """Of the round trip of held-out images the negative ELBO (up to the constant of a Gaussian decoder of variance 1/2,
     beta = 1), with the KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one: scores
     with a 95% interval over images."""
-    z, mu, logvar, _, sse = trip
-    kl = common.gaussian_kl(mu, logvar)
+    kl = common.gaussian_kl(trip.mu, trip.logvar)
     if model.vae.flow:
-        kl = gaussian_log_prob(z, mu, logvar) - model.priors["flow"].log_prob(z).cpu()
+        kl = gaussian_log_prob(trip.z, trip.mu, trip.logvar) - model.priors["flow"].log_prob(trip.z).cpu()
     return {name: common.mean_score(values) for name, values in
-            {"negative_elbo": sse + kl, "sse": sse, "kl": kl}.items()}
+            {"negative_elbo": trip.sse + kl, "sse": trip.sse, "kl": kl}.items()}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -484,7 +493,8 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}" + (
         "" if args.uncertainty == "regressed" else f"-{args.uncertainty}")
     vae_folder, folder = (setup.home / f"{part}-s{args.seed}" for part in (f"stage3-vae-{train['vae_prior']}", name))
-    vae_state = common.trained(train_vae, args.resume, vae_folder, vae_train, data, device)
+    vae_state = common.trained(vae_folder, vae_train, args.resume,
+                               lambda state: train_vae(vae_folder, vae_train, data, device, state))
 
     def of_vae(model):
         trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
@@ -498,7 +508,8 @@ def main(argv=None):
     for kind, facts in ranks.items():
         print(f"uncertainty, {kind}: rank correlation with held-out squared errors {facts['correlation']:.3f}: "
               f"{facts['verdict']}")
-    state = common.trained(train_refiner, args.resume, folder, train, vae_state, data, device)
+    state = common.trained(folder, train, args.resume,
+                           lambda state: train_refiner(folder, train, vae_state, data, device, state))
 
     def of_refiner(model):
         tables = {"uncertainty": ranks | adaptivity(folder, state, model, setup)}

@@ -52,7 +52,7 @@ def expect_error(capsys, call, *words):
 
 
 def oracle(diffusion, x0):
-    """A denoiser that knows x0."""
+    """A denoise that knows x0."""
     def denoise(xt, t):
         a, s = diffusion.factors(t)
         return diffusion.target(x0, t, (xt - a * x0) / s)

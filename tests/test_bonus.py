@@ -45,7 +45,7 @@ def test_what_is_decoded():
     """Sampled latents are not clamped, as images are; the robustness probe's noise goes in before decoding."""
     decoded = []
     model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),  # v = 0: the predicted x0 is a x_t
-                         denoiser=lambda x_hat, z: lambda x, t: torch.zeros_like(x),
+                         condition=lambda x_hat, z: lambda x, t: torch.zeros_like(x),
                          decode=lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
     for temperature in (1.0, 100.0):
         common.generate(dataclasses.replace(model, temperature=temperature), 1, "none", "dpm", 5, 0, 1)

@@ -197,6 +197,12 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
     assert set(latent["probe_r2"]) == set(common.FACTORS) and latent["slerp"]["refined"]["path_over_distance"] >= 1
     enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
     monkeypatch.setattr(common, "measure_samples", refuse)
+    checkpoint = folder_of("stage1-form1", tmp_path) / "checkpoint.pt"
+    weights = checkpoint.read_bytes()
+    checkpoint.unlink()  # its metrics alone make the table
+    COMMANDS["stage2"](SMOKE)
+    assert "stage1-form1" in capsys.readouterr().out
+    checkpoint.write_bytes(weights)
     COMMANDS["stage2"](SMOKE)
     out, tables = capsys.readouterr().out, load(tmp_path, "stage2-anneal")["tables"]
     assert "stage1-vae" in out and "stage1-form1" in out and "stage1_baseline.py" not in out

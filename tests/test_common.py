@@ -495,7 +495,7 @@ def test_data_nats(sd):
 
 @pytest.mark.parametrize("start,offset", [(T, 0.0), (T, 0.1), (350, 0.1)])
 def test_diffusion_nats_of_a_known_case(start, offset):
-    """A denoiser whose x0 is off by `offset` everywhere: every part has a closed form. With the oracle (offset 0) the
+    """A denoise whose x0 is off by `offset` everywhere: every part has a closed form. With the oracle (offset 0) the
     diffusion part is D/2 sum(log(b/bt) + bt/b - 1). The prior is the KL from q(x_start | x0) to N(0, I), from an
     earlier start to q(x_start | x_hat). Every image meets each t in 2..start once, then t = 1 for the data part; of 40
     draws each stratum has one."""
@@ -639,7 +639,7 @@ def test_where_training_begins(tmp_path, capsys):
     """New, or stopped before its first checkpoint: None. Finished: reused. Unfinished: needs --resume."""
     train, folder = {"steps": 8, "seed": 0, "unet": [[32, 8, 1, 1]]}, tmp_path / "run"
     checkpoint = folder / "checkpoint.pt"
-    opened = lambda resume: common.trained(lambda *of: of[-1], resume, folder, train)  # noqa: E731 - what it begins from
+    opened = lambda resume: common.trained(folder, train, resume, lambda state: state)  # noqa: E731 - what it begins from
     for resume in (False, True):
         common.write_json(folder / "metrics.json", {})  # of a checkpoint that was removed, as its damage asks for
         assert opened(resume) is None and not (folder / "metrics.json").exists()
@@ -650,7 +650,7 @@ def test_where_training_begins(tmp_path, capsys):
     assert opened(True)["steps"] == 3
     for resume in (False, True):
         fid.save(checkpoint, {"train": train, "finished": True, "steps": 8})
-        assert common.trained(None, resume, folder, train)["finished"]  # nothing begins
+        assert common.trained(folder, train, resume, None)["finished"]  # nothing begins
         fid.save(checkpoint, {"train": train | {"steps": 9}, "finished": True})
         expect_error(capsys, lambda r=resume: opened(r), "steps was 9, is now 8", "--out")
         checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
@@ -695,7 +695,7 @@ def test_generate(tiny):
     before, after, seconds = common.generate(tiny, 10, "gaussian", "dpm", 3, 0, 4)
     assert before.shape == after.shape == (10, 3, 32, 32) and before.dtype == after.dtype == torch.uint8 and seconds > 0
     assert (before.int() - after.int()).abs().max() <= 1 and len(before.flatten(1).unique(dim=0)) == 10
-    alone = common.generate(dataclasses.replace(tiny, denoiser=None), 10, "gaussian", "none", 0, 0, 4)
+    alone = common.generate(dataclasses.replace(tiny, condition=None), 10, "gaussian", "none", 0, 0, 4)
     assert torch.equal(alone[0], before) and torch.equal(alone[1], before)
     assert not torch.equal(common.generate(tiny, 10, "gaussian", "dpm", 3, 1, 4)[0], before)
     tiny.priors["zero"] = SimpleNamespace(sample=lambda count, gen: torch.zeros(count, 8))
@@ -764,7 +764,7 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     real, labels = images_of(50).images, images_of(50).labels
     monkeypatch.setattr(common.fid, "extract", lambda _, images: (  # tells the class of real images, 0 of all others
         None, torch.eye(20)[labels * ((images.float() - real.float()).abs().mean() < 2)]))
-    tiny.denoiser = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
+    tiny.condition = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
     setup = SimpleNamespace(test=images_of(50), train={"seed": 0}, evaluation={"grid_count": 50, "sample_steps": 3},
                             extractor=SimpleNamespace(name="local-other-0"))
     assert "class_kept_vae" not in common.measure_vae(tmp_path, tiny, setup)["reconstruction"]  # classes of other data

@@ -471,6 +471,9 @@ def test_scores_of_thousands(local, monkeypatch):
         assert row[f"{key}_local"]["value"] == pytest.approx(value, rel=1e-12)
     for key in ("fd", "is", "kid", "diversity"):
         assert row[f"{key}_local"]["low"] < expected[key] < row[f"{key}_local"]["high"]
+    few = fid.scores(local, features, fid.Reference(ref.features[:300]))  # precision and recall of as many as are real
+    assert (few["precision_local"]["value"], few["recall_local"]["value"]) == fid.precision_recall(
+        ref.features[:300], x[:300])
 
 
 def test_reference_is_cached_by_everything_that_matters(local, tmp_path):

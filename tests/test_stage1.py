@@ -92,17 +92,17 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
     monkeypatch.setattr(common, "frozen", lambda n, *a: networks.setdefault(type(n).__name__, restore(n, *a)))
     model = stage1.load_model(state, variant, CPU)
     assert networks.keys() == {"vae": {"VAE"}, "uncond": {"UNet"}}.get(variant, {"VAE", "UNet"})
-    assert model.vae is networks.get("VAE") and (model.denoiser is None) == (variant == "vae")
+    assert model.vae is networks.get("VAE") and (model.condition is None) == (variant == "vae")
     assert not any(n.training or p.requires_grad for n in networks.values() for p in n.parameters())
     if model.vae is not None:
         assert same(dict(model.vae.state_dict()), trained["vae"]["vae"]) and set(model.priors) == {"gaussian", "gmm"}
         assert same(vars(model.priors["gmm"]), trained["vae"]["gmm"])
-    if model.denoiser is not None:
+    if model.condition is not None:
         unet, train = networks["UNet"], state["train"]
         assert same(dict(unet.state_dict()), state["unet"]) and model.diffusion.objective == train["objective"]
         assert model.diffusion.start == (1000 if variant == "uncond" else train["start"]) and train["start"] < 1000
         (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([500])
-        assert torch.equal(model.denoiser(x_hat, None)(x, t), stage1.condition(unet, x_hat, variant)(x, t))
+        assert torch.equal(model.condition(x_hat, None)(x, t), stage1.condition(unet, x_hat, variant)(x, t))
 
 
 @pytest.mark.parametrize("first", [1000, 300])
@@ -114,7 +114,7 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
         model, seen = stage1.load_model(trained["form1"], "form1", CPU), []
         model.diffusion, model.temperature = common.Diffusion("v", start=first), temperature
         unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x[:, :3])  # noqa: E731
-        model.denoiser = lambda x_hat, z: stage1.condition(unet, x_hat, "form1")
+        model.condition = lambda x_hat, z: stage1.condition(unet, x_hat, "form1")
         common.generate(model, count, "gaussian", sampler, steps, 0, batch, damage)
         x_start, x_hat = torch.cat(seen[::steps])[:count].chunk(2, 1)  # the first U-Net call of each batch
         a, s = (float(factor[first]) for factor in (model.diffusion.signal, model.diffusion.noise))

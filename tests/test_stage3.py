@@ -128,14 +128,14 @@ def test_ridge_regression():
         assert torch.allclose(columns @ ours + bias, white @ torch.from_numpy(weight) + y.mean(0), atol=1e-4)
 
 
-def test_standardise_by_hand():
+def test_uncertainty_by_hand():
     """Per dimension, clamped, inactive ones zero; s is w . [z, z^2, s_vec] + b, with `variance`'s for `posterior`."""
     stats = {"mean": torch.tensor([0.0, 1.0, 5.0]), "sd": torch.tensor([1.0, 2.0, 1.0]),
              "active": torch.tensor([1.0, 1.0, 0.0]), "variance_weight": torch.tensor([0.0] * 6 + [-0.5, -0.5, 0]),
              "variance_bias": torch.tensor(0.25), "regressed_weight": torch.arange(9.0), "regressed_bias": 1}
     z, logvar = torch.tensor([[1.0, 2, 3], [0, 0, -1]]), torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]])
     for kind, expected in (("variance", [-1.25, 1.75]), ("posterior", [-1.25, 1.75]), ("regressed", [92, -14])):
-        s_vec, s = stage3.standardise(z, logvar, stats, kind)
+        s_vec, s = stage3.read_s(z, logvar, stats, kind)
         assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == expected, kind
 
 
@@ -155,7 +155,7 @@ def test_fitted_uncertainty(network):
         vae = shaken(stage3.build_vae(settings(vae_prior="gaussian")), 0.15).eval().requires_grad_(False)
         images, others = images_of(400).images, images_of(300, seed=2).images
     trip, held_out = (stage3.round_trip(vae, *of, CPU) for of in ((images, 0), (others, 1)))
-    stats, (z, *_, error) = stage3.fit_uncertainty(trip), trip
+    stats, z, error = stage3.fit_uncertainty(trip), trip.z, trip.sse
     assert torch.allclose(error, ((vae.decoder(z) - common.to_float(images)) ** 2).flatten(1).sum(1) / 4, rtol=1e-4)
     facts = stage3.rank_errors(held_out, stats)
     for kind, fact in facts.items():
@@ -165,7 +165,7 @@ def test_fitted_uncertainty(network):
         alone = stage3.uncertainty(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
         assert torch.allclose(alone[0], s_vec[5:6], atol=1e-2) and torch.allclose(alone[1], s[5:6], atol=1e-2)
         ranks = [v.argsort().argsort().double() for v in
-                 (stage3.standardise(held_out[0], held_out[3], stats, kind)[1], held_out[4])]
+                 (stage3.read_s(held_out.z, held_out.logvar_again, stats, kind)[1], held_out.sse)]
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
         assert ("no information" in fact["verdict"]) == (fact["correlation"] < 0.1)
     if network == "planted":
@@ -331,7 +331,7 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
             mu, logvar = model.vae.encoder(x0)
             z = mu + (0.5 * logvar).exp() * z_noise
             own = stage3.uncertainty(model.vae, z, x_hat, stats, source)
-            other = stage3.standardise(z, logvar, stats, source)
+            other = stage3.read_s(z, logvar, stats, source)
         own, other = (other, own) if source == "posterior" else (own, other)
         assert torch.allclose(own[0], s_vec, atol=1e-4) and torch.allclose(own[1], s, atol=1e-4)
         assert not torch.allclose(other[1], s, atol=0.1)
@@ -339,7 +339,7 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
     damaged = torch.zeros(3, 3, 32, 32)  # a damaged x_hat does not change s
     with torch.no_grad():
         s_vec, s = stage3.uncertainty(model.vae, z, model.vae.decoder(z), stats, source)
-        model.denoiser(damaged, z)
+        model.condition(damaged, z)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
-        stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).denoiser(damaged, z)
+        stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).condition(damaged, z)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
