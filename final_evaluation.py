@@ -54,7 +54,7 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
     "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
                        "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
-    "uncertainty": ("stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
+    "uncertainty": ("stage3-flow-fixed stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
                     "unsure/vae; sure/refined; unsure/refined"),
     "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
                      "fd; is; s/image; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
@@ -75,6 +75,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
      "thirds shuffled/fd of stage3-flow-film"),
     ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
     ("Does joint training?", "noise area of stage2-anneal", "noise area of stage1-form1"),
+    ("And without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
     ("Does adaptive conditioning (`film`)?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
@@ -86,8 +87,6 @@ FURTHER_CLAIMS = [  # in TABLES.md alone
      "own prior/fd of stage1-form1"),
     ("With the codes of real images, is it the gradient that helps?", "real codes/refined of stage2-anneal",
      "real codes/refined of stage2-anneal-grad-none"),
-    ("Does joint training without its gradient soften noise?", "noise area of stage2-anneal-grad-none",
-     "noise area of stage1-form1"),
     ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
     ("And with noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
