@@ -379,8 +379,9 @@ class UNet(nn.Module):
     """The DDPM U-Net. `table` lists (resolution, width, blocks down, blocks up) from the image's resolution down, as
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]; `attention` the resolutions with self-attention. DDPM has one block more
     going up than down, so that every skip is used; equal numbers (the first skip of a level then goes unused) are
-    cheaper where resolution is dear. x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4
-    * first width), where given, is added to the time embedding. The output starts at zero."""
+    cheaper where resolution is dear. The output starts at zero.
+    x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W). `extra` (B, 4 * first width), where given, is
+    added to the time embedding."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()

@@ -90,7 +90,6 @@ FURTHER_CLAIMS = [  # in TABLES.md alone
     ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
     ("And with noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
-    ("And with noise on `x_hat`?", "noise area of stage3-flow-coupling", "noise area of stage3-flow-fixed"),
     ("Does it matter whose `s` `film` is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
     ("Are steps by thirds of `s` better than even ones?", "thirds/fd of stage3-flow-film",
