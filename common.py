@@ -82,13 +82,13 @@ class Diffusion:
         self.signal = self.alpha_bar.sqrt().float().to(device)  # (T + 1,) factor of x0 in x_t
         self.noise = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,) factor of eps in x_t
 
-    def factors(self, t):
-        """t (B,) -> the factors of x0 and eps in x_t, each (B, 1, 1, 1)."""
+    def scales(self, t):
+        """t (B,) -> what multiplies x0 and eps in x_t, each (B, 1, 1, 1)."""
         return self.signal[t][:, None, None, None], self.noise[t][:, None, None, None]
 
     def q_sample(self, x0, t, eps):
         """Draw x_t ~ q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar), with `eps` as the noise (DDPM eq. 4)."""
-        a, sigma = self.factors(t)
+        a, sigma = self.scales(t)
         return a * x0 + sigma * eps
 
     def draw_t(self, u):
@@ -102,7 +102,7 @@ class Diffusion:
 
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
-        a, sigma = self.factors(t)
+        a, sigma = self.scales(t)
         return eps if self.objective == "eps" else a * eps - sigma * x0
 
     def simple_loss(self, denoise, x0, t, eps):
@@ -111,7 +111,7 @@ class Diffusion:
 
     def predict(self, prediction, xt, t, clamp=True):
         """A prediction of the target -> (x0, eps); x0 is clamped to [-1, 1], eps follows from it, so they agree."""
-        a, sigma = self.factors(t)
+        a, sigma = self.scales(t)
         x0 = (xt - sigma * prediction) / a if self.objective == "eps" else a * xt - sigma * prediction
         x0 = x0.clamp(-1, 1) if clamp else x0
         return x0, (xt - a * x0) / sigma

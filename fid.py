@@ -696,9 +696,10 @@ def main(arguments=None):
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     args = parser.parse_args(arguments)
     sys.excepthook = end_in_a_line
-    if args.train_local and args.real:
-        fail(f"--train-local {args.train_local} is not for scores; leave {args.real} out")
     if args.train_local:
+        for name, value in vars(args).items():
+            if name not in ("train_local", "data_dir") and value != parser.get_default(name):
+                fail(f"--train-local {args.train_local} scores nothing and runs on the CPU; leave {name} {value} out")
         return train_local(args.train_local, args.data_dir)
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")

@@ -245,16 +245,18 @@ def table_numbers(columns):
 
 
 def table_reproduced(fresh, committed):
-    """Fresh numbers of each variant beside the committed ones. Reproduced: within 3 standard deviations of the
-    committed seeds, or within 25% where there are fewer than three."""
+    """Fresh numbers of each variant beside the committed ones. Reproduced: where Student's 99% interval of the
+    committed seeds expects another run, or within 25% where there are fewer than three."""
     rows = []
     for variant, name in ((variant, name) for variant in fresh for name in ("fd", "hf_energy")):
         theirs, said = list(values(committed.get(variant, {}), name).values()), "nothing committed"
         if theirs:
             mean = statistics.mean(theirs)
             away = max(abs(value - mean) for value in values(fresh[variant], name).values())
-            close = away <= (3 * statistics.stdev(theirs) if len(theirs) > 2 else 0.25 * mean)
-            said = f"{'reproduced' if close else 'NOT reproduced'} (off by {away / mean:.0%})"
+            near, n = 0.25 * mean, len(theirs)
+            if n > 2:
+                near = student.ppf(0.995, n - 1) * statistics.stdev(theirs) * (1 + 1 / n)**0.5
+            said = f"{'reproduced' if away <= near else 'NOT reproduced'} (off by {away / mean:.0%})"
         rows.append([variant, name, cell(fresh[variant], name), cell(committed.get(variant, {}), name), said])
     return markdown(["variant", "score", "fresh", "committed", "verdict"], rows)
 

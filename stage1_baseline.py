@@ -23,7 +23,7 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
         python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
-Expect  6 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
+Expect  6 to 7 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
         and a table. The VAE's samples are blurred (hf_energy about 0.15, where real images have 1), the refined ones
         show edges and bands (about 0.6), and their distance to the real images is a quarter to a third smaller.
 """
@@ -153,6 +153,9 @@ def main(argv=None):
         if args.variant not in (["form1"], parser.get_default("variant")) or args.budget not in ("auto", "cpu"):
             common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has form1 of the cpu "
                         "budget alone")
+        for flag in ("steps", "batch_size", "eval_samples", "features", "weights", "compile"):
+            if vars(args)[flag] != parser.get_default(flag):
+                common.fail(f"--{flag.replace('_', '-')}: --pretrained trains and scores nothing; leave it out")
         args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
     args.variant = list(CHANNELS) if "all" in args.variant else args.variant
     train, evaluation, device = common.read_settings(args)

@@ -54,6 +54,6 @@ def expect_error(capsys, call, *words):
 def oracle(diffusion, x0):
     """A denoise that knows x0."""
     def denoise(xt, t):
-        a, s = diffusion.factors(t)
+        a, s = diffusion.scales(t)
         return diffusion.target(x0, t, (xt - a * x0) / s)
     return denoise

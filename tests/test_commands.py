@@ -407,12 +407,14 @@ def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, capsys):
 
 
 def test_pretrained_refuses(pretrained, capsys):
-    """One line each: a damaged file, another or no file for the data set, other variants and budgets, no images."""
+    """One line each: a damaged file, another or no file for the data set, other variants and budgets, flags of training
+    and of scores, no images."""
     for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-<hash8>.pt"]),
                          ("--export 0", ["--export 0"]),
                          ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
                          ("--variant uncond", ["--variant uncond", "form1"]), ("--variant all", ["--variant", "form1"]),
-                         ("--budget gpu", ["--budget gpu", "cpu"])):
+                         ("--budget gpu", ["--budget gpu", "cpu"]), ("--steps 9", ["--steps", "trains", "leave"]),
+                         ("--weights x.pt", ["--weights", "scores nothing", "leave"])):
         expect_error(capsys, lambda flags=flags: stage1.main(["--pretrained", *flags.split()]), *words)
     data = pretrained.read_bytes()
     pretrained.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])

@@ -440,7 +440,7 @@ def gaussian_result(sampler, steps, start=None, mean=MEAN, sd=SD):
     diffusion, gen = common.Diffusion(start=start), common.generator(0)
 
     def denoise(xt, t):  # E[eps | x_t]
-        a, s = diffusion.factors(t)
+        a, s = diffusion.scales(t)
         return s / (a**2 * sd**2 + s**2) * (xt - a * mean)
 
     eps = common.randn((50_000, 1, 1, 1), gen) if sampler == "ddpm" else torch.tensor([0.0, 1.0])[:, None, None, None]

@@ -658,6 +658,8 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
              (pair, "--features local", "--train-local"),
              ([*pair, "--features", "inception"], "--weights", "--features local"),
              ([*pair, *weights, "--device", "tpu"], "--device tpu", "cpu"),
+             ([folders.real, "--train-local", "shapes"], "--train-local shapes", f"leave real {folders.real} out"),
+             (["--train-local", "shapes", "--device", "cuda"], "runs on the CPU", "leave device cuda out"),
              ([folders.real], "GENERATED", "--help")]
     monkeypatch.setattr(fid, "extract", None)  # no work is begun
     for arguments, named, remedy in cases:
