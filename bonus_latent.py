@@ -67,7 +67,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x0, noise):
         mu, logvar = self.encode(x0)
-        return self.decode(mu + (0.5 * logvar).exp() * noise), mu, logvar
+        return self.decode(common.reparameterise(mu, logvar, noise)), mu, logvar
 
 
 def build_unet(train):

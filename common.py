@@ -300,9 +300,15 @@ class VAE(nn.Module):
         self.latent_dim = encoder[-1][1]
 
     def forward(self, x0, noise):
-        """x0 (B, 3, H, W), noise (B, d) standard normal -> x_hat, mu, logvar (reparameterised, Kingma & Welling)."""
+        """x0 (B, 3, H, W), noise (B, d) standard normal -> x_hat, mu, logvar."""
         mu, logvar = self.encoder(x0)
-        return self.decoder(mu + (0.5 * logvar).exp() * noise), mu, logvar
+        return self.decoder(reparameterise(mu, logvar, noise)), mu, logvar
+
+
+def reparameterise(mu, logvar, noise):
+    """z ~ N(mu, exp(logvar)) from standard normal noise, all (B, d), so that z has a gradient to both (Kingma & Welling
+    2014, 2.4)."""
+    return mu + (0.5 * logvar).exp() * noise
 
 
 def squared_error(x_hat, x0):
@@ -610,20 +616,19 @@ class Model:
 
 
 @torch.no_grad()
-def encode(vae, images, gen, device, batch=500):
-    """uint8 images (N, 3, H, W) -> posterior samples z, mu, logvar, each (N, d) on the CPU."""
+def encode(vae, images, device, batch=500):
+    """uint8 images (N, 3, H, W) -> mu, logvar of q(z|x), each (N, d) on the CPU."""
     parts = [vae.encoder(to_float(chunk.to(device))) for chunk in images.split(batch)]
-    mu, logvar = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-    return mu + (0.5 * logvar).exp() * randn(mu.shape, gen), mu, logvar
+    mu, logvar = zip(*parts, strict=True)
+    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
 
 def fit_mixture(vae, images, train, device):
     """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
     images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
-    gen = generator(train["seed"] + 2)
-    _, mu, logvar = encode(vae, images, gen, device)
+    gen, (mu, logvar) = generator(train["seed"] + 2), encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
-    z = torch.cat([mu + (0.5 * logvar).exp() * randn(mu.shape, gen) for _ in range(draws)])
+    z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
     if not torch.isfinite(z).all():
         fail("the VAE diverged: latents of training images are not finite; take a larger --batch-size or lower rates")
     return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
@@ -1429,18 +1434,19 @@ def measure_vae(folder, model, setup):
     """Tables of a VAE, with the refiner behind it (DPM-Solver++ in as many steps as the headline has, of whatever
     sampler): held-out reconstructions, the latent, the priors' fit."""
     test, seed = setup.test.images, setup.train["seed"]
-    real, gen = test[: min(1000, setup.evaluation["grid_count"])], generator(50_000 + seed)
-    mu, logvar = encode(model.vae, real, gen, model.device)[1:]
+    mu, logvar = encode(model.vae, test, model.device)
+    z = reparameterise(mu, logvar, randn(mu.shape, generator(70_000 + seed)))
+    few, gen = min(1000, setup.evaluation["grid_count"]), generator(50_000 + seed)
+    real, mu, logvar = test[:few], mu[:few].to(model.device), logvar[:few].to(model.device)
     with torch.no_grad():
-        x_hat = model.vae.decoder(mu.to(model.device))
-        refined = refine(model, x_hat, mu.to(model.device), gen, "dpm", setup.evaluation["sample_steps"])
+        x_hat = model.vae.decoder(mu)
+        refined = refine(model, x_hat, mu, gen, "dpm", setup.evaluation["sample_steps"])
     x_hat, refined = to_uint8(x_hat).cpu(), to_uint8(refined).cpu()
     parts, begin = {"real": real, "VAE": x_hat}, {}
     if model.condition is not None:
         parts, begin = parts | {"refined": refined}, {"start": check_start(model.diffusion, x_hat, real)}
     save_grid(folder / "reconstructions.png", {label: part[:12] for label, part in parts.items()})
     sharp = hf_energy(x_hat, test)
-    z = encode(model.vae, test, generator(70_000 + seed), model.device)[0]
     table = {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(gaussian_kl(mu, logvar).mean()),
              "hf_energy_vae": sharp, "hf_energy_refined": hf_energy(refined, test)}
     if setup.test.labels is not None and setup.extractor.name.startswith(f"local-{setup.test.name}-"):  # its classes
@@ -1486,7 +1492,7 @@ def bits_per_dim(model, prior, setup):
     with autocast(model.device):
         if model.vae is not None:
             mu, logvar = model.vae.encoder(to_float(images))
-            z = mu + (0.5 * logvar).exp() * randn(mu.shape, gen)
+            z = reparameterise(mu, logvar, randn(mu.shape, gen))
             x_hat = model.vae.decoder(z)
             parts["kl"] = gaussian_log_prob(z, mu, logvar).cpu() - model.priors[prior].log_prob(z.cpu()).cpu()
         denoise, draws = model.condition(x_hat, z), evaluation["bits_draws"]

@@ -153,7 +153,7 @@ def train_joint(folder, train, data, device, state):
         eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
         with common.autocast(device):
             mu, logvar = vae.encoder(x0)
-            z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
+            z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
             vae_part = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
@@ -222,8 +222,8 @@ def latent_space(folder, model, setup, pairs=32, points=9):
     the midpoints, that of held-out images' own codes, and what a linear probe reads off mu. A picture goes into
     `folder`, if given."""
     data, test, seed = setup.data, setup.test, setup.train["seed"]
-    gen, steps, result = common.generator(90_000 + seed), setup.evaluation["probe_steps"], {}
-    mu = common.encode(model.vae, test.images, gen, model.device)[1]  # (N, d)
+    steps, result = setup.evaluation["probe_steps"], {}
+    mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     a, b = mu[:count], mu[count : 2 * count]
 
@@ -248,7 +248,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
                 zip(("VAE", "refined"), strips, strict=True)}
         common.save_grid(folder / "interpolation.png", rows)
     some = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
-    train_mu = common.encode(model.vae, data.images[some], gen, model.device)[1]
+    train_mu = common.encode(model.vae, data.images[some], model.device)[0]
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
         _, guess = linear_probe(train_mu, one_hot[data.labels[some]], mu, one_hot[test.labels])

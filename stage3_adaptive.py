@@ -124,7 +124,8 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, 0.05, True)
         i = torch.randint(len(mu), (batch,), generator=gen)
-        loss = -flow.log_prob(mu[i] + (0.5 * logvar[i]).exp() * common.randn((batch, mu.shape[1]), gen)).mean()
+        z = common.reparameterise(mu[i], logvar[i], common.randn((batch, mu.shape[1]), gen))
+        loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
@@ -165,8 +166,8 @@ Trip = namedtuple("Trip", "z mu logvar logvar_again sse")
 def round_trip(vae, images, seed, device):
     """uint8 images there and back again: z ~ q(z|x), mu, logvar and the logvar of Enc(Dec(z)), each (N, d), and the
     squared error (N,); on the CPU."""
-    z, mu, logvar = common.encode(vae, images, common.generator(seed), device)
-    again, errors = [], []
+    mu, logvar = common.encode(vae, images, device)
+    z, again, errors = common.reparameterise(mu, logvar, common.randn(mu.shape, common.generator(seed))), [], []
     for chunk, part in zip(images.split(500), z.split(500), strict=True):
         x_hat = vae.decoder(part.to(device))
         again.append(vae.encoder(x_hat)[1].cpu())
@@ -258,7 +259,7 @@ def vae_loss(vae, x0, noise, beta, joint):
     """SSE + beta KL, (B,), and its terms. Without a flow it is stage 1's. With one, until `joint`, the VAE feels the KL
     to N(0, I) while the flow is fitted to detached z; from then on both feel the KL to the flow."""
     mu, logvar = vae.encoder(x0)
-    z = mu + (0.5 * logvar).exp() * noise
+    z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
     if vae.flow is None:
         return sse + beta * kl, {"sse": sse, "kl_nats": kl}
@@ -288,7 +289,7 @@ def train_vae(folder, train, data, device, state):
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     gmm = common.fit_mixture(vae, data.images, train, device)
-    _, mu, logvar = common.encode(vae, data.images, common.generator(train["seed"] + 2), device)
+    mu, logvar = common.encode(vae, data.images, device)
     flow = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000), vae.flow and vae.flow.state_dict())
     some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
     stats = fit_uncertainty(round_trip(vae, data.images[some], train["seed"], device))
@@ -317,7 +318,7 @@ def train_refiner(folder, train, vae_state, data, device, state):
         with common.autocast(device):
             with torch.no_grad():
                 mu, logvar = vae.encoder(x0)
-                z = mu + (0.5 * logvar).exp() * z_noise  # (B, d)
+                z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
                 x_hat, s_vec, s = vae.decoder(z), None, None
                 if train["conditioning"] != "fixed":
                     s_vec, s = (read_s(z, logvar, stats, kind) if kind == "posterior" else
@@ -392,7 +393,7 @@ def adaptivity(folder, state, model, setup):
     real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]  # half of grid_count in each third
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     sense = functools.partial(uncertainty, model.vae, stats=stats, kind=state["train"]["uncertainty"])
-    mu = common.encode(model.vae, real, common.generator(seed), model.device)[1]
+    mu = common.encode(model.vae, real, model.device)[0]
     x_hat, refined, s, _ = refine_all(model, sense, mu, steps, seed)
     again = [refine_all(model, sense, mu, steps, seed + more)[1] for more in (1000, 2000)]
     known, *features = (fid.extract(setup.extractor, x)[0] for x in (real, refined, *again))  # each (N, f)
