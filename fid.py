@@ -694,6 +694,7 @@ def main(arguments=None):
     parser.add_argument("--data-dir", default="data", help="where a data set named as REAL lies (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
+    parser.error = fail
     args = parser.parse_args(arguments)
     sys.excepthook = end_in_a_line
     if args.train_local:

@@ -660,6 +660,7 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
              ([*pair, *weights, "--device", "tpu"], "--device tpu", "cpu"),
              ([folders.real, "--train-local", "shapes"], "--train-local shapes", f"leave real {folders.real} out"),
              (["--train-local", "shapes", "--device", "cuda"], "runs on the CPU", "leave device cuda out"),
+             ([*pair, "--count", "x"], "--count", "invalid int value"),
              ([folders.real], "GENERATED", "--help")]
     monkeypatch.setattr(fid, "extract", None)  # no work is begun
     for arguments, named, remedy in cases:
