@@ -626,7 +626,8 @@ def encode(vae, images, device, batch=500):
 def fit_mixture(vae, images, train, device):
     """The ex-post prior: a mixture fitted to z ~ q(z|x) of the training images; its state, for a checkpoint. Of few
     images up to ten z each are drawn, 60,000 in all: to one z of each, the mixture would fit the noise of the draw."""
-    gen, (mu, logvar) = generator(train["seed"] + 2), encode(vae, images, device)
+    gen = generator(train["seed"] + 2)
+    mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
     if not torch.isfinite(z).all():
@@ -1436,11 +1437,11 @@ def measure_vae(folder, model, setup):
     test, seed = setup.test.images, setup.train["seed"]
     mu, logvar = encode(model.vae, test, model.device)
     z = reparameterise(mu, logvar, randn(mu.shape, generator(70_000 + seed)))
-    few, gen = min(1000, setup.evaluation["grid_count"]), generator(50_000 + seed)
+    few = min(1000, setup.evaluation["grid_count"])
     real, mu, logvar = test[:few], mu[:few].to(model.device), logvar[:few].to(model.device)
     with torch.no_grad():
         x_hat = model.vae.decoder(mu)
-        refined = refine(model, x_hat, mu, gen, "dpm", setup.evaluation["sample_steps"])
+        refined = refine(model, x_hat, mu, generator(50_000 + seed), "dpm", setup.evaluation["sample_steps"])
     x_hat, refined = to_uint8(x_hat).cpu(), to_uint8(refined).cpu()
     parts, begin = {"real": real, "VAE": x_hat}, {}
     if model.condition is not None:

@@ -253,8 +253,8 @@ def table_reproduced(fresh, committed):
         if theirs:
             mean = statistics.mean(theirs)
             away = max(abs(value - mean) for value in values(fresh[variant], name).values())
-            near, n = 0.25 * mean, len(theirs)
-            if n > 2:
+            near = 0.25 * mean
+            if (n := len(theirs)) > 2:
                 near = student.ppf(0.995, n - 1) * statistics.stdev(theirs) * (1 + 1 / n)**0.5
             said = f"{'reproduced' if away <= near else 'NOT reproduced'} (off by {away / mean:.0%})"
         rows.append([variant, name, cell(fresh[variant], name), cell(committed.get(variant, {}), name), said])

@@ -167,7 +167,8 @@ def round_trip(vae, images, seed, device):
     """uint8 images there and back again: z ~ q(z|x), mu, logvar and the logvar of Enc(Dec(z)), each (N, d), and the
     squared error (N,); on the CPU."""
     mu, logvar = common.encode(vae, images, device)
-    z, again, errors = common.reparameterise(mu, logvar, common.randn(mu.shape, common.generator(seed))), [], []
+    z = common.reparameterise(mu, logvar, common.randn(mu.shape, common.generator(seed)))
+    again, errors = [], []
     for chunk, part in zip(images.split(500), z.split(500), strict=True):
         x_hat = vae.decoder(part.to(device))
         again.append(vae.encoder(x_hat)[1].cpu())
