@@ -18,9 +18,12 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
                       (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true
                       one (common.kl_prior: how near). Begin there (`start`), train on 1..t0 alone, and half the
                       steps do. A better VAE needs less refinement: that becomes a number.
+    5. Guidance       A refiner trained for minutes errs as it did after a tenth of its training, only less. So go on in
+                      the direction in which it has moved since: `guided`, at twice the cost of an image.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
+        python stage1_baseline.py --variant guided       Formulation 1, and guided
         python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
         python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
 Expect  6 to 7 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
@@ -29,6 +32,8 @@ Expect  6 to 7 minutes on two slow CPU cores with bfloat16, then pictures (sampl
 """
 
 import argparse
+import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -36,7 +41,8 @@ import torch
 import common
 import fid
 
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # that the U-Net sees: 3 of x_t, 3 of x_hat
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}  # the U-Net's: 3 of x_t, 3 of x_hat
+GUIDANCE = 0.5  # how far beyond its own prediction `guided` goes, in distances from its guide's
 PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -63,10 +69,27 @@ def condition(unet, x_hat, variant):
         return unet
 
     def denoise(y, t):
-        xt = y if variant == "form1" else y + x_hat
+        xt = y + x_hat if variant == "form2" else y
         return unet(torch.cat([xt, x_hat], 1), t)
 
     return denoise
+
+
+def guided(model, guide):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the common.Model `model`, whose every prediction p is
+    replaced by p + GUIDANCE (p - g), g being that of `guide`, a worse model of the same kind. eps and v are linear in
+    the paper's denoised image, so it is the paper's w = 1 + GUIDANCE."""
+
+    def condition(x_hat, z):
+        denoise, worse = model.condition(x_hat, z), guide.condition(x_hat, z)
+
+        def predict(xt, t):
+            prediction = denoise(xt, t)
+            return prediction + GUIDANCE * (prediction - worse(xt, t))
+
+        return predict
+
+    return dataclasses.replace(model, name="guided", condition=condition)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -157,7 +180,9 @@ def main(argv=None):
             if vars(args)[flag] != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: --pretrained trains and scores nothing; leave it out")
         args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
-    args.variant = list(CHANNELS) if "all" in args.variant else args.variant
+    if "guided" in args.variant:
+        args.variant.append("form1")  # what it guides
+    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
         largest = max(CHANNELS[variant] or 0 for variant in args.variant)
@@ -173,12 +198,19 @@ def main(argv=None):
         vae_state = common.trained(folder, train, args.resume,
                                    lambda state: train_vae(folder, train, data, device, state))
     for variant in args.variant:
-        folder, state = setup.home / f"stage1-{variant}-s{args.seed}", vae_state
+        folder, state, settings = setup.home / f"stage1-{variant}-s{args.seed}", vae_state, train
+        if variant == "guided":  # its own training is its guide's
+            settings = train | {"steps": math.ceil(train["steps"] / 10)}
         if variant != "vae":
-            state = common.trained(folder, train, args.resume, lambda state: train_refiner(
-                folder, train, variant, vae_state, data, device, state))  # noqa: B023 - called at once
+            state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
+                folder, settings, variant, vae_state, data, device, state))  # noqa: B023 - called at once
         model = load_model(state, variant, device)
         cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
+        if variant == "form1":
+            form1, form1_model = state, model
+        elif variant == "guided":
+            model, cost["guide"] = guided(form1_model, model), cost["unet"]
+            state = form1 | {"seconds": form1["seconds"] + state["seconds"], "log": state["log"]}
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)

@@ -105,6 +105,38 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
         assert torch.equal(model.condition(x_hat, None)(x, t), stage1.condition(unet, x_hat, variant)(x, t))
 
 
+def test_guided_by_closed_form():
+    """Data N(0, S^2) seen by exact denoisers of N(0, s^2): with K the share of x_t that each keeps, x0 = K x_t / a,
+    `guided` keeps K + GUIDANCE (K - K_guide), and so samples with a wider spread than `model` if its guide's is
+    narrower. One that guides itself changes nothing; each is called once a step, with the same x_hat and z."""
+    diffusion, calls = common.Diffusion("v", start=400), []
+    x, x_hat, z, t = torch.randn(2000, 1, 2, 2), torch.zeros(2000, 1, 2, 2), torch.zeros(2000, 3), torch.tensor([300])
+    a, sigma = (float(scale[300]) for scale in (diffusion.signal, diffusion.noise))
+
+    def exact(s):
+        def condition(x_hat, z):
+            def denoise(xt, t):
+                calls.append((s, x_hat, z))
+                a, sigma = diffusion.scales(t)
+                x0 = a * s**2 / (a**2 * s**2 + sigma**2) * xt
+                return a / sigma * (xt - a * x0) - sigma * x0  # v
+            return denoise
+        return common.Model("form1", CPU, (1, 2, 2), diffusion, condition=condition)
+
+    def keep(s):
+        return a**2 * s**2 / (a**2 * s**2 + sigma**2)
+
+    model = stage1.guided(exact(0.3), exact(0.2))
+    x0, _ = diffusion.predict(model.condition(x_hat, z)(x, t), x, t, clamp=False)
+    assert calls == [(0.3, x_hat, z), (0.2, x_hat, z)] and model.name == "guided"
+    assert torch.allclose(x0, (keep(0.3) + stage1.GUIDANCE * (keep(0.3) - keep(0.2))) * x / a, atol=1e-5)
+    same = stage1.guided(exact(0.3), exact(0.3)).condition(x_hat, z)
+    assert torch.equal(same(x, t), exact(0.3).condition(x_hat, z)(x, t))
+    spread = [float(common.refine(one, x_hat, z, common.generator(0), "ddim", 25).std())
+              for one in (exact(0.2), exact(0.3), model)]
+    assert spread[0] < spread[1] < spread[2]
+
+
 @pytest.mark.parametrize("first", [1000, 300])
 def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     """Image k starts from the same x_hat and noise whatever the sampler, the number of steps and of images; damage
