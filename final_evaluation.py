@@ -25,7 +25,7 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-form", "stage1-", "stage2-", "stage3-", "")
+ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
 SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
