@@ -1322,10 +1322,11 @@ def measure(model, setup, prior, sampler, steps, count, damage=0.0):
 
 
 def evaluate(folder, setup, state, model, cost, more=lambda model: {}):
-    """The metrics of a finished run: read if its folder holds them for these settings, else measured and written, with
-    figures. `model` is that of the checkpoint `state`, `cost` its network_cost; `more` gives its stage's own tables."""
+    """The metrics of a finished run: read if its folder holds them for these settings and this training, which its
+    seconds tell, else measured and written, with figures. `model` is that of the checkpoint `state`, `cost` its
+    network_cost; `more` gives its stage's own tables."""
     metrics = read_metrics(folder / "metrics.json", setup.evaluation)
-    if metrics is not None:
+    if metrics is not None and metrics["run"]["train_seconds"] == state["seconds"]:
         return metrics
     train, data = state["train"], setup.data
     model = dataclasses.replace(model, temperature=setup.evaluation["temperature"])

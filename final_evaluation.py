@@ -44,10 +44,10 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("training/skipped", "skipped"))
 
 TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one alone)
-    "results": ("stage1-vae stage1-form1 stage2-anneal stage3-flow-film bonus-latent",
+    "results": ("stage1-vae stage1-form1 stage1-guided stage2-anneal stage3-flow-film bonus-latent",
                 "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
-    "steps": ("stage1-form1 bonus-latent",
+    "steps": ("stage1-form1 stage1-guided bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 6/s/image; ddim 100/s/image"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
               "fd; is; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
@@ -64,6 +64,7 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
 CLAIMS = [  # (question, a column of a variant, the same of another); of every column here less is better
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Does `x_hat`, with a start at `t0`, help?", "fd of stage1-form1", "fd of stage1-uncond"),
+    ("Does guidance by a worse refiner help?", "fd of stage1-guided", "fd of stage1-form1"),
     ("Does a fitted prior help?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
     ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
@@ -96,7 +97,7 @@ FURTHER_CLAIMS = [  # in TABLES.md alone
      "evenly/fd of stage3-flow-film")]
 
 PANELS = {  # x axis of a chart: (variants, {place: column})
-    "U-Net evaluations": ("stage1-* *-anneal stage3-flow-f* bonus-*", {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
+    "steps": ("stage1-* *-anneal stage3-flow-f* bonus-*", {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
     "sd of noise on x_hat": ("stage1-* *-anneal stage3-flow-f*",  # the bonus has its noise in its latent
                              {0.0: "clean/fd"} | {sd: f"noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})}
 
@@ -280,7 +281,7 @@ def other_tables(folder):
 def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, what no run measured, the benchmark."""
     parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A name is a place in metrics.json; "
-             "nfe: evaluations of the U-Net for an image; for other words see the glossary of README.md."]
+             "nfe: the sampler's steps, each an evaluation of the U-Net (guided: two); for other words see README.md."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}

@@ -18,8 +18,9 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
                       (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true
                       one (common.kl_prior: how near). Begin there (`start`), train on 1..t0 alone, and half the
                       steps do. A better VAE needs less refinement: that becomes a number.
-    5. Guidance       A refiner trained for minutes errs as it did after a tenth of its training, only less. So go on in
-                      the direction in which it has moved since: `guided`, at twice the cost of an image.
+    5. Guidance       The same U-Net trained for a tenth of the steps, the guide, makes the refiner's errors too, only
+                      larger ones. So the way from its prediction to the refiner's leads away from them; `guided` goes
+                      on in that direction, half as far again. Each step evaluates both.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -41,8 +42,8 @@ import torch
 import common
 import fid
 
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}  # the U-Net's: 3 of x_t, 3 of x_hat
-GUIDANCE = 0.5  # how far beyond its own prediction `guided` goes, in distances from its guide's
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # that the U-Net sees: 3 of x_t, 3 of x_hat
+GUIDANCE = 0.5  # how far beyond the refiner's prediction `guided` goes, in distances from the guide's
 PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -69,18 +70,18 @@ def condition(unet, x_hat, variant):
         return unet
 
     def denoise(y, t):
-        xt = y + x_hat if variant == "form2" else y
+        xt = y if variant == "form1" else y + x_hat
         return unet(torch.cat([xt, x_hat], 1), t)
 
     return denoise
 
 
 def guided(model, guide):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the common.Model `model`, whose every prediction p is
-    replaced by p + GUIDANCE (p - g), g being that of `guide`, a worse model of the same kind. eps and v are linear in
-    the paper's denoised image, so it is the paper's w = 1 + GUIDANCE."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the common.Model `model` with p + GUIDANCE (p - g) for its
+    every prediction p, where g is that of `guide`, a worse model of the same kind. The paper writes w p + (1 - w) g,
+    w = 1 + GUIDANCE, of denoised images; at a given x_t these, eps and v are linear functions of one another."""
 
-    def condition(x_hat, z):
+    def led(x_hat, z):
         denoise, worse = model.condition(x_hat, z), guide.condition(x_hat, z)
 
         def predict(xt, t):
@@ -89,7 +90,7 @@ def guided(model, guide):
 
         return predict
 
-    return dataclasses.replace(model, name="guided", condition=condition)
+    return dataclasses.replace(model, name="guided", condition=led)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -167,8 +168,8 @@ def draw_pretrained(args, evaluation, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, "gaussian", "gmm")
-    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"), default=["vae", "form1"],
-                        help="what to train and evaluate; refiners train the VAE they need")
+    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "guided", "all"), default=["vae", "form1"],
+                        help="what to train and evaluate; refiners train the VAE they need, guided needs form1")
     parser.add_argument("--pretrained", action="store_true",
                         help="train and score nothing: samples of form1 with weights that come with the project")
     args = parser.parse_args(argv)
@@ -182,10 +183,10 @@ def main(argv=None):
         args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
     if "guided" in args.variant:
         args.variant.append("form1")  # what it guides
-    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]
+    args.variant = [name for name in (*CHANNELS, "guided") if name in args.variant or "all" in args.variant]
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        largest = max(CHANNELS[variant] or 0 for variant in args.variant)
+        largest = max(CHANNELS.get(variant) or 0 for variant in args.variant)
         return common.print_settings(train, evaluation, common.network_cost(train, args.variant != ["uncond"], largest))
     if args.pretrained:
         common.keep_freed_memory()
@@ -198,19 +199,19 @@ def main(argv=None):
         vae_state = common.trained(folder, train, args.resume,
                                    lambda state: train_vae(folder, train, data, device, state))
     for variant in args.variant:
-        folder, state, settings = setup.home / f"stage1-{variant}-s{args.seed}", vae_state, train
-        if variant == "guided":  # its own training is its guide's
-            settings = train | {"steps": math.ceil(train["steps"] / 10)}
+        folder, state, settings, kind = setup.home / f"stage1-{variant}-s{args.seed}", vae_state, train, variant
+        if variant == "guided":  # what is trained in this folder is its guide
+            settings, kind = train | {"steps": math.ceil(train["steps"] / 10), "guidance": GUIDANCE}, "form1"
         if variant != "vae":
             state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
-                folder, settings, variant, vae_state, data, device, state))  # noqa: B023 - called at once
-        model = load_model(state, variant, device)
-        cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
+                folder, settings, kind, vae_state, data, device, state))  # noqa: B023 - called at once
+        model = load_model(state, kind, device)
+        cost = common.network_cost(train, variant != "uncond", CHANNELS[kind])
         if variant == "form1":
             form1, form1_model = state, model
         elif variant == "guided":
             model, cost["guide"] = guided(form1_model, model), cost["unet"]
-            state = form1 | {"seconds": form1["seconds"] + state["seconds"], "log": state["log"]}
+            state = form1 | {"seconds": form1["seconds"] + state["seconds"]}
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)

@@ -170,7 +170,7 @@ def test_stopped_while_evaluating(small, monkeypatch):
 def test_stage1_variants(smoke):
     """uncond has no prior, no VAE's tables and no KL in its bound; the others have both priors, the mixture first; a
     VAE has no bound. Parameters are counted of the networks that a variant uses."""
-    for variant in stage1.CHANNELS:
+    for variant in (*stage1.CHANNELS, "guided"):
         home = smoke("stage1")[0]
         metrics, state = load(home, f"stage1-{variant}"), common.load_checkpoint(
             folder_of(f"stage1-{variant}", home) / "checkpoint.pt")
@@ -188,6 +188,27 @@ def test_stage1_variants(smoke):
             assert set(bits) == parts | {"bound", "images", "latent_prior"} and bits["images"] == 8
             assert bits["bound"]["value"] == pytest.approx(sum(bits[name] for name in parts), rel=1e-5)
             assert bits["bound"]["low"] < bits["bound"]["value"] < bits["bound"]["high"]
+
+
+def test_guided_leads_form1_away_from_its_guide(smoke, tmp_path, monkeypatch):
+    """And is measured anew if either was trained anew, which the seconds tell."""
+    enter(monkeypatch, copy_of(smoke("stage1")[0], tmp_path))
+    form1, guide = states = [common.load_checkpoint(folder_of(name) / "checkpoint.pt") for name in
+                             ("stage1-form1", "stage1-guided")]
+    assert guide["train"] == form1["train"] | {"steps": 1, "guidance": stage1.GUIDANCE}
+    assert load(Path(), "stage1-guided")["run"]["train_seconds"] == form1["seconds"] + guide["seconds"]
+    fid.save(folder_of("stage1-guided") / "checkpoint.pt", guide | {"seconds": guide["seconds"] + 1})
+
+    def measured(folder, model, setup):
+        raise KeyboardInterrupt(model)
+
+    monkeypatch.setattr(common, "measure_samples", measured)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        COMMANDS["stage1"]([*SMOKE, "--variant", "guided"])
+    models = [*(stage1.load_model(state, "form1", torch.device("cpu")) for state in states), *stopped.value.args]
+    (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([200])
+    better, worse, guided = (model.condition(x_hat, None)(x, t) for model in models)
+    assert torch.equal(guided, better + stage1.GUIDANCE * (better - worse)) and not torch.equal(better, worse)
 
 
 def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
