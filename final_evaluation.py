@@ -83,6 +83,7 @@ CLAIMS = [  # (question, a column of a variant, the same of another); of every c
 
 FURTHER_CLAIMS = [  # in TABLES.md alone
     ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
+    ("Does guidance soften noise on `x_hat`?", "noise area of stage1-guided", "noise area of stage1-form1"),
     ("Does a fitted prior help unrefined samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
     ("Does a VAE trained with a flow help, given a mixture?", "gmm/fd of stage3-flow-fixed",
      "own prior/fd of stage1-form1"),
