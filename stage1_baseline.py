@@ -79,7 +79,7 @@ def condition(unet, x_hat, variant):
 def guided(model, guide):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the common.Model `model` with p + GUIDANCE (p - g) for its
     every prediction p, where g is that of `guide`, a worse model of the same kind. The paper writes w p + (1 - w) g,
-    w = 1 + GUIDANCE, of denoised images; at a given x_t these, eps and v are linear functions of one another."""
+    w = 1 + GUIDANCE, of denoised images; at a given x_t these, eps and v are affine functions of one another."""
 
     def led(x_hat, z):
         denoise, worse = model.condition(x_hat, z), guide.condition(x_hat, z)
@@ -199,9 +199,11 @@ def main(argv=None):
         vae_state = common.trained(folder, train, args.resume,
                                    lambda state: train_vae(folder, train, data, device, state))
     for variant in args.variant:
-        folder, state, settings, kind = setup.home / f"stage1-{variant}-s{args.seed}", vae_state, train, variant
+        folder = setup.home / f"stage1-{variant}-s{args.seed}"
+        state, settings, kind = vae_state, train, variant
         if variant == "guided":  # what is trained in this folder is its guide
-            settings, kind = train | {"steps": math.ceil(train["steps"] / 10), "guidance": GUIDANCE}, "form1"
+            settings = train | {"steps": math.ceil(train["steps"] / 10), "guidance": GUIDANCE}
+            kind = "form1"
         if variant != "vae":
             state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
                 folder, settings, kind, vae_state, data, device, state))  # noqa: B023 - called at once
@@ -210,7 +212,8 @@ def main(argv=None):
         if variant == "form1":
             form1, form1_model = state, model
         elif variant == "guided":
-            model, cost["guide"] = guided(form1_model, model), cost["unet"]
+            model = guided(form1_model, model)
+            cost["guide"] = cost["unet"]
             state = form1 | {"seconds": form1["seconds"] + state["seconds"]}
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)

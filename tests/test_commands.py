@@ -460,7 +460,7 @@ def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
     assert len([*pretrained.parent.glob("*.pt")]) == 1 and not pretrained.exists()
     runs = map(str, (smoke("stage1")[0] / "runs" / "shapes-smoke").iterdir())
     final.main(["--collect", *runs, "--results", str(tmp_path / "none")])
-    assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 4
+    assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 5
 
 
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
