@@ -316,35 +316,13 @@ def extract(extractor, images, batch_size=None, progress=False):
     return torch.cat(features), torch.cat(logits)
 
 
-class FeatureStats:
-    """Mean and covariance (ddof 1) of features (N, d) seen in batches, float64. Batches are merged about their own
-    means (Chan et al. 1979), so an offset costs no digits; `scatter`: sum of outer products about the mean."""
+@dataclass
+class Moments:
+    """Of features (N, d): their number, mean (d,) and covariance (d, d) with ddof 1; float64."""
 
-    def __init__(self, count=0, mean=0.0, scatter=0.0):
-        self.count, self.mean, self.scatter = count, mean, scatter
-
-    def update(self, features):
-        """Add a batch (N, d). Returns self."""
-        x = torch.as_tensor(features).double()
-        mean = x.mean(0)
-        x = x - mean
-        return self.merge(FeatureStats(len(x), mean, x.T @ x))
-
-    def merge(self, other):
-        """Add what another has seen. Returns self."""
-        if other.count:
-            total, delta = self.count + other.count, other.mean - self.mean
-            self.scatter = self.scatter + other.scatter + torch.outer(delta, delta) * (self.count * other.count / total)
-            self.mean, self.count = self.mean + delta * (other.count / total), total
-            self.__dict__.pop("root", None)
-        return self
-
-    @property
-    def cov(self):
-        """(d, d), float64."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
-        return self.scatter / (self.count - 1)
+    count: int
+    mean: torch.Tensor
+    cov: torch.Tensor
 
     @cached_property
     def root(self):
@@ -354,13 +332,23 @@ class FeatureStats:
         return vectors[:, real] * values[real].sqrt()
 
 
+def moments(features):
+    """The Moments of features (N, d), about their own mean, so that an offset costs no digits."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
+    x = torch.as_tensor(features).double()
+    mean = x.mean(0)
+    x = x - mean
+    return Moments(len(x), mean, x.T @ x / (len(x) - 1))
+
+
 # ---- 5. Scores -------------------------------------------------------------------------------------------------------
 
 CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 
 
 def frechet_distance(a, b):
-    """Frechet distance of two FeatureStats, squared feature units, at least 0. tr (S_1 S_2)^(1/2) is the sum of
+    """Frechet distance of two Moments, squared feature units, at least 0. tr (S_1 S_2)^(1/2) is the sum of
     singular values of root_1^T root_2: no matrix square root, complex number or epsilon, and exact where N < d too."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
@@ -478,14 +466,14 @@ def shuffle(x, seed=0):
 @dataclass
 class Reference:
     """What real images look like to an extractor: features (N, d) of the train split and, of held-out images, features
-    (M, d) and logits (M, K), or None. Rows are in a random order. `stats`: the train split's FeatureStats."""
+    (M, d) and logits (M, K), or None. Rows are in a random order. `stats`: the train split's Moments."""
 
     features: torch.Tensor
     test_features: torch.Tensor | None = None
     test_logits: torch.Tensor | None = None
 
     def __post_init__(self):
-        self.stats = FeatureStats().update(self.features)
+        self.stats = moments(self.features)
 
 
 def make_reference(extractor, train, test=None):
@@ -523,9 +511,9 @@ def scores(extractor, generated, ref, progress=False):
     real_kid, size = (ref.features[:2000], None) if few < 2000 else (ref.features, 1000)
     precision, recall = precision_recall(real, features[: len(real)], k=min(3, count - 1, len(real) - 1))
     floor = expected_floor(ref.stats, count) if ref.test_features is None else frechet_distance(
-        FeatureStats().update(ref.test_features[:count]), ref.stats)
+        moments(ref.test_features[:count]), ref.stats)
     row = {"fd" if extractor.suffix else "fid": jackknife(
-        lambda x: frechet_distance(FeatureStats().update(x), ref.stats), features)}
+        lambda x: frechet_distance(moments(x), ref.stats), features)}
     row["is"] = jackknife(  # shuffled here, so that its parts stay the same where rows are left out
         lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     # each image's part of the MMD, against its block of some 2,000 and 5,000 real ones: enough for an interval
@@ -627,7 +615,7 @@ def examine(extractor, train, test):
 
     def fd(x):  # of features (N, d), or of float images (N, 3, H, W) in 0..255
         x = x if x.dim() == 2 else extract(extractor, x.round().clamp(0, 255).byte())[0]
-        return frechet_distance(FeatureStats().update(x), ref.stats)
+        return frechet_distance(moments(x), ref.stats)
 
     report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note, "n_test": len(images)}
     if test.labels is None:  # the share of held-out images that an augmented view finds among all of them
