@@ -26,6 +26,8 @@ import fid
 
 ROOT = Path(__file__).resolve().parent
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
+PACKS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # the file's name, and what of the checkpoint it keeps
+         "stage1-guided-s0": ("guide", "unet")}
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
 SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
@@ -333,19 +335,21 @@ def draw_sheet(path, home):
 
 def collect(runs, folder):
     """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and, for --pretrained, the
-    weights of form1 of seed 0 at the cpu budget: at most 6 MB, so without the encoder, matrices in half precision."""
+    weights of form1 and of its guide, of seed 0 at the cpu budget: at most 6 MB each, so without the encoder, matrices
+    in half precision."""
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
     for run in map(Path, runs):
         facts = load(run / "metrics.json")["run"]
         home, name = Path(folder) / facts["dataset"], f"{facts['variant']}-s{facts['seed']}"
         fid.write(home / f"{name}.json", (run / "metrics.json").read_bytes())
         checkpoint, shared = run / "checkpoint.pt", facts["dataset"] in fid.DATASETS and facts["budget"] == "cpu"
-        if name == "stage1-form1-s0" and shared and checkpoint.is_file():
+        if name in PACKS and shared and checkpoint.is_file():
             state = common.load_checkpoint(checkpoint)
             state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-            parts = {part: fid.half(state[part]) for part in ("vae", "unet", "gmm")}
-            kept = fid.save(home / "form1-*.pt", {"train": state["train"], "seconds": state["seconds"]} | parts)
-            for older in set(fid.find_hashed(home, "form1")) - {kept}:
+            pack, *parts = PACKS[name]
+            half = {part: fid.half(state[part]) for part in parts}
+            kept = fid.save(home / f"{pack}-*.pt", {"train": state["train"], "seconds": state["seconds"]} | half)
+            for older in set(fid.find_hashed(home, pack)) - {kept}:
                 older.unlink()
         for figure in sorted(run.glob("*.png")):
             public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE

@@ -33,7 +33,6 @@ Expect  6 to 7 minutes on two slow CPU cores with bfloat16, then pictures (sampl
 """
 
 import argparse
-import dataclasses
 import math
 from pathlib import Path
 
@@ -42,9 +41,9 @@ import torch
 import common
 import fid
 
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6}  # that the U-Net sees: 3 of x_t, 3 of x_hat
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}  # that the U-Net sees: x_t's, x_hat's
 GUIDANCE = 0.5  # how far beyond the refiner's prediction `guided` goes, in distances from the guide's
-PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/form1-<hash8>.pt: final_evaluation.py keeps it
+PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/{form1,guide}-<hash8>.pt, kept by final_evaluation
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
 
@@ -70,27 +69,22 @@ def condition(unet, x_hat, variant):
         return unet
 
     def denoise(y, t):
-        xt = y if variant == "form1" else y + x_hat
+        xt = y + x_hat if variant == "form2" else y
         return unet(torch.cat([xt, x_hat], 1), t)
 
     return denoise
 
 
-def guided(model, guide):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the common.Model `model` with p + GUIDANCE (p - g) for its
-    every prediction p, where g is that of `guide`, a worse model of the same kind. The paper writes w p + (1 - w) g,
-    w = 1 + GUIDANCE, of denoised images; at a given x_t these, eps and v are affine functions of one another."""
+def guided(denoise, worse):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): p + GUIDANCE (p - g) for the predictions p of `denoise` and
+    g of `worse`, a guide of the same kind. The paper writes w p + (1 - w) g, w = 1 + GUIDANCE, of denoised images; at a
+    given x_t these, eps and v are affine functions of one another."""
 
-    def led(x_hat, z):
-        denoise, worse = model.condition(x_hat, z), guide.condition(x_hat, z)
+    def led(xt, t):
+        prediction = denoise(xt, t)
+        return prediction + GUIDANCE * (prediction - worse(xt, t))
 
-        def predict(xt, t):
-            prediction = denoise(xt, t)
-            return prediction + GUIDANCE * (prediction - worse(xt, t))
-
-        return predict
-
-    return dataclasses.replace(model, name="guided", condition=led)
+    return led
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -132,7 +126,7 @@ def train_refiner(folder, train, variant, vae_state, data, device, state):
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(state, variant, device):
-    """Rebuild the common.Model of a variant from its checkpoint."""
+    """Rebuild the common.Model of a variant from its checkpoint; that of guided is form1's with the guide's weights."""
     train, size = state["train"], state["train"]["image_size"]
     model = common.Model(variant, device, (3, size, size), build_diffusion(train, variant, device))
     if variant != "uncond":
@@ -142,18 +136,30 @@ def load_model(state, variant, device):
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.condition = lambda x_hat, z: condition(unet, x_hat, variant)
+    if variant == "guided":
+        guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
+        model.condition = lambda x_hat, z: guided(condition(unet, x_hat, variant), condition(guide, x_hat, variant))
     return model
 
 
+def with_guide(form1, guide):
+    """The checkpoint of `guided` from those of form1 and of what was trained as its guide."""
+    return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"]}
+
+
 def draw_pretrained(args, evaluation, device):
-    """--pretrained: samples of weights that come with the project. They draw and no more: the encoder is left out,
-    matrices are in half precision. Exports args.export images, and draws samples.png."""
+    """--pretrained: guided samples of weights that come with the project. They draw and no more: the encoder is left
+    out, matrices are in half precision. Exports args.export images, and draws samples.png."""
     home, advice = PRETRAINED / args.dataset, "take another --dataset, or train: leave --pretrained out"
-    state = fid.load_hashed(fid.find_hashed(home, "form1"), f"--pretrained, {home}/form1-<hash8>.pt", advice)
+
+    def kept(name):
+        return fid.load_hashed(fid.find_hashed(home, name), f"--pretrained, {home}/{name}-<hash8>.pt", advice)
+
+    state = with_guide(kept("form1"), kept("guide"))
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # an encoder that nothing uses
     state["gmm"] = {name: value.double() for name, value in state["gmm"].items()}
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
-    common.export(args, folder, state, load_model(state, "form1", device), evaluation)
+    common.export(args, folder, state, load_model(state, "guided", device), evaluation)
 
     def read(place):  # (N, 3, H, W)
         files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
@@ -168,25 +174,25 @@ def draw_pretrained(args, evaluation, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, "gaussian", "gmm")
-    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "guided", "all"), default=["vae", "form1"],
+    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"), default=["vae", "form1"],
                         help="what to train and evaluate; refiners train the VAE they need, guided needs form1")
     parser.add_argument("--pretrained", action="store_true",
-                        help="train and score nothing: samples of form1 with weights that come with the project")
+                        help="train and score nothing: guided samples of weights that come with the project")
     args = parser.parse_args(argv)
     if args.pretrained:
-        if args.variant not in (["form1"], parser.get_default("variant")) or args.budget not in ("auto", "cpu"):
-            common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has form1 of the cpu "
-                        "budget alone")
+        if args.variant not in (["guided"], parser.get_default("variant")) or args.budget not in ("auto", "cpu"):
+            common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has guided of the "
+                        "cpu budget alone")
         for flag in ("steps", "batch_size", "eval_samples", "features", "weights", "compile"):
             if vars(args)[flag] != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: --pretrained trains and scores nothing; leave it out")
-        args.variant, args.budget, args.export = ["form1"], "cpu", 64 if args.export is None else args.export
+        args.variant, args.budget, args.export = ["guided"], "cpu", 64 if args.export is None else args.export
     if "guided" in args.variant:
         args.variant.append("form1")  # what it guides
-    args.variant = [name for name in (*CHANNELS, "guided") if name in args.variant or "all" in args.variant]
+    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        largest = max(CHANNELS.get(variant) or 0 for variant in args.variant)
+        largest = max(CHANNELS[variant] or 0 for variant in args.variant)
         return common.print_settings(train, evaluation, common.network_cost(train, args.variant != ["uncond"], largest))
     if args.pretrained:
         common.keep_freed_memory()
@@ -200,21 +206,18 @@ def main(argv=None):
                                    lambda state: train_vae(folder, train, data, device, state))
     for variant in args.variant:
         folder = setup.home / f"stage1-{variant}-s{args.seed}"
-        state, settings, kind = vae_state, train, variant
+        state, settings = vae_state, train
         if variant == "guided":  # what is trained in this folder is its guide
             settings = train | {"steps": math.ceil(train["steps"] / 10), "guidance": GUIDANCE}
-            kind = "form1"
         if variant != "vae":
             state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
-                folder, settings, kind, vae_state, data, device, state))  # noqa: B023 - called at once
-        model = load_model(state, kind, device)
-        cost = common.network_cost(train, variant != "uncond", CHANNELS[kind])
+                folder, settings, variant, vae_state, data, device, state))  # noqa: B023 - called at once
+        cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
         if variant == "form1":
-            form1, form1_model = state, model
+            form1 = state
         elif variant == "guided":
-            model = guided(form1_model, model)
-            cost["guide"] = cost["unet"]
-            state = form1 | {"seconds": form1["seconds"] + state["seconds"]}
+            state, cost["guide"] = with_guide(form1, state), cost["unet"]
+        model = load_model(state, variant, device)
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)

@@ -170,7 +170,7 @@ def test_stopped_while_evaluating(small, monkeypatch):
 def test_stage1_variants(smoke):
     """uncond has no prior, no VAE's tables and no KL in its bound; the others have both priors, the mixture first; a
     VAE has no bound. Parameters are counted of the networks that a variant uses."""
-    for variant in (*stage1.CHANNELS, "guided"):
+    for variant in stage1.CHANNELS:
         home = smoke("stage1")[0]
         metrics, state = load(home, f"stage1-{variant}"), common.load_checkpoint(
             folder_of(f"stage1-{variant}", home) / "checkpoint.pt")
@@ -393,18 +393,19 @@ def test_a_killed_export_goes_on(exported, tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretrained(smoke, tmp_path, monkeypatch):
-    """The path of the weights that --collect keeps of a smoke run renamed to cpu; nothing may be trained or loaded."""
-    run = folder_of("stage1-form1", tmp_path)
-    shutil.copytree(folder_of("stage1-form1", smoke("stage1")[0]), run)
-    text = (run / "metrics.json").read_text()
-    (run / "metrics.json").write_text(text.replace('"budget": "smoke"', '"budget": "cpu"'))
-    final.main(["--collect", str(run), "--results", str(tmp_path / "results")])
+    """The paths of the weights that --collect keeps of smoke runs renamed to cpu; nothing may be trained or loaded."""
+    runs = [folder_of(variant, tmp_path) for variant in ("stage1-form1", "stage1-guided")]
+    for run in runs:
+        shutil.copytree(smoke("stage1")[0] / run.relative_to(tmp_path), run)
+        text = (run / "metrics.json").read_text()
+        (run / "metrics.json").write_text(text.replace('"budget": "smoke"', '"budget": "cpu"'))
+    final.main(["--collect", *map(str, runs), "--results", str(tmp_path / "results")])
     monkeypatch.setattr(stage1, "PRETRAINED", tmp_path / "results")
     for module, name in ((common, "Training"), (common, "load_images"), (fid, "load_extractor")):
         monkeypatch.setattr(module, name, refuse)
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
-    return next((tmp_path / "results" / "shapes").glob("form1-????????.pt"))
+    return [fid.find_hashed(tmp_path / "results" / "shapes", name)[0] for name in ("form1", "guide")]
 
 
 def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, capsys):
@@ -412,8 +413,9 @@ def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, capsys):
     stage1.main(["--pretrained", "--device", "cpu"])
     home = Path("runs") / "shapes-pretrained"
     assert capsys.readouterr().out.split() == [str(home / name) for name in ("samples", "samples-vae", "samples.png")]
-    state = common.load_checkpoint(folder_of("stage1-form1", tmp_path) / "checkpoint.pt")
-    model = stage1.load_model(state, "form1", torch.device("cpu"))
+    states = (common.load_checkpoint(folder_of(variant, tmp_path) / "checkpoint.pt")
+              for variant in ("stage1-form1", "stage1-guided"))
+    model = stage1.load_model(stage1.with_guide(*states), "guided", torch.device("cpu"))
     x_hat, images, _ = common.generate(model, 64, "gmm", "dpm", 10, 0, 100)
     for place, expected in (("samples", images), ("samples-vae", x_hat)):
         ours = read(home / place, 64)
@@ -435,15 +437,16 @@ def test_pretrained_refuses(pretrained, capsys):
     for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-<hash8>.pt"]),
                          ("--export 0", ["--export 0"]),
                          ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
-                         ("--variant uncond", ["--variant uncond", "form1"]), ("--variant all", ["--variant", "form1"]),
+                         ("--variant form1", ["--variant form1", "guided"]), ("--variant all", ["--variant", "guided"]),
                          ("--budget gpu", ["--budget gpu", "cpu"]), ("--steps 9", ["--steps", "trains", "leave"]),
                          ("--weights x.pt", ["--weights", "scores nothing", "leave"])):
         expect_error(capsys, lambda flags=flags: stage1.main(["--pretrained", *flags.split()]), *words)
-    data = pretrained.read_bytes()
-    pretrained.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
-    expect_error(capsys, lambda: stage1.main(["--pretrained"]), "--pretrained", pretrained.name, "sha256")
-    shutil.copy(pretrained, pretrained.with_name("form1-00000000.pt"))
-    expect_error(capsys, lambda: stage1.main(["--pretrained"]), "2 files")
+    for path in reversed(pretrained):
+        data = path.read_bytes()
+        path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+        expect_error(capsys, lambda: stage1.main(["--pretrained"]), "--pretrained", path.name, "sha256")
+        shutil.copy(path, path.with_name(f"{path.name[:5]}-00000000.pt"))
+        expect_error(capsys, lambda: stage1.main(["--pretrained"]), "2 files")
     assert not any(Path().iterdir())
 
 
@@ -452,12 +455,13 @@ def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
     run = folder_of("stage1-form1", tmp_path)
     argv = ["--collect", str(run), "--results", str(tmp_path / "results")]
     final.main(argv)
-    assert [*pretrained.parent.glob("*.pt")] == [pretrained]
+    form1, guide = pretrained
+    assert {*form1.parent.glob("*.pt")} == {form1, guide}
     state = common.load_checkpoint(run / "checkpoint.pt")
     state["unet"]["out.bias"] += 1
     fid.save(run / "checkpoint.pt", state)
     final.main(argv)
-    assert len([*pretrained.parent.glob("*.pt")]) == 1 and not pretrained.exists()
+    assert len([*form1.parent.glob("*.pt")]) == 2 and guide.exists() and not form1.exists()
     runs = map(str, (smoke("stage1")[0] / "runs" / "shapes-smoke").iterdir())
     final.main(["--collect", *runs, "--results", str(tmp_path / "none")])
     assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 5
@@ -465,13 +469,19 @@ def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
 
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
 def test_committed_weights(dataset, size):
-    """One file of at most 6 MB, of the networks that the cpu budget trains today, which load."""
-    path, = fid.find_hashed(stage1.PRETRAINED / dataset, "form1")
-    state, train = fid.load_hashed([path], "", ""), common.budget("cpu", dataset, size)[0]
-    assert path.stat().st_size <= 6e6 and set(state) == {"train", "seconds", "vae", "unet", "gmm"}
-    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components"))
+    """Two files of at most 6 MB, of the networks that the cpu budget trains today, which load; the guide was trained
+    for a tenth of the refiner's steps, and with its other settings."""
+    (path,), (guide_path,) = (fid.find_hashed(stage1.PRETRAINED / dataset, name) for name in ("form1", "guide"))
+    state, guide = (fid.load_hashed([found], "", "") for found in (path, guide_path))
+    train = common.budget("cpu", dataset, size)[0]
+    assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "seconds", "unet"}
+    assert set(state) == {"train", "seconds", "vae", "unet", "gmm"}
+    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components", "steps"))
+    expected = state["train"] | {"steps": train["steps"] // 10, "guidance": stage1.GUIDANCE}
+    assert all(guide["train"][key] == expected[key] for key in (*train, "seed", "guidance"))
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
-    stage1.load_model(state, "form1", torch.device("cpu"))
+    for unet in (state["unet"], guide["unet"]):
+        stage1.load_model(state | {"unet": unet}, "form1", torch.device("cpu"))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
