@@ -977,12 +977,11 @@ class Training:
     It owns the optimisers, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_muon_lr,
     NAME_clip and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or
     Ctrl-C is obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's
-    part.
-    `guard`: a step is skipped whose gradient norm, of any network, is above ten times its median of 20 steps."""
+    part."""
 
-    def __init__(self, folder, state, train, device, data, flip, guard=False, **networks):
+    def __init__(self, folder, state, train, device, data, flip, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
-        self.data, self.flip, self.guard = data.to(device), flip, guard
+        self.data, self.flip = data.to(device), flip
         self.averages, self.optimizers = {}, {}  # optimizers: by the setting that holds their learning rate
         for name, network in networks.items():
             network.to(device, memory_format=torch.channels_last).train()
@@ -996,8 +995,8 @@ class Training:
                 self.optimizers[f"{name}_muon_lr"] = Muon(muon)
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(adam, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + 1, device)
-        self.steps, self.seconds, self.skipped = 0, 0.0, 0
-        self.log, self.sums, self.norms = [], {}, {name: [] for name in networks}  # sums: since the last row of the log
+        self.steps, self.seconds, self.every = 0, 0.0, min(train["every"], train["steps"])
+        self.log, self.sums = [], {}  # sums: since the last row of the log
         if state:  # go on where it was written
             for name, network in networks.items():
                 network.load_state_dict(state["weights"][name])
@@ -1006,8 +1005,7 @@ class Training:
                 optimizer.load_state_dict(state["optimizers"][name])
             self.gen.set_state(state["generator"])
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-            for name in ("steps", "seconds", "skipped", "log", "norms"):
-                setattr(self, name, state[name])
+            self.steps, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
 
     def __iter__(self):
         stop = []  # where SIGTERM and Ctrl-C leave their number, so that the loop can save before it ends
@@ -1048,39 +1046,25 @@ class Training:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss.mean().backward()
-        norms = {}
         for name, network in self.networks.items():
             average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
-            norms[name] = nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
-        if not (self.guard and self.spiked({name: float(norm) for name, norm in norms.items()})):
-            for rate, optimizer in self.optimizers.items():
-                group, = optimizer.param_groups
-                group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"], train["decay"])
-                optimizer.step()
-            n = self.steps + 1 - self.skipped  # without warm-up a short run's average is its start: 0.9999^10000 = 0.37
-            for name, network in self.networks.items():
-                decay = min(train[f"{name}_ema"], (1 + n) / (10 + n))  # 0 copies
-                torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
-            means = {name: torch.as_tensor(value, device=self.device).detach().mean() for name, value in terms.items()}
-            average_over_ranks(list(means.values()))
-            for name, mean in (means | {"counted": torch.ones((), device=self.device)}).items():
-                self.sums[name] = self.sums.get(name, 0) + mean
+            nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
+        for rate, optimizer in self.optimizers.items():
+            group, = optimizer.param_groups
+            group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"], train["decay"])
+            optimizer.step()
         self.steps += 1
-        if self.steps % min(train["every"], train["steps"]) == 0:
+        n = self.steps  # without warm-up a short run's average is its start: 0.9999^10000 = 0.37
+        for name, network in self.networks.items():
+            decay = min(train[f"{name}_ema"], (1 + n) / (10 + n))  # 0 copies
+            torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
+        means = {name: torch.as_tensor(value, device=self.device).detach().mean() for name, value in terms.items()}
+        average_over_ranks(list(means.values()))
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0) + mean
+        if self.steps % self.every == 0:
             self.write_row(watch())
         self.bar.update()
-
-    def spiked(self, norms):
-        """Whether to skip this step for its gradient norms {network: float}."""
-        norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
-        bad = [name for name, norm in norms.items()
-               if len(self.norms[name]) == 20 and norm > 10 * np.median(self.norms[name])]
-        for name, norm in norms.items():  # a norm that stays high becomes the median, and if infinite ruins the weights
-            self.norms[name] = [*self.norms[name], norm][-20:]
-        if bad:
-            self.skipped += 1
-            tqdm.write(f"{self.folder.name}: step {self.steps + 1} skipped, gradient of {' and '.join(bad)} exploded")
-        return bool(bad)
 
     @torch.no_grad()
     def check_finite(self):
@@ -1095,12 +1079,10 @@ class Training:
     def write_row(self, watched):
         """Add a row to the log: means since the last one, and what was watched. log.csv is a copy of all rows."""
         self.check_finite()
-        counted = float(self.sums.pop("counted", math.nan))
-        means = {name: float(value) / counted for name, value in self.sums.items()} | watched
+        means = {name: float(value) / self.every for name, value in self.sums.items()} | watched
         self.log.append({"step": self.steps, **means})
         self.sums = {}
-        names = dict.fromkeys(name for row in self.log for name in row)
-        lines = [names, *([row.get(name, "") for name in names] for row in self.log)]
+        lines = [self.log[0], *(row.values() for row in self.log)]
         write(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
 
@@ -1112,8 +1094,7 @@ class Training:
         if RANK == 0:
             fid.save(self.folder / "checkpoint.pt", {
                 "train": self.train, "finished": False, "steps": self.steps, "seconds": self.seconds, "log": self.log,
-                "skipped": self.skipped, "norms": self.norms, "sums": self.sums, "generator": self.gen.get_state(),
-                "averages": self.averages,
+                "sums": self.sums, "generator": self.gen.get_state(), "averages": self.averages,
                 "weights": {name: network.state_dict() for name, network in self.networks.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
 
@@ -1552,8 +1533,7 @@ def draw_samples(folder, parts):
 
 def draw_training(folder, log):
     """Chart the log, a list of rows; returns the last row."""
-    names = dict.fromkeys(name for row in log for name in row)  # a row lacks the means if all its steps were skipped
-    columns = {name: [row.get(name, math.nan) for row in log] for name in names}
+    columns = {name: [row[name] for row in log] for name in log[0]}
     steps = columns.pop("step")
     save_chart(folder / "training.png", [{"title": f"{folder.name}: {name}", "x": "step", "y": name,
                                           "lines": {name: (steps, values)}} for name, values in columns.items()])

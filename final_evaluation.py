@@ -42,8 +42,7 @@ SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent
          ("uncertainty/regressed", "regressed"),
          ("uncertainty/terciles/", ""), ("uncertainty/controls/", "s "), ("/fd_to_these", ""),
          ("path_over_distance", "/ ends"), ("savings/saved_percent/", "% saved, "), ("bits_per_dim/bound", "bits/dim"),
-         ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"),
-         ("training/skipped", "skipped"))
+         ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"))
 
 TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one alone)
     "results": ("stage1-vae stage1-form1 stage1-guided stage2-anneal stage3-flow-film bonus-latent",

@@ -142,8 +142,8 @@ def train_joint(folder, train, data, device, state):
     unet, balance = common.build_unet(train, 6), Balance()
     learned = {"balance": balance} if train["loss"] == "kendall" else {}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", guard=True,
-                               vae=vae, unet=unet, **learned)
+    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", vae=vae, unet=unet,
+                               **learned)
     probe = training.data[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
     name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
@@ -172,7 +172,7 @@ def train_joint(folder, train, data, device, state):
                 vae_part = balance(vae_part, size * unet_part)  # (B,)
         training.step(vae_part + unet_part,
                       {"sse": sse, "kl_nats": kl, name: unet_part, "weight": weight, "gradient_share": gradient_share},
-                      lambda: look(vae, unet, diffusion, probe) | {"skipped": training.skipped})
+                      lambda: look(vae, unet, diffusion, probe))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
 

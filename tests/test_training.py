@@ -1,4 +1,4 @@
-"""Training: the same bits however often a run is stopped, the log and the guard by hand, several processes.
+"""Training: the same bits however often a run is stopped, the log by hand, several processes.
 
 Run as a program, this file is a stage's command on few images: python test_training.py STAGE {scores,none} FLAGS.
 """
@@ -143,7 +143,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch, request):
 
 # --- The loop by hand -------------------------------------------------------------------------------------------------
 
-def tiny(folder, loss, state=None, guard=False, watch=dict, names=("net",), **changes):
+def tiny(folder, loss, state=None, watch=dict, names=("net",), **changes):
     """Train one weight per name, from 1, by `loss(i, *weights)`, i from 0; Adam moves it by just the rate."""
     networks = {name: nn.Linear(1, 1, bias=False) for name in names}
     for network in networks.values():
@@ -151,7 +151,7 @@ def tiny(folder, loss, state=None, guard=False, watch=dict, names=("net",), **ch
     rates = {"lr": 0.1, "muon_lr": 0.0, "clip": 0.0, "ema": 0.9}
     rates = {f"{name}_{key}": value for name in names for key, value in rates.items()}
     train = settings(batch=2, **rates) | changes
-    training = common.Training(folder, state, train, CPU, torch.zeros(9, 1, 1, 1), False, guard, **networks)
+    training = common.Training(folder, state, train, CPU, torch.zeros(9, 1, 1, 1), False, **networks)
     for _ in training:
         weights = {name: network.weight.sum() for name, network in networks.items()}
         value = loss(training.steps, *weights.values())
@@ -172,9 +172,8 @@ def test_log_by_hand(tmp_path):
         assert (row["step"], row["loss"]) == (at, mean)
 
 
-@pytest.mark.parametrize("guard,steps,bad", [(False, 8, 3), (False, 6, 5), (False, 6, 6), (False, 1, 1), (True, 6, 6),
-                                             (True, 1, 1)])
-def test_what_is_not_finite(guard, steps, bad, tmp_path, capsys):
+@pytest.mark.parametrize("steps,bad", [(8, 3), (6, 5), (6, 6), (1, 1)])
+def test_what_is_not_finite(steps, bad, tmp_path, capsys):
     """A loss, or a gradient of a finite loss (the root at 0), which ruins the weights, in the last step unseen by any
     loss: it ends the run with one line that names the run, the term and the step of the next row of the log; not
     finished."""
@@ -182,7 +181,7 @@ def test_what_is_not_finite(guard, steps, bad, tmp_path, capsys):
                        "root": lambda w: (0 * w).sqrt()}.items():
         word = "net" if kind == "root" else "loss"
         expect_error(capsys, lambda kind=kind, loss=loss: tiny(
-            tmp_path / kind, lambda i, w: loss(w) if i + 1 == bad else w, guard=guard, steps=steps, every=4),
+            tmp_path / kind, lambda i, w: loss(w) if i + 1 == bad else w, steps=steps, every=4),
             f"{kind}: ", word, f"step {4 if bad == 3 else steps}")
         assert not (tmp_path / kind / "checkpoint.pt").exists()
 
@@ -263,43 +262,6 @@ def test_muon_by_hand(tmp_path):
             expected[name] -= 0.1 * size * exact_orthogonalise(update.flatten(1)).view(update.shape)
     for name, p in net.named_parameters():
         assert torch.allclose(p.detach(), expected[name], atol=2e-4, rtol=0), name
-
-
-# --- The guard --------------------------------------------------------------------------------------------------------
-
-def test_guard_by_hand(tmp_path, monkeypatch, capsys):
-    """Of 20 known norms a spike above 10 medians is skipped, alone; norms that stay high are accepted after 10. After a
-    resume, too: stopped after 24 norms, the spike in step 26 is skipped as ever, with the same weights and log."""
-    norms = [1.0] * 5 + [1e9] + [1.0] * 19 + [10.5, 9.5] + [1.0] * 13 + [1000.0] * 20
-    weights, train = [], partial(tiny, loss=lambda i, w: weights.append(w.item()) or norms[i] * w, guard=True,
-                                 steps=len(norms), every=100)
-    training = train(tmp_path / "whole")
-    still = [i for i in range(len(norms) - 1) if weights[i + 1] == weights[i]]
-    assert still == [25, *range(40, 50)] and training.skipped == 11
-    assert capsys.readouterr().out.count("gradient of net exploded") == 11
-    signal_after(monkeypatch, 24)
-    with pytest.raises(SystemExit):
-        train(tmp_path / "cut")
-    resumed = train(tmp_path / "cut", state=common.load_checkpoint(tmp_path / "cut" / "checkpoint.pt"))
-    assert resumed.skipped == 11 and same(resumed.finish(), training.finish())
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_guard_gives_up_on_what_is_not_finite(value, tmp_path, capsys):
-    """Nine such steps are skipped: no network moves, and the log, with rows that lack means, can be drawn. With ten in
-    twenty they are the median: the run ends and is not finished."""
-    def broken(last):
-        return lambda i, good, bad: good + bad * (value if 20 <= i < last else 1.0)
-
-    names = ("good", "bad")
-    training = tiny(tmp_path / "9", broken(29), guard=True, names=names, steps=30, every=1, decay=False)
-    assert training.skipped == 9 and ["loss" in row for row in training.log] == [True] * 20 + [False] * 9 + [True]
-    assert common.draw_training(tmp_path, training.log)["loss"] == pytest.approx(2 * (1 - 0.1 * 20), abs=0.1)
-    for network in training.networks.values():
-        assert float(network.weight.detach()) == pytest.approx(1 - 0.1 * 21, abs=0.1)  # 21 steps were made
-    expect_error(capsys, lambda: tiny(tmp_path / "on", broken(99), guard=True, names=names, steps=40, every=100),
-                 "not finite", "by step 40")
-    assert not (tmp_path / "on" / "checkpoint.pt").exists()
 
 
 # --- Dropout and compiling --------------------------------------------------------------------------------------------
@@ -459,7 +421,7 @@ def test_a_checkpoint_holds_what_all_processes_saw(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(0).add_(10))  # all others had so much
     tiny(tmp_path, lambda i, w: 0 * w + i, steps=5, every=3)
     sums = common.load_checkpoint(tmp_path / "checkpoint.pt")["sums"]
-    assert {name: float(value) for name, value in sums.items()} == {"loss": 10.0, "net": 10.0, "counted": 2.0}
+    assert {name: float(value) for name, value in sums.items()} == {"loss": 10.0, "net": 10.0}
 
 
 def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
