@@ -1054,9 +1054,9 @@ class Training:
             group["lr"] = learning_rate(train[rate], self.steps, train["steps"], train["warmup"], train["decay"])
             optimizer.step()
         self.steps += 1
-        n = self.steps  # without warm-up a short run's average is its start: 0.9999^10000 = 0.37
+        warm = (1 + self.steps) / (10 + self.steps)  # else a short run's average is its start: 0.9999^10000 = 0.37
         for name, network in self.networks.items():
-            decay = min(train[f"{name}_ema"], (1 + n) / (10 + n))  # 0 copies
+            decay = min(train[f"{name}_ema"], warm)  # 0 copies
             torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
         means = {name: torch.as_tensor(value, device=self.device).detach().mean() for name, value in terms.items()}
         average_over_ranks(list(means.values()))

@@ -336,7 +336,7 @@ def moments(features):
     """The Moments of features (N, d), about their own mean, so that an offset costs no digits."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
-    x = torch.as_tensor(features).double()
+    x = features.double()
     mean = x.mean(0)
     x = x - mean
     return Moments(len(x), mean, x.T @ x / (len(x) - 1))

@@ -180,12 +180,10 @@ def main(argv=None):
                         help="train and score nothing: guided samples of weights that come with the project")
     args = parser.parse_args(argv)
     if args.pretrained:
-        if args.variant not in (["guided"], parser.get_default("variant")) or args.budget not in ("auto", "cpu"):
-            common.fail(f"--variant {' '.join(args.variant)} --budget {args.budget}: --pretrained has guided of the "
-                        "cpu budget alone")
-        for flag in ("steps", "batch_size", "eval_samples", "features", "weights", "compile"):
+        for flag in ("variant", "budget", "steps", "batch_size", "eval_samples", "features", "weights", "compile"):
             if vars(args)[flag] != parser.get_default(flag):
-                common.fail(f"--{flag.replace('_', '-')}: --pretrained trains and scores nothing; leave it out")
+                common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
+                            "and scores nothing; leave it out")
         args.variant, args.budget, args.export = ["guided"], "cpu", 64 if args.export is None else args.export
     if "guided" in args.variant:
         args.variant.append("form1")  # what it guides
@@ -216,7 +214,7 @@ def main(argv=None):
         if variant == "form1":
             form1 = state
         elif variant == "guided":
-            state, cost["guide"] = with_guide(form1, state), cost["unet"]
+            state, cost["guide"] = with_guide(form1, state) | {"log": state["log"]}, cost["unet"]
         model = load_model(state, variant, device)
         measured[folder] = common.evaluate(folder, setup, state, model, cost)
         common.export(args, folder, state, model, setup.evaluation)

@@ -104,7 +104,7 @@ def test_smoke_writes_and_prints_everything(name, smoke):
         run, rows, tables = metrics["run"], metrics["rows"], metrics["tables"]
         assert run["variant"] == variant and run["n_real"] == 1000
         assert run["train_images"] == 8 * 32 and run["features"].startswith("local-shapes-") and run["gflops"] > 0
-        assert {row["n_generated"] for row in rows} == {16} and any(map(math.isfinite, tables["training"].values()))
+        assert {row["n_generated"] for row in rows} == {16} and all(map(math.isfinite, tables["training"].values()))
         shown = [(row["sampler"], row["nfe"]) for row in rows]
         assert shown[0] == ("none", 0) if "vae" in variant else [shown[0], *shown[-2:]] == [
             ("dpm", 4), ("dpm", 2), ("dpm", 4)]
@@ -437,21 +437,24 @@ def test_pretrained_refuses(pretrained, capsys):
     for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-<hash8>.pt"]),
                          ("--export 0", ["--export 0"]),
                          ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
-                         ("--variant form1", ["--variant form1", "guided"]), ("--variant all", ["--variant", "guided"]),
-                         ("--budget gpu", ["--budget gpu", "cpu"]), ("--steps 9", ["--steps", "trains", "leave"]),
+                         ("--variant form1", ["--variant", "guided", "leave"]), ("--budget gpu", ["--budget", "cpu"]),
+                         ("--steps 9", ["--steps", "trains", "leave"]),
                          ("--weights x.pt", ["--weights", "scores nothing", "leave"])):
         expect_error(capsys, lambda flags=flags: stage1.main(["--pretrained", *flags.split()]), *words)
-    for path in reversed(pretrained):
+    for path, name in zip(reversed(pretrained), ("guide", "form1"), strict=True):
         data = path.read_bytes()
         path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
         expect_error(capsys, lambda: stage1.main(["--pretrained"]), "--pretrained", path.name, "sha256")
-        shutil.copy(path, path.with_name(f"{path.name[:5]}-00000000.pt"))
-        expect_error(capsys, lambda: stage1.main(["--pretrained"]), "2 files")
+        shutil.copy(path, path.with_name(f"{name}-00000000.pt"))
+        expect_error(capsys, lambda: stage1.main(["--pretrained"]), name, "2 files")
+        for found in fid.find_hashed(path.parent, name):
+            found.unlink()
+        expect_error(capsys, lambda: stage1.main(["--pretrained"]), name, "0 files")
     assert not any(Path().iterdir())
 
 
-def test_collect_keeps_one_file_of_weights(pretrained, smoke, tmp_path):
-    """The same run gives the same file; another takes its place; of other budgets, seeds and variants none are kept."""
+def test_collect_keeps_one_file_of_weights_each(pretrained, smoke, tmp_path):
+    """The same run gives the same file, another takes its place; of other budgets and variants none are kept."""
     run = folder_of("stage1-form1", tmp_path)
     argv = ["--collect", str(run), "--results", str(tmp_path / "results")]
     final.main(argv)
@@ -480,8 +483,7 @@ def test_committed_weights(dataset, size):
     expected = state["train"] | {"steps": train["steps"] // 10, "guidance": stage1.GUIDANCE}
     assert all(guide["train"][key] == expected[key] for key in (*train, "seed", "guidance"))
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
-    for unet in (state["unet"], guide["unet"]):
-        stage1.load_model(state | {"unet": unet}, "form1", torch.device("cpu"))
+    stage1.load_model(stage1.with_guide(state, guide), "guided", torch.device("cpu"))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

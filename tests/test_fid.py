@@ -180,7 +180,7 @@ def test_moments(offset):
     """As numpy's, with an offset too; of fewer than two rows, or of different features, an error."""
     x = gaussian(200, 7) * torch.arange(1, 8) + offset
     ours = moments(x)
-    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64
+    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64 and ours.root is ours.root  # kept
     np.testing.assert_allclose(ours.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(ours.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="at least 2"):
