@@ -283,8 +283,8 @@ def other_tables(folder):
 def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, what no run measured, the benchmark."""
     parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A name is a place in metrics.json; "
-             "nfe: the sampler's steps, each an evaluation of the U-Net (guided: two); training/skipped: steps that "
-             "earlier code left out, their gradient ten times the usual; for other words see README.md."]
+             "nfe: the sampler's steps, each an evaluation of the U-Net (guided: two); training/skipped, elbo, s "
+             "constant and s zero are from earlier code; for other words see README.md."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}

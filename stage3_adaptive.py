@@ -331,9 +331,9 @@ def train_refiner(folder, train, vae_state, data, device, state):
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
-def load_model(state, device, control=None):
-    """Rebuild a common.Model from its checkpoint alone: of a VAE, or of a refiner with its VAE. `control(s_vec, s)`
-    may change what the refiner is told."""
+def load_model(state, device, shuffled=False):
+    """Rebuild a common.Model from its checkpoint alone: of a VAE, or of a refiner with its VAE. `shuffled`, a control:
+    the refiner is told the s_vec and s of the batch's next image."""
     train, size = state["train"], state["train"]["image_size"]
     vae = common.frozen(build_vae(train), state["vae"], device)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
@@ -349,20 +349,13 @@ def load_model(state, device, control=None):
         s_vec = s = None
         if train["conditioning"] != "fixed":  # of z, whatever happened to x_hat
             s_vec, s = uncertainty(vae, z, vae.decoder(z), stats, train["uncertainty"])
-            s_vec, s = control(s_vec, s) if control else (s_vec, s)
+            s_vec, s = (s_vec.roll(1, 0), s.roll(1, 0)) if shuffled else (s_vec, s)
         return condition(refiner, x_hat, s_vec, s)
 
     return dataclasses.replace(model, condition=condition_on)
 
 
 # --- What it shows: what adaptivity buys -----------------------------------------------------------------------------
-
-CONTROLS = {  # what the refiner is told in place of an image's s_vec and s: another's, its batch's median's, zeros
-    "shuffled": lambda s_vec, s: (s_vec.roll(1, 0), s.roll(1, 0)),
-    "constant": lambda s_vec, s: tuple(x[s.argsort()[len(s) // 2]].expand_as(x) for x in (s_vec, s)),
-    "zero": lambda s_vec, s: (torch.zeros_like(s_vec), torch.zeros_like(s)),
-}
-
 
 @torch.no_grad()
 def refine_all(model, sense, z, steps, seed, start=None):
@@ -389,7 +382,7 @@ def against(images, real, setup):
 
 
 def adaptivity(folder, state, model, setup):
-    """Terciles of s, controls, consistency over refiner seeds, adaptive refinement; writes uncertainty.png."""
+    """Terciles of s, a control, consistency over refiner seeds, adaptive refinement; writes uncertainty.png."""
     steps, seed = setup.evaluation["probe_steps"], 80_000 + 1000 * setup.train["seed"]
     real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]  # half of grid_count in each third
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
@@ -407,10 +400,9 @@ def adaptivity(folder, state, model, setup):
                 for name, i in thirds.items()}
     shown = torch.cat([i[:: max(1, len(i) // 4)][:4] for i in thirds.values()])  # twelve images, from the surest on
     common.save_grid(folder / "uncertainty.png", {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]})
-    controls = {"true": against(refined, known, setup)}
-    for name, control in CONTROLS.items():
-        told = dataclasses.replace(load_model(state, model.device, control), temperature=model.temperature)
-        controls[name] = against(refine_all(told, sense, mu, steps, seed)[1], known, setup)
+    control = dataclasses.replace(load_model(state, model.device, shuffled=True), temperature=model.temperature)
+    controls = {"true": against(refined, known, setup),
+                "shuffled": against(refine_all(control, sense, mu, steps, seed)[1], known, setup)}
     return {"terciles": terciles, "controls": controls,
             "adaptive_refinement": adaptive_refinement(model, sense, setup)}
 
@@ -447,17 +439,6 @@ def adaptive_refinement(model, sense, setup):
         result[name] = {setup.fd: fid.scores(setup.extractor, images, setup.reference)[setup.fd],
                         "hf_energy": common.hf_energy(images, setup.test.images), "seconds_per_image": seconds}
     return result
-
-
-def held_out_elbo(trip, model):
-    """Of the round trip of held-out images the negative ELBO (up to the constant of a Gaussian decoder of variance 1/2,
-    beta = 1), with the KL to N(0, I), or to the flow as refitted ex post where the VAE was trained with one: scores
-    with a 95% interval over images."""
-    kl = common.gaussian_kl(trip.mu, trip.logvar)
-    if model.vae.flow:
-        kl = gaussian_log_prob(trip.z, trip.mu, trip.logvar) - model.priors["flow"].log_prob(trip.z).cpu()
-    return {name: common.mean_score(values) for name, values in
-            {"negative_elbo": trip.sse + kl, "sse": trip.sse, "kl": kl}.items()}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -500,7 +481,7 @@ def main(argv=None):
 
     def of_vae(model):
         trip = round_trip(model.vae, setup.test.images, 75_000 + args.seed, device)
-        return {"uncertainty": rank_errors(trip, vae_state["uncertainty"]), "elbo": held_out_elbo(trip, model)}
+        return {"uncertainty": rank_errors(trip, vae_state["uncertainty"])}
 
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": train["vae_prior"]}

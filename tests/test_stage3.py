@@ -216,14 +216,6 @@ def test_image_coupling_inverse(colour):
     assert torch.equal(y[:, :, passes], x[:, :, passes])
 
 
-def test_controls():
-    s_vec, s = torch.arange(6.0).view(3, 2), torch.tensor([3.0, 1.0, 2.0])
-    assert stage3.CONTROLS["shuffled"](s_vec, s)[1].tolist() == [2, 3, 1]
-    vec, one = stage3.CONTROLS["constant"](s_vec, s)
-    assert one.tolist() == [2, 2, 2] and vec.tolist() == [[4, 5]] * 3  # the median image's
-    assert all(x.abs().sum() == 0 for x in stage3.CONTROLS["zero"](s_vec, s))
-
-
 @pytest.mark.parametrize("n,start", [(10, 400), (25, 290), (2, 1000)])
 def test_allocation_keeps_the_mean_and_the_order(n, start):
     s = torch.randperm(30, generator=common.generator(0)).float()
@@ -272,7 +264,7 @@ def joint(**changes):
 
 
 def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
-    """The bound has one draw's KL to each prior, the ELBO that to the prior that the VAE was trained under."""
+    """The bound has one draw's KL to each prior."""
     monkeypatch.setattr(common, "autocast", contextlib.nullcontext)  # in float32
     data, unit = images_of(60), 3072 * math.log(2)
     for trained_under in ("gaussian", "flow"):
@@ -284,21 +276,14 @@ def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
         setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
         mu, logvar = common.encode(model.vae, data.images, CPU)
         q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
-        z, z_elbo = (q.mean + q.stddev * common.randn(mu.shape, common.generator(seed)) for seed in (60_000, 75_000))
-        trip = stage3.round_trip(model.vae, data.images, 75_000, CPU)
-        table = {name: score["value"] for name, score in stage3.held_out_elbo(trip, model).items()}
-        kls, kls_elbo = {}, {"gaussian": float(common.gaussian_kl(mu, logvar).mean())}  # in closed form
+        z, kls = q.mean + q.stddev * common.randn(mu.shape, common.generator(60_000)), {}
         for name, prior in model.priors.items():
             kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
             bits = common.bits_per_dim(model, name, setup)
             assert unit * bits["kl"] == pytest.approx(kls[name], rel=1e-3) and bits["latent_prior"] == name
             parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
             assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
-            density = float(prior.log_prob(z_elbo).mean())
-            kls_elbo.setdefault(name, float(q.log_prob(z_elbo).sum(1).mean()) - density)
         assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # told apart
-        assert table["kl"] == pytest.approx(kls_elbo[trained_under], rel=1e-3)
-        assert table["negative_elbo"] == pytest.approx(table["sse"] + table["kl"], rel=1e-5)
 
 
 def test_fixed_is_stage_1(tmp_path):
@@ -341,5 +326,5 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
         s_vec, s = stage3.uncertainty(model.vae, z, model.vae.decoder(z), stats, source)
         model.condition(damaged, z)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
-        stage3.load_model(state, CPU, stage3.CONTROLS["shuffled"]).condition(damaged, z)
+        stage3.load_model(state, CPU, shuffled=True).condition(damaged, z)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
