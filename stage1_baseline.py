@@ -171,6 +171,12 @@ def draw_pretrained(args, evaluation, device):
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
+def network_cost(train, variant):
+    """common.network_cost of the networks that a variant uses."""
+    cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
+    return cost | {"guide": cost["unet"]} if variant == "guided" else cost
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, "gaussian", "gmm")
@@ -190,8 +196,8 @@ def main(argv=None):
     args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        largest = max(CHANNELS[variant] or 0 for variant in args.variant)
-        return common.print_settings(train, evaluation, common.network_cost(train, args.variant != ["uncond"], largest))
+        networks = {name: cost for variant in args.variant for name, cost in network_cost(train, variant).items()}
+        return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         common.keep_freed_memory()
         return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
@@ -210,13 +216,12 @@ def main(argv=None):
         if variant != "vae":
             state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
                 folder, settings, variant, vae_state, data, device, state))  # noqa: B023 - called at once
-        cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
         if variant == "form1":
             form1 = state
         elif variant == "guided":
-            state, cost["guide"] = with_guide(form1, state) | {"log": state["log"]}, cost["unet"]
+            state = with_guide(form1, state) | {"log": state["log"]}
         model = load_model(state, variant, device)
-        measured[folder] = common.evaluate(folder, setup, state, model, cost)
+        measured[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
         common.export(args, folder, state, model, setup.evaluation)
     common.print_results(measured, setup)
 

@@ -1,5 +1,7 @@
 """Stage 1: the losses and the two formulations, learning, the model of a checkpoint, sampling."""
 
+import json
+
 import pytest
 import torch
 from helpers import CPU, draw_all, images_of, same, settings
@@ -148,3 +150,9 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     damaged, cool = start(damage=0.1), start(temperature=0.7)
     assert torch.allclose(damaged[0], noise, atol=1e-5) and torch.allclose(cool[0], 0.7 * noise, atol=1e-5)
     assert float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02) and torch.equal(cool[1], x_hat)
+
+
+def test_dry_run_lists_the_networks_of_all_variants(capsys):
+    for variants, names in (("uncond", "unet"), ("vae uncond", "vae unet"), ("guided", "vae unet guide")):
+        stage1.main(["--dry-run", "--budget", "smoke", "--variant", *variants.split()])
+        assert set(json.loads(capsys.readouterr().out)["networks"]) == set(names.split())
