@@ -29,7 +29,7 @@ ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1
 PACKS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # the file's name, and what of the checkpoint it keeps
          "stage1-guided-s0": ("guide", "unet")}
 PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
-SHEET = ("stage1-uncond", "stage1-form1", "stage2-anneal", "stage3-flow-film", "bonus-latent")
+SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
 SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
          ("latent_space/slerp/vae/", "VAE path "),
