@@ -844,9 +844,10 @@ def load_images(dataset, split, data_dir="data", image_size=None):
                 return ImageData(images, torch.tensor(source.targets), None, dataset, "none", "as published")
             CelebA(str(folder), split="all", download=True)  # needs the package gdown
         except Exception as error:  # no gdown, no network, a broken archive: the remedy is the same
+            reason = str(error).split("\n")[0][:100]
             layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
-            fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({type(error).__name__}); "
+            fail(f"--dataset {dataset}: nothing in {folder.resolve()} and no download ({reason}); "
                  f"put {layout} there, name its folder with --data-dir, or use --dataset shapes")
         files, labels, crop, note = list_split(dataset, split, folder)
     name = folder.resolve().name if dataset == "folder" else dataset

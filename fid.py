@@ -281,12 +281,13 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     Fails, naming the flag and the place, if its weights cannot be had, or are of another folder of that name."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    if dataset == "folder" and not Path(data_dir).is_dir():
-        fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
+    if dataset == "folder" and not find_images(data_dir):
+        fail(f"{data_dir}: found 0 images there; name the folder of your images, in a stage with --data-dir")
     name = Path(data_dir).resolve().name if dataset == "folder" else dataset
     found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
-    advice = ("name one with --weights, or make it: python fid.py --train-local "
-              f"{data_dir if dataset == 'folder' else dataset}")
+    others = ", ".join(path.name for path in sorted(FEATURES_DIR.glob("*.pt"))) or "none"
+    advice = (f"name one with --weights (there are {others} in {FEATURES_DIR}), or make it: python fid.py "
+              f"--train-local {data_dir if dataset == 'folder' else dataset}")
     flag = "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt"
     stored = load_hashed(found, flag, advice)
     if "classes" not in stored:
@@ -704,6 +705,8 @@ def main(arguments=None):
         real, real_jpeg = read_folder(args.real, "REAL")
         ref = make_reference(extractor, real)
     row, count = scores(extractor, images, ref, progress=True), len(images)
+    if isinstance(images, list):
+        print(f"warning: images of {args.generated} differ in size; is something else among them?", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)

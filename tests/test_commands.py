@@ -504,7 +504,8 @@ def test_committed_weights(dataset, size):
     ("stage1", "--dataset folder --data-dir few", ["--data-dir", "few", "found 59 images", "60"]),
     ("stage1", "--dataset folder --data-dir text", ["text", "00.png"]),
     *(("stage1", f"--dataset {dataset} --data-dir nowhere", [
-        f"--dataset {dataset}", "nowhere", "--data-dir", "--dataset shapes", layout]) for dataset, layout in (
+        f"--dataset {dataset}", "nowhere", "no network", "--data-dir", "--dataset shapes", layout])
+      for dataset, layout in (
         ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),

@@ -378,7 +378,7 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     path.write_bytes(path.read_bytes() + b" ")
     expect_error(capsys, load, path.name, "wrong sha256")
     (features_dir / "shapes-00000000.pt").write_bytes(b"")
-    expect_error(capsys, load, "2 files")
+    expect_error(capsys, load, "2 files", f"there are shapes-00000000.pt, {path.name} in")
     expect_error(capsys, lambda: load(weights="gone.pt"), "--weights gone.pt: No such file", "--train-local shapes")
     other = fid.save(tmp_path / "form1-*.pt", {"unet": {}})
     expect_error(capsys, lambda: load(weights=other), other.name, "not a local feature network")
@@ -624,7 +624,8 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert len(images) == 22 and not jpeg
     assert {tuple(x.shape) for x in images} == {(3, 32, 32), (3, 20, 40), (3, 32, 33)}
     fid.main([folders.real, mixed, *folders.weights, "--json"])
-    assert json.loads(capsys.readouterr().out)["n_generated"] == 22
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["n_generated"] == 22 and "differ in size" in captured.err
     jpegs = save_folder(smooth_images(20), tmp_path / "jpegs", "jpg")
     fid.main([folders.real, jpegs, *folders.weights, "--json"])
     assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
@@ -643,7 +644,7 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
     cases = [([folders.real, single, *weights], "GENERATED", "found 1 image"),
              ([single, folders.good, *weights], "REAL", "found 1 images"),
              ([folders.real, str(tmp_path / "nowhere"), *weights], "nowhere", "found 0 images"),
-             ([str(tmp_path / "nowhere"), folders.good], "nowhere: no such folder", "--data-dir"),
+             ([str(tmp_path / "nowhere"), folders.good], "nowhere: found 0 images", "--data-dir"),
              ([*pair, *weights, "--count", "51"], "--count 51", "50"),
              ([*pair, *weights, "--count", "-1"], "--count -1", "50"),
              ([folders.real, broken, *weights], "0000.png", "cannot be read"),
