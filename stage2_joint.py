@@ -122,7 +122,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
 def look(vae, unet, diffusion, images):
     """What to watch, on fixed training images, times and noise: active units, the refiner's loss, and its loss when
     x_hat belongs to another image (equal: the condition is ignored)."""
-    vae.eval(), unet.eval()
+    unet.eval()  # without dropout
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
     few, x_hat = x0[:64], vae.decoder(mu[:64])
@@ -130,7 +130,7 @@ def look(vae, unet, diffusion, images):
     eps, name = common.randn(few.shape, gen), f"{diffusion.objective}_mse"
     losses = {f"{name}_{which}": float(diffusion.simple_loss(condition(unet, seen), few, t, eps).mean())
               for which, seen in (("own", x_hat), ("shuffled", x_hat.roll(1, 0)))}
-    vae.train(), unet.train()
+    unet.train()
     return {"active_units": float(common.active_units(mu).sum()), **losses}
 
 

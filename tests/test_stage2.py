@@ -167,7 +167,8 @@ def test_kendall_learns_the_balance(tmp_path):
         balance(elbo, squares).mean().backward()
         optimizer.step()
     assert balance.logvar.tolist() == pytest.approx([math.log(30), math.log(0.2)], abs=1e-3)
-    elbo.requires_grad_(), squares.requires_grad_()
+    elbo.requires_grad_()
+    squares.requires_grad_()
     balance(elbo, squares).sum().backward()
     assert elbo.grad.tolist() == pytest.approx([1 / 30] * 2, rel=1e-3) and squares.grad is None
     train = joint(loss="kendall", steps=12, every=3)
