@@ -484,40 +484,45 @@ class GaussianMixture:
         self.weights, self.means, self.factors = weights, means, factors
 
     @classmethod
-    def fit(cls, z, components, seed, rounds=6, few=10000):
+    def fit(cls, z, components, seed, shrinkage=0, rounds=6, few=10000):
         """z (N, d) -> the mixture after `rounds` of EM on `few` random z, which bring it near, and two on all."""
         from scipy.cluster.vq import kmeans2
         z = z.double().cpu()
         some = z[torch.randperm(len(z), generator=generator(seed))[:few]]  # image files come class by class
         _, label = kmeans2(some.numpy(), components, minit="++", rng=np.random.default_rng(seed))
-        mixture = cls.maximise(some, F.one_hot(torch.from_numpy(label).long(), components).double())
+        mixture = cls.maximise(some, F.one_hot(torch.from_numpy(label).long(), components).double(), shrinkage)
         for part in [some] * rounds + [z] * 2:
             joint = mixture.log_joint(part)
-            mixture = cls.maximise(part, (joint - joint.logsumexp(1, keepdim=True)).exp())
+            mixture = cls.maximise(part, (joint - joint.logsumexp(1, keepdim=True)).exp(), shrinkage)
         return mixture
 
     @classmethod
-    def maximise(cls, z, belongs, ridge=1e-3):
-        """The M step: z (N, d) and responsibilities (N, K) -> the mixture; `ridge` on the diagonals keeps every
-        covariance regular."""
-        mass, factors = belongs.sum(0) + 1e-9, []
+    def maximise(cls, z, belongs, shrinkage=0, ridge=1e-3):
+        """The M step: z (N, d) and responsibilities (N, K) -> the mixture. Every covariance is averaged with that of all
+        components together, which counts as `shrinkage` more z (after Friedman 1989): so many components can be fitted
+        to few z each. `ridge` on the diagonals keeps it regular."""
+        mass, scatters = belongs.sum(0) + 1e-9, []
         means = belongs.T @ z / mass[:, None]
         for k, share in enumerate(belongs.T):
             mine = share > 1e-9  # in many dimensions, few z belong to more than one component
             centred = z[mine] - means[k]
-            cov = (share[mine, None] * centred).T @ centred / mass[k]
-            factors.append(torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
-        return cls(mass / mass.sum(), means, torch.stack(factors))
+            scatters.append((share[mine, None] * centred).T @ centred)
+        scatters = torch.stack(scatters)  # (K, d, d)
+        pooled = scatters.sum(0) / len(z)
+        cov = (scatters + shrinkage * pooled) / (mass + shrinkage)[:, None, None]
+        return cls(mass / mass.sum(), means, torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
 
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
-        z, columns = z.double().cpu(), []
-        for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
-            inverse = torch.linalg.solve_triangular(factor, torch.eye(z.shape[1], dtype=z.dtype), upper=False)
-            white = (z - mean) @ inverse.T  # (N, d)
-            columns.append(weight.log() - 0.5 * (white**2).sum(1) - factor.diagonal().log().sum()
-                           - 0.5 * z.shape[1] * math.log(2 * math.pi))
-        return torch.stack(columns, 1)
+        rows, eye = [], torch.eye(z.shape[1], dtype=torch.float64)
+        for part in z.double().cpu().split(4000):  # few enough to stay in a processor's cache
+            columns = []
+            for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
+                white = (part - mean) @ torch.linalg.solve_triangular(factor, eye, upper=False).T  # (n, d)
+                columns.append(weight.log() - 0.5 * (white**2).sum(1) - factor.diagonal().log().sum()
+                               - 0.5 * z.shape[1] * math.log(2 * math.pi))
+            rows.append(torch.stack(columns, 1))
+        return torch.cat(rows)
 
     def log_prob(self, z):
         """Log density: (N, d) -> (N,) nats."""
@@ -632,7 +637,7 @@ def fit_mixture(vae, images, train, device):
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
     if not torch.isfinite(z).all():
         fail("the VAE diverged: latents of training images are not finite; take a larger --batch-size or lower rates")
-    return vars(GaussianMixture.fit(z, train["components"], train["seed"]))
+    return vars(GaussianMixture.fit(z, train["components"], train["seed"], train["shrinkage"]))
 
 
 def ridge_regression(x, y, ridge=1e-3):
@@ -720,14 +725,15 @@ TRAIN = {
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
     "flip": "both",  # who sees images mirrored at random: both networks, refiner (and what trains with it), none
-    "components": 20,  # of the mixture fitted ex post
+    "components": 20, "shrinkage": 0,  # of the mixture fitted ex post; see GaussianMixture.maximise
+    "flow_steps": 5000,  # of the flow fitted ex post
     "every": 50,  # steps between two rows of the log
     "compile": False,
 }
 EVAL = {
     "sampler": "dpm", "sample_steps": 10, "count": 1000,  # of the headline row
     "batch": 100, "temperature": 1.0,  # of every row
-    "grid": [["ddim", 6], ["ddim", 10], ["ddim", 25], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
+    "grid": [["ddim", 6], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images for each row of the grid, and of the probes:
     "probe_steps": 10,  # of DPM-Solver++ for noise, interpolations, uncertainty
     "bits_images": 128, "bits_draws": 40,  # see bits_per_dim, diffusion_nats
@@ -739,14 +745,15 @@ def budget(name, dataset, size):
     train, evaluation = dict(TRAIN), dict(EVAL)
     tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     if name == "smoke":
-        train |= {"steps": 8, "attention": [16], "components": 2, "every": 4}
+        train |= {"steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
     elif tables == "shapes":
-        train |= {"steps": 1000, "beta": 0.25}
+        train |= {"steps": 1000, "flow_steps": 1000, "beta": 0.25}
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
-        train |= {"steps": 5000 if size == 32 else 3000, "components": 30, "beta": 0.25}
+        steps = 5000 if size == 32 else 3000
+        train |= {"steps": steps, "flow_steps": steps, "components": 30, "beta": 0.25}
         evaluation |= {"count": 2000, "grid_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU; not measured yet
         train |= {"batch": 256, "steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1, "heads": 4, "attention": [16],

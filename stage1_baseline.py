@@ -4,7 +4,7 @@ The claim: a VAE is quick and gives a compact latent but blurs; a diffusion mode
 one behind the other, and the VAE decides *what* is in the image while the diffusion model decides *how it looks*.
 
     1. VAE            x_hat = Dec(z), z ~ q(z|x);   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)); beta is 1
-                      as published, 0.25 on a laptop
+                      as published. With less the code holds more, and the prior has more to draw (3)
     2. Refiner        x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps;   loss = MSE(target, U-Net(x_t, x_hat, t)); the
                       target is eps as published, v by default (common.Diffusion)
        Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
@@ -12,7 +12,8 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
                       that is the plain process again, so the two differ in one line: what the U-Net is shown.
                       It ends at y_0 = x0: nothing is added back.
     3. Sampling       z ~ prior, x_hat = Dec(z), then the reverse process. The prior is N(0, I) or a Gaussian mixture
-                      fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I).
+                      fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I). A code
+                      of many nats needs many components.
     4. Where to begin As published, at pure noise, x_T ~ N(0, I) (Formulation 2: y_T). But x_hat tells what x0 is about,
                       up to a residual of standard deviation r: at t0, where the noise over the signal is 10 to 20 r
                       (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true

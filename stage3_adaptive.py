@@ -291,7 +291,7 @@ def train_vae(folder, train, data, device, state):
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     gmm = common.fit_mixture(vae, data.images, train, device)
     mu, logvar = common.encode(vae, data.images, device)
-    flow = fit_flow(mu, logvar, train["seed"], min(train["steps"], 5000), vae.flow and vae.flow.state_dict())
+    flow = fit_flow(mu, logvar, train["seed"], train["flow_steps"], vae.flow and vae.flow.state_dict())
     some = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
     stats = fit_uncertainty(round_trip(vae, data.images[some], train["seed"], device))
     return training.finish(gmm=gmm, flow=flow.state_dict(), uncertainty=stats)

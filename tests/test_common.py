@@ -296,7 +296,8 @@ def test_published_networks(dataset, size, blocks, millions):
     published = {"objective": "eps", "start": 1000, "beta": 1.0, "pool": True, "flip": "refiner", "heads": 8,
                  "batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
                  "decay": False, "vae_clip": 0.0, "unet_clip": 1.0, "vae_ema": 0.0, "unet_ema": 0.9999,
-                 "steps": 1_110_000, "dropout": 0.3, "components": 50, "attention": [16]}
+                 "steps": 1_110_000, "dropout": 0.3, "components": 50, "shrinkage": 0, "attention": [16],
+                 "flow_steps": 5000}
     if size == 64:
         published |= {"batch": 32, "steps": 2_535_000, "dropout": 0.1, "components": 75}
     assert {key: train[key] for key in published} == published
@@ -561,6 +562,26 @@ def test_gmm_of_few_points_stays_finite(count, components):
     z[: count // 2] = z[0]
     gmm = common.GaussianMixture.fit(z, components, seed=0)
     assert gmm.log_prob(z).isfinite().all() and gmm.sample(50, common.generator(0)).isfinite().all()
+
+
+def test_shrinkage_of_covariances():
+    """One M step by hand: each covariance is averaged with the pooled one, which counts as so many points. Of many
+    components fitted to few points it makes a better mixture."""
+    gen = common.generator(0)
+    z, belongs = common.randn((50, 3), gen).double(), torch.rand(50, 2, generator=gen, dtype=torch.float64)
+    belongs /= belongs.sum(1, keepdim=True)
+    plain, shrunk = (common.GaussianMixture.maximise(z, belongs, shrinkage, ridge=0.0) for shrinkage in (0, 20))
+    mass, (covariances, found) = belongs.sum(0), (m.factors @ m.factors.mT for m in (plain, shrunk))
+    for k in range(2):
+        centred = z - belongs[:, k] @ z / mass[k]
+        assert torch.allclose(covariances[k], torch.einsum("n,ni,nj->ij", belongs[:, k], centred, centred) / mass[k])
+    pooled = (mass[:, None, None] * covariances).sum(0) / 50
+    assert torch.allclose(found, ((mass[:, None, None] * covariances) + 20 * pooled) / (mass + 20)[:, None, None])
+    assert torch.equal(plain.means, shrunk.means)
+    centres = 3 * common.randn((20, 10), gen)
+    points, held_out = (centres.repeat(20, 1) + common.randn((400, 10), gen) for _ in range(2))
+    plain, shrunk = (common.GaussianMixture.fit(points, 20, 0, shrinkage) for shrinkage in (0, 20))
+    assert shrunk.log_prob(held_out).mean() > plain.log_prob(held_out).mean() + 1
 
 
 # ---- Budgets, flags, runs --------------------------------------------------------------------------------------------
