@@ -498,9 +498,9 @@ class GaussianMixture:
 
     @classmethod
     def maximise(cls, z, belongs, shrinkage=0, ridge=1e-3):
-        """The M step: z (N, d) and responsibilities (N, K) -> the mixture. Every covariance is averaged with that of all
-        components together, which counts as `shrinkage` more z (after Friedman 1989): so many components can be fitted
-        to few z each. `ridge` on the diagonals keeps it regular."""
+        """The M step: z (N, d) and responsibilities (N, K) -> the mixture. Every covariance is averaged with the pooled
+        one of all components, which counts as `shrinkage` more z (after Friedman 1989): so many components can be
+        fitted to few z each. `ridge` on the diagonals keeps it regular."""
         mass, scatters = belongs.sum(0) + 1e-9, []
         means = belongs.T @ z / mass[:, None]
         for k, share in enumerate(belongs.T):
