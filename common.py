@@ -515,10 +515,11 @@ class GaussianMixture:
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
         rows, eye = [], torch.eye(z.shape[1], dtype=torch.float64)
+        inverses = [torch.linalg.solve_triangular(factor, eye, upper=False) for factor in self.factors]
         for part in z.double().cpu().split(4000):  # few enough to stay in a processor's cache
             columns = []
-            for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
-                white = (part - mean) @ torch.linalg.solve_triangular(factor, eye, upper=False).T  # (n, d)
+            for weight, mean, factor, inverse in zip(self.weights, self.means, self.factors, inverses, strict=True):
+                white = (part - mean) @ inverse.T  # (n, d)
                 columns.append(weight.log() - 0.5 * (white**2).sum(1) - factor.diagonal().log().sum()
                                - 0.5 * z.shape[1] * math.log(2 * math.pi))
             rows.append(torch.stack(columns, 1))
