@@ -1458,7 +1458,7 @@ def diagnose(mu, logvar, sharpness):
     elif variance > 0.9:
         text = "posterior variance is close to the prior's: most units carry little; train longer or lower beta"
     elif sharpness < 0.5:
-        text = "the latent is in use; outputs are smooth because a Gaussian decoder averages what z cannot hold"
+        text = "the latent is in use; outputs are smooth: a Gaussian decoder averages what z does not hold (yet)"
     else:
         text = "the latent is in use and outputs are not overly smooth"
     return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "verdict": text}
@@ -1469,7 +1469,7 @@ def check_start(diffusion, x_hat, real):
     should be six times or more the standard deviation of what x_hat, uint8 (N, 3, H, W), leaves of `real`."""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.noise[diffusion.start] / diffusion.signal[diffusion.start]) / residual_sd
-    text = "early enough" if times >= 6 else "too late to mend its errors, it should be 6: raise `start` (common.TRAIN)"
+    text = "early enough" if times >= 6 else "too late to mend it, 6 would do: train the VAE longer, or raise `start`"
     return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "verdict":
             f"refinement begins at t = {diffusion.start}, at {times:.1f} times the noise of the VAE's error: {text}"}
 
