@@ -4,10 +4,10 @@ BIN = .venv/bin
 
 .PHONY: demo report test test-slow lint clean
 
-demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 6 to 7 minutes on two slow cores
+demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 5 minutes on two slow cores
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
-report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: 40 minutes on two slow cores
+report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: at most 40 minutes on two slow cores
 	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --budget cpu --resume
 	$(BIN)/python stage2_joint.py --budget cpu --resume
 	$(BIN)/python stage3_adaptive.py --conditioning fixed --budget cpu --resume

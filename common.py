@@ -750,7 +750,8 @@ def budget(name, dataset, size):
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
     elif tables == "shapes":
-        train |= {"steps": 1000, "flow_steps": 1000, "beta": 0.25}
+        # so small a beta keeps outlines, so rich a code needs a fine mixture
+        train |= {"steps": 700, "beta": 0.08, "components": 160, "shrinkage": 100}
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
         steps = 5000 if size == 32 else 3000

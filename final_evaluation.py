@@ -51,7 +51,7 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 6/s/image; ddim 100/s/image"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
-              "fd; is; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
+              "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
     "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
                        "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
@@ -284,7 +284,8 @@ def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, what no run measured, the benchmark."""
     parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A name is a place in metrics.json; "
              "nfe: the sampler's steps, each an evaluation of the U-Net (guided: two); training/skipped, elbo, s "
-             "constant and s zero are from earlier code; for other words see README.md."]
+             "constant and s zero are from earlier code; recipes of shapes that name no other had a "
+             "beta of 0.25, a mixture of 20 and 1,000 steps; for other words see README.md."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}

@@ -28,9 +28,9 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --variant guided       Formulation 1, and guided
         python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
         python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
-Expect  6 to 7 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
-        and a table. The VAE's samples are blurred (hf_energy about 0.15, where real images have 1), the refined ones
-        show edges and bands (about 0.6), and their distance to the real images is a quarter to a third smaller.
+Expect  5 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
+        and a table. The VAE's samples are blurred (hf_energy about 0.2, where real images have 1), the refined ones
+        show edges and bands (about 0.5), and their distance to the real images is a quarter to a third smaller.
 """
 
 import argparse

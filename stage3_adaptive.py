@@ -26,7 +26,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
 Expect  about the minutes of stage 1; the strategies share one VAE with the flow, and one for gaussian and gmm. First a
         verdict whether s ranks held-out errors at all: if it does not, conditioning on it cannot help. (On shapes it
-        does, with a rank correlation of 0.6, 0.2 by the variance; it helps little even so, see REPORT.md.)
+        does, with a rank correlation of 0.7, 0.2 by the variance; it helps little even so, see REPORT.md.)
 """
 
 import argparse
