@@ -7,7 +7,7 @@ BIN = .venv/bin
 demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 5 minutes on two slow cores
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
-report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: at most 40 minutes on two slow cores
+report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: half an hour on two slow cores
 	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --budget cpu --resume
 	$(BIN)/python stage2_joint.py --budget cpu --resume
 	$(BIN)/python stage3_adaptive.py --conditioning fixed --budget cpu --resume
