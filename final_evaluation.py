@@ -55,8 +55,8 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
     "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
                        "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
-    "uncertainty": ("stage3-flow-fixed stage3-flow-film", "regressed/correlation; variance/correlation; sure/vae; "
-                    "unsure/vae; sure/refined; unsure/refined"),
+    "uncertainty": ("stage3-flow-fixed",
+                    "regressed/correlation; variance/correlation; sure/vae; unsure/vae; sure/refined; unsure/refined"),
     "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
                      "fd; is; s/image; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
