@@ -1147,7 +1147,7 @@ def add_flags(parser, *priors):
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file of the feature network: Inception weights, or NAME-<hash8>.pt")
-    add("--compile", action="store_true", help="torch.compile the networks for training (on a CPU: needs a compiler)")
+    add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (on a CPU it is slower)")
     add("--dry-run", action="store_true", help="print settings and network sizes as JSON, and stop")
     if priors:
         add("--prior", choices=priors, default=priors[-1], help="over z, of the headline row")
