@@ -33,7 +33,7 @@ import fid
 from common import to_float, to_uint8
 
 CHANNELS, FACTOR, BETA = 4, 4, 0.01  # of the latent; beta of its KL, in units of the SSE of images in [0, 1]
-# autoencoder width and latent U-Net per budget; U-Net table: (size relative to the latent, width, blocks down, up)
+# autoencoder width and latent U-Net per budget; U-Net table: (latent size over level size, width, blocks down, up)
 SIZES = {"smoke": (16, [(1, 16, 1, 1)]), "cpu": (32, [(1, 96, 1, 1), (2, 128, 1, 1)]),
          "gpu": (96, [(1, 192, 2, 3), (2, 256, 2, 3)]), "paper": (128, [(1, 256, 2, 3), (2, 512, 2, 3)])}
 
@@ -242,8 +242,8 @@ def ceiling(folder, ae, setup):
 
 
 def equal_seconds(rows, pixel, fd):
-    """Quality at equal seconds, of equal counts: each row, and the pixel model's of the same sampler and its headline
-    prior that take at most a tenth longer."""
+    """Quality at equal seconds, of equal counts: each row, and the pixel model's (same sampler, prior of its headline)
+    that take at most a tenth longer."""
     def brief(row):
         return {key: row[key] for key in ("prior", "sampler", "nfe", "seconds_per_image", fd)}
 

@@ -2,7 +2,7 @@
 
 Part I    1 diffusion, 2 networks, 3 priors, 4 the built-in data, 5 a model: what a stage hands to sampling
 Part II   6 budgets, 7 image files, 8 processes, 9 training, 10 runs, 11 evaluation, 12 pictures
-For stage 1 read sections 1, 2 and 5, TRAIN in section 6 and the class Training in section 9; Setup, trained and
+For stage 1 read sections 1 to 3 and 5, TRAIN in section 6 and the class Training in section 9; Setup, trained and
 evaluate (10, 11) are what their names say. In one process RANKS is 1 and gather (8) returns what it is given.
 
 Conventions (used by every file)
@@ -10,7 +10,7 @@ Conventions (used by every file)
     `x_hat` is the VAE's image in [-1, 1]; its squared error `sse` is counted in [0, 1] units (SSE / 4).
     Time `t` runs 1..T and `alpha_bar[0] = 1`. Schedule constants are float64, cast where they are used.
     Losses have shape (B,): a KL or a bound in nats per image, `sse` a sum over pixels, `*_mse` a mean over them.
-    Every random draw that decides a result comes from an explicit torch.Generator, but for initial weights and dropout:
+    Every random draw that decides a result comes from an explicit generator, but for initial weights and dropout:
     these use torch's global one, seeded before the network is built and anew in every step.
 """
 
@@ -190,7 +190,7 @@ def kl_prior(diffusion, x0, x_hat=None):
 def data_nats(diffusion, x0, x0_hat):
     """L_0 = -log p(x0 | x_1), (B,) nats, of x0 = to_float(pixels): p is N(x0_hat, sd^2) over the bin of the pixel's
     value, x0 +- 1/255; the outermost bins reach to infinity (DDPM eq. 13). As in DDPM's code sd^2 is beta_tilde_2 and
-    a bin has at least 1e-12, else a single value could cost any number of nats. In float64 on the CPU."""
+    p is at least 1e-12, else a single value could cost any number of nats. In float64 on the CPU."""
     sd = math.sqrt(diffusion.posterior(2, 1)[2])
     x, mean = x0.cpu().double(), x0_hat.cpu().double()
     upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
@@ -333,7 +333,7 @@ def gaussian_log_prob(z, mu, logvar):
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in float32, with as many groups as divide a quarter of the width and 32: 32 at the published widths.
-    Autocast does so on a GPU; on a CPU it leaves it in bfloat16, which is coarser and four times as slow."""
+    On a GPU autocast does that; on a CPU it takes bfloat16, which is coarser and four times as slow."""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)
@@ -400,17 +400,17 @@ class UNet(nn.Module):
             return nn.ModuleList([ResidualBlock(width_in, width_out, emb_dim, dropout),
                                   Attention(width_out, heads) if resolution in attention else nn.Identity()])
 
-        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), []
+        self.down, self.shrink, levels = nn.ModuleList(), nn.ModuleList(), []
         for resolution, out, down, _ in table:
             widths = [width] + down * [out]  # of the features that enter the level and leave each of its blocks
             self.down.append(nn.ModuleList(layer(w, out, resolution) for w in widths[:-1]))
-            skips.append(widths)
+            levels.append(widths)
             width = out
             self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
         self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout), Attention(width, heads),
                                      ResidualBlock(width, width, emb_dim, dropout)])
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        for (resolution, out, _, up), widths in zip(reversed(table), reversed(skips), strict=True):
+        for (resolution, out, _, up), widths in zip(reversed(table), reversed(levels), strict=True):
             blocks = nn.ModuleList()
             for _ in range(up):
                 blocks.append(layer(width + widths.pop(), out, resolution))
@@ -653,7 +653,7 @@ def ridge_regression(x, y, ridge=1e-3):
 @torch.no_grad()
 def refine(model, x_hat, z, gen, sampler, steps):
     """x_hat (B, 3, H, W), z (B, d) -> refined images in [-1, 1] (x_hat itself if the model is a VAE alone). The noise
-    of x_start comes from `gen`, a CPU generator, that of the steps from one beside it on the device."""
+    of x_start comes from `gen`, a CPU generator, that of the steps from its seed + 1, on the device."""
     if model.condition is None:
         return x_hat
     x_start = model.diffusion.begin(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -665,9 +665,9 @@ def refine(model, x_hat, z, gen, sampler, steps):
 
 @torch.no_grad()
 def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first=0):
-    """Draw `count` images: uint8 x_hat and refined, each (count, 3, H, W) on the CPU, and seconds per image.
-    Each batch has its own generator, so that with one `batch` image k has the same z and noise whatever the sampler,
-    the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
+    """Draw `count` images: uint8 x_hat (grey without a VAE) and refined, each (count, 3, H, W) on the CPU, and seconds
+    per image. Each batch has its own generator: at an equal `batch`, image k has the same z and noise whatever the
+    sampler, the steps and the count. `first`, a multiple of `batch`, is the number of the first image that is drawn.
     `damage` is the sd of noise added to x_hat before refinement, or to a diffused latent before it is decoded."""
     parts, offsets = [], range(first, first + count, batch)[RANK :: RANKS]  # batches are shared out
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
@@ -718,8 +718,8 @@ UNET_TABLES = {
 # where the noise over the signal is ten to twenty times the sd of what the VAE leaves over. `steps` are a budget's own.
 TRAIN = {
     "batch": 32,  # each network sees steps * batch images
-    "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # of Adam; see learning_rate
-    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of Muon, for matrices and convolutions; 0: Adam for all
+    "vae_lr": 2e-3, "unet_lr": 2e-3, "warmup": 0.05, "decay": True,  # see learning_rate
+    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # Muon's, for matrices and convolutions; 0: Adam for all
     "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient: of a sum over pixels, of a mean; 0: any
     "vae_ema": 0.995, "unet_ema": 0.995,  # decay of the moving average of the weights
     "objective": "v", "start": 400,  # see Diffusion; without an x_hat the process starts at T
@@ -735,8 +735,8 @@ EVAL = {
     "sampler": "dpm", "sample_steps": 10, "count": 1000,  # of the headline row
     "batch": 100, "temperature": 1.0,  # of every row
     "grid": [["ddim", 6], ["ddim", 100], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
-    "grid_count": 500,  # images for each row of the grid, and of the probes:
-    "probe_steps": 10,  # of DPM-Solver++ for noise, interpolations, uncertainty
+    "grid_count": 500,  # images for each row of the grid, and for each probe
+    "probe_steps": 10,  # of DPM-Solver++ in the probes: noise, interpolations, uncertainty
     "bits_images": 128, "bits_draws": 40,  # see bits_per_dim, diffusion_nats
 }
 
@@ -774,7 +774,7 @@ def budget(name, dataset, size):
     vae = VAE_TABLES[f"{'cpu' if name == 'gpu' else tables} {size}"]
     train |= {"encoder": [row[:3] for row in vae], "decoder": [(r, width, up) for r, width, _, up in reversed(vae)],
               "unet": UNET_TABLES[f"{tables} {size}"], "flip": "none" if dataset == "shapes" else train["flip"]}
-    return json.loads(json.dumps(train)), evaluation
+    return json.loads(json.dumps(train)), evaluation  # tuples become lists, as in a file
 
 
 def count_cost(model, *inputs):
@@ -787,7 +787,7 @@ def count_cost(model, *inputs):
 
 
 def network_cost(train, vae=True, channels=6):
-    """count_cost of the VAE (None without `vae`) and of a U-Net with so many input channels (None without)."""
+    """count_cost by name: of the VAE if `vae`, of a U-Net with so many input channels if any."""
     size, cost = train["image_size"], {}
     with torch.device("meta"):
         if vae:
@@ -966,7 +966,8 @@ def orthogonalise(matrix, rounds=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024): the update of a weight matrix has all singular values near 1, so
-    that rare directions of the gradient move as far as common ones. A convolution is a matrix of (out, in k k)."""
+    that rare directions of the gradient move as far as common ones. A convolution is a matrix of (out, in k k), a
+    transposed one of (in, out k k)."""
 
     def __init__(self, params, lr=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -974,7 +975,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):  # those in use
+            for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # looks ahead, after Nesterov
@@ -985,9 +986,8 @@ class Muon(torch.optim.Optimizer):
 class Training:
     """A training loop without its maths: a stage iterates over batches and hands over a loss (stage1_baseline.py).
     It owns the optimisers, the clipping and the moving average of every network (`train` holds NAME_lr, NAME_muon_lr,
-    NAME_clip and NAME_ema for each name), processes, the log, and a checkpoint every minute and before SIGTERM or
-    Ctrl-C is obeyed: from `state`, a checkpoint, a run goes on to the same bits. With several processes B is this one's
-    part."""
+    NAME_clip and NAME_ema for each name), the log, and a checkpoint every minute and on SIGTERM or Ctrl-C, from which
+    (`state`) a run goes on to the same bits. Of several processes each gets its part of every batch."""
 
     def __init__(self, folder, state, train, device, data, flip, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
@@ -1018,14 +1018,14 @@ class Training:
             self.steps, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
 
     def __iter__(self):
-        stop = []  # where SIGTERM and Ctrl-C leave their number, so that the loop can save before it ends
+        stop = []  # where SIGTERM and Ctrl-C leave their number (handlers set below, undone by `after`), to save first
         self.started = time.time()  # of this process, or since the last checkpoint
         with contextlib.ExitStack() as after, tqdm(total=self.train["steps"], initial=self.steps, unit="step",
                                                    desc=self.folder.name) as self.bar:
             for number in (signal.SIGTERM, signal.SIGINT):
                 after.callback(signal.signal, number, signal.signal(number, lambda number, _: stop.append(number)))
             while self.steps < self.train["steps"]:
-                yield self.batch()
+                yield self.batch()  # the stage calls self.step, which counts
                 ends = stop and RANK == 0  # the first process saves and ends; the others end with it
                 if ends or time.time() - self.started > 60:
                     self.checkpoint()
@@ -1045,7 +1045,7 @@ class Training:
         return x
 
     def draw(self, random, *shape):
-        """Draws (B, *shape) of `random`, torch.rand or torch.randn, the same whatever the number of processes."""
+        """Draws (B, *shape) of `random`, called like torch.randn, the same whatever the number of processes."""
         whole = random(self.train["batch"], *shape, generator=self.gen, device=self.device)
         return whole.chunk(RANKS)[RANK]  # this process's part
 
@@ -1057,7 +1057,7 @@ class Training:
             optimizer.zero_grad()
         loss.mean().backward()
         for name, network in self.networks.items():
-            average_over_ranks([p.grad for p in network.parameters() if p.grad is not None])
+            average_over_ranks([p.grad for p in network.parameters()])
             nn.utils.clip_grad_norm_(network.parameters(), train[f"{name}_clip"] or math.inf)
         for rate, optimizer in self.optimizers.items():
             group, = optimizer.param_groups
@@ -1092,7 +1092,7 @@ class Training:
         means = {name: float(value) / self.every for name, value in self.sums.items()} | watched
         self.log.append({"step": self.steps, **means})
         self.sums = {}
-        lines = [self.log[0], *(row.values() for row in self.log)]
+        lines = [self.log[0].keys(), *(row.values() for row in self.log)]
         write(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
 
@@ -1147,7 +1147,7 @@ def add_flags(parser, *priors):
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
     add("--weights", help="file of the feature network: Inception weights, or NAME-<hash8>.pt")
-    add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (on a CPU it is slower)")
+    add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (slower on a CPU)")
     add("--dry-run", action="store_true", help="print settings and network sizes as JSON, and stop")
     if priors:
         add("--prior", choices=priors, default=priors[-1], help="over z, of the headline row")

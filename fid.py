@@ -158,7 +158,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 def change_pool(block, pool):
-    """Let the pooling branch of a block of torchvision's see `pool` of the block's input."""
+    """Feed `pool` of a block's input to its pooling branch, in place of what torchvision pools."""
     inputs = []
     block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     block.branch_pool.register_forward_pre_hook(lambda _, arguments: pool(inputs.pop()))
@@ -369,8 +369,8 @@ def inception_score(logits, splits=10, seed=2020):
     """exp(mean KL(p(y|x) || p(y))) over `splits` parts of logits (N, K): mean, standard deviation (ddof 0) (Salimans et
     al. 2016). Shuffled first, as torch-fidelity does (seed=None: not): sorted samples would have one class per part."""
     logits = logits if seed is None else shuffle(logits, seed)
-    count, values = len(logits), []
-    for i in range(splits := min(splits, count)):
+    count, splits, values = len(logits), min(splits, len(logits)), []
+    for i in range(splits):
         log_p = logits[i * count // splits:(i + 1) * count // splits].double().log_softmax(1)  # (n, K)
         marginal = log_p.exp().mean(0)  # (K,)
         values.append(((log_p.exp() * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()).exp())

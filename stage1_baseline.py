@@ -18,7 +18,7 @@ one behind the other, and the VAE decides *what* is in the image while the diffu
                       up to a residual of standard deviation r: at t0, where the noise over the signal is 10 to 20 r
                       (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true
                       one (common.kl_prior: how near). Begin there (`start`), train on 1..t0 alone, and half the
-                      steps do. A better VAE needs less refinement: that becomes a number.
+                      sampling steps do. A better VAE needs less refinement: a smaller t0.
     5. Guidance       The same U-Net trained for a tenth of the steps, the guide, makes the refiner's errors too, only
                       larger ones. So the way from its prediction to the refiner's leads away from them; `guided` goes
                       on in that direction, half as far again. Each step evaluates both.
@@ -194,7 +194,7 @@ def main(argv=None):
         args.variant, args.budget, args.export = ["guided"], "cpu", 64 if args.export is None else args.export
     if "guided" in args.variant:
         args.variant.append("form1")  # what it guides
-    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]
+    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]  # in order
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
         networks = {name: cost for variant in args.variant for name, cost in network_cost(train, variant).items()}

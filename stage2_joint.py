@@ -3,10 +3,10 @@
 The claim: in stage 1 the VAE never hears from the refiner. Here it does: both learn in the same step, and the diffusion
 loss reaches the VAE through x_hat. Does that make better samples, and a smoother latent space?
 
-    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))                    as in stage 1, in nats up to beta
+    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))                    as in stage 1, nats if beta is 1
     diffusion term  M = mean squared error of the U-Net's prediction at x_t; D M sums it over the D pixel values
-    sum             E + lambda D M, one fixed weight. D M is not nats: with the likelihood's weights in place of equal
-                    ones it would be (lambda about 4.2 has that size for a v-prediction, 9.4 for eps from T)
+    sum             E + lambda D M, one fixed weight. D M is not nats: the bound weighs the times unequally, in all
+                    about like lambda = 4.2 for a v-prediction, 9.4 for eps from T
     anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
     kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
     bound           the exact bound on -log p(x) of the hybrid: KL, the process's sum_t KL_t + L_0, and what its start
@@ -18,7 +18,7 @@ E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. (Un
 D.) `--gradient` says how far it goes: `full` (decoder and encoder), `decoder`, or `none`, which is stage 1 with both
 networks learning at once.
 
-Why it is delicate: the refiner pays for information in x_hat, so the latent is pushed to leak x (the KL rises) and
+Why it is delicate: the refiner gains by information in x_hat, so the latent is pushed to leak x (the KL rises) and
 x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (the
 diffusion term's part of the gradient at x_hat, all of it under `bound`) and `*_mse_shuffled` (the loss with another
 image's x_hat).
@@ -109,7 +109,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t, clamp=False)  # a clamp would cut the gradient
-    nats = common.kl_step(diffusion, x0, x0_hat, t.clamp(min=2))
+    nats = common.kl_step(diffusion, x0, x0_hat, t.clamp(min=2))  # where t is 1: replaced below
     first = t == 1
     if first.any():
         nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_hat[first]))
@@ -262,7 +262,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 def parse_flags(argv=None):
-    """The flags, the train settings that are this stage's own, and the run's name (in which defaults do not show)."""
+    """The flags, the train settings of this stage's own, and the run's name (the loss, and what is no default)."""
     parser = argparse.ArgumentParser(description="Stage 2: VAE and refiner trained jointly")
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--loss", choices=("sum", "anneal", "kendall", "bound"), default="anneal",

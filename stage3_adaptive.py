@@ -24,7 +24,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1 with this stage's evaluation
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
-Expect  about the minutes of stage 1; the strategies share one VAE with the flow, and one for gaussian and gmm. First a
+Expect  about the minutes of stage 1; strategies share a VAE: one of the flow, one of gaussian and gmm. First a
         verdict whether s ranks held-out errors at all: if it does not, conditioning on it cannot help. (On shapes it
         does, with a rank correlation of 0.7, 0.2 by the variance; it helps little even so, see REPORT.md.)
 """
@@ -77,8 +77,8 @@ class Coupling(nn.Module):
 
 
 class RealNVP(nn.Module):
-    """A flow u = f(z) with N(0, I) over u: a prior with .log_prob and .sample. The halves are drawn anew, by a fixed
-    permutation, before every other coupling and swapped before the rest, so that every dimension is transformed."""
+    """A flow u = f(z) with N(0, I) over u: a prior with .log_prob and .sample. Before couplings 0, 2, 4 a fixed random
+    permutation picks the halves, before 1, 3, 5 they are swapped, so that every dimension is transformed."""
 
     def __init__(self, d, hidden=128, couplings=6):
         super().__init__()
@@ -103,7 +103,7 @@ class RealNVP(nn.Module):
         return u
 
     def log_prob(self, z):
-        """Log density, once per sample: (N, d) -> (N,) nats."""
+        """Log density: (N, d) -> (N,) nats."""
         u, log_det = self(z.to(self.orders.device))
         return -0.5 * (u**2).sum(1) - 0.5 * self.d * math.log(2 * math.pi) + log_det
 
@@ -159,13 +159,13 @@ def uncertainty(vae, z, x_hat, stats, kind):
         return read_s(z, vae.encoder(x_hat)[1], stats, kind)
 
 
-Trip = namedtuple("Trip", "z mu logvar logvar_again sse")
+Trip = namedtuple("Trip", "z mu logvar_again sse")
 
 
 @torch.no_grad()
 def round_trip(vae, images, seed, device):
-    """uint8 images there and back again: z ~ q(z|x), mu, logvar and the logvar of Enc(Dec(z)), each (N, d), and the
-    squared error (N,); on the CPU."""
+    """uint8 images there and back again: z ~ q(z|x), mu and the logvar of Enc(Dec(z)), each (N, d), and the squared
+    error (N,); on the CPU."""
     mu, logvar = common.encode(vae, images, device)
     z = common.reparameterise(mu, logvar, common.randn(mu.shape, common.generator(seed)))
     again, errors = [], []
@@ -173,7 +173,7 @@ def round_trip(vae, images, seed, device):
         x_hat = vae.decoder(part.to(device))
         again.append(vae.encoder(x_hat)[1].cpu())
         errors.append(common.squared_error(x_hat, to_float(chunk.to(device))).cpu())
-    return Trip(z, mu, logvar, torch.cat(again), torch.cat(errors))
+    return Trip(z, mu, torch.cat(again), torch.cat(errors))
 
 
 def fit_uncertainty(trip):
@@ -207,8 +207,8 @@ def rank_errors(trip, stats):
 # --- Conditioning ----------------------------------------------------------------------------------------------------
 
 class ImageCoupling(nn.Module):
-    """Affine coupling on an image (B, 3, H, W): the pixels of one colour of a checkerboard, which pass unchanged, with
-    s, scale and shift the others. So it can be inverted; it starts as the identity."""
+    """Affine coupling on an image (B, 3, H, W): one colour of a checkerboard passes unchanged; a network of it and of s
+    scales and shifts the other. So it can be inverted; it starts as the identity."""
 
     def __init__(self, colour, width=16):
         super().__init__()
@@ -333,12 +333,12 @@ def train_refiner(folder, train, vae_state, data, device, state):
 
 def load_model(state, device, shuffled=False):
     """Rebuild a common.Model from its checkpoint alone: of a VAE, or of a refiner with its VAE. `shuffled`, a control:
-    the refiner is told the s_vec and s of the batch's next image."""
+    the refiner is told the s_vec and s of the image before."""
     train, size = state["train"], state["train"]["image_size"]
     vae = common.frozen(build_vae(train), state["vae"], device)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"]),
-              "flow": common.frozen(RealNVP(vae.latent_dim), state["flow"], device)}
+              "flow": common.frozen(RealNVP(vae.latent_dim), state["flow"], device)}  # ex post
     model = common.Model(train.get("conditioning", "vae"), device, (3, size, size), diffusion, vae, priors)
     if "conditioning" not in train:
         return model
@@ -360,7 +360,7 @@ def load_model(state, device, shuffled=False):
 @torch.no_grad()
 def refine_all(model, sense, z, steps, seed, start=None):
     """Refine Dec(z) for z (N, d), from the model's own start or another: x_hat and refined, uint8, and s (N,), on the
-    CPU, and seconds per image, with one `sense(z, x_hat)`. With one seed image k has the same noise in every call."""
+    CPU, and seconds per image, `sense` included. With one seed image k has the same noise in every call."""
     if start:  # no network knows where the process began
         diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
         model = dataclasses.replace(model, diffusion=diffusion)
@@ -429,7 +429,7 @@ def adaptive_refinement(model, sense, setup):
     way then takes each image from the run of its third, so z and noise are the same in all."""
     count, n, seed = 3 * (setup.evaluation["count"] // 3), MEAN_STEPS, setup.train["seed"]
     z = model.priors[setup.evaluation["prior"]].sample(count, common.generator(85_000 + seed))
-    refined = functools.cache(lambda n, start: refine_all(model, sense, z, n, 86_000 + 1000 * seed, start))
+    refined = functools.cache(lambda steps, begin: refine_all(model, sense, z, steps, 86_000 + 1000 * seed, begin))
     result, start = {"mean_steps": n}, model.diffusion.start
     for name, thirds in allocate(refined(n, start)[2], n, start).items():
         images, seconds = torch.empty_like(refined(n, start)[1]), 0.0
