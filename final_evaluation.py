@@ -95,6 +95,7 @@ FURTHER_CLAIMS = [  # in TABLES.md alone
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
     ("Does it matter whose `s` `film` is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
     ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
+    ("And under the strongest noise?", "noise 0.4/fd of stage3-flow-film", "noise 0.4/fd of stage3-flow-fixed"),
     ("Are steps by thirds of `s` better than even ones?", "thirds/fd of stage3-flow-film",
      "evenly/fd of stage3-flow-film")]
 
