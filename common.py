@@ -1303,7 +1303,7 @@ def psnr_db(images, real):
     return float(-10 * (images.float() - real.float()).div(255).square().mean((1, 2, 3)).log10().mean())
 
 
-def measure(model, setup, prior, sampler, steps, count, damage=0.0):
+def measure(model, setup, prior, sampler, steps, count, damage):
     """Draw `count` images and score them: one row of metrics.json, and the images before and after refinement."""
     x_hat, images, seconds = generate(model, count, prior, sampler, steps, setup.train["seed"],
                                       setup.evaluation["batch"], damage)
@@ -1385,20 +1385,21 @@ def export(args, folder, state, model, evaluation):
 
 def measure_samples(folder, model, setup):
     """Rows and tables of samples: every prior (the headline first), every number of steps, noise; with pictures."""
-    evaluation, tables, draw = setup.evaluation, {}, functools.partial(measure, model, setup)
+    evaluation, tables = setup.evaluation, {}
+    draw = functools.lru_cache(8)(functools.partial(measure, model, setup))  # the noise's clean row is in the grid too
     prior, sampler, steps = headline(model, evaluation)
-    row, x_hat, images = draw(prior, sampler, steps, evaluation["count"])
+    row, x_hat, images = draw(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.condition is not None
     draw_samples(folder, {"VAE": x_hat, "refined": images} if both else {model.name: images})
     if both:
         tables["before_refinement"] = fid.scores(setup.extractor, x_hat, setup.reference) | {
             "hf_energy": hf_energy(x_hat, setup.test.images)}
     others = evaluation["count" if model.condition is None else "grid_count"]
-    rows = [row, *(draw(name, sampler, steps, others)[0] for name in model.priors if name != prior)]
+    rows = [row, *(draw(name, sampler, steps, others, 0.0)[0] for name in model.priors if name != prior)]
     if model.condition is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
-            row, _, images = draw(prior, name, n, evaluation["grid_count"])
+            row, _, images = draw(prior, name, n, evaluation["grid_count"], 0.0)
             rows.append(row)
             pictures[f"{name} {n}"] = images[:12]
         save_grid(folder / "steps.png", pictures)

@@ -828,6 +828,32 @@ def test_robustness_area_by_hand(refined, tmp_path):
     assert Image.open(tmp_path / "robustness.png").height == (8 if refined else 4) * 98
 
 
+def test_no_row_is_drawn_twice(monkeypatch, tmp_path):
+    """The clean row of the noise probe is a row of the grid, and the headline may be: each is drawn and scored once."""
+    drawn = []
+
+    def measure(model, setup, *how):
+        drawn.append(how)
+        images = torch.zeros(how[3], 3, 32, 32, dtype=torch.uint8)
+        return {"fd": {"value": 1.0 + len(drawn)}, "hf_energy": {}, "how": how}, images, images
+
+    monkeypatch.setattr(common, "measure", measure)
+    monkeypatch.setattr(common.fid, "scores", lambda *a: {})
+    monkeypatch.setattr(common, "hf_energy", lambda *a: {})
+    model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion(), vae=object(), condition=object(),
+                         priors={"gaussian": None, "gmm": None})
+    evaluation = common.EVAL | {"prior": "gmm", "count": 40, "grid_count": 40}
+    setup = SimpleNamespace(evaluation=evaluation, extractor=None, reference=None, fd="fd",
+                            test=SimpleNamespace(images=None))
+    rows, tables = common.measure_samples(tmp_path, model, setup)
+    noise = [sd for sd in common.NOISE.values() if sd > 0]
+    assert drawn == [("gmm", "dpm", 10, 40, 0.0), ("gaussian", "dpm", 10, 40, 0.0),
+                     *(("gmm", *how, 40, 0.0) for how in evaluation["grid"] if how != ["dpm", 10]),
+                     *(("gmm", "dpm", 10, 40, sd) for sd in noise)]
+    assert [row["how"][1:3] for row in rows[2:]] == [tuple(how) for how in evaluation["grid"]]
+    assert tables["robustness"]["scores"]["clean"]["fd"] == rows[0]["fd"]
+
+
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 def test_grid(tmp_path):
