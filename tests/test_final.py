@@ -247,6 +247,15 @@ def test_sizes():
     assert max(line.replace(r"\|", "").count("|") - 1 for line in header) <= 8
 
 
+def test_every_line_of_a_chart_has_a_colour_of_its_own(monkeypatch, tmp_path):
+    """Matplotlib has ten, then begins again."""
+    drawn = []
+    monkeypatch.setattr(common, "save_chart", lambda path, panels: drawn.append(panels))
+    for dataset, results in final.load_all(final.ROOT.glob(f"results/{RESULTS}")).items():
+        final.draw(tmp_path / "x.png", dataset, results)
+    assert len(drawn) == 3 and all(len({line for panel in panels for line in panel["lines"]}) <= 10 for panels in drawn)
+
+
 def test_pictures():
     """What a text shows is there, and what is there is shown; 6 MB at most."""
     shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT)}
