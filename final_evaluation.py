@@ -100,7 +100,7 @@ FURTHER_CLAIMS = [  # in TABLES.md alone
      "evenly/fd of stage3-flow-film")]
 
 PANELS = {  # x axis of a chart: (variants, {place: column})
-    "steps": ("*-vae *-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
+    "steps": ("*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
               {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
     "sd of noise on x_hat": ("*-vae *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film",
                              {0.0: "clean/fd"} | {sd: f"noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})}
