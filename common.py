@@ -14,7 +14,6 @@ Conventions (used by every file)
     these use torch's global one, seeded before the network is built and anew in every step.
 """
 
-import argparse
 import atexit
 import contextlib
 import ctypes
@@ -1127,30 +1126,33 @@ def learning_rate(base, step, steps, warmup, decay):
 
 def add_flags(parser, *priors):
     """The flags that all stages share, with the stage's priors over z, if any, of which the last is the default."""
-    parser.formatter_class, parser.error, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, fail, False
+    parser.error, parser.allow_abbrev = fail, False
     add = parser.add_argument
-    add("--dataset", choices=(*fid.DATASETS, "folder"), default="shapes", help="all but shapes read --data-dir")
-    add("--data-dir", default="data", help="where cifar10/ or celeba/ lie (or are downloaded); a folder of images")
-    add("--image-size", type=int, choices=(32, 64), default=64, help="for --dataset folder")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dataset", choices=(*fid.DATASETS, "folder"), default="shapes",
+        help="default: %(default)s; all others read --data-dir")
+    add("--data-dir", default="data",
+        help="where cifar10/ or celeba/ lie (or are downloaded), or a folder of images (default: %(default)s)")
+    add("--image-size", type=int, choices=(32, 64), default=64, help="for --dataset folder (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto",
-        help="auto: gpu with a GPU, else cpu")
+        help="auto, the default: gpu with a GPU, else cpu")
     add("--steps", type=int, help="optimisation steps of each network, in place of the budget's")
     add("--batch-size", type=int, help="images per step, in place of the budget's")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--out", default="runs", help="folder for runs")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--out", default="runs", help="folder for runs (default: %(default)s)")
     add("--resume", action="store_true", help="continue an unfinished run, if there is one")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), help="headline sampler, in place of the budget's")
     add("--sample-steps", type=int, help="its number of steps, cut to the `start` of refinement")
     add("--temperature", type=float, help="factor of the noise sampling starts from: below 1 cleaner, less detail")
     add("--eval-samples", type=int, help="images generated for the headline scores, and at most for each other row")
     add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
-    add("--features", choices=("auto", "inception", "local"), default="auto", help="feature network of the scores")
+    add("--features", choices=("auto", "inception", "local"), default="auto",
+        help="feature network of the scores; auto, the default: inception for gpu and paper on real images, else local")
     add("--weights", help="file of the feature network: Inception weights, or NAME-<hash8>.pt")
     add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (slower on a CPU)")
     add("--dry-run", action="store_true", help="print settings and network sizes as JSON, and stop")
     if priors:
-        add("--prior", choices=priors, default=priors[-1], help="over z, of the headline row")
+        add("--prior", choices=priors, default=priors[-1], help="over z, of the headline row (default: %(default)s)")
 
 
 def read_settings(args):

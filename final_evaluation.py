@@ -364,7 +364,7 @@ def collect(runs, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables, charts and verdicts from results; trains nothing")
-    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fid.fail
+    parser.error = fid.fail
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
     parser.add_argument("--runs", help="read fresh runs from this folder, and write REPORT.md there")
     only = parser.add_mutually_exclusive_group()

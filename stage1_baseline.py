@@ -182,7 +182,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"), default=["vae", "form1"],
-                        help="what to train and evaluate; refiners train the VAE they need, guided needs form1")
+                        help="to train and evaluate, with what they build on, VAE or form1 (default: vae form1)")
     parser.add_argument("--pretrained", action="store_true",
                         help="train and score nothing: guided samples of weights that come with the project")
     args = parser.parse_args(argv)

@@ -266,9 +266,9 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description="Stage 2: VAE and refiner trained jointly")
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--loss", choices=("sum", "anneal", "kendall", "bound"), default="anneal",
-                        help="how the two terms are balanced")
+                        help="how the two terms are balanced (default: %(default)s)")
     parser.add_argument("--gradient", choices=("full", "decoder", "none"), default="full",
-                        help="how far the diffusion term reaches into the VAE")
+                        help="how far the diffusion term reaches into the VAE (default: %(default)s)")
     parser.add_argument("--diffusion-weight", type=float, help=f"lambda of sum, and that anneal ends with ({WEIGHT})")
     args = parser.parse_args(argv)
     if args.loss in ("kendall", "bound") and args.diffusion_weight is not None:

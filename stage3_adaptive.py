@@ -459,9 +459,10 @@ def network_cost(train):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 3: flow prior and adaptive conditioning")
     common.add_flags(parser, "gaussian", "gmm", "flow")
-    parser.add_argument("--conditioning", choices=STRATEGIES, default="film", help="how the refiner sees x_hat")
+    parser.add_argument("--conditioning", choices=STRATEGIES, default="film",
+                        help="how the refiner sees x_hat (default: %(default)s)")
     parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
-                        help="where s comes from; posterior: the naive choice in training, to see why not")
+                        help="where s comes from (default: %(default)s); posterior: the naive choice, to see why not")
     args = parser.parse_args(argv)
     if args.uncertainty != "regressed" and args.conditioning == "fixed":
         common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
