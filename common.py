@@ -513,15 +513,13 @@ class GaussianMixture:
 
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
-        rows, eye = [], torch.eye(z.shape[1], dtype=torch.float64)
-        inverses = [torch.linalg.solve_triangular(factor, eye, upper=False) for factor in self.factors]
-        for part in z.double().cpu().split(4000):  # few enough to stay in a processor's cache
-            columns = []
-            for weight, mean, factor, inverse in zip(self.weights, self.means, self.factors, inverses, strict=True):
-                white = (part - mean) @ inverse.T  # (n, d)
-                columns.append(weight.log() - 0.5 * (white**2).sum(1) - factor.diagonal().log().sum()
-                               - 0.5 * z.shape[1] * math.log(2 * math.pi))
-            rows.append(torch.stack(columns, 1))
+        d, rows = self.means.shape[1], []
+        whiten = torch.linalg.solve_triangular(self.factors, torch.eye(d, dtype=torch.float64), upper=False)
+        centres = (whiten @ self.means[:, :, None]).flatten()  # (K d,)
+        constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,)
+        for part in z.double().cpu().split(100):  # few enough to stay in a processor's cache
+            white = (part @ whiten.flatten(0, 1).T - centres).view(len(part), -1, d)  # (n, K, d), ~ N(0, I) under k
+            rows.append(constant - 0.5 * (white.square().sum(2) + d * math.log(2 * math.pi)))
         return torch.cat(rows)
 
     def log_prob(self, z):
