@@ -1,5 +1,6 @@
 """Every test file imports the scripts from the repository root, and computes on one thread (same bits everywhere)."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
 
 
 @pytest.fixture
