@@ -476,50 +476,45 @@ class StandardNormal:
 
 
 class GaussianMixture:
-    """Full-covariance Gaussian mixture fitted by EM from a k-means start (Bishop 2006, 9.2.2): the ex-post prior.
-    Attributes: weights (K,), means (K, d), factors (K, d, d) lower Cholesky factors; all float64."""
+    """Gaussian mixture fitted by EM (Bishop 2006, 9.2.2): the ex-post prior. As published each component has its own
+    covariance; `tied`, all share one, so that thousands can be fitted, each to a few z.
+    Attributes: weights (K,), means (K, d), factors lower Cholesky factors (K, d, d), tied (1, d, d)."""
 
     def __init__(self, weights, means, factors):
-        self.weights, self.means, self.factors = weights, means, factors
+        self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
 
     @classmethod
-    def fit(cls, z, components, seed, shrinkage=0, rounds=6, few=10000):
-        """z (N, d) -> the mixture after `rounds` of EM on `few` random z, which bring it near, and two on all."""
-        from scipy.cluster.vq import kmeans2
-        z = z.double().cpu()
-        some = z[torch.randperm(len(z), generator=generator(seed))[:few]]  # image files come class by class
-        _, label = kmeans2(some.numpy(), components, minit="++", rng=np.random.default_rng(seed))
-        mixture = cls.maximise(some, F.one_hot(torch.from_numpy(label).long(), components).double(), shrinkage)
-        for part in [some] * rounds + [z] * 2:
-            joint = mixture.log_joint(part)
-            mixture = cls.maximise(part, (joint - joint.logsumexp(1, keepdim=True)).exp(), shrinkage)
+    def fit(cls, z, components, seed, tied=False, rounds=6, few=10_000):
+        """z (N, d) -> the mixture, from random z as means, after `rounds` of EM on `few` z (or twenty a component, if
+        that is more), which bring it near, and two on all."""
+        z = z.cpu()[torch.randperm(len(z), generator=generator(seed))]  # image files come class by class
+        ridge = 1e-3 * torch.eye(z.shape[1])  # keeps every covariance regular
+        means, factor = z[:components], torch.linalg.cholesky(z.T.cov() + ridge)
+        mixture = cls(torch.full((len(means),), 1 / len(means)), means, factor[None])
+        for some in [z[: max(few, 20 * components)]] * rounds + [z] * 2:
+            mass, sums, products = 1e-9, 0, some.T @ some if tied else torch.zeros(len(means), *ridge.shape)
+            for part in some.split(2000):
+                belongs = mixture.log_joint(part).softmax(1)  # the E step: (n, K)
+                mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
+                for k, share in enumerate([] if tied else belongs.T):
+                    mine = share > 1e-9  # in many dimensions, few z belong to more than one component
+                    products[k] += (share[mine, None] * part[mine]).T @ part[mine]
+            means = sums / mass[:, None]  # the M step
+            cov = ((products - sums.T @ means)[None] / len(some) if tied else
+                   products / mass[:, None, None] - means[:, :, None] * means[:, None])
+            mixture = cls(mass / mass.sum(), means, torch.linalg.cholesky(cov + ridge))
         return mixture
-
-    @classmethod
-    def maximise(cls, z, belongs, shrinkage=0, ridge=1e-3):
-        """The M step: z (N, d) and responsibilities (N, K) -> the mixture. Every covariance is averaged with the pooled
-        one of all components, which counts as `shrinkage` more z (after Friedman 1989): so many components can be
-        fitted to few z each. `ridge` on the diagonals keeps it regular."""
-        mass, scatters = belongs.sum(0) + 1e-9, []
-        means = belongs.T @ z / mass[:, None]
-        for k, share in enumerate(belongs.T):
-            mine = share > 1e-9  # in many dimensions, few z belong to more than one component
-            centred = z[mine] - means[k]
-            scatters.append((share[mine, None] * centred).T @ centred)
-        scatters = torch.stack(scatters)  # (K, d, d)
-        pooled = scatters.sum(0) / len(z)
-        cov = (scatters + shrinkage * pooled) / (mass + shrinkage)[:, None, None]
-        return cls(mass / mass.sum(), means, torch.linalg.cholesky(cov + ridge * torch.eye(z.shape[1], dtype=z.dtype)))
 
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
         d, rows = self.means.shape[1], []
-        whiten = torch.linalg.solve_triangular(self.factors, torch.eye(d, dtype=torch.float64), upper=False)
-        centres = (whiten @ self.means[:, :, None]).flatten()  # (K d,)
+        whiten = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)
+        centres = (whiten @ self.means[:, :, None]).view(len(whiten), -1, d)  # (K, 1, d); tied (1, K, d)
         constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,)
-        for part in z.double().cpu().split(100):  # few enough to stay in a processor's cache
-            white = (part @ whiten.flatten(0, 1).T - centres).view(len(part), -1, d)  # (n, K, d), ~ N(0, I) under k
-            rows.append(constant - 0.5 * (white.square().sum(2) + d * math.log(2 * math.pi)))
+        for part in z.cpu().split(100):  # few enough to stay in a processor's cache
+            white = part @ whiten.mT  # (K, n, d); tied (1, n, d)
+            square = white.square().sum(2, keepdim=True) - 2 * white @ centres.mT + centres.square().sum(2)[:, None]
+            rows.append(constant - 0.5 * (square.movedim(0, 1).flatten(1) + d * math.log(2 * math.pi)))
         return torch.cat(rows)
 
     def log_prob(self, z):
@@ -527,10 +522,11 @@ class GaussianMixture:
         return self.log_joint(z).logsumexp(1)
 
     def sample(self, count, gen):
-        """`count` draws (count, d) float32 from a CPU generator, in random order (the component is drawn per row)."""
+        """`count` draws (count, d) from a CPU generator, in random order (the component is drawn per row)."""
         k = torch.multinomial(self.weights, count, replacement=True, generator=gen)
-        noise = torch.randn(count, self.means.shape[1], generator=gen, dtype=torch.float64)
-        return (self.means[k] + (self.factors[k] @ noise[:, :, None])[:, :, 0]).float()
+        noise = torch.randn(count, self.means.shape[1], generator=gen)
+        factors = self.factors.expand(len(self.means), -1, -1)[k]  # (count, d, d)
+        return self.means[k] + (factors @ noise[:, :, None])[:, :, 0]
 
 
 # ---- 4. The built-in data --------------------------------------------------------------------------------------------
@@ -635,7 +631,7 @@ def fit_mixture(vae, images, train, device):
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
     if not torch.isfinite(z).all():
         fail("the VAE diverged: latents of training images are not finite; take a larger --batch-size or lower rates")
-    return vars(GaussianMixture.fit(z, train["components"], train["seed"], train["shrinkage"]))
+    return vars(GaussianMixture.fit(z, train["components"], train["seed"], train["tied"]))
 
 
 def ridge_regression(x, y, ridge=1e-3):
@@ -723,7 +719,7 @@ TRAIN = {
     "beta": 1.0, "pool": False,  # weight of the VAE's KL; see Encoder
     "dropout": 0.0, "heads": 1, "attention": [],  # of the U-Net; resolutions with attention
     "flip": "both",  # who sees images mirrored at random: both networks, refiner (and what trains with it), none
-    "components": 20, "shrinkage": 0,  # of the mixture fitted ex post; see GaussianMixture.maximise
+    "components": 20, "tied": False,  # of the mixture fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # of the flow fitted ex post
     "every": 50,  # steps between two rows of the log
     "compile": False,
@@ -748,7 +744,7 @@ def budget(name, dataset, size):
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4, "temperature": 0.9}
     elif tables == "shapes":
         # so small a beta keeps outlines, so rich a code needs a fine mixture
-        train |= {"steps": 700, "beta": 0.08, "components": 160, "shrinkage": 100}
+        train |= {"steps": 700, "beta": 0.08, "components": 3000, "tied": True}
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
         steps = 5000 if size == 32 else 3000

@@ -158,7 +158,6 @@ def draw_pretrained(args, evaluation, device):
 
     state = with_guide(kept("form1"), kept("guide"))
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # an encoder that nothing uses
-    state["gmm"] = {name: value.double() for name, value in state["gmm"].items()}
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
     common.export(args, folder, state, load_model(state, "guided", device), evaluation)
 
