@@ -478,41 +478,44 @@ class StandardNormal:
 class GaussianMixture:
     """Gaussian mixture fitted by EM (Bishop 2006, 9.2.2): the ex-post prior. As published each component has its own
     covariance; `tied`, all share one, so that thousands can be fitted, each to a few z.
-    Attributes: weights (K,), means (K, d), factors lower Cholesky factors (K, d, d), tied (1, d, d)."""
+    Attributes, float32: weights (K,), means (K, d), factors (lower Cholesky) (K, d, d), tied (1, d, d)."""
 
     def __init__(self, weights, means, factors):
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, few=10_000):
-        """z (N, d) -> the mixture, from random z as means, after `rounds` of EM on `few` z (or twenty a component, if
-        that is more), which bring it near, and two on all."""
+        """z (N, d) -> the mixture, from random z as means (so of N components at most), after `rounds` of EM on `few` z
+        (or twenty a component, if that is more), which bring it near, and two on all."""
         z = z.cpu()[torch.randperm(len(z), generator=generator(seed))]  # image files come class by class
         ridge = 1e-3 * torch.eye(z.shape[1])  # keeps every covariance regular
         means, factor = z[:components], torch.linalg.cholesky(z.T.cov() + ridge)
         mixture = cls(torch.full((len(means),), 1 / len(means)), means, factor[None])
         for some in [z[: max(few, 20 * components)]] * rounds + [z] * 2:
-            mass, sums, products = 1e-9, 0, some.T @ some if tied else torch.zeros(len(means), *ridge.shape)
+            mass, sums = 1e-9, 0  # sums of shares (K,), of shares of z (K, d), of z z' (K, d, d), tied (d, d)
+            products = some.T @ some if tied else torch.zeros(len(means), *ridge.shape)
             for part in some.split(2000):
                 belongs = mixture.log_joint(part).softmax(1)  # the E step: (n, K)
                 mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
                 for k, share in enumerate([] if tied else belongs.T):
-                    mine = share > 1e-9  # in many dimensions, few z belong to more than one component
+                    mine = share > 0  # in many dimensions, few z belong to more than one component
                     products[k] += (share[mine, None] * part[mine]).T @ part[mine]
-            means = sums / mass[:, None]  # the M step
+            means = sums / mass[:, None]  # the M step; a covariance is the mean of z z' less that of its mean
             cov = ((products - sums.T @ means)[None] / len(some) if tied else
                    products / mass[:, None, None] - means[:, :, None] * means[:, None])
             mixture = cls(mass / mass.sum(), means, torch.linalg.cholesky(cov + ridge))
         return mixture
 
+    @torch.autocast("cpu", enabled=False)  # bfloat16 would err by nats
     def log_joint(self, z):
         """log(weight_k N(z | k)): (N, d) -> (N, K)."""
         d, rows = self.means.shape[1], []
-        whiten = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)
+        whiten = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # (K, d, d) or (1, d, d)
         centres = (whiten @ self.means[:, :, None]).view(len(whiten), -1, d)  # (K, 1, d); tied (1, K, d)
         constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,)
         for part in z.cpu().split(100):  # few enough to stay in a processor's cache
             white = part @ whiten.mT  # (K, n, d); tied (1, n, d)
+            # |white - centre|^2, multiplied out: (K, n, 1); tied (1, n, K)
             square = white.square().sum(2, keepdim=True) - 2 * white @ centres.mT + centres.square().sum(2)[:, None]
             rows.append(constant - 0.5 * (square.movedim(0, 1).flatten(1) + d * math.log(2 * math.pi)))
         return torch.cat(rows)
@@ -629,8 +632,8 @@ def fit_mixture(vae, images, train, device):
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
-    if not torch.isfinite(z).all():
-        fail("the VAE diverged: latents of training images are not finite; take a larger --batch-size or lower rates")
+    if not (z.abs() < 100).all():  # nor nan
+        fail("the VAE diverged: a latent is not finite, or beyond 100; take a larger --batch-size or lower rates")
     return vars(GaussianMixture.fit(z, train["components"], train["seed"], train["tied"]))
 
 
@@ -1444,7 +1447,7 @@ def measure_vae(folder, model, setup):
             told = fid.extract(setup.extractor, images)[1].argmax(1)
             table[f"class_kept_{name}"] = float((told == setup.test.labels[: len(real)]).float().mean())
     return {"reconstruction": table, "latent": diagnose(mu, logvar, sharp["value"]), **begin,
-            "prior_log_density": {name: mean_score(p.log_prob(z).float()) for name, p in model.priors.items()}}
+            "prior_log_density": {name: mean_score(p.log_prob(z)) for name, p in model.priors.items()}}
 
 
 def diagnose(mu, logvar, sharpness):

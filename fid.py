@@ -129,7 +129,7 @@ def load_hashed(found, flag, advice, sha256=None):
 
 
 def half(weights):
-    """{name: tensor} with its matrices in half precision, half the bytes; load_state_dict makes them float32 again."""
+    """{name: tensor} with its matrices in half precision; load_state_dict and GaussianMixture make them float32."""
     return {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
 
 

@@ -531,7 +531,8 @@ def test_diffusion_nats_of_a_known_case(start, offset):
 # ---- Priors ----------------------------------------------------------------------------------------------------------
 
 def test_priors_against_torch_distributions_and_moments():
-    """Densities; moments of draws, components in random order (chance: 0.58); from draws it is found again."""
+    """Densities; moments of draws, components in random order (chance: 0.58); from draws it is found again, in a
+    hundred rounds (from random z it is slow)."""
     covariances = torch.tensor([[[1.0, 0.6], [0.6, 0.8]], [[0.5, -0.2], [-0.2, 1.2]]])
     gmm = common.GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0, 1.0], [2.0, 0.0]]),
                                  torch.linalg.cholesky(covariances))
@@ -554,25 +555,57 @@ def test_priors_against_torch_distributions_and_moments():
     assert torch.equal(again.means, fit.means) and torch.equal(again.factors, fit.factors)
 
 
-@pytest.mark.parametrize("count,components", [(18, 30), (40, 2)])
-def test_gmm_of_few_points_stays_finite(count, components):
+@pytest.mark.parametrize("count,components,tied", [(18, 30, False), (40, 2, False), (18, 30, True), (40, 2, True)])
+def test_gmm_of_few_points_stays_finite(count, components, tied):
     """Fewer points than components, and repeated points: the ridge keeps every covariance regular."""
     z = common.randn((count, 4), common.generator(0))
     z[: count // 2] = z[0]
-    gmm = common.GaussianMixture.fit(z, components, seed=0)
+    gmm = common.GaussianMixture.fit(z, components, 0, tied)
     assert gmm.log_prob(z).isfinite().all() and gmm.sample(50, common.generator(0)).isfinite().all()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_em_by_hand(tied):
+    """Two rounds in float64, on more z than a chunk holds."""
+    z = common.randn((2500, 3), common.generator(0)) * torch.tensor([1.0, 2.0, 0.5]) + 1
+    fit = common.GaussianMixture.fit(z, 4, 0, tied, rounds=0)
+    z = z[torch.randperm(2500, generator=common.generator(0))].double()
+    ridge, weights, means = 1e-3 * torch.eye(3).double(), torch.full((4,), 0.25).double(), z[:4]
+    cov = (z.T.cov() + ridge).expand(4, 3, 3)
+    for _ in range(2):
+        joint = weights.log() + torch.distributions.MultivariateNormal(means, cov).log_prob(z[:, None])
+        belongs = joint.softmax(1)
+        mass = belongs.sum(0)
+        weights, means = mass / 2500, belongs.T @ z / mass[:, None]
+        centred = z[:, None] - means
+        cov = torch.einsum("nk,nki,nkj->kij", belongs, centred, centred) / mass[:, None, None]
+        cov = (torch.einsum("k,kij->ij", weights, cov).expand(4, 3, 3) if tied else cov) + ridge
+    assert torch.allclose(fit.weights.double(), weights, atol=1e-5)
+    assert torch.allclose(fit.means.double(), means, atol=1e-4)
+    assert torch.allclose((fit.factors @ fit.factors.mT).double(), cov[: len(fit.factors)], atol=1e-4)
+
+
+def test_a_starving_component_keeps_a_covariance(monkeypatch):
+    """One that has hardly a share of any z: all its sums are over the same z."""
+    z = common.randn((1000, 2), common.generator(0)) + 3
+    monkeypatch.setattr(common.GaussianMixture, "log_joint", lambda _, z: torch.tensor([0, -21.0]).expand(len(z), 2))
+    fit = common.GaussianMixture.fit(z, 2, 0)
+    assert torch.allclose(fit.factors[1] @ fit.factors[1].T, z.T.cov(), atol=0.02)
+
+
 def test_tied_mixture():
-    """One covariance for all components: density and moments of draws against torch's; of many components fitted to
-    few points each it is found, and makes a better mixture than covariances of their own."""
+    """One covariance for all components: density, in bfloat16's autocast too, and covariance of draws against torch's.
+    Fitted to few points it is a better mixture than with covariances of their own; to many, with more components than
+    there are, it finds the one."""
     gen = common.generator(0)
     means, factor = 3 * common.randn((20, 10), gen), torch.eye(10) + 0.3 * torch.ones(10, 10).tril(-1)
     gmm = common.GaussianMixture(torch.arange(1, 21) / 210, means, factor[None])
     exact = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(gmm.weights), torch.distributions.
                                                   MultivariateNormal(means, scale_tril=factor.expand(20, -1, -1)))
     points, held_out = (gmm.sample(600, gen) for _ in range(2))
-    assert torch.allclose(gmm.log_prob(points), exact.log_prob(points), rtol=1e-5)
+    expected = exact.log_prob(points)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(gmm.log_prob(points), expected, rtol=1e-5)
     z = gmm.sample(20_000, gen)
     within = (z - means[gmm.log_joint(z).argmax(1)]).T.cov()  # the components lie far apart
     assert torch.allclose(within, factor @ factor.T, atol=0.15)
