@@ -15,7 +15,7 @@ Run     python bonus_latent.py                        shapes, on a laptop
 Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
         what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
         seconds are medians, the costliest operators (profile-*.txt) and on a CPU the memory come from torch.profiler,
-        which also prints lines of its own. On shapes half the seconds, at nearly three times the distance.
+        which also prints lines of its own. On shapes half the seconds, at three to four times the distance.
 """
 
 import argparse

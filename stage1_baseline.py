@@ -30,7 +30,7 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
 Expect  5 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
         and a table. The VAE's samples are blurred (hf_energy about 0.2, where real images have 1), the refined ones
-        show edges and bands (about 0.5), and their distance to the real images is a quarter to a third smaller.
+        show edges and bands (about 0.5), and their distance to the real images is about a third smaller.
 """
 
 import argparse
