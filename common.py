@@ -497,9 +497,10 @@ class GaussianMixture:
             for part in some.split(2000):
                 belongs = mixture.log_joint(part).softmax(1)  # the E step: (n, K)
                 mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-                for k, share in enumerate([] if tied else belongs.T):
-                    mine = share > 0  # in many dimensions, few z belong to more than one component
-                    products[k] += (share[mine, None] * part[mine]).T @ part[mine]
+                if not tied:
+                    for k, share in enumerate(belongs.T):
+                        mine = share > 0  # in many dimensions, few z belong to more than one component
+                        products[k] += (share[mine, None] * part[mine]).T @ part[mine]
             means = sums / mass[:, None]  # the M step; a covariance is the mean of z z' less that of its mean
             cov = ((products - sums.T @ means)[None] / len(some) if tied else
                    products / mass[:, None, None] - means[:, :, None] * means[:, None])
