@@ -26,7 +26,7 @@ image's x_hat).
 Run     python stage2_joint.py                       shapes on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  the minutes of stage 1's networks together, its pictures and table, and `interpolation.png`. On shapes samples
-        about as near to the real ones as stage 1's, more of them shapes, and a KL of 122 nats in place of 66.
+        about as near to the real ones as stage 1's, more of them shapes, and a KL of 122 nats in place of 65.
 """
 
 import argparse
