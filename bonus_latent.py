@@ -1,21 +1,23 @@
 """Bonus: diffusion in the latent space (Rombach et al. 2022), profiled against diffusion in pixel space.
 
-The claim: most of an image's numbers carry detail that an autoencoder can restore. Diffuse the few numbers of its
-latent instead, and each of the many U-Net passes costs a fraction; what is lost is what the autoencoder cannot restore.
+The claim: most of an image's numbers carry detail that an autoencoder can restore. If the few numbers of its latent are
+diffused instead, each of the many passes of the U-Net costs a fraction. What the autoencoder cannot restore is lost.
 
-    autoencoder   z = Enc(x), (B, 4, H/4, W/4);   loss = SSE(x, Dec(z)) + beta KL(q(z|x) || N(0, I)), beta small
-    scaling       z' = (z - mean) / sd, per channel over the training set, so that N(0, I) is where diffusion starts;
-                  undone before decoding. Without it the result is noise
-    diffusion     the DDPM process on z', drawn anew from q(z|x) in every step; no clamping: z' has no [-1, 1]
-    no gradient   of the diffusion loss reaches the autoencoder: its target depends on the encoder, which would make
-                  the loss small by making the latent small
+    autoencoder   z = Enc(x), (B, 4, H/4, W/4);   loss = SSE(x, Dec(z)) + beta KL(q(z|x) || N(0, I)), with a small beta
+    scaling       z' = (z - mean) / sd per channel, over the training set. The diffusion process assumes data of about
+                  unit variance; without the scaling the result is noise. It is undone before decoding.
+    diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
+                  since it has no range like [-1, 1].
+    no gradient   of the diffusion loss reaches the autoencoder. The target of that loss depends on the encoder, which
+                  could make the loss small by making the latent small.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
-Expect  fewer minutes than stage 1, a table with the autoencoder's reconstructions as the ceiling, and `savings.png`:
-        what latent diffusion saves against stage 1's refiner, in percent, measured on this machine: FLOPs are counted,
-        seconds are medians, the costliest operators (profile-*.txt) and on a CPU the memory come from torch.profiler,
-        which also prints lines of its own. On shapes half the seconds, at three to four times the distance.
+Expect  fewer minutes than stage 1. A table of scores, with the autoencoder's reconstructions as the ceiling. And
+        `savings.png`: what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
+        FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
+        from torch.profiler. On shapes it takes half the seconds, and its Frechet distance is three to four times as
+        high.
 """
 
 import argparse
@@ -32,24 +34,26 @@ import common
 import fid
 from common import to_float, to_uint8
 
-CHANNELS, FACTOR, BETA = 4, 4, 0.01  # of the latent; beta of its KL, in units of the SSE of images in [0, 1]
-# autoencoder width and latent U-Net per budget; U-Net table: (latent size over level size, width, blocks down, up)
-SIZES = {"smoke": (16, [(1, 16, 1, 1)]), "cpu": (32, [(1, 96, 1, 1), (2, 128, 1, 1)]),
-         "gpu": (96, [(1, 192, 2, 3), (2, 256, 2, 3)]), "paper": (128, [(1, 256, 2, 3), (2, 512, 2, 3)])}
+CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
+BETA = 0.01  # weight of the KL: small, so that it only keeps the latent from spreading out
+# For each budget the autoencoder's width and the table of the latent U-Net. A row of that table: the latent's size over
+# the level's size, width, blocks down, blocks up.
+SIZES = {"smoke": (16, [[1, 16, 1, 1]]), "cpu": (32, [[1, 96, 1, 1], [2, 128, 1, 1]]),
+         "gpu": (96, [[1, 192, 2, 3], [2, 256, 2, 3]]), "paper": (128, [[1, 256, 2, 3], [2, 512, 2, 3]])}
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
 class Autoencoder(nn.Module):
-    """Convolutional KL autoencoder: x (B, 3, H, W) <-> z (B, 4, H/4, W/4). Two halvings, no normalisation, no
-    attention: everything stays local, so the latent is a small picture."""
+    """Convolutional autoencoder with a KL term: x (B, 3, H, W) <-> z (B, 4, H/4, W/4). It halves the resolution twice
+    and has no normalisation and no attention, so that every part of the latent describes its own part of the image."""
 
     def __init__(self, width):
         super().__init__()
         w, block = width, common.BottleneckBlock
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1), block(w), nn.Conv2d(w, 2 * w, 2, stride=2),
-            block(2 * w), nn.Conv2d(2 * w, 2 * w, 2, stride=2),
+            nn.Conv2d(3, w, 3, padding=1), block(w), common.PatchConv2d(w, 2 * w, 2, stride=2),
+            block(2 * w), common.PatchConv2d(2 * w, 2 * w, 2, stride=2),
             block(2 * w), block(2 * w), nn.Conv2d(2 * w, 2 * CHANNELS, 1))
         self.decoder = nn.Sequential(
             nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w), block(2 * w),
@@ -59,96 +63,102 @@ class Autoencoder(nn.Module):
 
     def encode(self, x0):
         """x0 (B, 3, H, W) -> mu, logvar, each (B, 4, H/4, W/4)."""
-        return tuple(part.float() for part in self.encoder(x0).chunk(2, 1))
+        mu, logvar = self.encoder(x0).chunk(2, 1)
+        return mu.float(), logvar.float()
 
     def decode(self, z):
-        """z -> x_hat in [-1, 1]."""
+        """z (B, 4, H/4, W/4) -> x_hat (B, 3, H, W) in [-1, 1]."""
         return torch.tanh(self.decoder(z).float())
 
     def forward(self, x0, noise):
+        """x0 (B, 3, H, W), noise (B, 4, H/4, W/4) standard normal -> x_hat, mu, logvar."""
         mu, logvar = self.encode(x0)
         return self.decode(common.reparameterise(mu, logvar, noise)), mu, logvar
 
 
+def latent_shape(train):
+    """(4, h, w): the shape of what is diffused."""
+    return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
+
+
 def build_unet(train):
     """The U-Net on latents, with attention at their full resolution."""
-    latent = train["image_size"] // FACTOR
-    table = [(latent // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
-    return common.UNet(table, CHANNELS, CHANNELS, attention=[latent], heads=train["heads"], dropout=train["dropout"])
-
-
-def latent_shape(train):
-    """(4, h, w): what is diffused."""
-    return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
+    size = train["image_size"] // FACTOR
+    table = [(size // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
+    return common.UNet(table, CHANNELS, CHANNELS, attention=[size], heads=train["heads"], dropout=train["dropout"])
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_all(ae, images, device, batch=500):
-    """Posterior means and standard deviations of images (N, 3, H, W), (N, 4, h, w) on the device."""
-    parts = [ae.encode(to_float(chunk.to(device))) for chunk in images.split(batch)]
+def encode_all(autoencoder, images, device, batch=500):
+    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device."""
+    parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(batch)]
     mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
     return mu, (0.5 * logvar).exp()
 
 
-def train_autoencoder(folder, train, data, device, state):
-    """Train the autoencoder and measure its latent's scale; returns the checkpoint."""
+def train_autoencoder(folder, train, data, device):
+    """Train the autoencoder and measure the scale of its latent. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
-    ae = Autoencoder(train["ae_width"])
-    training = common.Training(folder, state, train, device, data.images, train["flip"] == "both",
-                               vae=ae)  # trained with the vae_* settings, kept as state["vae"]
+    autoencoder = Autoencoder(train["ae_width"])
+    training = common.Training(folder, train, device, data.images, flip=train["flip"] == "both",
+                               autoencoder=autoencoder)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
-        with common.autocast(device):
-            x_hat, mu, logvar = ae(x0, noise)
+        noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
+        with training.autocast():
+            x_hat, mu, logvar = autoencoder(x0, noise)
             sse = common.squared_error(x_hat, x0)
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
-    ae = common.frozen(Autoencoder(train["ae_width"]), training.averages["vae"], device)
-    mu, sd = encode_all(ae, data.images, device)
-    mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1), of z ~ q(z|x) over the whole training set
-    variance = ((mu - mean) ** 2 + sd**2).mean((0, 2, 3), keepdim=True)
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), training.averages["autoencoder"], device)
+    # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of sd^2.
+    mu, sd = encode_all(autoencoder, data.images, device)
+    mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
+    variance = ((mu - mean) ** 2 + sd**2).mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
     return training.finish(scale={"mean": mean.cpu(), "sd": variance.sqrt().cpu()})
 
 
-def train_latent(folder, train, ae_state, data, device, state):
-    """Train the U-Net on scaled latents, the autoencoder frozen; returns the checkpoint."""
-    ae = common.frozen(Autoencoder(train["ae_width"]), ae_state["vae"], device)
-    stats = {key: value.to(device) for key, value in ae_state["scale"].items()}
+def train_latent(folder, train, ae_state, data, device):
+    """Train the U-Net on scaled latents, with the autoencoder frozen. Returns the finished checkpoint."""
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), ae_state["autoencoder"], device)
+    scale = {key: value.to(device) for key, value in ae_state["scale"].items()}
     images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
-    latents = torch.cat(encode_all(ae, images, device), 1)  # (N, 8, h, w): encoded once, re-sampled in every step
+    latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
-    training = common.Training(folder, state, train, device, latents, False, unet=unet)
-    for mu_sd in training:  # (B, 8, h, w)
-        mu, sd = mu_sd.chunk(2, 1)
-        z = mu + sd * training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
-        z = ((z - stats["mean"]) / stats["sd"]).contiguous(memory_format=torch.channels_last)
-        t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..T
-        eps = training.draw(torch.randn, *latent_shape(train))  # (B, 4, h, w)
-        with common.autocast(device):
+    training = common.Training(folder, train, device, latents, flip=False, unet=unet)
+    for mu_and_sd in training:  # (B, 8, h, w)
+        mu, sd = mu_and_sd.chunk(2, 1)
+        z = mu + sd * training.normal(*latent_shape(train))  # (B, 4, h, w), drawn anew in every step
+        z = ((z - scale["mean"]) / scale["sd"]).contiguous(memory_format=torch.channels_last)
+        t = diffusion.draw_t(training.uniform())  # (B,), in 1..T
+        eps = training.normal(*latent_shape(train))  # (B, 4, h, w)
+        with training.autocast():
             loss = diffusion.simple_loss(unet, z, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(vae=ae_state["vae"], scale=ae_state["scale"])
+    return training.finish(autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(state, device):
-    """Rebuild a common.Model, and the autoencoder and U-Net in it, from the checkpoint alone."""
-    train, stats = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
-    ae = common.frozen(Autoencoder(train["ae_width"]), state["vae"], device)
+    """The common.Model of a checkpoint. Its networks are the autoencoder and the U-Net."""
+    train, scale = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), state["autoencoder"], device)
     unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
-                         condition=lambda x_hat, z: unet, decode=lambda z: ae.decode(z * stats["sd"] + stats["mean"]))
-    return model, ae, unet
+                         (autoencoder, unet), denoiser=lambda x_hat, z: unet,
+                         decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
+    common.check_reduced_precision(model)
+    return model
 
 
 # --- What it saves ---------------------------------------------------------------------------------------------------
 
 def peak_memory(run, device):
-    """Peak memory of run() in MB beyond what is held before: of the GPU, or the profiler's running sum on a CPU."""
+    """Peak memory of run() in MB, beyond what is in use before: as the GPU counts it or, on a CPU, from the profiler's
+    list of allocations."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -157,121 +167,128 @@ def peak_memory(run, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
-    return max(held) / 2**20
+    in_use = itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
+    return max(in_use) / 2**20
 
 
 def median_seconds(run, device, repeats=7):
-    """Median time of run(), warm."""
+    """Median time of run(), after two runs to warm up."""
     times = []
     for _ in range(repeats + 2):
         clock = time.perf_counter()
         run()
-        if device.type != "cpu":
-            (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         times.append(time.perf_counter() - clock)
     return statistics.median(times[2:])
 
 
-def cost(name, unet, shape, decoder, code, steps, train_batch, folder):
-    """What sampling with one network, then decoding `code` (B, ...), costs: seconds per image (batch 1, B), peak memory
-    of a pass, and seconds per image of a forward and backward pass of the network (at `train_batch`). Saves the
-    profiler's table of costliest operators."""
+def sampling_cost(name, model, unet, unet_shape, decode, code, steps, train_batch, folder):
+    """What sampling costs with one U-Net, followed by decoding `code` (B, ...): seconds per image when sampled one by
+    one and in batches of B, the peak memory of one pass, FLOPs, and the seconds per image of a training step (forward
+    and backward, `train_batch` images). Writes profile-NAME.txt, the profiler's table of the costliest operators."""
     batch, device = len(code), code.device
-    x, t = torch.randn(batch, *shape, device=device), torch.full((batch,), 500, device=device)
+    x, t = torch.randn(batch, *unet_shape, device=device), torch.full((batch,), 500, device=device)
 
-    def run(network, n, *inputs):
-        with torch.no_grad(), common.autocast(device):
-            network(*(part[:n] for part in inputs))
+    def evaluate_unet(n):
+        with torch.no_grad(), common.autocast(device, model.reduced):
+            unet(x[:n], t[:n])
+
+    def decode_codes(n):
+        with torch.no_grad(), common.autocast(device, model.reduced):
+            decode(code[:n])
 
     def train_step():
-        with common.autocast(device):
+        with common.autocast(device, model.reduced):
             loss = unet(x[:train_batch], t[:train_batch]).square().mean()
         loss.backward()
         unet.zero_grad(set_to_none=True)
 
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
-        run(unet, batch, x, t)
+        evaluate_unet(batch)
     where = "cuda" if device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     common.write(folder / f"profile-{name}.txt", table.encode())
-    decoding = {n: median_seconds(lambda n=n: run(decoder, n, code), device) / n for n in (1, batch)}
-    seconds = {n: steps * median_seconds(lambda n=n: run(unet, n, x, t), device) / n + decoding[n] for n in (1, batch)}
+    seconds = {}
+    for n in (1, batch):
+        decoding = median_seconds(lambda n=n: decode_codes(n), device)
+        one_step = median_seconds(lambda n=n: evaluate_unet(n), device)
+        seconds[n] = (steps * one_step + decoding) / n
+    peak_mb = peak_memory(lambda: evaluate_unet(batch), device)
     unet.requires_grad_(True)
-    return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch],
-            "peak_memory_mb": peak_memory(lambda: run(unet, batch, x, t), device),
-            "train_seconds_per_image": median_seconds(train_step, device, 5) / min(batch, train_batch)}
+    train_seconds = median_seconds(train_step, device, 5) / min(batch, train_batch)
+    pass_gflops = common.count_gflops(lambda: unet(x[:1], t[:1]))
+    return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch], "peak_memory_mb": peak_mb,
+            "train_seconds_per_image": train_seconds, "gflops_per_pass": pass_gflops,
+            "gflops_per_image": steps * pass_gflops + common.count_gflops(lambda: decode(code[:1]))}
 
 
-def savings(folder, model, unet, train, setup):
-    """Latent against pixel space on this machine, same sampler and steps: both costs, and what is saved in percent,
-    drawn in savings.png. The pixel network is stage 1's refiner, with any weights, on which no cost depends. Seconds
-    count what sampling runs; `gflops_per_image` counts the encoders as well."""
+def savings(folder, model, train, setup):
+    """Latent against pixel space on this machine, with the same sampler and steps: the costs of both, and what is saved
+    in percent, drawn in savings.png. The pixel network is stage 1's refiner; no cost depends on its weights. The two
+    U-Nets are not equally large: each is the one that its budget affords."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
-    pixel, vae = common.build_unet(train, 6), common.build_vae(train)
-    pixel, vae = (common.frozen(network, network.state_dict(), device) for network in (pixel, vae))
+    pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)
+    pixel_unet, vae = (common.frozen(network, network.state_dict(), device) for network in (pixel_unet, vae))
     z = torch.randn(batch, vae.latent_dim, device=device)
-    small = torch.randn(batch, *model.shape, device=device)
-    result = {"device": str(device), "sampler_steps": steps, "batch": batch}
-    for name, net, shape, decoder, code, parts in (
-            ("pixel", pixel, (6, size, size), vae.decoder, z, common.network_cost(train)),
-            ("latent", unet, model.shape, model.decode, small, network_cost(train))):
-        result[name] = cost(name, net, shape, decoder, code, steps, train["batch"], folder) | {
-            "gflops_per_pass": parts["unet"]["gflops"],
-            "gflops_per_image": steps * parts["unet"]["gflops"] + parts["vae"]["gflops"]}
-    result["saved_percent"] = {key: 100 * (1 - result["latent"][key] / result["pixel"][key]) for key in result["pixel"]}
-    saved, figure = result["saved_percent"], Figure(figsize=(8, 3), layout="constrained")
+    latent = torch.randn(batch, *model.shape, device=device)
+    costs = {"pixel": sampling_cost("pixel", model, pixel_unet, (6, size, size), vae.decoder, z, steps, train["batch"],
+                                    folder),
+             "latent": sampling_cost("latent", model, model.networks[1], model.shape, model.decode, latent, steps,
+                                     train["batch"], folder)}
+    saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]}
+    figure = Figure(figsize=(8, 3), layout="constrained")
     axis = figure.add_subplot()
     bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
     axis.bar_label(bars, fmt="%.0f%%", padding=3)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) * 1.15, 115))
-    common.save_as(folder / "savings.png", figure.savefig, format="png", dpi=110)
-    return result
+    common.write_with(folder / "savings.png", figure.savefig, format="png", dpi=110)
+    return {"device": str(device), "sampler_steps": steps, "batch": batch, **costs, "saved_percent": saved}
 
 
 @torch.no_grad()
-def ceiling(folder, ae, setup):
-    """Scores of the autoencoder's reconstructions of held-out images, beyond which latent diffusion can hardly get."""
+def ceiling(folder, model, setup):
+    """Scores of the autoencoder's reconstructions of held-out images. Latent diffusion can hardly be better. Writes
+    reconstructions.png."""
+    autoencoder, parts = model.networks[0], []
     real = setup.test.images[: setup.evaluation["count"]]
-    x_hat = torch.cat([to_uint8(ae.decode(encode_all(ae, chunk, setup.device)[0])).cpu() for chunk in real.split(500)])
+    for chunk in real.split(500):
+        mu, _ = encode_all(autoencoder, chunk, setup.device)
+        parts.append(to_uint8(autoencoder.decode(mu)).cpu())
+    x_hat = torch.cat(parts)
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
-    return fid.scores(setup.extractor, x_hat, setup.reference) | {
-        "hf_energy": common.hf_energy(x_hat, setup.test.images), "psnr_db": common.psnr_db(x_hat, real)}
+    return setup.score(x_hat) | {"hf_energy": fid.hf_energy(x_hat, setup.test.images),
+                                 "psnr_db": fid.psnr_db(x_hat, real)}
 
 
-def equal_seconds(rows, pixel, fd):
-    """Quality at equal seconds, of equal counts: each row, and the pixel model's (same sampler, prior of its headline)
-    that take at most a tenth longer."""
-    def brief(row):
-        return {key: row[key] for key in ("prior", "sampler", "nfe", "seconds_per_image", fd)}
-
-    return [{"latent": brief(ours), "pixel": [
-        brief(row) for row in pixel if row["seconds_per_image"] <= 1.1 * ours["seconds_per_image"] and
-        row["prior"] == pixel[0]["prior"] and all(row[key] == ours[key] for key in ("n_generated", "sampler"))]}
-        for ours in rows]
+def equal_seconds(rows, pixel_rows, fd):
+    """Quality at equal time: each row of this model, with those rows of the pixel model that take at most a tenth
+    longer and have the same sampler, the same number of images, and the prior of its headline."""
+    names = ("prior", "sampler", "nfe", "seconds_per_image", fd)
+    result = []
+    for row in rows:
+        as_quick = [other for other in pixel_rows if other["seconds_per_image"] <= 1.1 * row["seconds_per_image"]
+                    and other["prior"] == pixel_rows[0]["prior"] and other["sampler"] == row["sampler"]
+                    and other["n_generated"] == row["n_generated"]]
+        result.append({"latent": {name: row[name] for name in names},
+                       "pixel": [{name: other[name] for name in names} for other in as_quick]})
+    return result
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-def network_cost(train):
-    """Parameters and forward GFLOPs per image of the autoencoder and the latent U-Net."""
-    size = train["image_size"]
-    with torch.device("meta"):
-        one = torch.empty(1, *latent_shape(train))
-        return {"vae": common.count_cost(Autoencoder(train["ae_width"]), torch.empty(1, 3, size, size), one),
-                "unet": common.count_cost(build_unet(train), one, torch.ones(1))}
-
-
-def pixel_rows(folder, train, setup):
-    """The rows of stage 1's refiner of the same settings, or None where there are none to compare with."""
+def find_pixel_rows(folder, stage1_train, setup):
+    """The rows of scores of stage 1's refiner in its folder, if it was trained with the settings `stage1_train` and
+    measured like this model, or None."""
     path = folder / "checkpoint.pt"
     state = common.load_checkpoint(path) if path.is_file() else None
-    if not state or not state["finished"] or common.first_difference(
-            state["train"], {key: train[key] for key in train if key not in ("ae_width", "latent_unet")}):
+    if not state or not state["finished"] or common.first_difference(state["train"], stage1_train):
         return None
-    metrics = common.read_metrics(folder / "metrics.json")
+    metrics = fid.read_metrics(folder / "metrics.json")
     same = metrics and all(metrics["run"]["eval"].get(key) == setup.evaluation[key] for key in
                            ("features", "temperature"))
     return metrics["rows"] if same else None
@@ -283,29 +300,34 @@ def main(argv=None):
     args = parser.parse_args(argv)
     train, evaluation, device = common.read_settings(args)
     width, table = SIZES[train["budget"]]
-    train |= {"ae_width": width, "latent_unet": [list(row) for row in table]}
+    own = {"ae_width": width, "latent_unet": table} | common.settings_like(train, "autoencoder", "vae")
     if args.dry_run:
-        return common.print_settings(train, evaluation, network_cost(train))
-    setup = common.Setup(args, train, evaluation, device)
-    train, device = setup.train, setup.device
+        train |= own
+        with torch.device("meta"):
+            networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
+        return common.print_settings(train, evaluation, **networks)
+    setup = fid.Setup(args, train, evaluation, device)
+    train = setup.train | own
     ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
-    ae_state = common.trained(ae_folder, train, args.resume,
-                              lambda state: train_autoencoder(ae_folder, train, setup.data, device, state))
-    state = common.trained(folder, train, args.resume,
-                           lambda state: train_latent(folder, train, ae_state, setup.data, device, state))
-    model, ae, unet = load_model(state, device)
-
-    def more(model):
-        return {"ceiling": ceiling(folder, ae, setup), "savings": savings(folder, model, unet, train, setup)}
-
-    metrics = common.evaluate(folder, setup, state, model, network_cost(train), more)
-    common.export(args, folder, state, model, setup.evaluation)
-    theirs = pixel_rows(setup.home / f"stage1-form1-s{args.seed}", train, setup)
-    if theirs:  # as soon as stage 1 has been measured, too
-        metrics["tables"]["equal_seconds"] = equal_seconds(metrics["rows"], theirs, setup.fd)
+    ae_state = (common.finished(ae_folder, train, args.resume)
+                or train_autoencoder(ae_folder, train, setup.data, device))
+    state = (common.finished(folder, train, args.resume)
+             or train_latent(folder, train, ae_state, setup.data, device))
+    model = load_model(state, device)
+    model.temperature = setup.evaluation["temperature"]
+    metrics = fid.evaluate(folder, setup, state, model)
+    tables = metrics["tables"]
+    if "savings" not in tables:
+        tables["ceiling"] = ceiling(folder, model, setup)
+        tables["savings"] = savings(folder, model, train, setup)
         common.write_json(folder / "metrics.json", metrics)
-    common.print_results({folder: metrics}, setup)
-    saved = metrics["tables"]["savings"]
+    common.export(args, folder, state, model, setup.evaluation)
+    pixel_rows = find_pixel_rows(setup.home / f"stage1-form1-s{args.seed}", setup.train, setup)
+    if pixel_rows:  # stage 1 has been measured, too
+        tables["equal_seconds"] = equal_seconds(metrics["rows"], pixel_rows, setup.fd)
+        common.write_json(folder / "metrics.json", metrics)
+    fid.print_results({folder: metrics}, setup)
+    saved = tables["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "
           + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in saved["saved_percent"].items()))
 

@@ -1,32 +1,41 @@
-"""Scores for generated images: Frechet distance (FID), Inception Score, KID, precision and recall, diversity.
+"""Everything that measures: scores for generated images (FID, Inception Score, KID, precision and recall, diversity),
+and the evaluation of a trained model by them.
 
-The claim: two sets of images are alike if a trained network's features of them are. Each image becomes a vector (2048
-numbers from the Inception network of 2015, or 64 from a small network trained on the data set at hand), and every
-score compares the two clouds of vectors. The Frechet distance takes each for a Gaussian (Heusel et al. 2017):
+The claim behind the scores: two sets of images are alike if a trained network's features of them are. Each image
+becomes a vector: 2048 numbers from the Inception network of 2015, or 64 from a small network trained on the data set at
+hand. Every score compares the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu
+and covariance S (Heusel et al. 2017). Only with Inception's features is it called FID:
 
-    FD = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)            (FID only with Inception's features)
+    FD = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
 
-Three habits keep it honest. One pipeline for both sides: uint8 in, the network's own resize and scale, float64 moments.
-The floor: FD is biased upward by about C (1/N1 + 1/N2), so what as many held-out real images score stands beside it.
-An interval: the jackknife, from the scores without a twentieth of the images each. (A percentile bootstrap would add
-the bias a second time and miss the score.)
+Three habits keep the scores honest.
+    One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
+    into
+                    moments in float64.
+    A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images. So the FD of equally many
+                    held-out real images is always given beside it.
+    An interval     The jackknife: scores without one twentieth of the images each tell how much a score depends on the
+                    draw of images. (A percentile bootstrap would repeat images, add the bias a second time, and miss
+                    the score.)
 
     python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
     python fid.py cifar10 samples --features inception --count 10000 --json
     python fid.py --train-local FOLDER    makes a local feature network: minutes on two CPU cores (cifar10: 17)
 
-Contents: 1 small things every file uses, 2 Inception, 3 the local network, 4 features and their moments, 5 scores,
-6 the reference and a row of scores, 7 training the local network, 8 the command. 7 and 8 import common.py for its data.
+Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
+6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 can be read without common.py.
 """
 
 import argparse
 import contextlib
-import glob
+import copy
+import functools
 import hashlib
-import io
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -36,110 +45,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"
-RANK = int(os.environ.get("RANK", 0))  # this process's number among those that torchrun started
-DATASETS = ("shapes", "cifar10", "celeba64")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+import common
+from common import (
+    DATASETS,
+    fail,
+    find_hashed,
+    find_images,
+    generator,
+    load_hashed,
+    randn,
+    read_image,
+    to_float,
+    to_uint8,
+)
 
-
-# ---- 1. Small things every file uses ---------------------------------------------------------------------------------
-
-def fail(message):
-    """Print one line that says what is wrong and what to do, and exit with status 2."""
-    print(f"\nerror: {message}", file=sys.stderr)  # below a progress bar, if one is about
-    raise SystemExit(2)
-
-
-def end_in_a_line(kind, error, trace):
-    """For sys.excepthook: Ctrl-C ends in one line, anything else as ever."""
-    if issubclass(kind, KeyboardInterrupt):
-        tqdm.write("\nstopped; a stage goes on with --resume", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def write(path, data):
-    """Write bytes under a temporary name, then rename: a half-written file is never seen. Of several processes only the
-    first writes. Fails naming a path that cannot be written; an older file there is then still whole."""
-    if RANK > 0:
-        return
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; free some space there or choose another --out / --data-dir")
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def find_images(folder):
-    """Image files below a folder, recursively, sorted by their path; hidden ones are left out."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-
-
-def read_image(path):
-    """An image file as a PIL image in RGB, upright; transparency is dropped. Of 16 bits of grey the upper 8 stay, which
-    PIL's own conversion would clip at 255. Fails, naming the file, if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
-
-
-def find_hashed(folder, name):
-    """The files FOLDER/<name>-<hash8>.pt; `save` wrote them as FOLDER/<name>-*.pt."""
-    return sorted(Path(folder).glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.pt"))
-
-
-def save(path, state):
-    """Write what torch.save makes of `state`, tensors and plain values; `*` in the name becomes the first eight digits
-    of the bytes' sha256. Returns the path."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path = path.with_name(path.name.replace("*", hashlib.sha256(buffer.getvalue()).hexdigest()[:8]))
-    write(path, buffer.getvalue())
-    return path
-
-
-def load_hashed(found, flag, advice, sha256=None):
-    """What the one file in `found` holds, on the CPU. Fails naming `flag` if that is not one, if it cannot be read, or
-    if the sha256 of its bytes is not the given one (default: it must begin with the eight digits in its name)."""
-    if len(found) != 1:
-        fail(f"{flag}: {len(found)} files, one is needed; {advice}")
-    try:
-        data = found[0].read_bytes()
-    except OSError as error:
-        fail(f"{flag} {found[0]}: {error.strerror}; {advice}")
-    if not hashlib.sha256(data).hexdigest().startswith(sha256 or found[0].stem[-8:]):
-        fail(f"{flag} {found[0]}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
-    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-
-
-def half(weights):
-    """{name: tensor} with its matrices in half precision; load_state_dict and GaussianMixture make them float32."""
-    return {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
-
-
-def autocast(device):
-    """bfloat16 autocast where the hardware has it natively (emulation is slower than float32), else a no-op."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(native))
+FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
+OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
 
 
 def require_uint8(images):
@@ -150,7 +74,7 @@ def require_uint8(images):
     return images.expand(-1, 3, -1, -1)
 
 
-# ---- 2. Inception (the TensorFlow network of 2015-12-05) and its weights ---------------------------------------------
+# ---- 1. Inception (the TensorFlow network of 2015-12-05) and its weights ---------------------------------------------
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # converted by pytorch-fid's author; 95,628,359 bytes
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -219,7 +143,7 @@ def load_inception(weights=None):
     return net
 
 
-# ---- 3. The local network: features for one data set, trained on it (section 7) --------------------------------------
+# ---- 2. The local network: features for one data set, trained on it (section 7) --------------------------------------
 
 def conv_bn(inputs, outputs, stride=1):
     """3x3 convolution, batch norm, ReLU."""
@@ -268,41 +192,65 @@ class LocalNet(nn.Module):
         return features, self.head(features)
 
 
+def file_marks(folder):
+    """A mark for each image file in a folder and below it, made of its path there and its size. They tell whether a
+    feature network was trained on these files, without naming them."""
+    return [hashlib.sha256(f"{path.relative_to(folder)} {path.stat().st_size}".encode()).hexdigest()[:8]
+            for path in find_images(folder)]
+
+
 def save_local(net, name, folder=None):
-    """Write FEATURES_DIR/<name>-<hash8>.pt, matrices in half precision (1.4 MB). Returns its path. `folder`: the whole
-    path of the images it was trained on, if they are no data set's."""
-    state = {"classes": net.classes, "size": net.size, "folder": folder, "state": half(net.state_dict())}
-    return save(FEATURES_DIR / f"{name}-*.pt", state)
+    """Write <name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return its path. `folder`: the images it
+    was trained on, if they are a user's own; the file then goes to OWN_FEATURES_DIR."""
+    state = {"classes": net.classes, "size": net.size, "files": folder and file_marks(folder),
+             "state": common.half(net.state_dict())}
+    return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)
+
+
+def trained_on(stored, folder):
+    """The share of the files in a folder that a stored network was trained on (or the reverse share, if that is
+    less)."""
+    marks, known = set(file_marks(folder)), set(stored.get("files") or ())
+    return len(marks & known) / max(len(marks), len(known))
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
-    """The feature network `inception` or `local`, in eval mode, with name, suffix, dim, classes: uint8 (B, 3, H, W) ->
-    features (B, dim), logits (B, classes). A local one belongs to a data set, or to a folder, found by its name.
-    Fails, naming the flag and the place, if its weights cannot be had, or are of another folder of that name."""
+    """The feature network `inception` or `local`, in eval mode: uint8 (B, 3, H, W) -> features (B, dim), logits (B,
+    classes). It has the attributes name, suffix, dim and classes. A local one belongs to a data set, or to a user's own
+    folder, and is found by its name. Fails, naming the flag and the place, if its weights cannot be had, or if they
+    were trained on other files than those that are in the folder now (one in ten may be new or gone)."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    if dataset == "folder" and not find_images(data_dir):
+    own = dataset == "folder"
+    if own and not Path(data_dir).is_dir():
+        fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
+    if own and not find_images(data_dir):
         fail(f"{data_dir}: found 0 images there; name the folder of your images, in a stage with --data-dir")
-    name = Path(data_dir).resolve().name if dataset == "folder" else dataset
-    found = [Path(weights)] if weights else find_hashed(FEATURES_DIR, name)
-    others = ", ".join(path.name for path in sorted(FEATURES_DIR.glob("*.pt"))) or "none"
-    advice = (f"name one with --weights (there are {others} in {FEATURES_DIR}), or make it: python fid.py "
-              f"--train-local {data_dir if dataset == 'folder' else dataset}")
-    flag = "--weights" if weights else f"--features local, {FEATURES_DIR / name}-<hash8>.pt"
+    folder, name = (OWN_FEATURES_DIR, Path(data_dir).resolve().name) if own else (FEATURES_DIR, dataset)
+    found = [Path(weights)] if weights else find_hashed(folder, name)
+    others = ", ".join(str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt")))
+    advice = (f"name one with --weights (there are {others or 'none'}), or make it: python fid.py --train-local "
+              f"{data_dir if own else dataset}")
+    flag = "--weights" if weights else f"--features local, {folder / name}-<hash8>.pt"
     stored = load_hashed(found, flag, advice)
     if "classes" not in stored:
         fail(f"--weights {found[0]}: not a local feature network; {advice}")
-    if dataset == "folder" and not weights and stored.get("folder") != str(Path(data_dir).resolve()):
-        owner = stored.get("folder") or "a data set"
-        fail(f"--features local: {found[0].name} was trained on {owner}, not on {data_dir}; rename your folder to "
-             "train one on it, or name that file with --weights")
+    if own and not weights and (share := trained_on(stored, data_dir)) < 0.9:
+        fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
+             f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-# ---- 4. Features of many images, and their moments -------------------------------------------------------------------
+# ---- 3. Features of many images, and their moments -------------------------------------------------------------------
+
+def scoring_device(extractor):
+    """Where scores are computed: the device of the feature network, or the CPU if that device has no float64 (mps)."""
+    device = next(extractor.parameters()).device
+    return torch.device("cpu") if device.type == "mps" else device
+
 
 @torch.no_grad()
 def extract(extractor, images, batch_size=None, progress=False):
@@ -343,7 +291,7 @@ def moments(features):
     return Moments(len(x), mean, x.T @ x / (len(x) - 1))
 
 
-# ---- 5. Scores -------------------------------------------------------------------------------------------------------
+# ---- 4. Scores -------------------------------------------------------------------------------------------------------
 
 CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 
@@ -456,7 +404,7 @@ def jackknife_pairs(value, own):
     return jackknife(lambda x: value + 2 * (x.mean() - own.mean()).item(), own)
 
 
-# ---- 6. The reference, and a row of scores with intervals ------------------------------------------------------------
+# ---- 5. The reference, and a row of scores with intervals ------------------------------------------------------------
 
 def shuffle(x, seed=0):
     """The rows of a tensor, or the items of a list, in a seeded random order."""
@@ -476,6 +424,10 @@ class Reference:
     def __post_init__(self):
         self.stats = moments(self.features)
 
+    def to(self, device):
+        return Reference(*(x if x is None else x.to(device) for x in (
+            self.features, self.test_features, self.test_logits)))
+
 
 def make_reference(extractor, train, test=None):
     """The Reference of real uint8 images, each a tensor (N, 3, H, W) or a list."""
@@ -492,10 +444,10 @@ def reference(extractor, data_train, data_test, cache_dir):
     name = f"{data_train.name}-{data_train.crop}-{len(train)}-{pixels.hexdigest()[:8]}-{extractor.name}.pt"
     path = Path(cache_dir) / name
     with contextlib.suppress(Exception):  # there is none, or it is damaged: made again
-        return Reference(*torch.load(path, weights_only=True))
+        return Reference(*torch.load(path, weights_only=True)).to(scoring_device(extractor))
     ref = make_reference(extractor, train, test)
-    save(path, [ref.features, ref.test_features, ref.test_logits])
-    return ref
+    common.save_state(path, [ref.features, ref.test_features, ref.test_logits])
+    return ref.to(scoring_device(extractor))
 
 
 def scores(extractor, generated, ref, progress=False):
@@ -507,7 +459,8 @@ def scores(extractor, generated, ref, progress=False):
     all of them; without any, by formula). Precision, recall and floor have no interval.
     """
     count = len(generated)
-    features, logits = (shuffle(x, seed=1) for x in extract(extractor, generated, progress=progress))
+    place = ref.features.device
+    features, logits = (shuffle(x, seed=1).to(place) for x in extract(extractor, generated, progress=progress))
     real, few = ref.features[:count], min(count, 2000, len(ref.features))
     real_kid, size = (ref.features[:2000], None) if few < 2000 else (ref.features, 1000)
     precision, recall = precision_recall(real, features[: len(real)], k=min(3, count - 1, len(real) - 1))
@@ -526,6 +479,305 @@ def scores(extractor, generated, ref, progress=False):
     for key, value in (("precision", precision), ("recall", recall), ("floor", floor)):
         row[key] = {"value": value, "low": None, "high": None}
     return {key + extractor.suffix: score for key, score in row.items()}
+
+
+# ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
+
+NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
+
+
+class Setup:
+    """What a stage's command works with. Making it tries everything that can fail before any training begins: other
+    processes, the feature network, the data."""
+
+    def __init__(self, args, train, evaluation, device):
+        common.keep_freed_memory()
+        common.join_processes(device, train["batch"])
+        if common.RANK > 0:
+            common.wait_for_all()  # the first process downloads and decodes for all
+        self.device = device
+        self.extractor = load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
+        self.fd = "fd_local" if self.extractor.suffix else "fid"  # the name of the Frechet distance
+        self.data, self.test = (common.load_images(args.dataset, split, args.data_dir, train["image_size"])
+                                for split in ("train", "test"))
+        if common.RANK == 0:
+            common.wait_for_all()
+        self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
+        self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
+        if args.dataset == "folder":  # another folder of the same name is other data
+            self.train["data_dir"] = str(Path(args.data_dir).resolve())
+        self.evaluation = evaluation | {"features": self.extractor.name}
+        self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
+
+    @cached_property
+    def reference(self):
+        """What the scores compare with: the features of the training images, kept beside the data."""
+        return reference(self.extractor, self.data, self.test, self.cache)
+
+    def score(self, images):
+        """All scores of uint8 images (see `scores`). The first process computes them for all."""
+        return common.from_first(
+            scores(self.extractor, images, self.reference) if common.RANK == 0 else None)
+
+
+def mean_score(values):
+    """The mean of values (N,) as a score: {"value", "low", "high"}, with a 95% interval."""
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def high_frequency_power(images):
+    """Mean power of the grey image above 1/4 cycle per pixel, under a Hann window: uint8 (N, 3, H, W) -> (N,)."""
+    grey = images.float().mean(1)  # (N, H, W)
+    size = grey.shape[-1]
+    window = torch.hann_window(size, periodic=False, device=grey.device)
+    spectrum = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window)
+    frequency = torch.fft.fftfreq(size, device=grey.device)  # cycles per pixel
+    return spectrum.abs().square()[:, torch.hypot(frequency[:, None], frequency) > 0.25].mean(1)
+
+
+def hf_energy(images, real):
+    """Sharpness, a score: the high-frequency power of `images` over that of `real`, uint8 (N, 3, H, W). 1 is as sharp
+    as real images."""
+    return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
+
+
+def psnr_db(images, real):
+    """Mean peak signal-to-noise ratio of uint8 images (N, 3, H, W), in decibels. An image without any error counts as
+    100 dB; one wrong grey level in a whole 64x64 image is 89 dB."""
+    mse = (images.float() - real.float()).div(255).square().mean((1, 2, 3))  # (N,)
+    return float(-10 * mse.clamp(min=1e-10).log10().mean())
+
+
+def read_metrics(path, evaluation=None):
+    """The metrics in a file (with these evaluation settings, if given), or None if there are none, if they are damaged,
+    or if they have another schema."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        metrics = json.loads(Path(path).read_text())
+        if metrics["schema"] == 1 and metrics["rows"] and evaluation in (None, metrics["run"]["eval"]):
+            return metrics
+    return None
+
+
+def evaluate(folder, setup, state, model):
+    """The metrics of a finished run, with rows of scores and tables. They are read from the run's folder if they belong
+    to this training (its run_id) and these settings. Else they are measured and written there, with pictures. `model`
+    is the one of the checkpoint `state`. A stage adds tables of its own afterwards."""
+    metrics = read_metrics(folder / "metrics.json", setup.evaluation)
+    if metrics is not None and metrics["run"].get("run_id") == state["run_id"]:
+        return metrics
+    train, data = state["train"], setup.data
+    rows, tables = measure_samples(folder, model, setup)
+    if model.vae is not None:
+        tables |= measure_vae(folder, model, setup)
+        for table in (tables["latent"], tables.get("start")):
+            if table and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
+                print(f"{folder.name}: {table['conclusion']}")
+    if model.denoiser is not None and model.decode is None:
+        tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
+    tables["training"] = common.draw_training(folder, state["log"])
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
+    run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
+           "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
+           "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
+           **common.count_cost(model), "train_images": train["steps"] * train["batch"],
+           "train_seconds": state["seconds"],
+           "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
+           "commit": commit or "unknown", "torch": torch.__version__, "eval": setup.evaluation}
+    metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
+    common.write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def measure(model, setup, prior, sampler, steps, count, damage):
+    """Generate `count` images and score them. Returns one row of the metrics, and the images before and after
+    refinement."""
+    x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
+                                             setup.evaluation["batch"], damage)
+    row = {"prior": prior, "sampler": sampler, "nfe": min(steps, model.diffusion.start), "n_generated": count,
+           "seconds_per_image": seconds} | setup.score(images)
+    return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
+
+
+def measure_samples(folder, model, setup):
+    """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
+    scores before refinement, and under noise. Writes pictures."""
+    evaluation, tables = setup.evaluation, {}
+    # Some rows are asked for twice (the noise probe's clean row is also in the grid); lru_cache keeps the last ones.
+    draw = functools.lru_cache(8)(partial(measure, model, setup))
+    prior, sampler, steps = common.headline(model, evaluation)
+    row, x_hat, images = draw(prior, sampler, steps, evaluation["count"], 0.0)
+    both = model.vae is not None and model.denoiser is not None
+    common.draw_samples(folder, {"VAE": x_hat, "refined": images} if both else {model.name: images})
+    if both:
+        tables["before_refinement"] = setup.score(x_hat) | {"hf_energy": hf_energy(x_hat, setup.test.images)}
+    rows = [row]
+    for other in model.priors:
+        if other != prior:
+            count = evaluation["count" if model.denoiser is None else "grid_count"]
+            rows.append(draw(other, sampler, steps, count, 0.0)[0])
+    if model.denoiser is not None:
+        pictures = {}
+        for name, n in evaluation["grid"]:
+            row, _, images = draw(prior, name, n, evaluation["grid_count"], 0.0)
+            rows.append(row)
+            pictures[f"{name} {n}"] = images[:12]
+        common.save_grid(folder / "steps.png", pictures)
+    if model.vae is not None or model.decode is not None:
+        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
+    return rows, tables
+
+
+def robustness(folder, draw, prior, evaluation, fd, refined):
+    """Scores with noise on what the VAE hands on: on x_hat before it is refined, or on latents before they are decoded.
+    z and the noise of x_start are the same at every strength. `area` is the mean of score / clean score over the
+    noise's sd from 0 to 0.4, by the trapezoidal rule. Writes robustness.png."""
+    sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
+    scores_by_noise, pictures = {}, {}
+    for name, sd in NOISE.items():
+        row, x_hat, images = draw(prior, sampler, steps, evaluation["grid_count"], sd)
+        scores_by_noise[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
+        if prior != "none":
+            pictures[name] = x_hat[:12]
+        if refined:
+            pictures[f"{name}, refined"] = images[:12]
+    common.save_grid(folder / "robustness.png", pictures)
+    values = torch.tensor([row[fd]["value"] for row in scores_by_noise.values()])
+    area = float(torch.trapezoid(values / values[0], torch.tensor(list(NOISE.values()))) / 0.4)
+    return {"nfe": steps, "scores": scores_by_noise, "area": area}
+
+
+@torch.no_grad()
+def measure_vae(folder, model, setup):
+    """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, the log-density
+    of codes under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
+    reconstructions.png and, of a refiner, trajectory.png."""
+    test, seed = setup.test, setup.train["seed"]
+    all_mu, all_logvar = common.encode(model.vae, test.images, model.device)
+    z = common.reparameterise(all_mu, all_logvar,
+                              randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed)))
+    count = min(1000, setup.evaluation["grid_count"])
+    real, mu, logvar = test.images[:count], all_mu[:count], all_logvar[:count]
+    gen, parts = generator(common.SEEDS["reconstruction"] + seed), []
+    for code in mu.to(model.device).split(setup.evaluation["batch"]):
+        x_hat = model.vae.decoder(code)
+        images = common.refine(model, x_hat, code, gen, "dpm", setup.evaluation["sample_steps"])
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(images).cpu()))
+    x_hat, refined = map(torch.cat, zip(*parts, strict=True))
+    pictures = {"real": real[:12], "VAE": x_hat[:12]}
+    table = {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
+             "hf_energy_vae": hf_energy(x_hat, test.images), "hf_energy_refined": hf_energy(refined, test.images)}
+    if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows these classes
+        for name, images in (("vae", x_hat), ("refined", refined)):
+            classes = extract(setup.extractor, images)[1].argmax(1)
+            table[f"class_kept_{name}"] = float((classes == test.labels[:count]).float().mean())
+    tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
+    if model.denoiser is not None:
+        pictures["refined"] = refined[:12]
+        tables["start"] = check_start(model.diffusion, x_hat, real)
+        draw_trajectory(folder, model, mu[:4].to(model.device), setup)
+    common.save_grid(folder / "reconstructions.png", pictures)
+    tables["prior_log_density"] = {name: mean_score(prior.log_prob(z)) for name, prior in model.priors.items()}
+    return tables
+
+
+@torch.no_grad()
+def draw_trajectory(folder, model, z, setup):
+    """trajectory.png: how refinement goes from x_hat and noise to the image, for a few codes z (N, d). Two rows for
+    each code: the noisy image x_t, and the clean image that the network predicts from it."""
+    steps, trajectory = setup.evaluation["sample_steps"], []
+    x_hat = model.vae.decoder(z)
+    gen = generator(common.SEEDS["reconstruction"] + setup.train["seed"])
+    image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory)
+    shown = [trajectory[round(i * (len(trajectory) - 1) / 3)] for i in range(4)]  # four steps, the first and last too
+    rows = {}
+    for k in range(len(z)):
+        for label, steps_shown in (("x_t", [x for _, x, _ in shown]), ("x0", [x0 for _, _, x0 in shown])):
+            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(x[k]).cpu() for x in (x_hat, *steps_shown, image)])
+    common.save_grid(folder / "trajectory.png", rows, ["x_hat", *(f"t = {t}" for t, _, _ in shown), "image"])
+
+
+def diagnose(mu, logvar, sharpness):
+    """Why the VAE's images are smooth, if they are: its latent is unused, or underfitted, or a Gaussian decoder
+    averages over all that the code leaves open. mu, logvar (N, d) of held-out images; `sharpness`: hf_energy of their
+    x_hat. The thresholds are rules of thumb: 5% of the units, a posterior variance of 0.9 (the prior's is 1), half the
+    sharpness of real images."""
+    active = int(common.active_units(mu).sum())
+    variance = float(logvar.exp().mean())
+    if active < 0.05 * mu.shape[1]:
+        text = "almost no latent unit is active (posterior collapse): lower beta or train longer"
+    elif variance > 0.9:
+        text = "posterior variance is close to the prior's: most units carry little; train longer or lower beta"
+    elif sharpness < 0.5:
+        text = "the latent is in use; outputs are smooth: a Gaussian decoder averages what z does not hold (yet)"
+    else:
+        text = "the latent is in use and outputs are not overly smooth"
+    return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "conclusion": text}
+
+
+def check_start(diffusion, x_hat, real):
+    """Whether refinement begins early enough to correct what is wrong with x_hat, uint8 (N, 3, H, W). At its start, the
+    noise over the signal should be at least six times the standard deviation of the VAE's error, `real` - x_hat: then
+    the noise hides the error."""
+    residual_sd = float((to_float(real) - to_float(x_hat)).std())
+    times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
+    text = "early enough" if times >= 6 else (
+        "too late to correct it, which takes 6: train the VAE longer, or raise `start`")
+    return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "conclusion":
+            f"refinement begins at t = {diffusion.start}, with noise {times:.1f} times the VAE's error: {text}"}
+
+
+@torch.no_grad()
+def bits_per_dim(model, prior, setup):
+    """A bound on -log p(x) of held-out images, in bits per pixel value, with its parts: those of common.diffusion_nats,
+    given x_hat = Dec(z) with z ~ q(z | x), and `kl`, log q(z | x) - log p(z) under the prior of this name."""
+    evaluation = setup.evaluation
+    gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
+    images = setup.test.images[: evaluation["bits_images"]].to(model.device)
+    parts, x_hat, z = {}, None, None
+    with common.autocast(model.device, model.reduced):
+        if model.vae is not None:
+            mu, logvar = model.vae.encoder(to_float(images))
+            z = common.reparameterise(mu, logvar, randn(mu.shape, gen))
+            x_hat = model.vae.decoder(z)
+            log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
+            parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
+        denoise = model.denoiser(x_hat, z)
+        parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
+    unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
+    return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
+            **{name: float((value / unit).mean()) for name, value in parts.items()}}
+
+
+def show(score):
+    """A score as text: value [low, high]."""
+    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if score["low"] is not None else ""
+    return f"{score['value']:.3g}{interval}"
+
+
+def print_results(finished, setup):
+    """Print the rows of all metrics, {folder: metrics}, as one table, and the paths of pictures and files."""
+    suffix = setup.extractor.suffix
+    names = [setup.fd, *(name + suffix for name in ("floor", "is", "precision", "recall")), "hf_energy"]
+    table = [["variant", "prior", "sampler", "images", "sec/image", *names]]
+    for metrics in finished.values():
+        for row in metrics["rows"]:
+            line = [metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['nfe']}", str(row["n_generated"]),
+                    f"{row['seconds_per_image']:.3g}", *(show(row[name]) for name in names)]
+            if line not in table:  # the headline may be a row of the grid, too
+                table.append(line)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
+          "resampling only, one run; compare scores of equally many images")
+    for folder in finished:
+        print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))
 
 
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
@@ -578,21 +830,32 @@ def train_network(data, seed=0, batch=256):
     peak = 0.2 if labels is None else 0.4 if factors is None else 0.1  # regressing factors diverges at higher rates
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps)
     batches = torch.cat(epochs)[:steps * batch].view(steps, batch)
+
+    def loss_of(net, extra, x, index, reduced):
+        with common.autocast(torch.device("cpu"), reduced):
+            features = net.body(x.contiguous(memory_format=torch.channels_last))
+            logits, extras = net.head(features).float(), extra(features).float()
+        if labels is None:
+            return contrastive_loss(*extras.chunk(2))
+        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
+        return loss if factors is None else loss + F.mse_loss(extras, factors[index])
+
+    reduced = common.native_bfloat16(torch.device("cpu"))
+    if reduced:  # as in common.Training: is the gradient of a first batch, with copies, the same as in float32?
+        index, gradients = batches[0], []
+        x = to_float(images[index if labels is not None else index.repeat(2)])
+        for precision in (False, True):
+            net_copy, extra_copy = copy.deepcopy(net), copy.deepcopy(extra)
+            loss_of(net_copy, extra_copy, x, index, precision).backward()
+            gradients.append([torch.cat([p.grad.flatten() for p in net_copy.body.parameters()])])
+        reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}")
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
         x = images[index].float() / 127.5 - 1  # (B, 3, S, S)
         if labels is None:
             x = torch.cat([augment(x, gen, crop=True), augment(x, gen, crop=True)])  # (2B, 3, S, S)
         elif factors is None:  # where factors are known, a shift or a flip would change them
             x = augment(x, gen)
-        with autocast(torch.device("cpu")):
-            features = net.body(x.contiguous(memory_format=torch.channels_last))
-            logits, extras = net.head(features).float(), extra(features).float()
-        if labels is None:
-            loss = contrastive_loss(*extras.chunk(2))
-        else:
-            loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
-        if factors is not None:
-            loss = loss + F.mse_loss(extras, factors[index])
+        loss = loss_of(net, extra, x, index, reduced)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -640,20 +903,27 @@ def examine(extractor, train, test):
 
 
 def train_local(name, data_dir="data"):
-    """Make the local network of `shapes`, `cifar10`, `celeba64` or a folder; examine it, print the report and store it
-    beside it. One that is there is only examined: results are pinned to it."""
-    import common
+    """Make the local network of `shapes`, `cifar10`, `celeba64` or a user's own folder; examine it, print the report
+    and store it beside it. One that is there is only examined, since results are pinned to it; that of an own folder is
+    made anew if the folder has other files now."""
     if name not in DATASETS and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
-    dataset, data_dir = (name, data_dir) if name in DATASETS else ("folder", name)
+    own = name not in DATASETS
+    dataset, data_dir = ("folder", name) if own else (name, data_dir)
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
-    if not find_hashed(FEATURES_DIR, train.name):
-        save_local(train_network(train), train.name, str(Path(data_dir).resolve()) if dataset == "folder" else None)
+    folder = OWN_FEATURES_DIR if own else FEATURES_DIR
+    found = find_hashed(folder, train.name)
+    outdated = [path for path in found if own and trained_on(torch.load(path, weights_only=True), data_dir) < 0.9]
+    if found == outdated:
+        kept = save_local(train_network(train), train.name, data_dir if own else None)
+        for path in outdated:
+            for file in {path, path.with_suffix(".json")} - {kept}:
+                file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
-    path = FEATURES_DIR / extractor.name.removeprefix("local-")
+    path = folder / extractor.name.removeprefix("local-")
     report = json.dumps(examine(extractor, train, test), indent=1)
-    write(Path(f"{path}.json"), (report + "\n").encode())
-    flags = f"folder --data-dir {data_dir}" if dataset == "folder" else dataset
+    common.write(Path(f"{path}.json"), (report + "\n").encode())
+    flags = f"folder --data-dir {data_dir} --image-size {extractor.size}" if own else dataset
     print(f"{report}\n{path}.pt has the weights, {path.name}.json the report above\n"
           f"next: python stage1_baseline.py --features local --dataset {flags}")
 
@@ -663,6 +933,8 @@ def train_local(name, data_dir="data"):
 def read_folder(folder, flag, count=None):
     """All images below a folder, or a seeded choice of `count`: a list of uint8 (3, H, W), or a tensor if their sizes
     agree; and whether most are JPEG. Fails naming `flag` if there are fewer than two, or than `count`."""
+    if not Path(folder).is_dir():
+        fail(f"{flag}: no such folder: {folder}")
     files = find_images(folder)
     if count is not None and not 2 <= count <= len(files) or len(files) < 2:
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {max(2, count or 0)} are needed")
@@ -685,7 +957,7 @@ def main(arguments=None):
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     parser.error = fail
     args = parser.parse_args(arguments)
-    sys.excepthook = end_in_a_line
+    sys.excepthook = common.end_in_a_line
     if args.train_local:
         for name, value in vars(args).items():
             if name not in ("train_local", "data_dir") and value != parser.get_default(name):
@@ -693,7 +965,6 @@ def main(arguments=None):
         return train_local(args.train_local, args.data_dir)
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
-    import common
     named, flag = args.real in DATASETS, "GENERATED" if args.count is None else f"--count {args.count}"
     extractor = load_extractor(args.features, args.real if named else "folder", args.weights,
                                common.choose_device(args.device), args.real)
@@ -705,8 +976,11 @@ def main(arguments=None):
         real, real_jpeg = read_folder(args.real, "REAL")
         ref = make_reference(extractor, real)
     row, count = scores(extractor, images, ref, progress=True), len(images)
-    if isinstance(images, list):
-        print(f"warning: images of {args.generated} differ in size; is something else among them?", file=sys.stderr)
+    for folder, found in ((args.generated, images), (args.real, None if named else real)):
+        if isinstance(found, list):
+            print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
+    if not named and file_marks(args.real) == file_marks(args.generated):
+        print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)

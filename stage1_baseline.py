@@ -1,36 +1,53 @@
 """Stage 1: DiffuseVAE, the two-stage baseline (Pandey et al. 2022, arXiv:2201.00308).
 
-The claim: a VAE is quick and gives a compact latent but blurs; a diffusion model is sharp but knows no latent. Put
-one behind the other, and the VAE decides *what* is in the image while the diffusion model decides *how it looks*.
+The claim: a VAE draws an image in one pass from a compact code, but the image is blurred. A diffusion model draws sharp
+images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
+model decides *how it looks*.
 
-    1. VAE            x_hat = Dec(z), z ~ q(z|x);   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)); beta is 1
-                      as published. With less the code holds more, and the prior has more to draw (3)
-    2. Refiner        x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps;   loss = MSE(target, U-Net(x_t, x_hat, t)); the
-                      target is eps as published, v by default (common.Diffusion)
-       Formulation 1  the plain DDPM process; x_hat is concatenated to the U-Net's input
-       Formulation 2  x_t is moved by x_hat as well: N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With y_t = x_t - x_hat
-                      that is the plain process again, so the two differ in one line: what the U-Net is shown.
-                      It ends at y_0 = x0: nothing is added back.
-    3. Sampling       z ~ prior, x_hat = Dec(z), then the reverse process. The prior is N(0, I) or a Gaussian mixture
-                      fitted to the training latents afterwards (ex post), since q(z) is never quite N(0, I). A code
-                      of many nats needs many components.
-    4. Where to begin As published, at pure noise, x_T ~ N(0, I) (Formulation 2: y_T). But x_hat tells what x0 is about,
-                      up to a residual of standard deviation r: at t0, where the noise over the signal is 10 to 20 r
-                      (6 at least, common.check_start), x_t0 = sqrt(abar) x_hat + sqrt(1 - abar) eps is near the true
-                      one (common.kl_prior: how near). Begin there (`start`), train on 1..t0 alone, and half the
-                      sampling steps do. A better VAE needs less refinement: a smaller t0.
-    5. Guidance       The same U-Net trained for a tenth of the steps, the guide, makes the refiner's errors too, only
-                      larger ones. So the way from its prediction to the refiner's leads away from them; `guided` goes
-                      on in that direction, half as far again. Each step evaluates both.
+    1. The VAE        It is trained to reconstruct x from its code z:
+                          z ~ q(z|x),   x_hat = Dec(z),   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))
+                      As published, beta is 1. With a smaller beta the code holds more of the image, and it becomes
+                      harder to model how codes are distributed (see 3).
+
+    2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
+                          x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
+                      The target is eps as published; our own settings use v (common.Diffusion). There are two ways to
+                      show x_hat to the U-Net:
+       Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
+       Formulation 2  In addition, x_hat is added to x_t: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With
+                      y_t = x_t - x_hat this is the plain process again. So the two differ in one line of code: what the
+                      U-Net sees. The process ends at y_0 = x0, so nothing has to be subtracted at the end.
+
+    3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
+                      Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
+                      because these codes never follow N(0, I) exactly.
+
+    4. Where to begin As published, the reverse process begins with pure noise at t = T. But x_hat already shows roughly
+                      what x0 looks like. So we begin at an earlier time, `start`, with x_hat and noise:
+                          x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
+                      This differs from the true x_start by sqrt(abar) times the VAE's error, which the noise hides if
+                      it is large enough: six times the error's standard deviation or more (fid.check_start; how close
+                      the two are is common.kl_prior). Only the times 1..start are trained, so the network spends all of
+                      its training where it is used, and half the sampling steps are enough. A better VAE needs less
+                      refinement and so a smaller `start`.
+
+    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the refiner's errors,
+    but
+                      larger ones. So the difference (refiner's prediction - guide's prediction) points away from those
+                      errors, and `guided` takes half of it as an extra:
+                          prediction = refiner + 0.5 (refiner - guide)
+                      Each sampling step evaluates both networks.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
-        python stage1_baseline.py --variant guided       Formulation 1, and guided
-        python stage1_baseline.py --variant all          with Formulation 2 and a control (`uncond`): no VAE, from noise
-        python stage1_baseline.py --dataset cifar10 --pretrained     in half a minute: nothing is trained
-Expect  5 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: VAE above, refined below)
-        and a table. The VAE's samples are blurred (hf_energy about 0.2, where real images have 1), the refined ones
-        show edges and bands (about 0.5), and their distance to the real images is about a third smaller.
+        python stage1_baseline.py --variant guided       guided, and what it builds on
+        python stage1_baseline.py --variant all          with Formulation 2 and a control without a VAE (`uncond`)
+        python stage1_baseline.py --dataset cifar10 --pretrained     samples in half a minute; nothing is trained
+Expect  5 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: the VAE's images above, the refined
+ones
+        below) and a table of scores. `hf_energy` is the amount of fine detail, relative to real images: about 0.2 for
+        the VAE's samples, which are blurred, and 0.5 for the refined ones, which show edges and bands. `fd_local`, the
+        Frechet distance to the real images, is about a third lower after refinement.
 """
 
 import argparse
@@ -42,188 +59,204 @@ import torch
 import common
 import fid
 
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}  # that the U-Net sees: x_t's, x_hat's
-GUIDANCE = 0.5  # how far beyond the refiner's prediction `guided` goes, in distances from the guide's
-PRETRAINED = Path(__file__).resolve().parent / "results"  # DATASET/{form1,guide}-<hash8>.pt, kept by final_evaluation
+# Input channels of each variant's U-Net: 3 of x_t and, if it sees one, 3 of x_hat.
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}
+GUIDANCE = 0.5  # the share of (refiner - guide) that `guided` adds to the refiner's prediction
+PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
 
 def vae_loss(vae, x0, noise, beta):
-    """DiffuseVAE's loss: with beta = 1 the negative ELBO, up to a constant, of a Gaussian decoder of variance 1/2 in
-    [0, 1] units. x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,)."""
+    """DiffuseVAE's loss for the VAE. x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,).
+
+    With beta = 1 this is the negative ELBO, up to a constant, of a Gaussian decoder with variance 1/2 on images in
+    [0, 1]: -log N(x; x_hat, 1/2) = SSE / (2 * 1/2) + constant."""
     x_hat, mu, logvar = vae(x0, noise)
     sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
     return sse + beta * kl, sse, kl
 
 
 def build_diffusion(train, variant, device):
-    """The process, from where refinement begins; without an x_hat to refine it begins at T."""
+    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
-def condition(unet, x_hat, variant):
-    """`denoise(y, t) -> prediction` of one batch, with x_hat (B, 3, H, W) fixed.
+def denoiser(unet, x_hat, variant):
+    """`denoise(xt, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
-    In Formulation 2 the process runs in y = x_t - x_hat and the U-Net sees x_t = y + x_hat: the only difference.
-    """
+    In Formulation 2 the process runs in y = x_t - x_hat. The U-Net is shown x_t, which is the only difference."""
     if variant == "uncond":
         return unet
 
-    def denoise(y, t):
-        xt = y + x_hat if variant == "form2" else y
-        return unet(torch.cat([xt, x_hat], 1), t)
+    def denoise(xt, t):
+        shown = xt + x_hat if variant == "form2" else xt  # in Formulation 2, `xt` holds y_t
+        return unet(torch.cat([shown, x_hat], 1), t)
 
     return denoise
 
 
-def guided(denoise, worse):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): p + GUIDANCE (p - g) for the predictions p of `denoise` and
-    g of `worse`, a guide of the same kind. The paper writes w p + (1 - w) g, w = 1 + GUIDANCE, of denoised images; at a
-    given x_t these, eps and v are affine functions of one another."""
+def guide_away(denoise, denoise_worse):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction to
+    the refiner's and beyond. The paper writes it for predicted images: w D1 + (1 - w) D0 with w = 1 + GUIDANCE. At a
+    given x_t, predicted images, eps and v are linear functions of one another, so the formula is the same for all
+    three."""
 
-    def led(xt, t):
+    def denoise_guided(xt, t):
         prediction = denoise(xt, t)
-        return prediction + GUIDANCE * (prediction - worse(xt, t))
+        return prediction + GUIDANCE * (prediction - denoise_worse(xt, t))
 
-    return led
+    return denoise_guided
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-def train_vae(folder, train, data, device, state):
-    """Train the VAE and fit the Gaussian mixture to its training latents; returns the checkpoint."""
+def train_vae(folder, train, data, device):
+    """Train the VAE, then fit the Gaussian mixture to the codes of its training images. `train` holds the settings
+    (common.TRAIN). Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
-    training = common.Training(folder, state, train, device, data.images, train["flip"] == "both", vae=vae)
+    training = common.Training(folder, train, device, data.images, flip=train["flip"] == "both", vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
-        with common.autocast(device):
-            loss, sse, kl = vae_loss(vae, x0, z_noise, train["beta"])
+        noise = training.normal(vae.latent_dim)  # (B, d)
+        with training.autocast():
+            loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
         training.step(loss, {"sse": sse, "kl_nats": kl})
-    vae = common.frozen(common.build_vae(train), training.averages["vae"], device)  # averaged weights: what is kept
+    vae = common.frozen(common.build_vae(train), training.averages["vae"], device)  # the averaged weights are kept
     return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
 
 
-def train_refiner(folder, train, variant, vae_state, data, device, state):
-    """Train a refiner (or the unconditional control) with the VAE frozen; returns the checkpoint."""
+def train_refiner(folder, train, variant, vae_state, data, device):
+    """Train a refiner behind the frozen VAE of the checkpoint `vae_state`, or the control `uncond`, which has none.
+    Returns the finished checkpoint, which contains the VAE as well."""
     torch.manual_seed(train["seed"])
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
     vae = common.frozen(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
-    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", unet=unet)
+    training = common.Training(folder, train, device, data.images, flip=train["flip"] != "none", unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        z_noise = training.draw(torch.randn, vae.latent_dim) if vae else None  # (B, d)
-        t = diffusion.draw_t(training.draw(torch.rand))  # (B,), in 1..start
-        eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
-        with common.autocast(device):
-            with torch.no_grad():  # the VAE is frozen; a fresh posterior sample each step, as published
+        z_noise = training.normal(vae.latent_dim) if vae else None  # (B, d)
+        t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
+        eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
+        with training.autocast():
+            with torch.no_grad():  # as published, x_hat comes from a fresh sample of z in every step
                 x_hat = vae(x0, z_noise)[0] if vae else None
-            loss = diffusion.simple_loss(condition(unet, x_hat, variant), x0, t, eps)  # (B,)
+            loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
-    parts = {} if variant == "uncond" else {"vae": vae_state["vae"], "gmm": vae_state["gmm"]}
-    return training.finish(**parts)
+    return training.finish(**({} if variant == "uncond" else {"vae": vae_state["vae"], "gmm": vae_state["gmm"]}))
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(state, variant, device):
-    """Rebuild the common.Model of a variant from its checkpoint; that of guided is form1's with the guide's weights."""
+    """The common.Model of a variant, built from a checkpoint alone. For `guided`, that is the one of with_guide."""
     train, size = state["train"], state["train"]["image_size"]
     model = common.Model(variant, device, (3, size, size), build_diffusion(train, variant, device))
     if variant != "uncond":
         model.vae = common.frozen(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
+        model.networks += (model.vae,)
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
-        model.condition = lambda x_hat, z: condition(unet, x_hat, variant)
+        model.denoiser = lambda x_hat, z: denoiser(unet, x_hat, variant)
+        model.networks += (unet,)
     if variant == "guided":
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
-        model.condition = lambda x_hat, z: guided(condition(unet, x_hat, variant), condition(guide, x_hat, variant))
+        model.denoiser = lambda x_hat, z: guide_away(denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant))
+        model.networks += (guide,)
+    common.check_reduced_precision(model)
     return model
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided` from those of form1 and of what was trained as its guide."""
-    return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"]}
+    """The checkpoint of `guided`: that of form1, with the weights and the training time of its guide."""
+    return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"], "log": guide["log"],
+                    "run_id": f"{form1['run_id']}+{guide['run_id']}"}
 
 
 def draw_pretrained(args, evaluation, device):
-    """--pretrained: guided samples of weights that come with the project. They draw and no more: the encoder is left
-    out, matrices are in half precision. Exports args.export images, and draws samples.png."""
-    home, advice = PRETRAINED / args.dataset, "take another --dataset, or train: leave --pretrained out"
-
-    def kept(name):
-        return fid.load_hashed(fid.find_hashed(home, name), f"--pretrained, {home}/{name}-<hash8>.pt", advice)
-
-    state = with_guide(kept("form1"), kept("guide"))
-    state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # an encoder that nothing uses
+    """--pretrained: export `args.export` samples of `guided`, from weights that come with the project, and draw
+    samples.png. The weights can only sample: the encoder is missing, and matrices are stored in half precision."""
+    states = []
+    for name in ("form1", "guide"):
+        found = common.find_hashed(PRETRAINED / args.dataset, name)
+        pack = common.load_hashed(found, f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
+                                  "take another --dataset, or train: leave --pretrained out")
+        states.append(pack | {"run_id": found[0].stem, "log": []})  # the hash in the file's name tells it from others
+    state = with_guide(*states)
+    state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # a random encoder, which nothing uses
+    model = load_model(state, "guided", device)
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
-    common.export(args, folder, state, load_model(state, "guided", device), evaluation)
-
-    def read(place):  # (N, 3, H, W)
+    common.export(args, folder, state, model, evaluation)
+    parts = {}
+    for label, place in (("VAE", "samples-vae"), ("refined", "samples")):
         files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
-        return torch.stack([torch.tensor(common.decode_file(file, size, "none")).permute(2, 0, 1) for file in files])
-
-    common.draw_samples(folder, {"VAE": read("samples-vae"), "refined": read("samples")})
+        images = [torch.tensor(common.decode_file(file, size, "none")).permute(2, 0, 1) for file in files]
+        parts[label] = torch.stack(images)  # (N, 3, H, W)
+    common.draw_samples(folder, parts)
     print(folder / "samples.png")
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-def network_cost(train, variant):
-    """common.network_cost of the networks that a variant uses."""
-    cost = common.network_cost(train, variant != "uncond", CHANNELS[variant])
-    return cost | {"guide": cost["unet"]} if variant == "guided" else cost
+def read_flags(argv):
+    """The parsed flags. `variant` is the list of variants to evaluate, in the order of CHANNELS."""
+    parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
+    common.add_flags(parser, "gaussian", "gmm")
+    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"),
+                        help="what to train and evaluate; what it builds on is trained too (default: vae form1)")
+    parser.add_argument("--pretrained", action="store_true",
+                        help="train and score nothing: samples of `guided`, from weights that come with the project")
+    args = parser.parse_args(argv)
+    if args.pretrained:
+        for flag in ("variant", "budget", "image_size", "steps", "batch_size", "eval_samples", "features", "weights",
+                     "compile"):
+            if getattr(args, flag) != parser.get_default(flag):
+                common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
+                            "and scores nothing; leave it out")
+        args.variant, args.budget = ["guided"], "cpu"
+        args.export = 64 if args.export is None else args.export
+    chosen = set(args.variant or ["vae", "form1"])
+    if "guided" in chosen:
+        chosen.add("form1")  # the refiner that it guides
+    args.variant = [variant for variant in CHANNELS if variant in chosen or "all" in chosen]
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
-    common.add_flags(parser, "gaussian", "gmm")
-    parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"), default=["vae", "form1"],
-                        help="to train and evaluate, with what they build on, VAE or form1 (default: vae form1)")
-    parser.add_argument("--pretrained", action="store_true",
-                        help="train and score nothing: guided samples of weights that come with the project")
-    args = parser.parse_args(argv)
-    if args.pretrained:
-        for flag in ("variant", "budget", "steps", "batch_size", "eval_samples", "features", "weights", "compile"):
-            if vars(args)[flag] != parser.get_default(flag):
-                common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
-                            "and scores nothing; leave it out")
-        args.variant, args.budget, args.export = ["guided"], "cpu", 64 if args.export is None else args.export
-    if "guided" in args.variant:
-        args.variant.append("form1")  # what it guides
-    args.variant = [name for name in CHANNELS if name in args.variant or "all" in args.variant]  # in order
+    args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        networks = {name: cost for variant in args.variant for name, cost in network_cost(train, variant).items()}
-        return common.print_settings(train, evaluation, networks)
+        with torch.device("meta"):
+            networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
+            networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
+                         for variant in args.variant if variant != "vae"}
+        return common.print_settings(train, evaluation, **networks)
     if args.pretrained:
         common.keep_freed_memory()
-        return draw_pretrained(args, evaluation, common.join_ranks(device, train["batch"]))
-    setup = common.Setup(args, train, evaluation, device)
-    train, data, device = setup.train, setup.data, setup.device
-    vae_state, measured = None, {}
+        common.join_processes(device, train["batch"])
+        return draw_pretrained(args, evaluation, device)
+    setup = fid.Setup(args, train, evaluation, device)
+    states, all_metrics = {}, {}  # checkpoints by variant, metrics by folder
+
     if args.variant != ["uncond"]:
         folder = setup.home / f"stage1-vae-s{args.seed}"
-        vae_state = common.trained(folder, train, args.resume,
-                                   lambda state: train_vae(folder, train, data, device, state))
+        states["vae"] = (common.finished(folder, setup.train, args.resume)
+                         or train_vae(folder, setup.train, setup.data, device))
     for variant in args.variant:
         folder = setup.home / f"stage1-{variant}-s{args.seed}"
-        state, settings = vae_state, train
-        if variant == "guided":  # what is trained in this folder is its guide
-            settings = train | {"steps": math.ceil(train["steps"] / 10), "guidance": GUIDANCE}
         if variant != "vae":
-            state = common.trained(folder, settings, args.resume, lambda state: train_refiner(
-                folder, settings, variant, vae_state, data, device, state))  # noqa: B023 - called at once
-        if variant == "form1":
-            form1 = state
-        elif variant == "guided":
-            state = with_guide(form1, state) | {"log": state["log"]}
+            settings = setup.train
+            if variant == "guided":  # its folder is where its guide is trained
+                settings = setup.train | {"steps": math.ceil(setup.train["steps"] / 10), "guidance": GUIDANCE}
+            states[variant] = (common.finished(folder, settings, args.resume) or
+                               train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))
+        state = with_guide(states["form1"], states["guided"]) if variant == "guided" else states[variant]
         model = load_model(state, variant, device)
-        measured[folder] = common.evaluate(folder, setup, state, model, network_cost(train, variant))
+        model.temperature = setup.evaluation["temperature"]
+        all_metrics[folder] = fid.evaluate(folder, setup, state, model)
         common.export(args, folder, state, model, setup.evaluation)
-    common.print_results(measured, setup)
+    fid.print_results(all_metrics, setup)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,50 @@
 """Stage 2: train the VAE and the refiner together, from scratch.
 
-The claim: in stage 1 the VAE never hears from the refiner. Here it does: both learn in the same step, and the diffusion
-loss reaches the VAE through x_hat. Does that make better samples, and a smoother latent space?
+The claim: in stage 1 the VAE is trained alone, and learns nothing from the refiner that will use its images. Here both
+networks learn in the same steps, and the gradient of the diffusion loss reaches the VAE through x_hat. Do the samples
+become better, and the latent space smoother?
 
-    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))                    as in stage 1, nats if beta is 1
-    diffusion term  M = mean squared error of the U-Net's prediction at x_t; D M sums it over the D pixel values
-    sum             E + lambda D M, one fixed weight. D M is not nats: the bound weighs the times unequally, in all
-                    about like lambda = 4.2 for a v-prediction, 9.4 for eps from T
-    anneal          the same, lambda raised log-linearly from 0.01 to its value over the first 60% of the steps
-    kendall         exp(-a) E + a + exp(-b) D M + b, a and b learned (Kendall et al. 2018)
-    bound           the exact bound on -log p(x) of the hybrid: KL, the process's sum_t KL_t + L_0, and what its start
-                    about x_hat instead of x0 costs, which is what is left of a reconstruction term
+The loss has two terms. D is the number of pixel values of an image.
 
-One thing is kept apart on purpose: lambda scales what the VAE feels, never the refiner's own gradient. The U-Net sees a
-copy of x_hat with the same values, whose backward pass multiplies the gradient by lambda D. So one backward pass of
-E + M gives the U-Net stage 1's gradient and the VAE that of E + lambda D M. (Under `bound` the U-Net feels the bound /
-D.) `--gradient` says how far it goes: `full` (decoder and encoder), `decoder`, or `none`, which is stage 1 with both
-networks learning at once.
+    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), as in stage 1; in nats if beta is 1
+    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t, so D M is its sum over
+    pixels
 
-Why it is delicate: the refiner gains by information in x_hat, so the latent is pushed to leak x (the KL rises) and
-x_hat stops looking like an image; or the refiner ignores x_hat. Watch `kl_nats`, `active_units`, `gradient_share` (the
-diffusion term's part of the gradient at x_hat, all of it under `bound`) and `*_mse_shuffled` (the loss with another
-image's x_hat).
+`--loss` says how they are balanced:
 
-Run     python stage2_joint.py                       shapes on a laptop; stage1_baseline.py first, to compare with it
+    sum             E + lambda D M, with one fixed weight
+    anneal          the same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of the steps
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018)
+    bound           the exact bound on -log p(x) of VAE and refiner together: the KL of z, the bound of the diffusion
+                    process, and the KL between x_start made from x0 and x_start made from x_hat. That last KL is
+                    what remains of a reconstruction term.
+
+Which lambda would be right? D M is not in nats. With v-prediction, an error of v at time t costs the bound w_t times
+its square, where w_t = x0_factor^2 (1 - abar_t) / (2 beta_t) (common.kl_step, with x0's error = sigma_t times v's
+error). If errors were equally large at all times, `bound` would be like `sum` with lambda = sum over t of w_t, which is
+4.2 for start = 400. (For eps-prediction from t = 1000, w_t is larger by 1 / abar_t, and the sum is 9.4.)
+
+One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
+gradient. The U-Net sees a copy of x_hat with the same values. The backward pass through that copy multiplies the
+gradient by lambda D. So a single backward pass of E + M gives the U-Net the gradient of M, as in stage 1, and gives the
+VAE the gradient of E + lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
+
+`--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
+`none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
+
+What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
+details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
+The log shows both: `kl_nats`, `active_units`, `gradient_share` (the diffusion term's share of the gradient at x_hat)
+and `*_mse_shuffled` (M when x_hat belongs to another image; if it equals `*_mse_own`, the refiner ignores x_hat).
+
+Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
-Expect  the minutes of stage 1's networks together, its pictures and table, and `interpolation.png`. On shapes samples
-        about as near to the real ones as stage 1's, more of them shapes, and a KL of 122 nats in place of 65.
+Expect  the minutes of stage 1's two networks together, its pictures and its table, and `interpolation.png`. On shapes,
+        the samples have about stage 1's Frechet distance, more of them are real shapes (a higher precision), and the KL
+        is 122 nats in place of 65.
 """
 
 import argparse
-import dataclasses
 import math
 
 import torch
@@ -41,33 +55,36 @@ import common
 import fid
 from common import to_float, to_uint8
 
-WEIGHT = 1.0  # lambda where none is given
+WEIGHT = 1.0  # lambda, if --diffusion-weight is not given
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
-def condition(unet, x_hat):
-    """Formulation 1: `denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input. As in stage 1."""
+def denoiser(unet, x_hat):
+    """`denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input: Formulation 1 of stage 1."""
     return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
 
 def scale_gradient(x_hat, scale, sse_norm):
-    """A copy of x_hat that multiplies the gradient passing back through it by `scale`, a number or tensor (); and a
-    tensor () that this pass fills: the norm of that gradient, g, over g + `sse_norm`, the norm of the SSE's gradient.
-    The hook holds numbers only, nothing of the graph that it belongs to, so both are freed together."""
+    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or tensor ().
+
+    Also returns `gradient_share`, a tensor () that the backward pass fills in: |g| / (|g| + sse_norm), where g is the
+    scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. (The hook keeps numbers only. A
+    reference to the graph that it belongs to would keep both alive for ever.)"""
     gradient_share = torch.zeros((), device=x_hat.device)
 
-    def hand_on(gradient):
+    def scale_and_record(gradient):
         gradient = scale * gradient
         gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_norm + 1e-12))
         return gradient
 
-    copy = x_hat.view_as(x_hat)
-    copy.register_hook(hand_on)
-    return copy, gradient_share
+    x_hat_copy = x_hat.view_as(x_hat)
+    x_hat_copy.register_hook(scale_and_record)
+    return x_hat_copy, gradient_share
 
 
 def diffusion_weight(train, step):
-    """lambda at a step: fixed for `sum`; for `anneal` log-linear from 0.01 (or less) over the first 60% of steps."""
+    """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from 0.01 (or from its final value,
+    if that is smaller) over the first 60% of the steps."""
     weight = train["diffusion_weight"]
     if train["loss"] != "anneal" or weight == 0:
         return weight
@@ -76,130 +93,145 @@ def diffusion_weight(train, step):
 
 
 class Balance(nn.Module):
-    """a and b of `kendall`: they tend to the logs of the two terms, so that each weighs about one over its size."""
+    """The learned a and b of `kendall`. They tend to the logarithms of the two terms, so that each term, divided by its
+    own size, counts for about 1."""
 
     def __init__(self):
         super().__init__()
         self.logvar = nn.Parameter(torch.zeros(2))
 
     def forward(self, elbo, diffusion):
-        """Both terms (B,) -> exp(-a) E + a + exp(-b) D M + b: (B,). D M is detached, it teaches b alone: the VAE gets
-        exp(-b) times its gradient by scale_gradient, the refiner its own."""
+        """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). D M is detached, so it only teaches b: its
+        gradient reaches the VAE by scale_gradient, and the refiner from M itself."""
         a, b = self.logvar
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
 
 def loss_weights(train, step, balance):
-    """What multiplies the SSE and the diffusion term D M in the VAE's loss: two numbers, or tensors ()."""
+    """The factors of SSE and of D M in the VAE's loss: two numbers, or tensors ()."""
     if train["loss"] == "kendall":
-        sse_weight, weight = (-balance.logvar.detach()).exp()
+        sse_weight, diffusion_factor = (-balance.logvar.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, weight = 0.0, 1.0  # no reconstruction term
+        sse_weight, diffusion_factor = 0.0, 1.0  # there is no reconstruction term
     else:
-        sse_weight, weight = 1.0, diffusion_weight(train, step)
-    return sse_weight, 0.0 if train["gradient"] == "none" else weight
+        sse_weight, diffusion_factor = 1.0, diffusion_weight(train, step)
+    return sse_weight, 0.0 if train["gradient"] == "none" else diffusion_factor
 
 
 def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
-    """The bound's terms of the process given x_hat (DDPM eq. 5), from one t per image for uniform u (B,): an unbiased
-    estimate, (B,) nats. With KL(q(z|x) || p(z)) added it bounds -log p(x). The terms are largest at small t: with t =
-    ceil(start u^4) these are drawn more often, which lowers the variance."""
+    """An unbiased estimate of the diffusion process's bound given x_hat (DDPM eq. 5), from one time per image: (B,)
+    nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
+
+    The bound is a sum over t. Its terms are largest at small t, so these times are drawn more often, which lowers the
+    variance: t = ceil(start u^4) for uniform u (B,). A term is divided by its time's probability,
+    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
     t = diffusion.draw_t(u.cpu().double() ** 4)
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
-    x0_hat, _ = diffusion.predict(denoise(xt, t), xt, t, clamp=False)  # a clamp would cut the gradient
-    nats = common.kl_step(diffusion, x0, x0_hat, t.clamp(min=2))  # where t is 1: replaced below
+    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
+    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # where t is 1 it is replaced by the next line
     first = t == 1
     if first.any():
-        nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_hat[first]))
+        nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_predicted[first]))
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def look(vae, unet, diffusion, images):
-    """What to watch, on fixed training images, times and noise: active units, the refiner's loss, and its loss when
-    x_hat belongs to another image (equal: the condition is ignored)."""
+def watch_training(vae, unet, diffusion, images):
+    """What the log shows of the networks on fixed training images, times and noise: the number of active units, the
+    refiner's loss, and its loss when it is shown another image's x_hat."""
     unet.eval()  # without dropout
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
-    few, x_hat = x0[:64], vae.decoder(mu[:64])
-    t = torch.linspace(1, diffusion.start, len(few), device=x0.device).long()
-    eps, name = common.randn(few.shape, gen), f"{diffusion.objective}_mse"
-    losses = {f"{name}_{which}": float(diffusion.simple_loss(condition(unet, seen), few, t, eps).mean())
-              for which, seen in (("own", x_hat), ("shuffled", x_hat.roll(1, 0)))}
+    x0, x_hat = x0[:64], vae.decoder(mu[:64])
+    t = torch.linspace(1, diffusion.start, len(x0), device=x0.device).long()
+    eps = common.randn(x0.shape, gen)
+    numbers = {"active_units": float(common.active_units(mu).sum())}
+    for name, shown in (("own", x_hat), ("shuffled", x_hat.roll(1, 0))):
+        loss = diffusion.simple_loss(denoiser(unet, shown), x0, t, eps)
+        numbers[f"{diffusion.objective}_mse_{name}"] = float(loss.mean())
     unet.train()
-    return {"active_units": float(common.active_units(mu).sum()), **losses}
+    return numbers
 
 
-def train_joint(folder, train, data, device, state):
-    """Train VAE and refiner together; returns the finished checkpoint, which has the form of stage 1's refiner."""
+def train_joint(folder, train, data, device):
+    """Train VAE and refiner together. Returns the finished checkpoint, which looks like one of stage 1's refiner."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
-    torch.manual_seed(train["seed"])  # each network starts as its twin in stage 1
+    torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
     unet, balance = common.build_unet(train, 6), Balance()
-    learned = {"balance": balance} if train["loss"] == "kendall" else {}
+    networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    training = common.Training(folder, state, train, device, data.images, train["flip"] != "none", vae=vae, unet=unet,
-                               **learned)
-    probe = training.data[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
+    training = common.Training(folder, train, device, data.images, flip=train["flip"] != "none", **networks)
+    watched_images = training.images[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
-    name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
+    unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"  # its name in the log
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        z_noise = training.draw(torch.randn, vae.latent_dim)  # (B, d)
-        u = training.draw(torch.rand)  # (B,), for the training times
-        eps = training.draw(torch.randn, *x0.shape[1:])  # (B, 3, H, W)
-        with common.autocast(device):
+        z_noise = training.normal(vae.latent_dim)  # (B, d)
+        u = training.uniform()  # (B,), for the training times
+        eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
+        with training.autocast():
+            # The VAE's own loss.
             mu, logvar = vae.encoder(x0)
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            vae_part = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
-            # decoded again from detached z: the same values, but the gradient ends in the decoder
+            # The x_hat that the U-Net sees: same values, scaled gradient. Decoded again from a detached z, it passes
+            # gradients to the decoder only.
             decoded = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             sse_weight, weight = loss_weights(train, training.steps, balance)
             sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|, for the log
-            seen, gradient_share = scale_gradient(decoded, weight * size, sse_norm)
-            denoise = condition(unet, seen)
+            shown, gradient_share = scale_gradient(decoded, weight * size, sse_norm)
+
+            # The U-Net's loss.
+            denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                unet_part = bound_loss(diffusion, denoise, seen, x0, u, eps) / size  # (B,), nats per dimension
+                unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / size  # (B,), nats per dimension
             else:
-                unet_part = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
+                unet_loss = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
             if train["loss"] == "kendall":
-                vae_part = balance(vae_part, size * unet_part)  # (B,)
-        training.step(vae_part + unet_part,
-                      {"sse": sse, "kl_nats": kl, name: unet_part, "weight": weight, "gradient_share": gradient_share},
-                      lambda: look(vae, unet, diffusion, probe))
+                vae_loss = balance(vae_loss, size * unet_loss)  # (B,)
+        training.step(vae_loss + unet_loss,
+                      {"sse": sse, "kl_nats": kl, unet_term: unet_loss, "weight": weight,
+                       "gradient_share": gradient_share},
+                      watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
 
 
 def load_model(state, device):
-    """Rebuild a common.Model from its checkpoint alone; a `form1` checkpoint of stage 1 will do."""
+    """The common.Model of a checkpoint of this stage, or of stage 1's form1."""
     train = state["train"]
     vae = common.frozen(common.build_vae(train), state["vae"], device)
     unet = common.frozen(common.build_unet(train, 6), state["unet"], device)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
-    return common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, vae, priors,
-                        lambda x_hat, z: condition(unet, x_hat))
+    model = common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, (vae, unet), vae,
+                         priors, denoiser=lambda x_hat, z: denoiser(unet, x_hat))
+    common.check_reduced_precision(model)
+    return model
 
 
 # --- What it shows: the latent space ---------------------------------------------------------------------------------
 
 def slerp(a, b, w):
-    """The arc from a (w = 0) to b (w = 1), (N, d) (Shoemake 1985): N(0, I) lives near a sphere, which a line leaves."""
+    """Spherical interpolation (Shoemake 1985): the point at w in [0, 1] on the arc from a to b, (N, d). Codes have
+    nearly the same length in many dimensions, and the middle of a straight line between two of them would be much
+    shorter."""
     angle = torch.acos((F.normalize(a) * F.normalize(b)).sum(1, keepdim=True).clamp(-1, 1))
     angle = angle.clamp(1e-4, math.pi - 1e-4)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 
 def smoothness(features):
-    """Features along paths (P, K, f) -> how smoothly an image turns into another: path length over the distance of its
-    ends (1: straight), the longest over the mean step (1: even), and that distance (0: nothing changes at all)."""
+    """How smoothly an image turns into another, from features along paths (P, K, f): the path's length over the
+    distance of its ends (1: straight), the longest over the mean step (1: even), and the distance of the ends (0:
+    nothing changes along the path, and the other two numbers say nothing)."""
     steps = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
     return {"path_over_distance": float(steps.sum(1).mean() / ends.mean().clamp(min=1e-9)),
@@ -208,8 +240,8 @@ def smoothness(features):
 
 
 def linear_probe(train_x, train_y, test_x, test_y):
-    """Ridge regression from x (N, d) to y (N, k), fitted in closed form: R^2 of each column on the test set, and the
-    test predictions (M, k)."""
+    """Ridge regression from x (N, d) to y (N, k): R^2 of each column on the test set, and the test predictions (M,
+    k)."""
     weight, bias = common.ridge_regression(train_x, train_y)
     predicted = test_x @ weight + bias
     r2 = 1 - (test_y - predicted).square().sum(0) / (test_y - test_y.mean(0)).square().sum(0)
@@ -218,58 +250,67 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def latent_space(folder, model, setup, pairs=32, points=9):
-    """Interpolations between held-out images (VAE decodes and refined, with the noise fixed along a path), the score of
-    the midpoints, that of held-out images' own codes, and what a linear probe reads off mu. A picture goes into
-    `folder`, if given."""
-    data, test, seed = setup.data, setup.test, setup.train["seed"]
-    steps, result = setup.evaluation["probe_steps"], {}
+    """Measure the latent space on held-out images: the score of images decoded from their own codes, paths between
+    codes (`pairs` paths of `points` images), the score of the paths' midpoints, and what a linear probe reads off a
+    code. Everything is measured on the VAE's images and on refined ones; along a path the refiner's noise stays the
+    same. Writes interpolation.png into `folder`, unless that is None."""
+    data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
-    a, b = mu[:count], mu[count : 2 * count]
+    a, b = mu[:count], mu[count : 2 * count]  # the ends of paths
 
-    def decode(z):  # the same noise for every z of a batch position
-        x_hat = model.vae.decoder(z.to(model.device))
-        images = common.refine(model, x_hat, z, common.generator(91_000 + seed), "dpm", steps)
+    def decode(z):
+        """Codes (N, d) -> the VAE's images and the refined ones, uint8. The noise depends on the position in z
+        alone."""
+        z = z.to(model.device)
+        x_hat = model.vae.decoder(z)
+        gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"])
+        images = common.refine(model, x_hat, z, gen, "dpm", setup.evaluation["probe_steps"])
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
-    def score(z):  # of VAE decodes and refined images
+    def score(z):
+        """The Frechet distance of the VAE's images and of the refined ones."""
         x_hat, refined = zip(*(decode(part) for part in z.split(100)), strict=True)
-        return {name: fid.scores(setup.extractor, torch.cat(images), setup.reference)[setup.fd] for name, images in
-                (("vae", x_hat), ("refined", refined))}
+        return {"vae": setup.score(torch.cat(x_hat))[setup.fd], "refined": setup.score(torch.cat(refined))[setup.fd]}
 
-    result["posterior"] = score(a)  # of real images' codes, their means: no prior is in between
-    shots = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
-    strips = [torch.stack(part, 1) for part in zip(*shots, strict=True)]  # VAE, refined: (P, K, 3, H, W)
-    features = [fid.extract(setup.extractor, part.flatten(0, 1))[0].view(*part.shape[:2], -1) for part in strips]
-    result["slerp"] = {part: smoothness(f) | {f"midpoint_{setup.fd}": middle} for f, (part, middle) in
-                       zip(features, score(slerp(a, b, 0.5)).items(), strict=True)}
+    result["posterior"] = score(a)  # codes of real images: no prior is involved
+    along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
+    midpoints = score(slerp(a, b, 0.5))
+    result["slerp"], strips = {}, {}
+    for i, name in enumerate(("vae", "refined")):
+        strips[name] = torch.stack([images[i] for images in along], 1)  # (pairs, points, 3, H, W)
+        features = fid.extract(setup.extractor, strips[name].flatten(0, 1))[0]  # (pairs * points, f)
+        result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
+        result["slerp"][name][f"midpoint_{setup.fd}"] = midpoints[name]
     if folder:
-        rows = {f"{label} {i + 1}": strip[i] for i in range(3) for label, strip in
-                zip(("VAE", "refined"), strips, strict=True)}
+        rows = {f"{label} {i + 1}": strips[name][i] for i in range(min(3, len(a)))
+                for label, name in (("VAE", "vae"), ("refined", "refined"))}
         common.save_grid(folder / "interpolation.png", rows)
-    some = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
-    train_mu = common.encode(model.vae, data.images[some], model.device)[0]
+
+    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
+    train_mu = common.encode(model.vae, data.images[chosen], model.device)[0]
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
-        _, guess = linear_probe(train_mu, one_hot[data.labels[some]], mu, one_hot[test.labels])
-        result["probe_class_accuracy"] = float((guess.argmax(1) == test.labels).float().mean())
+        _, predicted = linear_probe(train_mu, one_hot[data.labels[chosen]], mu, one_hot[test.labels])
+        result["probe_class_accuracy"] = float((predicted.argmax(1) == test.labels).float().mean())
     if data.factors is not None:
-        r2, _ = linear_probe(train_mu, data.factors[some], mu, test.factors)
+        r2, _ = linear_probe(train_mu, data.factors[chosen], mu, test.factors)
         result["probe_r2"] = dict(zip(common.FACTORS, r2, strict=True))
     return result
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
-def parse_flags(argv=None):
-    """The flags, the train settings of this stage's own, and the run's name (the loss, and what is no default)."""
+def read_flags(argv):
+    """The parsed flags, this stage's own train settings, and the run's name: the loss, and what is not the default."""
     parser = argparse.ArgumentParser(description="Stage 2: VAE and refiner trained jointly")
     common.add_flags(parser, "gaussian", "gmm")
     parser.add_argument("--loss", choices=("sum", "anneal", "kendall", "bound"), default="anneal",
                         help="how the two terms are balanced (default: %(default)s)")
     parser.add_argument("--gradient", choices=("full", "decoder", "none"), default="full",
-                        help="how far the diffusion term reaches into the VAE (default: %(default)s)")
-    parser.add_argument("--diffusion-weight", type=float, help=f"lambda of sum, and that anneal ends with ({WEIGHT})")
+                        help="how far the diffusion term's gradient goes into the VAE (default: %(default)s)")
+    parser.add_argument("--diffusion-weight", type=float,
+                        help=f"lambda of sum, and the final one of anneal (default: {WEIGHT:g})")
     args = parser.parse_args(argv)
     if args.loss in ("kendall", "bound") and args.diffusion_weight is not None:
         common.fail(f"--diffusion-weight: --loss {args.loss} has no weight to choose; leave it out")
@@ -282,49 +323,55 @@ def parse_flags(argv=None):
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
-    if args.loss == "kendall":
+    if args.loss == "kendall":  # for a and b: Adam, no clipping, no averaging
         own |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
-    suffix = ("" if weight == WEIGHT else f"-w{weight:g}") + (
-        "" if args.gradient == "full" else f"-grad-{args.gradient}")
-    return args, own, f"stage2-{args.loss}{suffix}"
+    name = f"stage2-{args.loss}"
+    if weight != WEIGHT:
+        name += f"-w{weight:g}"
+    if args.gradient != "full":
+        name += f"-grad-{args.gradient}"
+    return args, own, name
 
 
 def main(argv=None):
-    args, own, variant = parse_flags(argv)
+    args, own, name = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     train |= own
     if args.dry_run:
-        return common.print_settings(train, evaluation, common.network_cost(train))
-    setup = common.Setup(args, train, evaluation, device)
-    folder = setup.home / f"{variant}-s{args.seed}"
-    state = common.trained(folder, setup.train, args.resume,
-                           lambda state: train_joint(folder, setup.train, setup.data, setup.device, state))
-
-    def more(model):
-        return {"latent_space": latent_space(folder, model, setup)}
-
-    model = load_model(state, setup.device)
-    metrics = common.evaluate(folder, setup, state, model, common.network_cost(train), more)
+        with torch.device("meta"):
+            networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
+        return common.print_settings(train, evaluation, **networks)
+    setup = fid.Setup(args, train, evaluation, device)
+    folder = setup.home / f"{name}-s{args.seed}"
+    state = (common.finished(folder, setup.train, args.resume)
+             or train_joint(folder, setup.train, setup.data, device))
+    model = load_model(state, device)
+    model.temperature = setup.evaluation["temperature"]
+    metrics = fid.evaluate(folder, setup, state, model)
     common.export(args, folder, state, model, setup.evaluation)
-    earlier = {}  # stage 1 at equal budget: the same images for each network
-    for path in (setup.home / f"stage1-{name}-s{args.seed}" for name in ("vae", "form1")):
-        found = common.read_metrics(path / "metrics.json", setup.evaluation)
-        if found and found["run"]["train_images"] == metrics["run"]["train_images"]:
-            earlier[path] = found
     tables = metrics["tables"]
-    checkpoint = setup.home / f"stage1-form1-s{args.seed}" / "checkpoint.pt"
-    if len(earlier) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
-        form1 = load_model(common.load_checkpoint(checkpoint), setup.device)
-        form1 = dataclasses.replace(form1, temperature=evaluation["temperature"])
+    if "latent_space" not in tables:
+        tables["latent_space"] = latent_space(folder, model, setup)
+        common.write_json(folder / "metrics.json", metrics)
+
+    # Stage 1, if it was run with the same settings: its scores beside ours, and its latent space measured like ours.
+    stage1_folders = [setup.home / f"stage1-{variant}-s{args.seed}" for variant in ("vae", "form1")]
+    stage1 = {path: fid.read_metrics(path / "metrics.json", setup.evaluation) for path in stage1_folders}
+    stage1 = {path: found for path, found in stage1.items()
+              if found and found["run"]["train_images"] == metrics["run"]["train_images"]}
+    checkpoint = stage1_folders[1] / "checkpoint.pt"
+    if len(stage1) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
+        form1 = load_model(common.load_checkpoint(checkpoint), device)
+        form1.temperature = setup.evaluation["temperature"]
         tables["latent_space_stage1"] = latent_space(None, form1, setup)
         common.write_json(folder / "metrics.json", metrics)
-    common.print_results(earlier | {folder: metrics}, setup)
-    for name, where in (("stage 1", "latent_space_stage1"), (variant, "latent_space")):
-        if where in tables:
-            path = tables[where]["slerp"]["refined"]
-            print(f"{name}: path length over end distance {path['path_over_distance']:.3f}, end distance "
+    fid.print_results(stage1 | {folder: metrics}, setup)
+    for label, key in (("stage 1", "latent_space_stage1"), (name, "latent_space")):
+        if key in tables:
+            path = tables[key]["slerp"]["refined"]
+            print(f"{label}: path length over end distance {path['path_over_distance']:.3f}, end distance "
                   f"{path['end_distance']:.3f} (refined, slerp)")
-    if not earlier:
+    if not stage1:
         print(f"no stage 1 results in {setup.home}; to compare: python stage1_baseline.py --dataset {args.dataset} "
               f"--budget {train['budget']} --seed {args.seed} --data-dir {args.data_dir} --out {args.out}")
 
