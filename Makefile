@@ -1,14 +1,18 @@
-# One command each, nothing needed before: the virtual environment is made on first use.
+# Each target is one command. Nothing has to be done before: the first one makes the virtual environment.
 PYTHON ?= python3
 BIN = .venv/bin
 
 .PHONY: demo report test test-slow lint clean
 
-demo: .venv/ready  ## stage 1 on the built-in shapes: pictures and a table, offline, 5 minutes on two slow cores
+# Runs stage 1 on the built-in shapes and writes pictures and a table. It works offline and takes 5 minutes on two slow
+# cores.
+demo: .venv/ready
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
-report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside the committed numbers: half an hour on two slow cores
-	$(BIN)/python stage1_baseline.py --variant vae form1 uncond --budget cpu --resume
+# Runs seed 0 of the variants that the report rests on, on the built-in shapes, and writes runs/REPORT.md, which puts
+# their numbers beside the committed ones. It takes half an hour on two slow cores.
+report: .venv/ready
+	$(BIN)/python stage1_baseline.py --variant vae uncond form1 guided --budget cpu --resume
 	$(BIN)/python stage2_joint.py --budget cpu --resume
 	$(BIN)/python stage3_adaptive.py --conditioning fixed --budget cpu --resume
 	$(BIN)/python stage3_adaptive.py --budget cpu --resume
@@ -18,7 +22,8 @@ report: .venv/ready  ## seed 0 of what the report rests on, on shapes, beside th
 test: .venv/ready
 	$(BIN)/python -m pytest -q
 
-test-slow: .venv/ready  ## the tests that take minutes each
+# Runs the tests that take minutes each. `make test` leaves them out.
+test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/ready

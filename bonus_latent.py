@@ -22,8 +22,10 @@ Expect  fewer minutes than stage 1. A table of scores, with the autoencoder's re
 
 import argparse
 import itertools
+import os
 import statistics
 import time
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -34,12 +36,16 @@ import common
 import fid
 from common import to_float, to_uint8
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch.profiler prints lines about itself
+
 CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
 BETA = 0.01  # weight of the KL: small, so that it only keeps the latent from spreading out
-# For each budget the autoencoder's width and the table of the latent U-Net. A row of that table: the latent's size over
-# the level's size, width, blocks down, blocks up.
-SIZES = {"smoke": (16, [[1, 16, 1, 1]]), "cpu": (32, [[1, 96, 1, 1], [2, 128, 1, 1]]),
-         "gpu": (96, [[1, 192, 2, 3], [2, 256, 2, 3]]), "paper": (128, [[1, 256, 2, 3], [2, 512, 2, 3]])}
+SIZES = {  # budget: width of the autoencoder, table of the latent U-Net. A row of it is a level: how many times smaller
+    # it is than the latent, its width, blocks on the way down, blocks on the way up.
+    "smoke": (16, [[1, 16, 1, 1]]),
+    "cpu": (32, [[1, 96, 1, 1], [2, 128, 1, 1]]),
+    "gpu": (96, [[1, 192, 2, 3], [2, 256, 2, 3]]),
+    "paper": (128, [[1, 256, 2, 3], [2, 512, 2, 3]])}
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -52,7 +58,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         w, block = width, common.BottleneckBlock
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1), block(w), common.PatchConv2d(w, 2 * w, 2, stride=2),
+            nn.Conv2d(3, w, 3, padding=1), block(w), common.PatchConv2d(w, 2 * w, 2, stride=2),  # half the resolution
             block(2 * w), common.PatchConv2d(2 * w, 2 * w, 2, stride=2),
             block(2 * w), block(2 * w), nn.Conv2d(2 * w, 2 * CHANNELS, 1))
         self.decoder = nn.Sequential(
@@ -94,7 +100,7 @@ def build_unet(train):
 def encode_all(autoencoder, images, device, batch=500):
     """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device."""
     parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(batch)]
-    mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+    mu, logvar = torch.cat([mu for mu, _ in parts]), torch.cat([logvar for _, logvar in parts])
     return mu, (0.5 * logvar).exp()
 
 
@@ -102,7 +108,7 @@ def train_autoencoder(folder, train, data, device):
     """Train the autoencoder and measure the scale of its latent. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] == "both",
+    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"],
                                autoencoder=autoencoder)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
@@ -123,7 +129,7 @@ def train_latent(folder, train, ae_state, data, device):
     """Train the U-Net on scaled latents, with the autoencoder frozen. Returns the finished checkpoint."""
     autoencoder = common.frozen(Autoencoder(train["ae_width"]), ae_state["autoencoder"], device)
     scale = {key: value.to(device) for key, value in ae_state["scale"].items()}
-    images = data.images if train["flip"] == "none" else torch.cat([data.images, data.images.flip(3)])  # both ways
+    images = torch.cat([data.images, data.images.flip(3)]) if train["unet_flip"] else data.images
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
@@ -147,8 +153,9 @@ def load_model(state, device):
     train, scale = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
     autoencoder = common.frozen(Autoencoder(train["ae_width"]), state["autoencoder"], device)
     unet = common.frozen(build_unet(train), state["unet"], device)
-    model = common.Model("latent", device, latent_shape(train), common.Diffusion(train["objective"], device=device),
-                         (autoencoder, unet), denoiser=lambda x_hat, z: unet,
+    model = common.Model("latent", device, shape=latent_shape(train),
+                         diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
+                         denoiser=lambda x_hat, z: unet,  # nothing conditions it
                          decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
     common.check_reduced_precision(model)
     return model
@@ -166,8 +173,10 @@ def peak_memory(run, device):
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
+    # The profiler's raw events include one for each allocation (bytes > 0) and each release (bytes < 0).
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    in_use = itertools.accumulate((event.nbytes() for event in events), initial=0)
     return max(in_use) / 2**20
 
 
@@ -206,15 +215,18 @@ def sampling_cost(name, model, unet, unet_shape, decode, code, steps, train_batc
         loss.backward()
         unet.zero_grad(set_to_none=True)
 
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
         evaluate_unet(batch)
     where = "cuda" if device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     common.write(folder / f"profile-{name}.txt", table.encode())
     seconds = {}
     for n in (1, batch):
-        decoding = median_seconds(lambda n=n: decode_codes(n), device)
-        one_step = median_seconds(lambda n=n: evaluate_unet(n), device)
+        decoding = median_seconds(partial(decode_codes, n), device)
+        one_step = median_seconds(partial(evaluate_unet, n), device)
         seconds[n] = (steps * one_step + decoding) / n
     peak_mb = peak_memory(lambda: evaluate_unet(batch), device)
     unet.requires_grad_(True)
@@ -235,11 +247,14 @@ def savings(folder, model, train, setup):
     pixel_unet, vae = (common.frozen(network, network.state_dict(), device) for network in (pixel_unet, vae))
     z = torch.randn(batch, vae.latent_dim, device=device)
     latent = torch.randn(batch, *model.shape, device=device)
-    costs = {"pixel": sampling_cost("pixel", model, pixel_unet, (6, size, size), vae.decoder, z, steps, train["batch"],
-                                    folder),
-             "latent": sampling_cost("latent", model, model.networks[1], model.shape, model.decode, latent, steps,
-                                     train["batch"], folder)}
-    saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]}
+    _, latent_unet = model.networks
+    shared = {"model": model, "steps": steps, "train_batch": train["batch"], "folder": folder}
+    costs = {"pixel": sampling_cost("pixel", unet=pixel_unet, unet_shape=(6, size, size), decode=vae.decoder, code=z,
+                                    **shared),
+             "latent": sampling_cost("latent", unet=latent_unet, unet_shape=model.shape, decode=model.decode,
+                                     code=latent, **shared)}
+    saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
+             if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
     figure = Figure(figsize=(8, 3), layout="constrained")
     axis = figure.add_subplot()
     bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
@@ -265,34 +280,7 @@ def ceiling(folder, model, setup):
                                  "psnr_db": fid.psnr_db(x_hat, real)}
 
 
-def equal_seconds(rows, pixel_rows, fd):
-    """Quality at equal time: each row of this model, with those rows of the pixel model that take at most a tenth
-    longer and have the same sampler, the same number of images, and the prior of its headline."""
-    names = ("prior", "sampler", "nfe", "seconds_per_image", fd)
-    result = []
-    for row in rows:
-        as_quick = [other for other in pixel_rows if other["seconds_per_image"] <= 1.1 * row["seconds_per_image"]
-                    and other["prior"] == pixel_rows[0]["prior"] and other["sampler"] == row["sampler"]
-                    and other["n_generated"] == row["n_generated"]]
-        result.append({"latent": {name: row[name] for name in names},
-                       "pixel": [{name: other[name] for name in names} for other in as_quick]})
-    return result
-
-
 # --- The command -----------------------------------------------------------------------------------------------------
-
-def find_pixel_rows(folder, stage1_train, setup):
-    """The rows of scores of stage 1's refiner in its folder, if it was trained with the settings `stage1_train` and
-    measured like this model, or None."""
-    path = folder / "checkpoint.pt"
-    state = common.load_checkpoint(path) if path.is_file() else None
-    if not state or not state["finished"] or common.first_difference(state["train"], stage1_train):
-        return None
-    metrics = fid.read_metrics(folder / "metrics.json")
-    same = metrics and all(metrics["run"]["eval"].get(key) == setup.evaluation[key] for key in
-                           ("features", "temperature"))
-    return metrics["rows"] if same else None
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
@@ -300,10 +288,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     train, evaluation, device = common.read_settings(args)
     width, table = SIZES[train["budget"]]
-    own = {"ae_width": width, "latent_unet": table} | common.settings_like(train, "autoencoder", "vae")
+    own = {"ae_width": width, "latent_unet": table} | common.settings_for(train, "autoencoder", like="vae")
     if args.dry_run:
         train |= own
-        with torch.device("meta"):
+        with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
@@ -314,7 +302,7 @@ def main(argv=None):
     state = (common.finished(folder, train, args.resume)
              or train_latent(folder, train, ae_state, setup.data, device))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]
+    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
     tables = metrics["tables"]
     if "savings" not in tables:
@@ -322,10 +310,6 @@ def main(argv=None):
         tables["savings"] = savings(folder, model, train, setup)
         common.write_json(folder / "metrics.json", metrics)
     common.export(args, folder, state, model, setup.evaluation)
-    pixel_rows = find_pixel_rows(setup.home / f"stage1-form1-s{args.seed}", setup.train, setup)
-    if pixel_rows:  # stage 1 has been measured, too
-        tables["equal_seconds"] = equal_seconds(metrics["rows"], pixel_rows, setup.fd)
-        common.write_json(folder / "metrics.json", metrics)
     fid.print_results({folder: metrics}, setup)
     saved = tables["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "

@@ -1,10 +1,11 @@
 """The ground that every stage stands on: the models (Part I, to be read) and the machinery (Part II, to be looked up).
 
-Part I    1 diffusion, 2 networks, 3 priors over z, 4 the built-in data, 5 a model: what a stage hands to sampling
-Part II   6 messages and files, 7 budgets, 8 data sets, 9 processes, 10 training, 11 runs, 12 pictures
+Part I    1 diffusion, 2 networks, 3 priors over z, 4 a model: what a stage hands to sampling
+Part II   5 the likelihood bound, 6 the built-in data, 7 messages and files, 8 budgets, 9 data sets, 10 processes,
+          11 random numbers, precision, cost, 12 training, 13 runs, 14 pictures
 
-For stage 1, read sections 1, 2, 3 and 5, the settings in TRAIN (section 7) and the class Training (section 10). The
-rest can be looked up when a stage uses it. `fid.py` builds on this file and holds everything that measures a model.
+For stage 1, read Part I, the settings in TRAIN (section 8) and the class Training (section 12). The rest can be looked
+up when a stage uses it. `fid.py` builds on this file and holds everything that measures a model.
 
 Conventions, used by every file:
     Images `x0` are float32 tensors (B, 3, H, W) with values in [-1, 1]. Stored data and everything that `fid.py` scores
@@ -47,23 +48,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from tqdm import tqdm
 
-# What is added to --seed for each purpose, so that no two purposes draw the same random numbers.
-SEEDS = {
-    "training": 1,  # batches, mirroring, noise and times of a training
-    "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
-    "flow": 3,  # the same for the flow that is fitted after training (stage 3)
-    "reconstruction": 50_000,  # noise with which reconstructions of held-out images are refined
-    "bits_per_dim": 60_000,
-    "held_out_codes": 70_000,
-    "round_trip": 75_000,  # codes of held-out images whose error is compared with the predicted one (stage 3)
-    "terciles": 80_000,  # stage 3: noise with which sure and unsure images are refined; 1,000 times --seed is added
-    "adaptive_codes": 85_000,  # stage 3: codes that are refined in different numbers of steps
-    "adaptive_noise": 86_000,  # and their noise; 1,000 times --seed is added
-    "interpolation": 91_000,  # noise that stays the same along a path through the latent space (stage 2)
-}
-# `generate` draws batch by batch and uses 1,000,000 * (seed + 1) + the number of the batch's first image.
-# Wherever images are refined, `refine` adds 1 for the noise of the sampling steps, and `generate` adds 2 for damage.
-
 
 def generator(seed, device="cpu"):
     """A seeded torch.Generator on `device`."""
@@ -85,46 +69,12 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def native_bfloat16(device):
-    """Whether the device computes in bfloat16 natively. Where it is only emulated it is slower than float32."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16", False))
-
-
-def autocast(device, reduced):
-    """A context in which convolutions and matrix products run in bfloat16 if `reduced`, else in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced)
-
-
-def relative_errors(exact, reduced):
-    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor."""
-    return torch.stack([(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(exact, reduced, strict=True)])
-
-
-def rounding_explains(errors, name):
-    """Whether relative errors between float32 and bfloat16 are small enough to be rounding; prints a line if not.
-
-    Rounding to bfloat16 changes the outputs and gradients of the networks here by less than 1%. A wrong kernel changes
-    them by 50% or more, and there are processors and shapes for which torch has such kernels. Errors that are not
-    finite are no evidence: a training that fails in float32 too must be reported as what it is.
-    """
-    error = float(errors.max())
-    if error <= 0.1 or not math.isfinite(error):
-        return True
-    print(f"{name}: bfloat16 gives results that differ from float32's by {error:.0%}, which is a fault of this "
-          "processor or of torch; float32 is used instead", file=sys.stderr)
-    return False
-
-
 # ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Posterior(NamedTuple):
     """q(x_s | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Two choices of its variance are in use
     (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
-    "fixedlarge") is right if nothing is known of x0."""
+    "fixedlarge") is right if x0 is unknown and as wide as N(0, I)."""
 
     x0_factor: float
     xt_factor: float
@@ -137,12 +87,9 @@ class Diffusion:
     steps.
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
-    Ho 2022). A small error of v is a small error of x0 at every noise level, which suits short trainings. A small error
-    of eps is a large error of x0 at high noise.
-
-    `start` is the time at which the reverse process begins. It is T for an unconditional model. It can be earlier where
-    an x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled.
-    """
+    Ho 2022). A small error of v is a small error of x0 at every noise level, which suits short trainings.
+    `start` is the time at which the reverse process begins: T, or earlier where an x_hat already shows roughly what x0
+    looks like. Only the times 1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -185,7 +132,10 @@ class Diffusion:
         """Solve the network's prediction at x_t for x0 and eps. `clamp` limits x0 to [-1, 1]; eps is computed from the
         clamped x0, so that both still add up to x_t."""
         a, sigma = self.scales(t)
-        x0 = (xt - sigma * prediction) / a if self.objective == "eps" else a * xt - sigma * prediction
+        if self.objective == "eps":
+            x0 = (xt - sigma * prediction) / a  # from x_t = a x0 + sigma eps
+        else:
+            x0 = a * xt - sigma * prediction  # a x_t - sigma v = (a^2 + sigma^2) x0 = x0
         x0 = x0.clamp(-1, 1) if clamp else x0
         return x0, (xt - a * x0) / sigma
 
@@ -210,16 +160,18 @@ def time_grid(start, steps):
 
 def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
+    `previous` is (t, x0) of the step before, or None in the first step.
 
-    `previous` is (t, x0) of the step before, or None in the first step. The update x_next = (sigma_next / sigma_t) x_t
-    + (a_next - a_t sigma_next / sigma_t) x0 would be exact if x0 were constant between the two times. The solver uses
-    an x0 that is extrapolated from the last two predictions, which makes it a method of second order. The paper writes
-    exp(-h) where we write the ratio of the sigmas; the ratio also holds at t_next = 0, where the step returns x0."""
+    If x0 were constant between the two times, x_next = (sigma_next / sigma_t) x_t + (a_next - a_t sigma_next / sigma_t)
+    x0 would be exact. The solver is of second order because it uses an estimate of x0 in the middle of the step. It is
+    extrapolated linearly from the last two predictions, along lambda = log(a / sigma), the paper's measure of time:
+        x0 + (lambda_next - lambda_t) / 2 * (x0 - x0_before) / (lambda_t - lambda_before)
+    """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
-    if previous is not None and t_next > 0:  # the first step has no earlier prediction; the last is of first order
+    if previous is not None and t_next > 0:  # not in the first step, nor in the last, where lambda_next is infinite
         t_before, x0_before = previous
-        # The paper's lambda = log(a / sigma). It is half the logit of alpha_bar, since a^2 = alpha_bar = 1 - sigma^2.
+        # lambda is half the logit of alpha_bar, since a^2 = alpha_bar and sigma^2 = 1 - alpha_bar.
         lambda_before, lambda_t, lambda_next = diffusion.alpha_bar[[t_before, t, t_next]].logit() / 2
         r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))
         x0 = x0 + (x0 - x0_before) / (2 * r)
@@ -258,70 +210,6 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
     return x
 
 
-# The variational bound of a diffusion model, in nats per image (DDPM eq. 5):
-#     -log p(x0) <= KL(q(x_start | x0) || p(x_start)) + sum over t = 2..start of KL_t + L_0
-# The next four functions compute its three parts, `diffusion_nats` all of them for given images.
-
-def kl_step(diffusion, x0, x0_predicted, t):
-    """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats.
-
-    The model p is the same Gaussian with the predicted x0 in place of x0, and with large_variance. So this is the KL of
-    two Gaussians whose means differ by x0_factor * (x0 - x0_predicted)."""
-    posteriors = [diffusion.posterior(time, time - 1) for time in t.tolist()]
-    x0_factor = torch.tensor([p.x0_factor for p in posteriors], device=x0.device)  # (B,)
-    small = torch.tensor([p.small_variance for p in posteriors], device=x0.device)  # (B,)
-    large = torch.tensor([p.large_variance for p in posteriors], device=x0.device)  # (B,)
-    from_variances = 0.5 * x0[0].numel() * (large.log() - small.log() + small / large - 1)
-    return from_variances + x0_factor**2 / (2 * large) * ((x0 - x0_predicted) ** 2).flatten(1).sum(1)
-
-
-def kl_prior(diffusion, x0, x_hat=None):
-    """The bound's first term, KL(q(x_start | x0) || p(x_start)), (B,) nats.
-
-    If the process begins at T, p is N(0, I) and the term is close to zero. If it begins earlier, p is centred on x_hat
-    instead of x0 and has the same variance as q, so the term is the squared distance of the means over the variance."""
-    bar = float(diffusion.alpha_bar[diffusion.start])
-    if diffusion.start == diffusion.T:
-        return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
-    return bar / (2 * (1 - bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
-
-
-def data_nats(diffusion, x0, x0_predicted):
-    """The bound's last term, L_0 = -log p(x0 | x_1), (B,) nats, where x0 = to_float(pixels) (DDPM eq. 13).
-
-    A pixel's probability is the mass of N(x0_predicted, sd^2) between the edges of its bin, x0 - 1/255 and x0 + 1/255;
-    the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is beta_tilde at t = 2, and no
-    probability counts as less than 1e-12, so that one wrong pixel cannot cost more than 28 nats.
-    Computed in float64 on the CPU."""
-    sd = math.sqrt(diffusion.posterior(2, 1).small_variance)
-    x, mean = x0.cpu().double(), x0_predicted.cpu().double()
-    below_upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
-    below_lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
-    return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
-
-
-@torch.no_grad()
-def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
-    """The three parts of the bound for uint8 `images`: {"prior", "diffusion", "data"}, each (B,) nats on the CPU.
-
-    The sum over t is estimated from `draws` random times per image. The range of times is cut into `draws` equal
-    pieces, with one time from each, which gives a smaller error than independent draws. (With `draws = start - 1` each
-    time is used exactly once.)"""
-    x0, terms = to_float(images), diffusion.start - 1
-    total = torch.zeros(len(x0), device=x0.device)
-    for k in range(draws):
-        u = torch.rand(len(x0), generator=gen, device=gen.device)
-        t = 2 + ((k + u.cpu().double()) * terms / draws).long().clamp(max=terms - 1).to(x0.device)  # (B,)
-        xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
-        x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t)
-        total += kl_step(diffusion, x0, x0_predicted, t) * terms / draws
-    one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
-    x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen))
-    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x1, one), x1, one)
-    return {"prior": kl_prior(diffusion, x0, x_hat).cpu(), "diffusion": total.cpu(),
-            "data": data_nats(diffusion, x0, x0_predicted).cpu()}
-
-
 # ---- 2. Networks -----------------------------------------------------------------------------------------------------
 
 class BottleneckBlock(nn.Module):
@@ -348,23 +236,27 @@ class BottleneckBlock(nn.Module):
 class PatchConv2d(nn.Conv2d):
     """A convolution whose window equals its stride k: (B, C, H, W) -> (B, out, H/k, W/k).
 
-    Its windows do not overlap, so it is a matrix product: every k x k block of pixels, flattened to C k k numbers, is
-    multiplied by the weights. It is computed as one, because some convolution kernels of torch for bfloat16 are wrong
-    for exactly this case. The weights have nn.Conv2d's shape, (out, C, k, k)."""
+    Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
+    multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
+    for bfloat16 are wrong. The weights have the shape that they have in nn.Conv2d, (out, C, k, k)."""
 
     def forward(self, x):
-        blocks = F.pixel_unshuffle(x, self.stride[0])  # (B, C k k, H/k, W/k)
-        blocks = blocks.permute(0, 2, 3, 1)  # (B, H/k, W/k, C k k)
-        return F.linear(blocks, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
+        (b, c, h, w), k = x.shape, self.stride[0]
+        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)  # rows and columns cut into pieces of k
+        blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C)
+        return F.linear(blocks, matrix, self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
 
 
 class PatchConvTranspose2d(nn.ConvTranspose2d):
-    """The reverse of PatchConv2d: every pixel becomes a k x k block. (B, C, H, W) -> (B, out, k H, k W), without bias.
-    The weights have nn.ConvTranspose2d's shape, (C, out, k, k)."""
+    """The reverse of PatchConv2d, without bias: every pixel becomes a k x k block. (B, C, H, W) -> (B, out, k H, k W).
+    The weights have the shape that they have in nn.ConvTranspose2d, (C, out, k, k)."""
 
     def forward(self, x):
-        blocks = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1).T)  # (B, H, W, out k k)
-        return F.pixel_shuffle(blocks.permute(0, 3, 1, 2), self.stride[0])  # (B, out, k H, k W)
+        (b, _, h, w), k = x.shape, self.stride[0]
+        matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
+        blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
+        return blocks.transpose(2, 3).reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
 
 
 def init_keeping_variance(conv, fan_in):
@@ -377,11 +269,11 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Every level but the last has one block more than the table says, and
-    ends in a change of resolution. As published (`pool`), that is average pooling and a 1x1 convolution. Average
-    pooling down to 1x1 forgets positions; the network could recover them only from the zero padding at the border, and
-    a short training does not get that far. Without `pool` it is a strided convolution, which sees every position by
-    itself.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Every level but the last ends in one more block, which the published
+    tables do not list, and a change of resolution. As published (`pool`), this is average pooling and a 1x1
+    convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the zero
+    padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution, which
+    sees every position by itself.
     """
 
     def __init__(self, table, pool):
@@ -474,8 +366,8 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32. The number of groups is the greatest common divisor of 32 and a quarter of the width: 32 at
-    the published widths, fewer in small networks.
+    """GroupNorm in float32. There are 32 groups as published, or fewer in small networks: the greatest common divisor
+    of 32 and a quarter of the width, so that a group has four channels or more.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
@@ -531,12 +423,11 @@ class UNet(nn.Module):
     """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero at the start.
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
-    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. Every block on the way up is given one feature map of the way down (a skip
-    connection). A level has one more feature map than blocks on its way down, the one that enters it. DDPM has one
-    block more going up, so that all of them are used. The small networks here have equal numbers, which saves the
-    expensive blocks at high resolution and leaves the map that enters a level unused.
-    `attention` lists the resolutions that have self-attention; the middle of the network always has it.
-    `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. Every block on the way up also sees one feature map of the way down (a skip
+    connection). On the way down, a level has one such map for each block, and one more that enters the level. DDPM has
+    one more block on the way up, so that all of them are used. The small networks here save that block. `attention`
+    lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 * first
+    width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
@@ -570,8 +461,8 @@ class UNet(nn.Module):
                 self.up[-1].append(block(width + widths.pop(), level_width, resolution))
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        # Nothing lies below the lowest level or above the highest. Their convolutions are drawn and then dropped: the
-        # initial weights of all later layers depend on how many random numbers were drawn before.
+        # Nothing lies below the lowest level or above the highest. Their convolutions are made and dropped, not left
+        # out: later layers would get other initial weights than in the committed results.
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -644,11 +535,12 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, few=10_000):
-        """The mixture fitted to z (N, d). It begins with random z as means and the covariance of all z. `rounds` of EM
-        on the first `few` z (but 20 per component at least) come close to the result, two more on all z finish it."""
+        """The mixture fitted to z (N, d). At first its means are random z, and all covariances that of all z. Then come
+        `rounds` of EM on a part of the z, for speed (`few`, or 20 for each component if that is more), and two rounds
+        on all z."""
         centre = z.mean(0)  # subtracted while fitting: float32 loses the digits of a covariance far from 0
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]  # image files are sorted by class
-        means = z[:components]  # of fewer z there are fewer components
+        means = z[:components]
         weights = torch.full((len(means),), 1 / len(means))
         mixture = cls(weights, means, torch.linalg.cholesky(z.T.cov() + cls.ridge(z))[None])
         for _ in range(rounds):
@@ -673,7 +565,7 @@ class GaussianMixture:
         for part in z.split(2000):
             belongs = self.log_joint(part).softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-            if tied:  # the weights of one z over all components add up to 1
+            if tied:  # summed over components, the weights of a z are 1: the plain sum of z z' is what is needed
                 products[0] += part.T @ part
                 continue
             for k, share in enumerate(belongs.T):
@@ -693,14 +585,14 @@ class GaussianMixture:
 
         With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
         multiplied out, so that all distances to all components come from one matrix product."""
-        d, rows = self.means.shape[1], []
-        inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1: (K, d, d) or (1, d, d)
-        means = (inverse @ self.means[:, :, None]).view(len(inverse), -1, d)  # L^-1 mean: (K, 1, d); tied (1, K, d)
-        constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,)
+        (count, d), groups, rows = self.means.shape, len(self.factors), []  # groups of components with one covariance
+        inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
+        means = (inverse @ self.means[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
+        constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,), with log det L
         for part in z.cpu().split(100):  # 100 rows stay in a processor's cache
-            white = part @ inverse.mT  # L^-1 z: (K, n, d); tied (1, n, d)
+            white = part @ inverse.mT  # L^-1 z, (groups, n, d)
             distance = (white.square().sum(2, keepdim=True) - 2 * white @ means.mT
-                        + means.square().sum(2)[:, None])  # squared: (K, n, 1); tied (1, n, K)
+                        + means.square().sum(2)[:, None])  # squared, (groups, n, K / groups)
             distance = distance.movedim(0, 1).flatten(1)  # (n, K)
             rows.append(constant - 0.5 * (distance + d * math.log(2 * math.pi)))
         return torch.cat(rows)
@@ -717,71 +609,7 @@ class GaussianMixture:
         return self.means[k] + (factors @ noise[:, :, None])[:, :, 0]
 
 
-# ---- 4. The built-in data --------------------------------------------------------------------------------------------
-
-FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction")
-
-
-def draw_shapes(count, seed):
-    """The built-in data set: `count` anti-aliased shapes on a grey ground, drawn in random sizes, places and colours.
-
-    A third of the shapes are plain, a third have broad bands, a third fine bands. Outline, place, colour and broad
-    bands are what a small VAE can keep; fine bands and crisp edges are what it loses. So the refiner has something to
-    restore, and images differ in how much. The bands have two tones and are fixed to the pixel grid: horizontal,
-    vertical or diagonal, with a period of 8 pixels (broad) or of 3 or 4 pixels (fine).
-    Returns uint8 images (count, 3, 32, 32), int64 labels (count,) and the FACTORS, float32 (count, 9) in about -1..1.
-    """
-    gen, size = generator(seed), 32
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(count, generator=gen)
-
-    label = torch.randint(6, (count,), generator=gen)
-    detail = torch.randint(3, (count,), generator=gen)  # 0 plain, 1 broad bands, 2 fine bands
-    direction = torch.randint(3, (count,), generator=gen)
-    period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
-    radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
-    lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
-    pure_hue = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3), HSV
-    colour = pure_hue * 0.75 + 0.2
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W): bands change along rows, columns, diagonals
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    for part in torch.arange(count).split(1000):  # P images at a time
-        # Every factor becomes (P, 1, 1), to meet the pixels (H, W).
-        part_radius, part_cx, part_cy, part_tilt, part_lightness, part_side, part_detail, part_period = (
-            values[part][:, None, None] for values in (radius, cx, cy, tilt, lightness, lighter_side, detail, period))
-        x, y = columns + 0.5 - part_cx, rows + 0.5 - part_cy  # (P, H, W)
-        u = (x * part_tilt.cos() + y * part_tilt.sin()) / part_radius  # the shape's own frame, in which it has radius 1
-        v = (y * part_tilt.cos() - x * part_tilt.sin()) / part_radius
-        rho = torch.hypot(u, v)
-        fifth = math.pi / 5
-        to_tip = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to the star's nearest tip
-        arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
-        distances = torch.stack([  # signed distance to each outline, negative inside, nearly exact close to it
-            rho - 0.9,  # disc
-            (rho - 0.68).abs() - 0.25,  # ring
-            torch.maximum(u.abs(), v.abs()) - 0.78,  # square
-            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle
-            # Star: a straight edge from a tip (radius 1) to a notch (radius 1/2); (0.443, 0.897) is the edge's normal.
-            0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
-            torch.minimum(arm, bar),  # cross, of two rectangles
-        ], dim=1)  # (P, 6, H, W)
-        distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
-        cover = (0.5 - distance * part_radius).clamp(0, 1)[:, None]  # share of the pixel inside the outline
-        along = band_axes[direction[part]]  # (P, H, W)
-        light = (part_detail == 0) | (along % part_period < part_period // 2)  # which of the two tones
-        ground = part_lightness + 0.3 * ((columns - 16) * part_side.cos() + (rows - 16) * part_side.sin()) / size
-        inside = colour[part][:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
-        image = ground[:, None] * (1 - cover) + inside * cover
-        images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    factors = torch.stack([(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
-                           (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
-                           (direction - 1.0) * (detail > 0)], dim=1)
-    return images, label, factors
-
-
-# ---- 5. A model: z ~ prior, x_hat = Dec(z), noise to x_start, refine -------------------------------------------------
+# ---- 4. A model: z ~ prior, x_hat = Dec(z), noise to x_start, refine -------------------------------------------------
 
 @dataclasses.dataclass
 class Model:
@@ -796,29 +624,9 @@ class Model:
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t) for `sample`; None for a VAE alone
-    decode: Callable | None = None  # from what is diffused to images, where a latent is diffused (bonus)
+    decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
     reduced: bool = False  # whether it samples in bfloat16; see check_reduced_precision
-
-
-@torch.no_grad()
-def check_reduced_precision(model):
-    """Let a model sample in bfloat16 if its device has it, and if its networks give the same images as in float32."""
-    if not native_bfloat16(model.device):
-        return
-    gen, outputs = generator(0), {}
-    z = None if model.vae is None else torch.randn(4, model.vae.latent_dim, generator=gen).to(model.device)
-    x = torch.randn(4, *model.shape, generator=gen).to(model.device)
-    t = torch.linspace(1, model.diffusion.start, 4, device=model.device).long()
-    for reduced in (False, True):
-        with autocast(model.device, reduced):
-            x_hat = torch.zeros_like(x) if model.vae is None else model.vae.decoder(z)
-            outputs[reduced] = [x_hat] if model.vae is not None else []
-            if model.denoiser is not None:
-                outputs[reduced].append(model.denoiser(x_hat, z)(x, t))
-            if model.decode is not None:
-                outputs[reduced].append(model.decode(x))
-    model.reduced = rounding_explains(relative_errors(outputs[False], outputs[True]), model.name)
 
 
 @torch.no_grad()
@@ -830,10 +638,9 @@ def encode(vae, images, device, batch=500):
 
 
 def fit_mixture(vae, images, train, device):
-    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint.
-
-    Up to ten codes are drawn of each image, but about 60,000 in all. With one code of each of a few images, the mixture
-    would be fitted to the noise of the draw."""
+    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint. It
+    draws 60,000 codes, but at most ten of each image. (With a single code of each of a few images, it would be fitted
+    to the noise of that draw.)"""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -842,15 +649,6 @@ def fit_mixture(vae, images, train, device):
         fail("the VAE diverged: its codes are not finite, or beyond 100; a larger --batch-size may help")
     mixture = GaussianMixture.fit(z, train["components"], train["seed"], train["tied"])
     return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
-
-
-def ridge_regression(x, y, ridge=1e-3):
-    """Linear regression in closed form, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). Stages 2
-    and 3 use it. x is standardised first, so that the penalty ridge * N * |weight|^2 does not depend on its units."""
-    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
-    a = (x - mean) / sd
-    weight = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1]), a.T @ (y - y.mean(0))) / sd[:, None]
-    return weight, y.mean(0) - mean @ weight
 
 
 @torch.no_grad()
@@ -877,7 +675,8 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     the sampler, the steps and the count. `first`, a multiple of `batch`, is the number of the first image.
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
     before it is decoded. Several processes share the batches between them."""
-    parts, offsets = [], range(first, first + count, batch)[RANK::RANKS]
+    parts, offsets = [], range(first, first + count, batch)
+    offsets = offsets[RANK::RANKS]  # this process's share
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()
         damage_gen = generator(gen.initial_seed() + 2)
@@ -902,39 +701,135 @@ def headline(model, evaluation):
     return prior, evaluation["sampler"], evaluation["sample_steps"]
 
 
-def count_gflops(run):
-    """Billions of floating point operations of run(); a multiply-add counts as two."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    # torch's fused attention is not counted on a CPU; the plain one is
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / 1e9
-
-
-def count_cost(model):
-    """{"parameters": of all the model's networks, "gflops": to decode one z and to denoise one image once}. A guided
-    model evaluates two networks for the latter."""
-    x, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device).long()
-    z = None if model.vae is None else torch.zeros(1, model.vae.latent_dim, device=model.device)
-
-    def run():
-        x_hat = x if model.vae is None else model.vae.decoder(z)
-        if model.denoiser is not None:
-            model.denoiser(x_hat, z)(x, t)
-        if model.decode is not None:
-            model.decode(x)
-
-    return {"parameters": sum(count_parameters(network) for network in model.networks), "gflops": count_gflops(run)}
-
-
-def count_parameters(network):
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 # ==== Part II, the machinery: how the models above are fed, trained and kept. To be looked up. ========================
 
-# ---- 6. Messages and files -------------------------------------------------------------------------------------------
+# ---- 5. The likelihood bound of a diffusion model --------------------------------------------------------------------
+
+# The variational bound of a diffusion model, in nats per image (DDPM eq. 5):
+#     -log p(x0) <= KL(q(x_start | x0) || p(x_start)) + sum over t = 2..start of KL_t + L_0
+# The next four functions compute its three parts, `diffusion_nats` all of them for given images.
+
+def kl_step(diffusion, x0, x0_predicted, t):
+    """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
+    predicted x0 in place of x0, and large_variance: the means differ by x0_factor * (x0 - x0_predicted)."""
+    posteriors = [diffusion.posterior(time, time - 1) for time in t.tolist()]
+    x0_factor = torch.tensor([p.x0_factor for p in posteriors], device=x0.device)  # (B,)
+    small = torch.tensor([p.small_variance for p in posteriors], device=x0.device)  # (B,)
+    large = torch.tensor([p.large_variance for p in posteriors], device=x0.device)  # (B,)
+    from_variances = 0.5 * x0[0].numel() * (large.log() - small.log() + small / large - 1)
+    return from_variances + x0_factor**2 / (2 * large) * ((x0 - x0_predicted) ** 2).flatten(1).sum(1)
+
+
+def kl_prior(diffusion, x0, x_hat=None):
+    """The bound's first term, KL(q(x_start | x0) || p(x_start)), (B,) nats. If the process begins at T, p is N(0, I).
+    If it begins earlier, p and q have the same variance, and their means are those of x_hat and of x0."""
+    bar = float(diffusion.alpha_bar[diffusion.start])
+    if diffusion.start == diffusion.T:
+        return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
+    return bar / (2 * (1 - bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
+
+
+def data_nats(diffusion, x0, x0_predicted):
+    """The bound's last term, L_0 = -log p(x0 | x_1), (B,) nats, where x0 = to_float(pixels) (DDPM eq. 13).
+
+    A pixel's probability is the mass of N(x0_predicted, sd^2) between the edges of its bin, x0 - 1/255 and x0 + 1/255;
+    the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is the small variance at t = 2, and no
+    probability counts as less than 1e-12, so a wrong pixel costs 28 nats at most. In float64 on the CPU."""
+    sd = math.sqrt(diffusion.posterior(2, 1).small_variance)
+    x, mean = x0.cpu().double(), x0_predicted.cpu().double()
+    below_upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
+    below_lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
+    return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
+
+
+@torch.no_grad()
+def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
+    """The three parts of the bound for uint8 `images`: {"prior", "diffusion", "data"}, each (B,) nats on the CPU.
+
+    The sum over t is estimated from `draws` times per image, one from each of as many equal pieces of the range of
+    times: that errs less than independent draws. (With `draws = start - 1` each time is used exactly once.)"""
+    x0, terms = to_float(images), diffusion.start - 1
+    total = torch.zeros(len(x0), device=x0.device)
+    for k in range(draws):
+        u = torch.rand(len(x0), generator=gen, device=gen.device)
+        position = (k + u.cpu().double()) * terms / draws  # (B,), in the k-th of `draws` pieces of 0..terms
+        t = 2 + position.long().clamp(max=terms - 1).to(x0.device)  # (B,); rounding might have given `terms`
+        xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
+        x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t)
+        total += kl_step(diffusion, x0, x0_predicted, t) * terms / draws
+    one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
+    x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen))
+    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x1, one), x1, one)
+    return {"prior": kl_prior(diffusion, x0, x_hat).cpu(), "diffusion": total.cpu(),
+            "data": data_nats(diffusion, x0, x0_predicted).cpu()}
+
+
+# ---- 6. The built-in data --------------------------------------------------------------------------------------------
+
+FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction")
+
+
+def draw_shapes(count, seed):
+    """The built-in data set: `count` anti-aliased shapes on a grey ground, drawn in random sizes, places and colours.
+
+    A third of the shapes are plain, a third have broad bands, a third fine bands. Outline, place, colour and broad
+    bands are what a small VAE can keep; fine bands and crisp edges are what it loses. So the refiner has something to
+    restore, and images differ in how much. The bands have two tones and are fixed to the pixel grid: horizontal,
+    vertical or diagonal, with a period of 8 pixels (broad) or of 3 or 4 pixels (fine).
+    Returns uint8 images (count, 3, 32, 32), int64 labels (count,) and the FACTORS, float32 (count, 9) in about -1..1.
+    """
+    gen, size = generator(seed), 32
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(count, generator=gen)
+
+    label = torch.randint(6, (count,), generator=gen)
+    detail = torch.randint(3, (count,), generator=gen)  # 0 plain, 1 broad bands, 2 fine bands
+    direction = torch.randint(3, (count,), generator=gen)
+    period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
+    radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
+    lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
+    # HSV to RGB at full saturation and value: a channel is a trapezium over the circle of hues, shifted by a third each
+    pure_hue = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
+    colour = pure_hue * 0.75 + 0.2
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W): bands change along rows, columns, diagonals
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    for part in torch.arange(count).split(1000):  # P images at a time
+        # Every factor becomes (P, 1, 1), to meet the pixels (H, W).
+        part_radius, part_cx, part_cy, part_tilt, part_lightness, part_side, part_detail, part_period = (
+            values[part][:, None, None] for values in (radius, cx, cy, tilt, lightness, lighter_side, detail, period))
+        x, y = columns + 0.5 - part_cx, rows + 0.5 - part_cy  # (P, H, W)
+        u = (x * part_tilt.cos() + y * part_tilt.sin()) / part_radius  # the shape's own frame, in which it has radius 1
+        v = (y * part_tilt.cos() - x * part_tilt.sin()) / part_radius
+        rho = torch.hypot(u, v)
+        fifth = math.pi / 5
+        to_tip = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to the star's nearest tip
+        arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
+        distances = torch.stack([  # signed distance to each outline, negative inside, nearly exact close to it
+            rho - 0.9,  # disc
+            (rho - 0.68).abs() - 0.25,  # ring
+            torch.maximum(u.abs(), v.abs()) - 0.78,  # square
+            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle with equal sides: 0.866 = sin 60 degrees
+            # Star: a straight edge from a tip (radius 1) to a notch (radius 1/2); (0.443, 0.897) is the edge's normal.
+            0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
+            torch.minimum(arm, bar),  # cross, of two rectangles
+        ], dim=1)  # (P, 6, H, W)
+        distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
+        cover = (0.5 - distance * part_radius).clamp(0, 1)[:, None]  # share of the pixel inside the outline
+        along = band_axes[direction[part]]  # (P, H, W)
+        light = (part_detail == 0) | (along % part_period < part_period // 2)  # which of the two tones
+        ground = part_lightness + 0.3 * ((columns - 16) * part_side.cos() + (rows - 16) * part_side.sin()) / size
+        inside = colour[part][:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
+        image = ground[:, None] * (1 - cover) + inside * cover
+        images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    factors = torch.stack([(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
+                           (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
+                           (direction - 1.0) * (detail > 0)], dim=1)
+    return images, label, factors
+
+
+# ---- 7. Messages and files -------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -1038,7 +933,7 @@ def read_image(path):
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 
 
-# ---- 7. Budgets ------------------------------------------------------------------------------------------------------
+# ---- 8. Budgets ------------------------------------------------------------------------------------------------------
 
 # (resolution, width, blocks with falling resolution, blocks with rising resolution). A VAE's encoder uses the former
 # number of blocks, its decoder the latter; a U-Net uses both. `smoke` is a budget that only checks that everything
@@ -1084,7 +979,7 @@ TRAIN = {
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
     "dropout": 0.0, "heads": 1,  # of the U-Net
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
-    "flip": "both",  # whose training images are mirrored at random: of VAE and refiner, of the `refiner` alone, `none`
+    "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
     "every": 50,  # steps between two rows of the log
@@ -1128,7 +1023,7 @@ def budget(name, dataset, size):
     else:  # paper: the published settings of DiffuseVAE
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
                   "warmup": 5000, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
-                  "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "flip": "refiner", "every": 100}
+                  "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "vae_flip": False, "every": 100}
         train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
                   {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
         grid = [[sampler, steps] for sampler in ("ddim", "dpm") for steps in (5, 10, 25, 50, 100)] + [["ddpm", 1000]]
@@ -1139,16 +1034,16 @@ def budget(name, dataset, size):
               "decoder": [[resolution, width, rising] for resolution, width, _, rising in reversed(vae)],
               "unet": [list(row) for row in UNET_TABLES[f"{tables} {size}"]]}
     if dataset == "shapes":  # the bands of a mirrored shape would run the other way
-        train["flip"] = "none"
+        train |= {"vae_flip": False, "unet_flip": False}
     return train, evaluation
 
 
-def settings_like(train, name, model_name):
-    """Rates, clipping and averaging for a network called `name`, the same as for `vae` or `unet`: see Training."""
-    return {f"{name}_{key}": train[f"{model_name}_{key}"] for key in ("lr", "muon_lr", "clip", "ema")}
+def settings_for(train, name, like):
+    """Settings for a network called `name` (rates, clipping, averaging; see Training): those of the network `like`."""
+    return {f"{name}_{key}": train[f"{like}_{key}"] for key in ("lr", "muon_lr", "clip", "ema")}
 
 
-# ---- 8. Data sets ----------------------------------------------------------------------------------------------------
+# ---- 9. Data sets ----------------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "cifar10", "celeba64")
 
@@ -1253,7 +1148,7 @@ def decode_files(files, size, crop, cache):
     return images
 
 
-# ---- 9. Processes ----------------------------------------------------------------------------------------------------
+# ---- 10. Processes ---------------------------------------------------------------------------------------------------
 
 # `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script. All of them draw the same random
 # numbers, take their own slice of every training batch, and average their gradients, so their networks stay equal. They
@@ -1267,9 +1162,7 @@ def choose_device(name):
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device. Exits if this machine does not have it. Of several
     processes each gets a GPU of its own."""
     if RANKS > 1 and name not in ("auto", "cpu", "cuda"):
-        reason = "torchrun gives each process a GPU of its own" if name.startswith("cuda") else "several processes need"
-        fail(f"--device {name}: {reason}; use cuda, or cpu" if name.startswith("cuda") else
-             f"--device {name}: {reason} cuda or cpu")
+        fail(f"--device {name}: several processes need cpu, or cuda, which gives each of them a GPU of its own")
     if name == "auto":
         mps = torch.backends.mps.is_available() and RANKS == 1  # processes cannot exchange tensors of mps
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -1342,7 +1235,120 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-# ---- 10. Training ----------------------------------------------------------------------------------------------------
+# ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
+
+# What is added to --seed for each purpose, so that no two purposes draw the same random numbers.
+SEEDS = {
+    "training": 1,  # batches, mirroring, noise and times of a training
+    "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
+    "flow": 3,  # the same for the flow that is fitted after training (stage 3)
+    "reconstruction": 50_000,  # noise with which reconstructions of held-out images are refined
+    "bits_per_dim": 60_000,
+    "held_out_codes": 70_000,
+    "round_trip": 75_000,  # codes of held-out images whose error is compared with the predicted one (stage 3)
+    "terciles": 80_000,  # stage 3: noise with which sure and unsure images are refined; 1,000 times --seed is added
+    "adaptive_codes": 85_000,  # stage 3: codes that are refined in different numbers of steps
+    "adaptive_noise": 86_000,  # and their noise; 1,000 times --seed is added
+    "interpolation": 91_000,  # noise that stays the same along a path through the latent space (stage 2)
+}
+# `generate` draws batch by batch and uses 1,000,000 * (seed + 1) + the number of the batch's first image.
+# Wherever images are refined, `refine` adds 1 for the noise of the sampling steps, and `generate` adds 2 for damage.
+
+
+def native_bfloat16(device):
+    """Whether the device computes in bfloat16 natively. Where it is only emulated it is slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16", False))
+
+
+def autocast(device, reduced):
+    """A context in which convolutions and matrix products run in bfloat16 if `reduced`, else in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced)
+
+
+def relative_errors(exact, reduced):
+    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor."""
+    return torch.stack([(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(exact, reduced, strict=True)])
+
+
+def rounding_explains(errors, name, limit=0.3):
+    """Whether relative errors between float32 and bfloat16 are small enough to be rounding; prints a line if not.
+
+    Rounding changes outputs and gradients of the networks here by less than 10%, a wrong kernel by 50% or more. An
+    error that is not finite is no evidence, since float32 may fail, too."""
+    error = float(errors.max())
+    if error <= limit or not math.isfinite(error):
+        return True
+    print(f"{name}: bfloat16 gives results that differ from float32's by {error:.0%}, which is a fault of this "
+          "processor or of torch; float32 is used instead", file=sys.stderr)
+    return False
+
+
+@torch.no_grad()
+def check_reduced_precision(model):
+    """Let a model sample in bfloat16 if its device has it, and if its networks give the same images as in float32."""
+    if not native_bfloat16(model.device):
+        return
+    gen, outputs = generator(0), {}
+    z = None if model.vae is None else torch.randn(4, model.vae.latent_dim, generator=gen).to(model.device)
+    x = torch.randn(4, *model.shape, generator=gen).to(model.device)
+    t = torch.linspace(1, model.diffusion.start, 4, device=model.device).long()
+    for reduced in (False, True):
+        with autocast(model.device, reduced):
+            x_hat = torch.zeros_like(x) if model.vae is None else model.vae.decoder(z)
+            outputs[reduced] = [x_hat] if model.vae is not None else []
+            if model.denoiser is not None:
+                outputs[reduced].append(model.denoiser(x_hat, z)(x, t))
+            if model.decode is not None:
+                outputs[reduced].append(model.decode(x))
+    model.reduced = rounding_explains(relative_errors(outputs[False], outputs[True]), model.name)
+
+
+def count_gflops(run):
+    """Billions of floating point operations of run(); a multiply-add counts as two."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    # torch's fused attention is not counted on a CPU; the plain one is
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def count_cost(model):
+    """{"parameters": of all the model's networks, "gflops": to decode one z and to denoise one image once}. A guided
+    model evaluates two networks for the latter."""
+    x, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device).long()
+    z = None if model.vae is None else torch.zeros(1, model.vae.latent_dim, device=model.device)
+
+    def run():
+        x_hat = x if model.vae is None else model.vae.decoder(z)
+        if model.denoiser is not None:
+            model.denoiser(x_hat, z)(x, t)
+        if model.decode is not None:
+            model.decode(x)
+
+    return {"parameters": sum(count_parameters(network) for network in model.networks), "gflops": count_gflops(run)}
+
+
+def count_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def ridge_regression(x, y, ridge=1e-3):
+    """Linear regression in closed form, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). Stages 2
+    and 3 use it. x is standardised first, so that the penalty ridge * N * |weight|^2 does not depend on its units."""
+    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
+    a = (x - mean) / sd
+    penalty = ridge * len(a) * torch.eye(a.shape[1])
+    weight = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))  # (d, k), for standardised x
+    weight = weight / sd[:, None]
+    return weight, y.mean(0) - mean @ weight
+
+
+# ---- 12. Training ----------------------------------------------------------------------------------------------------
 
 def orthogonalise(matrix, rounds=5):
     """A matrix (m, n) -> one with the same singular vectors, whose singular values are all about 1 (0.7 to 1.2).
@@ -1382,8 +1388,11 @@ class Muon(torch.optim.Optimizer):
 def lock(folder):
     """Take the lock of a run's folder and return it as an open file; closing the file or ending the process frees it.
     Fails if another process holds it, which means that it is training there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / "lock", "w")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / "lock", "w")
+    except OSError as error:
+        fail(f"cannot write {Path(folder) / 'lock'}: {error.strerror}; allow writing there or choose another --out")
     try:
         import fcntl  # not on Windows, where there is no lock
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1482,27 +1491,28 @@ class Training:
         """Before training in bfloat16, compute loss and gradients of one batch in float32 and in bfloat16. If they
         differ by more than rounding, train in float32. Afterwards weights and random numbers are as they were.
 
-        A layer whose weights start at zero lets no gradient through to the layers before it, so that an error in those
-        would not be seen. While trying, such layers have random weights."""
+        What is tried is the kernels, so all matrices have random weights meanwhile. With the true weights, errors could
+        not be judged. At the start some are zero and let no gradient through. Later the gradients are small sums of
+        large terms, which rounding alone changes by up to a half."""
         if not self.reduced:
             return
-        before = self.gen.get_state()
-        at_zero = [p for network in self.networks.values() for p in network.parameters()
-                   if p.dim() > 1 and not p.any()]
+        random_numbers = self.gen.get_state()
+        matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]
+        weights, gen = [p.detach().clone() for p in matrices], generator(0)
         with torch.no_grad():
-            for p in at_zero:
-                p.copy_(torch.randn(p.shape, generator=generator(0)) * p[0].numel() ** -0.5)
+            for p in matrices:
+                p.copy_(torch.randn(p.shape, generator=gen) * (3 * p[0].numel()) ** -0.5)  # of the usual initial size
         self.trial = []  # `step` appends to it, and does nothing else
         for self.reduced in (False, True):
-            self.gen.set_state(before)
+            self.gen.set_state(random_numbers)
             yield self.batch()
         errors = relative_errors(*self.trial)
         average_over_processes([errors])  # so that all of them decide alike
         self.trial, self.reduced = None, rounding_explains(errors, self.folder.name)
         with torch.no_grad():
-            for p in at_zero:
-                p.zero_()
-        self.gen.set_state(before)
+            for p, value in zip(matrices, weights, strict=True):
+                p.copy_(value)
+        self.gen.set_state(random_numbers)
 
     def batch(self):
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
@@ -1541,8 +1551,8 @@ class Training:
         for network in self.networks.values():
             average_over_processes([p.grad for p in network.parameters()])
         if self.trial is not None:
-            self.trial.append([loss.detach(), *(torch.cat([p.grad.flatten() for p in network.parameters()])
-                                                for network in self.networks.values())])
+            self.trial.append([loss.detach(), *(p.grad.clone() for network in self.networks.values()
+                                                for p in network.parameters())])
             return
         # Clip them and update the weights.
         for name, network in self.networks.items():
@@ -1626,10 +1636,10 @@ def learning_rate(base, step, steps, warmup, decay):
     return base * min(1, rise, fall)
 
 
-# ---- 11. Runs --------------------------------------------------------------------------------------------------------
+# ---- 13. Runs --------------------------------------------------------------------------------------------------------
 
-def add_flags(parser, *priors):
-    """The flags that all stages share. `priors` are the stage's priors over z, if any; the last one is the default."""
+def add_flags(parser, priors=(), default_prior=None):
+    """Add the flags that all stages share. `priors`: the names of the stage's priors over z, if it has any."""
     parser.error, parser.allow_abbrev = fail, False
     add = parser.add_argument
     add("--dataset", choices=(*DATASETS, "folder"), default="shapes",
@@ -1656,7 +1666,7 @@ def add_flags(parser, *priors):
     add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (slower on a CPU)")
     add("--dry-run", action="store_true", help="print settings and the networks' sizes as JSON, and stop")
     if priors:
-        add("--prior", choices=priors, default=priors[-1], help="over z, of the headline scores (default: %(default)s)")
+        add("--prior", choices=priors, default=default_prior, help="over z, of the headline (default: %(default)s)")
 
 
 LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "temperature": (0, 2),
@@ -1712,20 +1722,20 @@ def finished(folder, train, resume):
     Exits if the folder holds a run with other settings, an unfinished run and no --resume was given, or a run that
     another process is training."""
     checkpoint = Path(folder) / "checkpoint.pt"
-    if not checkpoint.is_file():
+    state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
+    if RANK == 0 and not (state and state["finished"]):
+        lock(folder).close()  # before anything is written there, or said about what is there
+    if state is None:
         write_json(Path(folder) / "config.json", {"train": train})  # for people to look up
         if RANK == 0:
             (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
         if resume:
             print(f"nothing to resume in {folder}: it starts at step 0")
         return None
-    state = load_checkpoint(checkpoint)
     if difference := first_difference(state["train"], train):
         fail(f"{folder} holds a run with other settings ({difference}); choose another --out or remove it")
     if state["finished"]:
         return state
-    if RANK == 0:
-        lock(folder).close()
     if not resume:
         fail(f"{folder} holds an unfinished run; add --resume to continue it")
     return None
@@ -1789,7 +1799,7 @@ def export(args, folder, state, model, evaluation):
     print(*places, sep="\n")
 
 
-# ---- 12. Pictures ----------------------------------------------------------------------------------------------------
+# ---- 14. Pictures ----------------------------------------------------------------------------------------------------
 
 def save_grid(path, rows, columns=()):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture, with labels on the left and, if given, titles

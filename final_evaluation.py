@@ -1,13 +1,12 @@
-"""Final evaluation: reads results, draws tables and charts, judges claims. Trains nothing.
+"""Final evaluation: reads results, writes tables and charts, and tests the claims. It trains nothing.
 
-`TABLES` says which numbers of which variants make a table, `CLAIMS` which two are compared; a column's name is the
-number's place in metrics.json, shortened by `SHORT`. A text has a table between <!-- table NAME --> and <!-- end -->.
+`TABLES` says which numbers of which variants make a table, and `CLAIMS` which two numbers are compared. The name of a
+number is its place in metrics.json, shortened by `SHORT`. Texts mark a table by <!-- table NAME --> and <!-- end -->.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
-        python final_evaluation.py --check             only says whether a text would change (exit 1)
-        python final_evaluation.py --runs runs         fresh runs -> runs/REPORT.md, beside the committed numbers
-        python final_evaluation.py --collect RUN ...   copies metrics of run folders, the figures that a text shows, and
-                                                       weights for `stage1_baseline.py --pretrained`
+        python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
+        python final_evaluation.py --runs runs         new runs -> runs/REPORT.md, beside the committed numbers
+        python final_evaluation.py --collect RUN ...   copies metrics, figures and weights of run folders into results/
 """
 
 import argparse
@@ -25,35 +24,34 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
-PACKS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # the file's name, and what of the checkpoint it keeps
-         "stage1-guided-s0": ("guide", "unet")}
-PRIVATE = ("reconstructions", "uncertainty", "interpolation")  # these figures show real images
+ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-")  # then others
+WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # run: the name of its file, and what that file keeps
+           "stage1-guided-s0": ("guide", "unet")}
+SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
-NOTE = "a ± b: sd over seeds; [a, b]: one run, 95% over the draw of images"
-SHORT = (("_local", ""), ("fid", "fd"), ("before_refinement/", "VAE "), ("latent_space/slerp/refined/", "path "),
-         ("latent_space/slerp/vae/", "VAE path "),
-         ("latent_space/posterior/", "real codes/"),
-         ("latent_space/", ""), ("reconstruction/", ""), ("robustness/scores/", ""), ("robustness/area", "noise area"),
-         ("uncertainty/adaptive_refinement/", ""),
-         ("even_middle_start", "middle start"), ("even/", "evenly/"), ("adaptive_steps", "thirds"),
-         ("shuffled_steps", "thirds shuffled"), ("shuffled_start", "start shuffled"),
-         ("adaptive_start", "start by thirds"), ("uncertainty/variance", "variance"),
-         ("uncertainty/regressed", "regressed"),
-         ("uncertainty/terciles/", ""), ("uncertainty/controls/", "s "), ("/fd_to_these", ""),
-         ("path_over_distance", "/ ends"), ("savings/saved_percent/", "% saved, "), ("bits_per_dim/bound", "bits/dim"),
-         ("seconds_per_image", "s/image"), ("prior_log_density/", "log p(z) "), ("training/gradient", "gradient"))
+NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
+MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # of evaluation settings; all others decide what a score means
+# What stands for parts of a place in metrics.json. A place is read once, from left to right, and of several parts that
+# begin at one letter the longest is replaced. So the order of these lines does not matter.
+SHORT = {
+    "_local": "", "fid": "fd", "seconds_per_image": "s/image", "/fd_to_these": "", "path_over_distance": "/ ends",
+    "before_refinement/": "VAE ", "reconstruction/": "", "robustness/scores/": "", "robustness/area": "noise area",
+    "bits_per_dim/bound": "bits/dim", "prior_log_density/": "log p(z) ", "savings/saved_percent/": "% saved, ",
+    "training/gradient": "gradient", "latent_space/": "", "latent_space/posterior/": "real codes/",
+    "latent_space/slerp/refined/": "path ", "latent_space/slerp/vae/": "VAE path ",
+    "uncertainty/variance": "variance", "uncertainty/regressed": "regressed", "uncertainty/terciles/": "",
+    "uncertainty/controls/": "s ", "uncertainty/adaptive_refinement/": "", "even/": "evenly/",
+    "even_middle_start": "middle start", "adaptive_steps": "thirds", "shuffled_steps": "thirds shuffled",
+    "adaptive_start": "start by thirds", "shuffled_start": "start shuffled"}
 
-TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one alone)
-    "results": ("stage1-vae stage1-form1 stage1-guided stage2-anneal stage3-flow-film bonus-latent",
-                "fd; hf_energy; train minutes"),
+TABLES = {  # name: (patterns for the end of DATASET/VARIANT, columns and, if only one seed is shown, that seed)
+    "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 6/s/image; ddim 100/s/image"),
     "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
               "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
-    "losses, seed 0": ("shapes/stage1-form1 shapes/stage2-*",
-                       "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
+    "losses, seed 0": ("shapes/*-form1 shapes/stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
     "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
     "uncertainty": ("stage3-flow-fixed",
                     "regressed/correlation; variance/correlation; sure/vae; unsure/vae; sure/refined; unsure/refined"),
@@ -62,42 +60,39 @@ TABLES = {  # name: (ends of DATASET/VARIANT, columns, and the seed if it is one
     "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
                          "% saved, s/image_batch_1; % saved, peak_memory_mb")}
 
-CLAIMS = [  # (question, a column of a variant, the same of another); of every column here less is better
+CLAIMS = [  # (question, a number of a variant, what it is compared with); lower is better for every number here
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
-    ("Does `x_hat`, with a start at `t0`, help?", "fd of stage1-form1", "fd of stage1-uncond"),
+    ("Do `x_hat` and a `start` below T help?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does guidance by a worse refiner help?", "fd of stage1-guided", "fd of stage1-form1"),
     ("Does a fitted prior help?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
-    ("And without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
-    ("So is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
-    ("And with the codes of real images?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
+    ("Does it help without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
+    ("Is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
+    ("Does it help with real codes?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
     ("Does adaptive conditioning (`film`) help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
     ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
-    ("Do steps by thirds of `s` beat another's `s`?", "thirds/fd of stage3-flow-film",
-     "thirds shuffled/fd of stage3-flow-film"),
-    ("**Robustness**: does refinement soften noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
-    ("Does joint training?", "noise area of stage2-anneal", "noise area of stage1-form1"),
-    ("And without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
-    ("Does adaptive conditioning (`film`)?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
+    ("Do thirds by each image's `s` help?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
+    ("**Robustness**: does refinement help against noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
+    ("Does joint training help against it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
+    ("Does it help without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
+    ("Does `film` help against noise?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
-FURTHER_CLAIMS = [  # in TABLES.md alone
+FURTHER_CLAIMS = [  # only in TABLES.md
     ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
-    ("Does guidance soften noise on `x_hat`?", "noise area of stage1-guided", "noise area of stage1-form1"),
+    ("Does guidance help against noise on `x_hat`?", "noise area of stage1-guided", "noise area of stage1-form1"),
     ("Does a fitted prior help unrefined samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
-    ("Does a VAE trained with a flow help, given a mixture?", "gmm/fd of stage3-flow-fixed",
-     "own prior/fd of stage1-form1"),
+    ("Given a mixture, does a flow-trained VAE help?", "gmm/fd of stage3-flow-fixed", "own prior/fd of stage1-form1"),
     ("With the codes of real images, is it the gradient that helps?", "real codes/refined of stage2-anneal",
      "real codes/refined of stage2-anneal-grad-none"),
     ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
-    ("And with noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
+    ("Does `fade` help against noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
-    ("Does it matter whose `s` `film` is told?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
-    ("So is it nearer than one told nothing?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
-    ("And under the strongest noise?", "noise 0.4/fd of stage3-flow-film", "noise 0.4/fd of stage3-flow-fixed"),
-    ("Are steps by thirds of `s` better than even ones?", "thirds/fd of stage3-flow-film",
-     "evenly/fd of stage3-flow-film")]
+    ("Does `film` need the image's own `s`?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
+    ("Does it reconstruct better than `fixed`?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
+    ("Does `film` help against strong noise?", "noise 0.4/fd of stage3-flow-film", "noise 0.4/fd of stage3-flow-fixed"),
+    ("Are steps by thirds better than even ones?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film")]
 
 PANELS = {  # x axis of a chart: (variants, {place: column})
     "steps": ("*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
@@ -106,97 +101,107 @@ PANELS = {  # x axis of a chart: (variants, {place: column})
                              {0.0: "clean/fd"} | {sd: f"noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})}
 
 
-def leaves(part, path=""):
-    """{name: number or score} of nested dictionaries and lists, without texts."""
+def named_numbers(part, place=""):
+    """{name: number or score} of nested dictionaries and lists that stand at `place`. Texts are left out."""
     if isinstance(part, list):
         part = dict(enumerate(part))
     if isinstance(part, dict) and set(part) != {"value", "low", "high"}:
-        return {name: leaf for key, value in part.items() for name, leaf in leaves(value, f"{path}/{key}").items()}
-    for old, new in SHORT:
-        path = path.replace(old, new)
-    return {path.strip("/"): part} if isinstance(part, (int, float, dict)) else {}
+        parts = [named_numbers(value, f"{place}/{key}") for key, value in part.items()]
+        return {name: number for numbers in parts for name, number in numbers.items()}
+    longest_first = "|".join(map(re.escape, sorted(SHORT, key=len, reverse=True)))
+    name = re.sub(longest_first, lambda match: SHORT[match[0]], place).strip("/")
+    return {name: part} if isinstance(part, (int, float, dict)) else {}
 
 
-def load(path):
-    """One metrics file; exits naming it if it is damaged."""
-    return common.read_metrics(path) or fid.fail(
-        f"{path}: damaged, or of another schema; restore it or remove it" if Path(path).is_file() else
-        f"{path}: no such file; finish that run first, with --resume")
+def load_metrics(path):
+    """The metrics in a file. Exits, naming the file, if they cannot be read."""
+    return fid.read_metrics(path) or common.fail(f"{path}: damaged or missing; restore it, or run again with --resume")
 
 
 def numbers_of(metrics):
-    """{name: number or score} of a run: the headline row's by their own names, the other rows' under sampler and steps,
-    or under the prior where it is not the headline's, then what its tables hold, and what it cost."""
-    first, *others = metrics["rows"]
-    run, rows = metrics["run"], {first["prior"]: first} if first["sampler"] == "none" else {}
+    """{name: number or score} of a run. Numbers of the headline have plain names, those of other rows stand under their
+    sampler and steps, or under their prior if it is not the headline's. Then come the tables and what the run cost."""
+    headline, *others = metrics["rows"]
+    rows = {headline["prior"]: headline} if headline["sampler"] == "none" else {}  # a VAE's priors stand side by side
     for row in others:
-        rows.setdefault(f"{row['sampler']} {row['nfe']}" if row["prior"] == first["prior"] else row["prior"], row)
-    rows["own prior"] = rows.get(f"{first['sampler']} {first['nfe']}")  # as many images as other priors had
+        rows.setdefault(f"{row['sampler']} {row['nfe']}" if row["prior"] == headline["prior"] else row["prior"], row)
+    rows["own prior"] = rows.get(f"{headline['sampler']} {headline['nfe']}")  # has as many images as other priors' rows
+    run = metrics["run"]
     cost = {"train minutes": run["train_seconds"] / 60, "parameters": run["parameters"], "gflops": run["gflops"]}
-    return leaves(first) | leaves(rows) | leaves(metrics["tables"]) | cost
+    return named_numbers(headline) | named_numbers(rows) | named_numbers(metrics["tables"]) | cost
+
+
+def settings_of(metrics):
+    """Two dictionaries: the settings that all results of a data set must share so that their scores can be compared,
+    and those that the seeds of a variant must share (older metrics do not have the latter's "train")."""
+    run = metrics["run"]
+    shared = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget", "train_images")}
+    shared |= {key: value for key, value in run["eval"].items() if key not in MAY_DIFFER}
+    shared |= {"n_generated": metrics["rows"][0]["n_generated"]}
+    return shared, run.get("train", {}) | {"parameters": run["parameters"], "seed": None}
 
 
 def load_all(paths):
-    """{dataset: {variant: {seed: metrics}}} in reading order, `numbers` in each; refuses what cannot be compared."""
-    found, compared = {}, {}
+    """{dataset: {variant: {seed: metrics}}} in reading order, with `numbers` in each metrics. Exits if two results of a
+    data set cannot be compared."""
+    found, first_of = {}, {}
     for path in sorted(map(Path, paths)):
-        metrics = load(path)
+        metrics = load_metrics(path)
         run = metrics["run"]
-        facts = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget", "train_images")}
-        facts |= {"n_generated": metrics["rows"][0]["n_generated"],
-                  "temperature": run["eval"]["temperature"]}
-        other, reference = compared.setdefault(run["dataset"], (path, facts))
-        difference = common.first_difference(reference, facts)
-        if difference:
-            fid.fail(f"{path} cannot be compared with {other}: {difference}; remove one of them")
+        groups = run["dataset"], (run["dataset"], run["variant"], "train" in run)
+        for group, settings in zip(groups, settings_of(metrics), strict=True):
+            other, reference = first_of.setdefault(group, (path, settings))
+            if difference := common.first_difference(reference, settings):
+                common.fail(f"{path} cannot be compared with {other}: {difference}; remove one of them")
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
     for results in found.values():
-        form1 = results.get("stage1-form1", {})
-        for seed, metrics in [item for seeds in results.values() for item in seeds.items()]:
-            space = metrics["tables"].pop("latent_space_stage1", None)  # stage 2 measures it beside its own
-            if space and seed in form1:
-                form1[seed]["tables"].setdefault("latent_space", space)
-        for metrics in (metrics for seeds in results.values() for metrics in seeds.values()):
+        form1, all_runs = results.get("stage1-form1", {}), [run for seeds in results.values() for run in seeds.items()]
+        for seed, metrics in all_runs:  # stage 2 measures the latent space of stage 1 beside its own
+            stage1_table = metrics["tables"].pop("latent_space_stage1", None)
+            if stage1_table and seed in form1:
+                form1[seed]["tables"].setdefault("latent_space", stage1_table)
+        for _, metrics in all_runs:
             metrics["numbers"] = numbers_of(metrics)
-    rank = lambda name: ([name.startswith(start) for start in ORDER].index(True), name)  # noqa: E731
-    return {name: {v: found[name][v] for v in sorted(found[name], key=rank)} for name in sorted(found, key=rank)}
+    place = lambda name: ([not name.startswith(beginning) for beginning in ORDER], name)  # noqa: E731
+    return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
 
 
-def values(seeds, name):
-    """{seed: number} called `name` in {seed: metrics}; of a score its value. Times are the first seed's alone: others
-    may have shared their machine with more work."""
+def values_by_seed(seeds, name):
+    """{seed: value} of the number called `name` in {seed: metrics}. Times, and what depends on them, are taken from the
+    first seed alone: they are by the clock of its run, and other runs may have shared their machine with more work."""
     if re.search("s/image|seconds|minutes|saved", name):
-        seeds = dict(list(seeds.items())[:1])
+        seeds = {seed: seeds[seed] for seed in sorted(seeds)[:1]}
     found = {seed: metrics["numbers"].get(name) for seed, metrics in seeds.items()}
-    return {seed: leaf["value"] if isinstance(leaf, dict) else leaf for seed, leaf in found.items() if leaf is not None}
+    return {seed: x["value"] if isinstance(x, dict) else x for seed, x in found.items() if x is not None}
 
 
-def mean_and_sd(numbers):
-    """Several numbers as text: mean ± standard deviation, the latter if there is one."""
-    mean, spread = statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0
-    text, more = (f"{mean:,.0f}", f"{spread:,.0f}") if abs(mean) >= 1000 else (f"{mean:.3g}", f"{spread:.2g}")
-    return f"{text} ± {more}" if spread > 1e-9 * abs(mean) else text
+def mean_and_sd(values):
+    """Numbers as text: their mean and, if they differ, their standard deviation."""
+    mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+    texts = (f"{mean:,.0f}", f"{sd:,.0f}") if abs(mean) >= 1000 else (f"{mean:.3g}", f"{sd:.2g}")
+    return " ± ".join(texts) if sd > 1e-9 * abs(mean) else texts[0]
 
 
 def cell(seeds, name):
-    """The numbers called `name` as text: a single score with its interval, several with their spread."""
-    found = values(seeds, name)
+    """The number called `name` as text: of one seed with its interval, of several with their standard deviation."""
+    found = values_by_seed(seeds, name)
     if len(found) == 1 and isinstance(score := seeds[next(iter(found))]["numbers"][name], dict):
-        return common.show(score)
+        return fid.show(score)
     return mean_and_sd(list(found.values())) if found else ""
 
 
-def verdict(ours, theirs):
-    """Compare the positive numbers of paired seeds by their mean log ratio, as a phrase: better (lower) or worse by so
-    many percent if Student's 95% interval of at least 3 log ratios excludes 0, else no difference shown."""
-    logs = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
-    percent, count, mean = lambda x: 100 * math.expm1(x), len(logs), statistics.mean(logs)
+def describe_change(ours, theirs):
+    """In words, how much lower or higher positive numbers are than those of the same seeds in `theirs`: by the mean of
+    the log ratios. It is significant if Student's 95% interval of at least three log ratios excludes 0."""
+    log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
+    count, mean = len(log_ratios), statistics.mean(log_ratios)
+    change = 100 * math.expm1(mean)  # in percent
     if count < 3:
-        return f"{percent(mean):+.0f}% ({'one run' if count == 1 else 'two runs'})"
-    half = student.ppf(0.975, count - 1) * statistics.stdev(logs) / count**0.5
-    said = f"{'better' if mean < 0 else 'worse'} by {abs(percent(mean)):.0f}%" if abs(mean) > half else (
-        "no difference shown")
-    return f"{said} ({count} seeds: {percent(mean - half):+.0f}% to {percent(mean + half):+.0f}%)"
+        return f"{change:+.0f}% ({'one run' if count == 1 else 'two runs'})"
+    margin = student.ppf(0.975, count - 1) * statistics.stdev(log_ratios) / count**0.5
+    low, high = (100 * math.expm1(bound) for bound in (mean - margin, mean + margin))
+    text = "not significant" if low <= 0 <= high else f"{'lower' if mean < 0 else 'higher'} by {abs(change):.0f}%"
+    return f"{text} ({count} seeds: {low:+.0f}% to {high:+.0f}%)"
 
 
 def markdown(header, rows):
@@ -204,43 +209,44 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def about(dataset, results):
-    """What all numbers of a data set rest on, in a sentence."""
+def describe_data(dataset, results):
+    """The settings that all numbers of a data set share, in a sentence."""
     metrics = next(iter(next(iter(results.values())).values()))
-    run, settings = metrics["run"], metrics["run"]["eval"]
-    calmed = "" if settings["temperature"] == 1 else f" from `x_T` of sd {settings['temperature']:g}"
+    run, evaluation = metrics["run"], metrics["run"]["eval"]
+    start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
     return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({run['train_images']:,} images per network), "
-            f"{metrics['rows'][0]['n_generated']:,} samples{calmed} ({settings['grid_count']} in probes), features "
-            f"`{run['features']}`.")
+            f"{metrics['rows'][0]['n_generated']:,} samples{start_noise} ({evaluation['grid_count']} in probes), "
+            f"features `{run['features']}`.")
 
 
-def table_of(everything, variants, columns, only=None):
-    """A line for each variant that fits one of the patterns and has a number in one of the columns, of all its seeds or
-    of `only` one."""
-    rows, used, columns = [], {}, columns.split("; ")
+def table_of(everything, variants, columns, only_seed=None):
+    """A line for each variant that fits one of the patterns and has a number in one of the columns."""
+    rows, notes, columns = [], {}, columns.split("; ")
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            seeds = {seed: metrics for seed, metrics in seeds.items() if only in (None, seed)}
+            seeds = {seed: metrics for seed, metrics in seeds.items() if only_seed in (None, seed)}
             cells = [cell(seeds, column) for column in columns]
             if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in variants.split()) and any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
-                used[dataset] = about(dataset, results)
-    return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(used.values())} {NOTE}.*"
+                notes[dataset] = describe_data(dataset, results)
+    return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
 
 
 def table_claims(everything, claims):
-    """A line for each claim: what is compared, and for each data set both means over common seeds and the verdict."""
+    """A line for each claim and, for each data set, both means over the seeds that both sides have, and the change."""
     rows = []
     for question, *sides in claims:
-        told = []
+        cells = []
         for results in everything.values():
-            found = [values(results.get(side.split(" of ")[1], {}), side.split(" of ")[0]) for side in sides]
-            ours, theirs = ([side[seed] for seed in sorted(found[0].keys() & found[1].keys())] for side in found)
-            told.append(f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {verdict(ours, theirs)}" if ours else "not run")
-        rows.append([question, *sides, *told])
+            first, second = (values_by_seed(results.get(variant, {}), name)
+                             for name, variant in (side.split(" of ") for side in sides))
+            ours, theirs = ([side[seed] for seed in sorted(first.keys() & second.keys())] for side in (first, second))
+            cells.append("not run" if not ours else
+                         f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {describe_change(ours, theirs)}")
+        rows.append([question, *sides, *cells])
     table = markdown(["question", "first", "second", *everything], rows)
     note = "Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds."
-    return f"{table}\n\n*{note} {' '.join(about(*item) for item in everything.items())}*"
+    return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
 
 
 def table_numbers(columns):
@@ -249,139 +255,158 @@ def table_numbers(columns):
     return markdown(["", *columns], [[name, *(cell(seeds, name) for seeds in columns.values())] for name in names])
 
 
-def table_reproduced(fresh, committed):
-    """Fresh numbers of each variant beside the committed ones. Reproduced: where Student's 99% interval of the
-    committed seeds expects another run, or within 25% where there are fewer than three."""
+def table_reproduced(new, committed):
+    """New numbers of each variant beside the committed ones. They are reproduced if they lie where Student's 99%
+    interval of the committed seeds expects another run, or within 25% where fewer than three seeds are committed."""
     rows = []
-    for variant, name in ((variant, name) for variant in fresh for name in ("fd", "hf_energy")):
-        theirs, said = list(values(committed.get(variant, {}), name).values()), "nothing committed"
-        if theirs:
-            mean = statistics.mean(theirs)
-            away = max(abs(value - mean) for value in values(fresh[variant], name).values())
-            near = 0.25 * mean
-            if (n := len(theirs)) > 2:
-                near = student.ppf(0.995, n - 1) * statistics.stdev(theirs) * (1 + 1 / n)**0.5
-            said = f"{'reproduced' if away <= near else 'NOT reproduced'} (off by {away / mean:.0%})"
-        rows.append([variant, name, cell(fresh[variant], name), cell(committed.get(variant, {}), name), said])
-    return markdown(["variant", "score", "fresh", "committed", "verdict"], rows)
+    for variant, name in ((variant, name) for variant in new for name in ("fd", "hf_energy")):
+        seeds, committed_seeds, conclusion = new[variant], committed.get(variant, {}), "nothing committed"
+        if theirs := list(values_by_seed(committed_seeds, name).values()):
+            mean, count = statistics.mean(theirs), len(theirs)
+            error = max(abs(value - mean) for value in values_by_seed(seeds, name).values())
+            allowed = 0.25 * mean if count < 3 else (
+                student.ppf(0.995, count - 1) * statistics.stdev(theirs) * (1 + 1 / count)**0.5)
+            conclusion = f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
+            settings, ours = (settings_of(next(iter(group.values())))[0] for group in (committed_seeds, seeds))
+            if difference := common.first_difference(settings, ours):
+                conclusion = f"not comparable: {difference}"
+        rows.append([variant, name, cell(seeds, name), cell(committed_seeds, name), conclusion])
+    return markdown(["variant", "score", "new", "committed", "conclusion"], rows)
 
 
 def other_tables(folder):
-    """Tables of what no run measured: the feature networks' examination, recipes, verdicts on pairs."""
-    features = {f"`{path.stem}`": {0: {"numbers": leaves(json.loads(path.read_text()))}}
-                for path in sorted(Path(folder).glob("features/*.json"))}
-    tables = {"features": table_numbers(features)}
-    for path in Path(folder).glob("*/pairs.json"):
-        counts = json.loads(path.read_text())["counts by sd of x_T"]
-        tables[f"pairs {path.parent.name}"] = table_numbers(
-            {f"sd {sd}": {0: {"numbers": told}} for sd, told in counts.items()})
-    for path in sorted(Path(folder).glob("*/recipe*.json")):  # {recipe: {seed: {name: number}}}
-        tables[f"{path.stem} {path.parent.name}"] = table_numbers(
-            {recipe: {seed: {"numbers": told} for seed, told in seeds.items()}
-             for recipe, seeds in json.loads(path.read_text()).items()})
-    return tables
+    """Tables of what no run measured: what the feature networks notice, recipes, choices between pairs of images."""
+    found = {"features": {}}  # {table: {column: {seed: {name: number}}}}
+    for dataset in sorted(common.DATASETS):
+        for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
+            found["features"][f"`{path.stem}`"] = {0: named_numbers(json.loads(path.read_text()))}
+        for path in Path(folder).glob(f"{dataset}/pairs.json"):
+            counts = json.loads(path.read_text())["counts by sd of x_T"]
+            found[f"pairs {dataset}"] = {f"sd {sd}": {0: numbers} for sd, numbers in counts.items()}
+        for path in sorted(Path(folder).glob(f"{dataset}/recipe*.json")):
+            found[f"{path.stem} {dataset}"] = json.loads(path.read_text())
+    as_metrics = lambda seeds: {seed: {"numbers": numbers} for seed, numbers in seeds.items()}  # noqa: E731
+    return {table: table_numbers({column: as_metrics(seeds) for column, seeds in columns.items()})
+            for table, columns in found.items()}
 
 
 def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, what no run measured, the benchmark."""
-    parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A name is a place in metrics.json; "
-             "nfe: the sampler's steps, each an evaluation of the U-Net (guided: two); training/skipped, elbo, s "
-             "constant and s zero are from earlier code; recipes of shapes that name no other had a "
-             "beta of 0.25, a mixture of 20 and 1,000 steps; for other words see README.md."]
+    parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A number's name is its place in "
+             "metrics.json. `nfe` counts the sampler's steps, in each of which guided evaluates two U-Nets. `train "
+             "minutes` contain neither the fits of priors nor networks that were trained before, except that guided "
+             "contains form1. training/skipped, elbo, s constant and s zero are from earlier code. Recipes of shapes "
+             "that name no other had a beta of 0.25, a mixture of 20 and 1,000 steps. README.md explains other words."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
-            parts += [f"## {dataset}, {stage}", about(dataset, results), table_numbers(columns)] if columns else []
+            if columns:
+                parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
     parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
-    parts += [text for name, table in other_tables(folder).items() for text in (f"## {name}", table)]
+    parts += [f"## {name}\n\n{table}" for name, table in other_tables(folder).items()]
     parts += [f"## benchmark\n\n```\n{path.read_text().strip()}\n```" for path in Path(folder).glob("benchmark.txt")]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(path, dataset, results):
+def draw_charts(path, dataset, results):
     """Save a chart for each of PANELS, with a line (means over seeds) for each variant that has two of its points."""
     panels = []
-    for x, (variants, points) in PANELS.items():
+    for x_axis, (patterns, points) in PANELS.items():
         lines = {}
         for variant, seeds in results.items():
-            line = [(at, statistics.mean(ys)) for at, name in points.items() if (ys := values(seeds, name).values())]
-            if any(fnmatch(variant, pattern) for pattern in variants.split()) and len(line) > 1:
+            values = {x: values_by_seed(seeds, name).values() for x, name in points.items()}
+            line = [(x, statistics.mean(ys)) for x, ys in values.items() if ys]
+            if any(fnmatch(variant, pattern) for pattern in patterns.split()) and len(line) > 1:
                 lines[variant] = tuple(zip(*line, strict=True))
-        panels += [{"title": dataset, "x": x, "y": "fd", "lines": lines, "log_y": True}] if lines else []
+        panels += [{"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True}] if lines else []
     if panels:
         common.save_chart(path, panels)
 
 
 def fill(text, tables):
-    """The text with its marked tables written anew; exits naming a table that is not known."""
+    """The text with its marked tables written anew. Exits, naming the table, if one is not known."""
     for name in re.findall("<!-- table (.+?) -->", text):
         if name not in tables:
-            fid.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
-    return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", text,
-                  flags=re.DOTALL)
+            common.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
+    return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)",
+                  lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
 
 
 def draw_sheet(path, home):
-    """One picture of all stages: the top of the samples.png of each run of SHEET in `home`, under its name."""
-    tops = {name: Image.open(home / f"{name}-s0" / "samples.png") for name in SHEET if
-            (home / f"{name}-s0" / "samples.png").is_file()}
-    tops = {name: image.crop((0, 0, image.width, image.height // 3)) for name, image in tops.items()}
-    page = Image.new("RGB", (max(top.width for top in tops.values()), sum(20 + top.height for top in tops.values())),
-                     "white")
-    y = 0
-    for name, top in tops.items():
+    """One picture of all stages: the top third of samples.png of each run of SHEET in `home`, under the run's name."""
+    files = {name: home / f"{name}-s0" / "samples.png" for name in SHEET}
+    images = {name: Image.open(file) for name, file in files.items() if file.is_file()}
+    heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
+    page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
+    for k, (name, image) in enumerate(images.items()):
+        y = sum(heights[:k])
         ImageDraw.Draw(page).text((4, y + 4), name, fill="black")
-        page.paste(top, (0, y + 20))
-        y += 20 + top.height
-    common.save_as(path, page.save, format="png")
+        page.paste(image.crop((0, 0, image.width, image.height // 3)), (0, y + 20))
+    common.write_with(path, page.save, format="png")
 
 
 def collect(runs, folder):
-    """Copy the metrics of run folders into FOLDER/DATASET, those figures that a text shows, and, for --pretrained, the
-    weights of form1 and of its guide, of seed 0 at the cpu budget: at most 6 MB each, so without the encoder, matrices
-    in half precision."""
-    texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
+    """Copy, from run folders into FOLDER/DATASET, metrics, figures that a text shows and, for --pretrained, WEIGHTS at
+    the cpu budget (at most 6 MB each: without the encoder, matrices in half precision). Every run is checked first."""
+    chosen, before = {}, set(Path(folder).rglob("*"))
     for run in map(Path, runs):
-        facts = load(run / "metrics.json")["run"]
-        home, name = Path(folder) / facts["dataset"], f"{facts['variant']}-s{facts['seed']}"
-        fid.write(home / f"{name}.json", (run / "metrics.json").read_bytes())
-        checkpoint, shared = run / "checkpoint.pt", facts["dataset"] in fid.DATASETS and facts["budget"] == "cpu"
-        if name in PACKS and shared and checkpoint.is_file():
-            state = common.load_checkpoint(checkpoint)
+        facts = load_metrics(run / "metrics.json")["run"]
+        target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
+        if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":  # a user's folder may be named cifar10
+            print(f"{run}: of a user's own images, not collected")
+            continue
+        budget = load_metrics(target)["run"]["budget"] if target.is_file() else "none yet"
+        if facts["budget"] == "smoke" or budget not in ("none yet", facts["budget"]):  # smoke runs measure nothing
+            common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget {budget}); "
+                        "leave it out; nothing was written")
+        chosen[target] = run, facts
+    texts, written = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md")), [*chosen]
+    for target, (run, facts) in chosen.items():
+        home, name = target.parent, target.stem
+        common.write(target, (run / "metrics.json").read_bytes())
+        if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
+            file_name, *parts = WEIGHTS[name]
+            state = common.load_checkpoint(run / "checkpoint.pt")
             state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-            pack, *parts = PACKS[name]
-            half = {part: fid.half(state[part]) for part in parts}
-            kept = fid.save(home / f"{pack}-*.pt", {"train": state["train"], "seconds": state["seconds"]} | half)
-            for older in set(fid.find_hashed(home, pack)) - {kept}:
+            kept = {"train": state["train"], "seconds": state["seconds"]}
+            kept |= {part: common.half(state[part]) for part in parts}
+            written.append(common.save_state(home / f"{file_name}-*.pt", kept))
+            for older in {*common.find_hashed(home, file_name)} - {written[-1]}:
                 older.unlink()
-        for figure in sorted(run.glob("*.png")):
-            public = facts["dataset"] == "shapes" or figure.stem not in PRIVATE
+                print(f"removed: {older}")
+        for figure in run.glob("*.png"):
+            public = facts["dataset"] == "shapes" or figure.stem not in SHOW_REAL_IMAGES
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
-                fid.write(home / f"{name}-{figure.name}", figure.read_bytes())
+                written.append(home / f"{name}-{figure.name}")
+                common.write(written[-1], figure.read_bytes())
         if run.name in (f"{variant}-s0" for variant in SHEET):
-            draw_sheet(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png", run.parent)
+            written.append(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png")
+            draw_sheet(written[-1], run.parent)
+    for path in sorted(set(written)):
+        print(f"{'replaced' if path in before else 'written'}: {path}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tables, charts and verdicts from results; trains nothing")
-    parser.error = fid.fail
+    parser = argparse.ArgumentParser(description="Tables, charts and tests of claims from results; trains nothing")
+    parser.error = common.fail
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
-    parser.add_argument("--runs", help="read fresh runs from this folder, and write REPORT.md there")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
-    only.add_argument("--check", action="store_true", help="write nothing; exit 1 if a text would change")
+    parser.add_argument("--runs", help="read new runs from this folder, and write REPORT.md there")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
+    modes.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a text would change")
     args = parser.parse_args(argv)
     if args.collect:
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
-    paths = source.glob("*/*/metrics.json" if args.runs else "*/*-s[0-9]*.json")
-    everything = load_all(path for path in paths if not path.parent.parent.name.endswith("-smoke"))  # they tell nothing
+    committed = load_all(path for dataset in common.DATASETS  # results of a user's own images stay among the runs
+                         for path in Path(args.results).glob(f"{dataset}/*-s[0-9]*.json"))
+    new_paths = (path for path in source.glob("*/*/metrics.json") if not path.parts[-3].endswith("-smoke"))
+    everything = load_all(new_paths) if args.runs else committed
     if not everything:
-        fid.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
+        common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
     tables = {"claims": table_claims(everything, CLAIMS)}
-    tables |= {name: table_of(everything, *of) for name, of in TABLES.items()}
+    tables |= {name: table_of(everything, *arguments) for name, arguments in TABLES.items()}
     if args.runs:
-        committed = load_all(Path(args.results).glob("*/*-s[0-9]*.json"))
         tables = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
                   for dataset, results in everything.items()} | tables
         texts = {source / "REPORT.md": "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n"}
@@ -394,9 +419,9 @@ def main(argv=None):
         print(f"would change: {', '.join(map(str, changed))}" if changed else "texts agree with the results")
         raise SystemExit(bool(changed))
     for path in changed:
-        fid.write(path, texts[path].encode())
+        common.write(path, texts[path].encode())
     for dataset, results in everything.items():
-        draw(source / ("" if args.runs else "figures") / f"{dataset}-comparison.png", dataset, results)
+        draw_charts(source / ("" if args.runs else "figures") / f"{dataset}-comparison.png", dataset, results)
         print(tables.get(f"reproduced: {dataset}", f"{dataset}: {len(results)} variants"))
     print("written:", *(changed or ["nothing, texts agree with the results"]))
 

@@ -14,9 +14,9 @@ model decides *how it looks*.
                       The target is eps as published; our own settings use v (common.Diffusion). There are two ways to
                       show x_hat to the U-Net:
        Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
-       Formulation 2  In addition, x_hat is added to x_t: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). With
-                      y_t = x_t - x_hat this is the plain process again. So the two differ in one line of code: what the
-                      U-Net sees. The process ends at y_0 = x0, so nothing has to be subtracted at the end.
+       Formulation 2  In addition, the process is shifted by x_hat: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). But
+                      y_t = x_t - x_hat follows the plain process again. So we run the plain process in y, which ends
+                      with the image y_0 = x0, and only show the U-Net y + x_hat. That is one line of code.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -25,16 +25,14 @@ model decides *how it looks*.
     4. Where to begin As published, the reverse process begins with pure noise at t = T. But x_hat already shows roughly
                       what x0 looks like. So we begin at an earlier time, `start`, with x_hat and noise:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      This differs from the true x_start by sqrt(abar) times the VAE's error, which the noise hides if
-                      it is large enough: six times the error's standard deviation or more (fid.check_start; how close
-                      the two are is common.kl_prior). Only the times 1..start are trained, so the network spends all of
-                      its training where it is used, and half the sampling steps are enough. A better VAE needs less
-                      refinement and so a smaller `start`.
+                      With x0 in place of x_hat this would be exact. The difference is hidden if the noise is much
+                      larger than the VAE's error (fid.check_start asks for six times, a rule of thumb). Only the times
+                      1..start are trained, so the network spends all of its training where it is used, and half the
+                      sampling steps are enough. A better VAE allows a smaller `start`.
 
-    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the refiner's errors,
-    but
-                      larger ones. So the difference (refiner's prediction - guide's prediction) points away from those
-                      errors, and `guided` takes half of it as an extra:
+    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the same errors as the
+                      refiner, but larger ones. So the difference of their predictions points away from these errors,
+                      and `guided` goes half of it further:
                           prediction = refiner + 0.5 (refiner - guide)
                       Each sampling step evaluates both networks.
 
@@ -43,11 +41,12 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --variant guided       guided, and what it builds on
         python stage1_baseline.py --variant all          with Formulation 2 and a control without a VAE (`uncond`)
         python stage1_baseline.py --dataset cifar10 --pretrained     samples in half a minute; nothing is trained
-Expect  5 minutes on two slow CPU cores with bfloat16, then pictures (samples.png: the VAE's images above, the refined
-ones
-        below) and a table of scores. `hf_energy` is the amount of fine detail, relative to real images: about 0.2 for
-        the VAE's samples, which are blurred, and 0.5 for the refined ones, which show edges and bands. `fd_local`, the
-        Frechet distance to the real images, is about a third lower after refinement.
+Expect  5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores. In samples.png the VAE's
+images
+        are above and the refined ones below. Two scores tell most (fid.py). `hf_energy` is the amount of fine detail,
+        relative to real images: about 0.2 for the VAE's samples, which are blurred, and 0.5 for the refined ones, which
+        show edges and bands. `fd_local` is a distance to the real images, measured in the features of a small
+        network: it is about a third lower after refinement.
 """
 
 import argparse
@@ -96,10 +95,9 @@ def denoiser(unet, x_hat, variant):
 
 
 def guide_away(denoise, denoise_worse):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction to
-    the refiner's and beyond. The paper writes it for predicted images: w D1 + (1 - w) D0 with w = 1 + GUIDANCE. At a
-    given x_t, predicted images, eps and v are linear functions of one another, so the formula is the same for all
-    three."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction,
+    `denoise_worse`, to the refiner's and beyond. (The paper extrapolates predicted images. At a given x_t, predicted
+    images, eps and v are linear functions of one another, so it makes no difference which of them is extrapolated.)"""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
@@ -115,7 +113,7 @@ def train_vae(folder, train, data, device):
     (common.TRAIN). Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] == "both", vae=vae)
+    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"], vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
@@ -132,7 +130,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
     vae = common.frozen(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] != "none", unet=unet)
+    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim) if vae else None  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -142,15 +140,17 @@ def train_refiner(folder, train, variant, vae_state, data, device):
                 x_hat = vae(x0, z_noise)[0] if vae else None
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(**({} if variant == "uncond" else {"vae": vae_state["vae"], "gmm": vae_state["gmm"]}))
+    if variant == "uncond":
+        return training.finish()
+    return training.finish(vae=vae_state["vae"], gmm=vae_state["gmm"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(state, variant, device):
-    """The common.Model of a variant, built from a checkpoint alone. For `guided`, that is the one of with_guide."""
+    """The common.Model of a variant, built from its checkpoint alone. (That of `guided` is made by with_guide.)"""
     train, size = state["train"], state["train"]["image_size"]
-    model = common.Model(variant, device, (3, size, size), build_diffusion(train, variant, device))
+    model = common.Model(variant, device, shape=(3, size, size), diffusion=build_diffusion(train, variant, device))
     if variant != "uncond":
         model.vae = common.frozen(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
@@ -179,7 +179,7 @@ def draw_pretrained(args, evaluation, device):
     samples.png. The weights can only sample: the encoder is missing, and matrices are stored in half precision."""
     states = []
     for name in ("form1", "guide"):
-        found = common.find_hashed(PRETRAINED / args.dataset, name)
+        found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list of one path
         pack = common.load_hashed(found, f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
                                   "take another --dataset, or train: leave --pretrained out")
         states.append(pack | {"run_id": found[0].stem, "log": []})  # the hash in the file's name tells it from others
@@ -202,7 +202,7 @@ def draw_pretrained(args, evaluation, device):
 def read_flags(argv):
     """The parsed flags. `variant` is the list of variants to evaluate, in the order of CHANNELS."""
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
-    common.add_flags(parser, "gaussian", "gmm")
+    common.add_flags(parser, priors=("gaussian", "gmm"), default_prior="gmm")
     parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"),
                         help="what to train and evaluate; what it builds on is trained too (default: vae form1)")
     parser.add_argument("--pretrained", action="store_true",
@@ -227,13 +227,13 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        with torch.device("meta"):
+        with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
                          for variant in args.variant if variant != "vae"}
         return common.print_settings(train, evaluation, **networks)
     if args.pretrained:
-        common.keep_freed_memory()
+        common.keep_freed_memory()  # which is faster on a CPU
         common.join_processes(device, train["batch"])
         return draw_pretrained(args, evaluation, device)
     setup = fid.Setup(args, train, evaluation, device)
@@ -247,13 +247,13 @@ def main(argv=None):
         folder = setup.home / f"stage1-{variant}-s{args.seed}"
         if variant != "vae":
             settings = setup.train
-            if variant == "guided":  # its folder is where its guide is trained
+            if variant == "guided":  # what is trained in its folder is the guide
                 settings = setup.train | {"steps": math.ceil(setup.train["steps"] / 10), "guidance": GUIDANCE}
             states[variant] = (common.finished(folder, settings, args.resume) or
                                train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))
         state = with_guide(states["form1"], states["guided"]) if variant == "guided" else states[variant]
         model = load_model(state, variant, device)
-        model.temperature = setup.evaluation["temperature"]
+        model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)
         common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)

@@ -6,28 +6,29 @@ become better, and the latent space smoother?
 
 The loss has two terms. D is the number of pixel values of an image.
 
-    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), as in stage 1; in nats if beta is 1
-    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t, so D M is its sum over
+    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
+    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t. So D M is its sum over
     pixels
 
 `--loss` says how they are balanced:
 
-    sum             E + lambda D M, with one fixed weight
-    anneal          the same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of the steps
-    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018)
-    bound           the exact bound on -log p(x) of VAE and refiner together: the KL of z, the bound of the diffusion
-                    process, and the KL between x_start made from x0 and x_start made from x_hat. That last KL is
-                    what remains of a reconstruction term.
+    sum             E + lambda D M, with one fixed weight lambda
+    anneal          The same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of the
+    steps. kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018).
+    bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
+    and
+                    the bound of the diffusion process that begins with x_hat and noise (common.diffusion_nats).
 
-Which lambda would be right? D M is not in nats. With v-prediction, an error of v at time t costs the bound w_t times
-its square, where w_t = x0_factor^2 (1 - abar_t) / (2 beta_t) (common.kl_step, with x0's error = sigma_t times v's
-error). If errors were equally large at all times, `bound` would be like `sum` with lambda = sum over t of w_t, which is
-4.2 for start = 400. (For eps-prediction from t = 1000, w_t is larger by 1 / abar_t, and the sum is 9.4.)
+Which lambda would make `sum` most like `bound`? In the bound, an error of the predicted v at time t counts with a
+weight w_t, which depends on t (common.kl_step gives it). If the errors were equally large at all times, lambda would
+have to be the sum of all w_t. For v-prediction, with refinement from time 400 of 1000, this is 4.2. For eps-prediction
+from time 1000 it is 9.4. (With x0_factor and large_variance of common.Posterior, w_t = x0_factor^2 (1 - abar_t) / (2
+large_variance) for v, and 1 / abar_t times as much for eps.)
 
 One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
-gradient. The U-Net sees a copy of x_hat with the same values. The backward pass through that copy multiplies the
-gradient by lambda D. So a single backward pass of E + M gives the U-Net the gradient of M, as in stage 1, and gives the
-VAE the gradient of E + lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
+gradient. To this end the U-Net sees a copy of x_hat with the same values, through which gradients pass back multiplied
+by lambda D. The loss is simply E + M. Its backward pass gives the U-Net the gradient of M, as in stage 1. And it gives
+the VAE the gradient of E + lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
@@ -39,7 +40,8 @@ and `*_mse_shuffled` (M when x_hat belongs to another image; if it equals `*_mse
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
-Expect  the minutes of stage 1's two networks together, its pictures and its table, and `interpolation.png`. On shapes,
+Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
+shapes
         the samples have about stage 1's Frechet distance, more of them are real shapes (a higher precision), and the KL
         is 122 nats in place of 65.
 """
@@ -68,8 +70,7 @@ def scale_gradient(x_hat, scale, sse_norm):
     """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or tensor ().
 
     Also returns `gradient_share`, a tensor () that the backward pass fills in: |g| / (|g| + sse_norm), where g is the
-    scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. (The hook keeps numbers only. A
-    reference to the graph that it belongs to would keep both alive for ever.)"""
+    scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. It is for the log."""
     gradient_share = torch.zeros((), device=x_hat.device)
 
     def scale_and_record(gradient):
@@ -77,7 +78,7 @@ def scale_gradient(x_hat, scale, sse_norm):
         gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_norm + 1e-12))
         return gradient
 
-    x_hat_copy = x_hat.view_as(x_hat)
+    x_hat_copy = x_hat.view_as(x_hat)  # a tensor of its own in the graph, so that a hook on it leaves x_hat alone
     x_hat_copy.register_hook(scale_and_record)
     return x_hat_copy, gradient_share
 
@@ -115,7 +116,9 @@ def loss_weights(train, step, balance):
         sse_weight, diffusion_factor = 0.0, 1.0  # there is no reconstruction term
     else:
         sse_weight, diffusion_factor = 1.0, diffusion_weight(train, step)
-    return sse_weight, 0.0 if train["gradient"] == "none" else diffusion_factor
+    if train["gradient"] == "none":
+        diffusion_factor = 0.0
+    return sse_weight, diffusion_factor
 
 
 def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
@@ -123,16 +126,16 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
 
     The bound is a sum over t. Its terms are largest at small t, so these times are drawn more often, which lowers the
-    variance: t = ceil(start u^4) for uniform u (B,). A term is divided by its time's probability,
-    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
-    t = diffusion.draw_t(u.cpu().double() ** 4)
+    variance: t = ceil(start u^4) for uniform u (B,). (The power 4 was found by trying.) A term is divided by its time's
+    probability, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
+    t = diffusion.draw_t(u.cpu().double() ** 4)  # in float64, which not every device has: small t need its digits
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
-    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # where t is 1 it is replaced by the next line
+    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), right except where t is 1
     first = t == 1
-    if first.any():
+    if first.any():  # for those, the term is L_0
         nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_predicted[first]))
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
@@ -165,7 +168,7 @@ def train_joint(folder, train, data, device):
     unet, balance = common.build_unet(train, 6), Balance()
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] != "none", **networks)
+    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], **networks)
     watched_images = training.images[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
     unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"  # its name in the log
@@ -185,7 +188,9 @@ def train_joint(folder, train, data, device):
             # gradients to the decoder only.
             decoded = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             sse_weight, weight = loss_weights(train, training.steps, balance)
-            sse_norm = sse_weight * (x_hat.detach() - x0).norm() / (2 * len(x0))  # |d mean SSE / d x_hat|, for the log
+            # The norm of the gradient of the mean SSE at x_hat. (SSE is a sum of squares divided by 4, see
+            # squared_error.)
+            sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
             shown, gradient_share = scale_gradient(decoded, weight * size, sse_norm)
 
             # The U-Net's loss.
@@ -211,8 +216,8 @@ def load_model(state, device):
     unet = common.frozen(common.build_unet(train, 6), state["unet"], device)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
-    model = common.Model("joint", device, (3, train["image_size"], train["image_size"]), diffusion, (vae, unet), vae,
-                         priors, denoiser=lambda x_hat, z: denoiser(unet, x_hat))
+    model = common.Model("joint", device, shape=(3, train["image_size"], train["image_size"]), diffusion=diffusion,
+                         networks=(vae, unet), vae=vae, priors=priors, denoiser=lambda x_hat, z: denoiser(unet, x_hat))
     common.check_reduced_precision(model)
     return model
 
@@ -256,7 +261,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
     same. Writes interpolation.png into `folder`, unless that is None."""
     data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
-    count = min(setup.evaluation["grid_count"], len(mu) // 2)
+    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for each score
     a, b = mu[:count], mu[count : 2 * count]  # the ends of paths
 
     def decode(z):
@@ -265,20 +270,21 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"])
-        images = common.refine(model, x_hat, z, gen, "dpm", setup.evaluation["probe_steps"])
+        images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
     def score(z):
         """The Frechet distance of the VAE's images and of the refined ones."""
-        x_hat, refined = zip(*(decode(part) for part in z.split(100)), strict=True)
-        return {"vae": setup.score(torch.cat(x_hat))[setup.fd], "refined": setup.score(torch.cat(refined))[setup.fd]}
+        parts = [decode(part) for part in z.split(100)]
+        return {name: setup.score(torch.cat([part[i] for part in parts]))[setup.fd]
+                for i, name in enumerate(("vae", "refined"))}
 
     result["posterior"] = score(a)  # codes of real images: no prior is involved
     along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
     midpoints = score(slerp(a, b, 0.5))
     result["slerp"], strips = {}, {}
     for i, name in enumerate(("vae", "refined")):
-        strips[name] = torch.stack([images[i] for images in along], 1)  # (pairs, points, 3, H, W)
+        strips[name] = torch.stack([pair[i] for pair in along], dim=1)  # (pairs, points, 3, H, W)
         features = fid.extract(setup.extractor, strips[name].flatten(0, 1))[0]  # (pairs * points, f)
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
         result["slerp"][name][f"midpoint_{setup.fd}"] = midpoints[name]
@@ -304,7 +310,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
 def read_flags(argv):
     """The parsed flags, this stage's own train settings, and the run's name: the loss, and what is not the default."""
     parser = argparse.ArgumentParser(description="Stage 2: VAE and refiner trained jointly")
-    common.add_flags(parser, "gaussian", "gmm")
+    common.add_flags(parser, priors=("gaussian", "gmm"), default_prior="gmm")
     parser.add_argument("--loss", choices=("sum", "anneal", "kendall", "bound"), default="anneal",
                         help="how the two terms are balanced (default: %(default)s)")
     parser.add_argument("--gradient", choices=("full", "decoder", "none"), default="full",
@@ -323,7 +329,7 @@ def read_flags(argv):
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
-    if args.loss == "kendall":  # for a and b: Adam, no clipping, no averaging
+    if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
         own |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:
@@ -338,7 +344,7 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     train |= own
     if args.dry_run:
-        with torch.device("meta"):
+        with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
@@ -346,7 +352,7 @@ def main(argv=None):
     state = (common.finished(folder, setup.train, args.resume)
              or train_joint(folder, setup.train, setup.data, device))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]
+    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
     common.export(args, folder, state, model, setup.evaluation)
     tables = metrics["tables"]
@@ -354,7 +360,7 @@ def main(argv=None):
         tables["latent_space"] = latent_space(folder, model, setup)
         common.write_json(folder / "metrics.json", metrics)
 
-    # Stage 1, if it was run with the same settings: its scores beside ours, and its latent space measured like ours.
+    # Stage 1, if it was run here with as many training images: its scores beside ours, and its latent space measured.
     stage1_folders = [setup.home / f"stage1-{variant}-s{args.seed}" for variant in ("vae", "form1")]
     stage1 = {path: fid.read_metrics(path / "metrics.json", setup.evaluation) for path in stage1_folders}
     stage1 = {path: found for path, found in stage1.items()

@@ -26,23 +26,24 @@ Uncertainty
         variance   s is the mean of s_vec, with the sign for which a high s means a large error. This is the direct
                    reading of "the latent's variance as a measure of uncertainty".
         posterior  Like `variance`, but trained with the log-variance of q(z|x) in place of Enc(x_hat)'s. This is a
-        trap.
-                   When sampling there is no x, so the refiner then meets an s of another kind than it was trained with.
-                   And since s tells it something about x itself, the likelihood bound no longer holds.
+                   trap. When sampling there is no x, so the refiner then meets an s of another kind than it was trained
+                   with. And the likelihood bound is void: s is computed from x, the very image whose probability is
+                   asked for.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
     film       s_vec and s are added to the time embedding, and scale x_hat by a learned gate. It starts as `fixed`.
-    coupling   x_hat goes through an invertible network (coupling layers, as in a flow), driven by s. It starts as the
-               identity. Its log-determinant enters no loss: a condition may be any function of x_hat, only a prior has
-               to be a density.
+    coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow). It starts as the
+               identity. In the flow prior, the log-determinant makes a density of it. Here none is needed, since a
+               condition may be any function of x_hat.
 
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
-Expect  about the minutes of stage 1. All conditionings share the VAE of their prior. First it says whether s ranks the
+Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First it says whether s ranks
+the
         errors of held-out images at all; if it does not, conditioning on it cannot help. On shapes s does, with a rank
         correlation of 0.7 (0.2 by the variance), and even so conditioning on it helps little. See REPORT.md.
 """
@@ -99,8 +100,8 @@ class Coupling(nn.Module):
 class RealNVP(nn.Module):
     """A normalising flow u = f(z) with N(0, I) over u. As a prior it has log_prob and sample.
 
-    Before every second coupling, from the first on, a fixed random permutation chooses the halves; before the others
-    the two halves are swapped. So every dimension is transformed."""
+    A coupling transforms only one half of the dimensions. Before couplings 0, 2 and 4 a fixed random permutation
+    chooses the halves; before couplings 1, 3 and 5 the two halves are swapped. So every dimension is transformed."""
 
     def __init__(self, d, hidden=128, couplings=6):
         super().__init__()
@@ -212,9 +213,10 @@ def fit_uncertainty(trip):
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
     phi = predictors(trip.z, standardise(logvar, stats))
     mean_of_s_vec = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])  # w of `variance`
-    sign = 1.0 if (phi @ mean_of_s_vec) @ (log_error - log_error.mean()) >= 0 else -1.0
-    weights = {"variance": sign * mean_of_s_vec,
-               "regressed": common.ridge_regression(phi, log_error[:, None])[0][:, 0]}
+    covariance = ((phi @ mean_of_s_vec) * (log_error - log_error.mean())).mean()
+    sign = 1.0 if covariance >= 0 else -1.0
+    regression_weight, _ = common.ridge_regression(phi, log_error[:, None])  # (3d, 1)
+    weights = {"variance": sign * mean_of_s_vec, "regressed": regression_weight[:, 0]}
     for kind, weight in weights.items():  # scaled so that s has mean 0 and standard deviation 1
         raw = phi @ weight
         sd = raw.std().clamp(min=1e-6)
@@ -224,7 +226,8 @@ def fit_uncertainty(trip):
 
 def rank_errors(trip, stats):
     """Does s rank the errors of held-out images? For both kinds of uncertainty, Spearman's rank correlation of s with
-    the squared error of x_hat, and a conclusion."""
+    the squared error of x_hat, and a conclusion: yes, if it is significant (5%) and at least 0.1, the usual bound for a
+    weak correlation."""
     facts = {}
     for kind in ("variance", "regressed"):
         s = s_from(trip.z, trip.logvar_of_x_hat, stats, kind)[1]
@@ -264,7 +267,8 @@ class Conditioner(nn.Module):
         super().__init__()
         self.strategy = strategy
         if strategy == "film":
-            self.film, self.gate = (common.zero_init(nn.Linear(d + 1, width)) for width in (emb_dim, 3))
+            self.film = common.zero_init(nn.Linear(d + 1, emb_dim))
+            self.gate = common.zero_init(nn.Linear(d + 1, 3))
         if strategy == "coupling":
             self.couplings = nn.ModuleList(ImageCoupling(i % 2) for i in range(4))
 
@@ -316,11 +320,11 @@ def vae_loss(vae, x0, noise, beta, joint):
 
 
 def train_vae(folder, train, data, device):
-    """Train the VAE (with a flow, both as one network, by the settings vae_*), then fit the mixture to its codes. With
-    a flow, fit the rest as well. Returns the finished checkpoint."""
+    """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
+    codes and, if it has a flow, what this stage fits besides. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] == "both", vae=vae)
+    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"], vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
@@ -345,9 +349,8 @@ def fit_ex_post(vae, train, data, device):
 
 
 def get_vae(folder, train, setup, resume):
-    """The checkpoint of the VAE and of what is fitted to it, in `folder`, trained if it is not there. Without a flow
-    the VAE itself is stage 1's, from stage 1's folder; if it is not there either, it is trained there as stage 1
-    would."""
+    """The checkpoint of the VAE and of what is fitted to it. It is read from `folder`, or made there. A VAE without a
+    flow is the same as in stage 1, so it is taken from stage 1's folder, and trained into that folder if need be."""
     state = common.finished(folder, train, resume)
     if state is not None:
         return state
@@ -362,8 +365,9 @@ def get_vae(folder, train, setup, resume):
 
 def build_refiner(train, d):
     """The U-Net and the conditioner of a strategy, trained as one network."""
+    emb_dim = 4 * train["unet"][0][1]  # of the U-Net's time embedding: four times its first width
     return nn.ModuleDict({"unet": common.build_unet(train, 6),
-                          "conditioner": Conditioner(train["conditioning"], d, 4 * train["unet"][0][1])})
+                          "conditioner": Conditioner(train["conditioning"], d, emb_dim)})
 
 
 def train_refiner(folder, train, vae_state, data, device):
@@ -373,7 +377,7 @@ def train_refiner(folder, train, vae_state, data, device):
     refiner = build_refiner(train, vae.latent_dim)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     stats, kind = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}, train["uncertainty"]
-    training = common.Training(folder, train, device, data.images, flip=train["flip"] != "none", refiner=refiner)
+    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], refiner=refiner)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -403,15 +407,15 @@ def load_model(state, device, shuffled=False):
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"]),
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    model = common.Model(train.get("conditioning", "vae"), device, (3, size, size), diffusion,
-                         (vae.encoder, vae.decoder, flow), vae, priors)
+    model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
+                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
         def model_denoiser(x_hat, z):
             s_vec = s = None
-            if train["conditioning"] != "fixed":  # from a fresh Dec(z), even if x_hat has noise on it
+            if train["conditioning"] != "fixed":  # s depends on z alone: evaluation may have added noise to x_hat
                 s_vec, s = uncertainty_of(vae, z, vae.decoder(z), stats, train["uncertainty"])
                 if shuffled:
                     s_vec, s = s_vec.roll(1, 0), s.roll(1, 0)
@@ -430,17 +434,17 @@ def refine_all(model, uncertainty, z, steps, seed, start=None):
     """Refine Dec(z) for codes z (N, d), beginning at the model's own `start` or at another. Returns x_hat and the
     refined images (uint8) and s (N,), on the CPU, and the seconds per image, in which `uncertainty(z, x_hat)` is
     included. With the same seed, image k has the same noise in every call."""
-    if start:  # the networks know the times 1..start, not where sampling began
+    if start:  # any time up to the model's own will do, since the networks are trained on all of them
         diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
         model = dataclasses.replace(model, diffusion=diffusion)
     parts, clock = [], time.time()
     for i, z_part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(z_part)
-        gen = common.generator(seed + 2 * i)  # by two: the noise of the steps comes from the seed between
-        refined = common.refine(model, x_hat, z_part, gen, "dpm", steps)
+        gen = common.generator(seed + 2 * i)  # the odd seeds between are those of the steps' noise (common.refine)
+        refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), uncertainty(z_part, x_hat)[1].cpu()))
     seconds = (time.time() - clock) / len(z)
-    x_hat, refined, s = (torch.cat(part) for part in zip(*parts, strict=True))
+    x_hat, refined, s = (torch.cat([part[k] for part in parts]) for k in range(3))
     return x_hat, refined, s, seconds
 
 
@@ -491,19 +495,21 @@ def adaptivity(folder, state, model, setup):
             "adaptive_refinement": adaptive_refinement(model, uncertainty, setup)}
 
 
-MEAN_STEPS = 2  # in adaptive_refinement. With six steps or more another one makes no difference.
+MEAN_STEPS = 2  # in adaptive_refinement: so few that one step more or less can be seen in the scores
 
 
 def steps_and_starts_by_tercile(s, mean_steps, start):
-    """Ways to refine N images (a multiple of 3) that all take `mean_steps` steps on average:
+    """Ways to refine N images (a multiple of 3), by terciles of s (N,). All take `mean_steps` steps on average.
 
-        even, even_middle_start           the same steps and start for all, from `start` or from three quarters of it
-        adaptive_steps, adaptive_start    the least sure third gets more steps, or begins earlier in the process, at
-        more
-                                          noise (`start` is the most that the networks know)
-        shuffled_steps, shuffled_start    controls: the same, by the s (N,) of another image
+        even                 the same number of steps for all images, beginning at `start`
+        even_middle_start    the same, but beginning at three quarters of `start`
+        adaptive_steps       more steps for the least sure third, fewer for the surest
+        adaptive_start       the least sure third begins at `start`, the middle one at three quarters of it, the surest
+        at
+                             half of it, with less noise
+        shuffled_steps, shuffled_start    the last two as controls, by the s of another image
 
-    Returns {way: [(indices, steps, start) of the surest third, of the middle, of the least sure]}."""
+    Returns {way: [(indices, steps, start) of the surest third, of the middle one, of the least sure]}."""
     fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2
     half, middle = start // 2, 3 * start // 4
     thirds, other_thirds = s.argsort().tensor_split(3), s.roll(1).argsort().tensor_split(3)
@@ -515,13 +521,14 @@ def steps_and_starts_by_tercile(s, mean_steps, start):
         "adaptive_start": (thirds, [mean_steps] * 3, [half, middle, start]),
         "shuffled_start": (other_thirds, [mean_steps] * 3, [half, middle, start]),
     }
-    return {name: list(zip(*way, strict=True)) for name, way in ways.items()}
+    return {name: [(indices[k], steps[k], starts[k]) for k in range(3)]
+            for name, (indices, steps, starts) in ways.items()}
 
 
 def adaptive_refinement(model, uncertainty, setup):
     """Scores and seconds per image of every way of steps_and_starts_by_tercile, for generated images. All images are
-    refined once with each (steps, start) that occurs. A way then takes each third from its own run, so that z and noise
-    are the same in all ways."""
+    refined once with each pair (steps, start) that occurs in a way. From these runs the images of each way are put
+    together, so that an image has the same z and noise in all ways."""
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
@@ -550,7 +557,7 @@ def adaptive_refinement(model, uncertainty, setup):
 
 def read_flags(argv):
     parser = argparse.ArgumentParser(description="Stage 3: flow prior and adaptive conditioning")
-    common.add_flags(parser, "gaussian", "gmm", "flow")
+    common.add_flags(parser, priors=("gaussian", "gmm", "flow"), default_prior="flow")
     parser.add_argument("--conditioning", choices=STRATEGIES, default="film",
                         help="how the refiner uses x_hat (default: %(default)s)")
     parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
@@ -566,10 +573,10 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     vae_prior = {"vae_prior": "flow" if args.prior == "flow" else "gaussian"}
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
-    own |= vae_prior | common.settings_like(train, "refiner", "unet")
+    own |= vae_prior | common.settings_for(train, "refiner", like="unet")
     if args.dry_run:
         train |= own
-        with torch.device("meta"):
+        with torch.device("meta"):  # networks without memory for their weights, just to be counted
             vae = build_vae(train)
             refiner = build_refiner(train, vae.latent_dim)
         return common.print_settings(train, evaluation, vae=vae, **refiner)
@@ -579,9 +586,9 @@ def main(argv=None):
     folder = setup.home / f"stage3-vae-{vae_prior['vae_prior']}-s{args.seed}"
     vae_state = get_vae(folder, setup.train | vae_prior, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    vae_model.temperature = setup.evaluation["temperature"]
+    vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     vae_setup = copy.copy(setup)
-    vae_setup.evaluation = setup.evaluation | {"prior": vae_prior["vae_prior"]}  # its headline is of this prior
+    vae_setup.evaluation = setup.evaluation | {"prior": vae_prior["vae_prior"]}  # of the first row of scores
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
     if "uncertainty" not in vae_metrics["tables"]:
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)

@@ -1,10 +1,10 @@
-"""How fast are the defaults? Ratios between things that are timed in turn, within one run, on the machine at hand.
+"""How much faster the defaults are: ratios between ways to take a training step, on the machine at hand.
 
     python tests/benchmark.py                                    a minute on two CPU cores
     python tests/benchmark.py | tee results/benchmark.txt        what TABLES.md shows
 
-Each row is the median of several rounds; a round times every contender once, so that a machine which slows down slows
-all of them. The shape is that of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
+Each row is the median over several rounds. A round times every way once, so that a machine which slows down slows all
+of them. The shapes are those of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
 """
 
 import statistics
@@ -17,60 +17,71 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
+CPU = torch.device("cpu")
 
-def in_turn(contenders, rounds=15):
-    """Median seconds of each of {name: function}, timed in turn after two warm-up calls."""
-    times = {name: [] for name in contenders}
-    for i in range(rounds + 2):
-        for name, run in contenders.items():
+
+def time_in_turn(functions, rounds=15, warm_up=2):
+    """The median seconds of each of {name: function}. They are called in turn, first `warm_up` rounds untimed."""
+    seconds = {name: [] for name in functions}
+    for i in range(warm_up + rounds):
+        for name, run in functions.items():
             start = time.perf_counter()
             run()
-            times[name] += [time.perf_counter() - start] if i > 1 else []
-    return {name: statistics.median(values) for name, values in times.items()}
+            if i >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def step(table, batch, bf16=False, channels_last=False, fused=False):
-    """A training step as the stages take it: forward, backward, clipping, Adam."""
+def training_step(table, batch, reduced=False, channels_last=False, fused=False):
+    """A function that takes a training step like the stages': forward, backward, clipping, Adam. `table` is the U-Net's
+    (common.UNET_TABLES), `reduced` computes in bfloat16."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = common.UNet(table, 6, attention=()).to(memory_format=layout)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=fused, foreach=False)
     x = torch.randn(batch, 6, 32, 32).contiguous(memory_format=layout)
     t, target = torch.randint(1, 1001, (batch,)), torch.randn(batch, 3, 32, 32)
 
-    def run():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    def step():
+        with common.autocast(CPU, reduced):
             loss = (network(x, t) - target).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    return run
+
+    return step
 
 
-def parameters(table):
+def size_of(table):
+    """The number of parameters of a U-Net with this table."""
     with torch.device("meta"):
-        return sum(p.numel() for p in common.UNet(table, 6, attention=()).parameters())
+        return common.count_parameters(common.UNet(table, 6, attention=()))
 
 
 def main():
     torch.manual_seed(0)
     common.keep_freed_memory()
     train, _ = common.budget("cpu", "cifar10", 32)
-    with common.autocast(torch.device("cpu")):
-        native = torch.is_autocast_enabled("cpu")
+    table, batch, native = train["unet"], train["batch"], common.native_bfloat16(CPU)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16 {'' if native else 'not '}native")
-    table, fast = train["unet"], {"bf16": native, "channels_last": True, "fused": True}
-    tables = {w: [(r, w, down, up) for r, _, down, up in table] for w in range(16, 257, 8)}  # of one width
-    width = min(tables, key=lambda w: abs(parameters(tables[w]) - parameters(table)))
-    ways = {"float32, contiguous, plain Adam": (table, {}), "channels_last": (table, {"channels_last": True}),
-            "fused Adam": (table, {"fused": True}), "bfloat16": (table, {"bf16": True}),
-            "all of them: the default": (table, fast),
-            f"all, but one width ({width}), as many parameters": (tables[width], fast)}
-    seconds = in_turn({name: step(shape, train["batch"], **options)
-                       for name, (shape, options) in ways.items() if native or name != "bfloat16"})
-    print(f"\ntraining step, batch {train['batch']}")
+
+    # A U-Net whose width is the same at every resolution, with about as many parameters.
+    flat_tables = {width: [(resolution, width, down, up) for resolution, _, down, up in table]
+                   for width in range(16, 257, 8)}
+    width = min(flat_tables, key=lambda width: abs(size_of(flat_tables[width]) - size_of(table)))
+
+    plain, default = "float32, contiguous, plain Adam", {"reduced": native, "channels_last": True, "fused": True}
+    steps = {plain: training_step(table, batch),
+             "channels_last": training_step(table, batch, channels_last=True),
+             "fused Adam": training_step(table, batch, fused=True)}
+    if native:
+        steps["bfloat16"] = training_step(table, batch, reduced=True)
+    steps["all of them: the default"] = training_step(table, batch, **default)
+    steps[f"all, but one width ({width}), as many parameters"] = training_step(flat_tables[width], batch, **default)
+    seconds = time_in_turn(steps)
+    print(f"\ntraining step, batch {batch}")
     for name, value in seconds.items():
-        print(f"  {name:44} {1000 * value:9.2f} ms   {value / seconds['float32, contiguous, plain Adam']:5.2f}")
+        print(f"  {name:44} {1000 * value:9.2f} ms   {value / seconds[plain]:5.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every test file imports the scripts from the repository root, and computes on one thread (same bits everywhere)."""
+"""Lets every test file import the scripts from the repository root. All compute on one thread: same bits everywhere."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
 
 
 @pytest.fixture
@@ -21,3 +21,18 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     return tmp_path
+
+
+@pytest.fixture
+def tiny():
+    """A Model with a random VAE whose images differ from each other, and a refiner that returns x_hat."""
+    from helpers import CPU, oracle, settings
+    from torch import nn
+
+    import common
+    torch.manual_seed(0)
+    vae, diffusion = common.build_vae(settings()), common.Diffusion("v")
+    nn.init.normal_(vae.decoder.body[-1].weight, std=2)
+    vae = common.frozen(vae, vae.state_dict(), CPU)
+    return common.Model("tiny", CPU, (3, 32, 32), diffusion, (vae,), vae, {"gaussian": common.StandardNormal(8)},
+                        lambda x_hat, z: oracle(diffusion, x_hat))

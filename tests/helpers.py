@@ -1,5 +1,6 @@
-"""What several test files use: settings, few images, the comparison of checkpoints, the one-line error."""
+"""What several test files use: settings, a few images, the comparison of checkpoints, one-line errors."""
 
+import argparse
 import re
 
 import pytest
@@ -17,7 +18,7 @@ def small_shapes(count, seed):
 
 
 def settings(**changes):
-    """The training settings of the smoke budget on shapes, changed."""
+    """The training settings of the smoke budget on shapes, with some of them changed."""
     train, _ = common.budget("smoke", "shapes", 32)
     return {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 0} | train | changes
 
@@ -29,31 +30,51 @@ def images_of(count, seed=1):
 
 
 def same(a, b):
-    """Whether two nested structures hold the same bits; `seconds` (the clock) is left out."""
+    """Whether two nested structures hold the same bits. Left out: `seconds` (the clock) and `run_id` (random)."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "run_id"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b or a != a and b != b
 
 
 def expect_error(capsys, call, *words):
-    """`call` must exit with status 2 and print one line `error: ...` that contains every word."""
+    """Check that `call` exits with status 2 and prints one line, `error: ...`, which contains every word."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call()
     assert stop.value.code == 2
     text = capsys.readouterr().err.replace("\x1b[A", "")  # tqdm's cursor movements
-    lines = [line for line in re.split(r"[\r\n]", text) if line.strip() and "%|" not in line]  # progress bars apart
+    lines = [line for line in re.split(r"[\r\n]", text) if line.strip() and "%|" not in line]  # no progress bars
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]
 
 
 def oracle(diffusion, x0):
-    """A denoise that knows x0."""
+    """A denoise(x, t) that knows x0 and predicts it exactly."""
     def denoise(xt, t):
         a, s = diffusion.scales(t)
         return diffusion.target(x0, t, (xt - a * x0) / s)
     return denoise
+
+
+def plant_wrong_bfloat16(monkeypatch, network=None):
+    """Plant a fault such as some processors have: in bfloat16 every convolution (of `network`, if given) returns its
+    channels in reverse order. On every machine the project then believes that bfloat16 is native."""
+    layers, right = None if network is None else set(network.modules()), torch.nn.Conv2d._conv_forward
+
+    def wrong(self, *arguments):
+        y = right(self, *arguments)
+        return y.flip(1) if y.dtype == torch.bfloat16 and (layers is None or self in layers) else y
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", wrong)
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
+
+
+def flags(*argv):
+    """The shared flags of all stages, parsed."""
+    parser = argparse.ArgumentParser()
+    common.add_flags(parser, "gaussian", "gmm")
+    return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Bonus: scaling of the latent, no gradient into the autoencoder, sampling, what is measured and compared."""
+"""Bonus: training, scaling of the latent, no gradient into the autoencoder, sampling, what is measured."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -12,40 +12,74 @@ import common
 import fid
 
 
-def tiny():
-    return settings(ae_width=16, latent_unet=[[1, 16, 1, 1]])
+def tiny(**changes):
+    """The settings of the smoke budget for the autoencoder and the U-Net on latents."""
+    own = {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | common.settings_like(settings(), "autoencoder", "vae")
+    return settings(**own) | changes
+
+
+def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
+    """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. Images are mirrored for `both`
+    only."""
+    losses, step, train, data = [], common.Training.step, tiny(steps=1), images_of(60)
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses.append((loss, training.flip))
+                        or step(training, loss, terms))
+    row, = bonus.train_autoencoder(tmp_path / "ae", train, data, CPU)["log"]
+    training = common.Training(tmp_path / "again", train, CPU, data.images, False)
+    torch.manual_seed(0)
+    x0, autoencoder = training.batch(), bonus.Autoencoder(16)
+    with torch.no_grad():
+        mu, logvar = autoencoder.encode(x0)
+        x_hat = autoencoder.decode(mu + (0.5 * logvar).exp() * training.normal(4, 8, 8))
+    sse = ((x_hat - x0) / 2).square().sum((1, 2, 3))
+    kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
+    assert torch.allclose(losses[0][0], sse + 0.01 * kl)
+    assert row == pytest.approx({"step": 1, "sse": float(sse.mean()), "kl_nats": float(kl.mean())})
+    for flip in ("refiner", "both"):
+        bonus.train_autoencoder(tmp_path / flip, train | {"flip": flip}, data, CPU)
+    assert [flip for _, flip in losses] == [False, False, True]
 
 
 def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypatch):
-    """Mean 0 and variance 1 per channel of z ~ q(z|x), of all images and of what the U-Net is trained on; undone before
-    decoding. While the U-Net trains, the autoencoder keeps its bits and needs no gradient."""
+    """z ~ q(z|x) of all images, and what the U-Net is trained on, have mean 0 and variance 1 in each channel. This is
+    undone before decoding. While the U-Net is trained, the autoencoder keeps its bits and needs no gradient. The log
+    holds the loss."""
     data, seen, built = images_of(150), [], []
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     simple_loss, frozen = common.Diffusion.simple_loss, common.frozen
-    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(args[2]) or simple_loss(*args))
+    monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(
+        (args[2], simple_loss(*args))) or seen[-1][1])
     monkeypatch.setattr(common, "frozen", lambda *args: built.append(frozen(*args)) or built[-1])
-    ae_state = bonus.train_autoencoder(tmp_path / "ae", tiny(), data, CPU, None)
-    state = bonus.train_latent(tmp_path / "latent", tiny(), ae_state, data, CPU, None)
+    ae_state = bonus.train_autoencoder(tmp_path / "ae", tiny(), data, CPU)
+    state = bonus.train_latent(tmp_path / "latent", tiny(every=8), ae_state, data, CPU)
     assert len(built) == 2 and all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
-    assert same(dict(built[-1].state_dict()), ae_state["vae"]) and same(state["vae"], ae_state["vae"])
+    assert same(dict(built[-1].state_dict()), ae_state["autoencoder"])
+    assert same(state["autoencoder"], ae_state["autoencoder"]) and same(state["scale"], ae_state["scale"])
+    latents, losses = zip(*seen, strict=True)
+    assert state["log"] == [pytest.approx({"step": 8, "v_mse": float(torch.stack(losses).detach().mean())})]
 
-    (model, ae, _), stats = bonus.load_model(state, CPU), ae_state["scale"]
-    mu, sd = bonus.encode_all(ae, data.images, CPU)
+    model, stats = bonus.load_model(state, CPU), ae_state["scale"]
+    autoencoder, unet = model.networks
+    assert same(dict(autoencoder.state_dict()), state["autoencoder"]) and same(dict(unet.state_dict()), state["unet"])
+    assert model.denoiser(None, None) is unet and model.shape == (4, 8, 8)
+    mu, sd = bonus.encode_all(autoencoder, data.images, CPU)
     assert mu.shape == (150, 4, 8, 8) and not torch.allclose(stats["sd"], torch.ones(1), atol=0.05)
     scale = lambda z: (z - stats["mean"]) / stats["sd"]  # noqa: E731
     drawn = scale(mu + sd * common.randn(mu.shape, common.generator(0)))
-    for z, slack in ((drawn, 0.03), (torch.cat(seen), 0.06)):
+    for z, slack in ((drawn, 0.03), (torch.cat(latents), 0.06)):
         assert z.shape[1:] == (4, 8, 8) and torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=slack)
         assert torch.allclose(z.var((0, 2, 3)), torch.ones(4), atol=slack + 0.02)
-    assert model.diffusion.start == 1000  # no x_hat to begin about
+    assert model.diffusion.start == 1000  # there is no x_hat to begin with
     with torch.no_grad():
-        assert torch.allclose(model.decode(scale(mu[:5])), ae.decode(mu[:5]), atol=1e-5)
+        assert torch.allclose(model.decode(scale(mu[:5])), autoencoder.decode(mu[:5]), atol=1e-5)
 
 
 def test_what_is_decoded():
-    """Sampled latents are not clamped, as images are; the robustness probe's noise goes in before decoding."""
+    """Latents are not clamped, unlike images. The noise of the robustness table is added before they are decoded."""
     decoded = []
-    model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),  # v = 0: the predicted x0 is a x_t
-                         condition=lambda x_hat, z: lambda x, t: torch.zeros_like(x),
+    model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),  # where v is 0, the predicted x0 is a x_t
+                         denoiser=lambda x_hat, z: lambda x, t: torch.zeros_like(x),
                          decode=lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
     for temperature in (1.0, 100.0):
         common.generate(dataclasses.replace(model, temperature=temperature), 1, "none", "dpm", 5, 0, 1)
@@ -59,7 +93,8 @@ def test_what_is_decoded():
 
 
 def test_measurements(monkeypatch):
-    """Peak memory of tensors alive at once, not of all; median seconds without two first runs and one slow one."""
+    """The peak memory is that of tensors that exist at once, not of all. The median of the seconds leaves out the first
+    two runs and ignores a slow one."""
     def run():
         a, b = torch.ones(2 * 2**20), torch.ones(2 * 2**20)
         del a, b
@@ -71,32 +106,88 @@ def test_measurements(monkeypatch):
     assert bonus.median_seconds(lambda: None, CPU, repeats=5) == 1
 
 
-def test_equal_seconds_by_hand():
-    """Of the pixel model's rows: as quick within a tenth, the same sampler and count, its headline prior."""
-    def row(sampler, seconds, prior="gmm", count=200):
-        return {"prior": prior, "sampler": sampler, "nfe": 5, "n_generated": count, "seconds_per_image": seconds,
-                "fid": {"value": seconds}, "hf_energy": 1}
+def test_sampling_cost_by_hand(tmp_path, monkeypatch):
+    """With planted times for a pass of the U-Net, for decoding and for a training step: seconds per image are those of
+    all steps and of decoding, over the size of the batch. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9
+    x 25 FLOPs; decoding is another one, of 3 to 1 channels."""
+    seen, counts = [], []
 
-    ours = [row("dpm", 1.0, "none"), row("ddim", 0.1, "none")]
-    pixel = [row("dpm", 0.5), row("dpm", 1.09), row("dpm", 1.11), row("ddim", 0.9), row("dpm", 0.4, "gaussian"),
-             row("dpm", 0.6, count=100), row("ddim", 0.12)]
-    first, second = bonus.equal_seconds(ours, pixel, "fid")
-    assert [found["seconds_per_image"] for found in first["pixel"]] == [0.5, 1.09] and second["pixel"] == []
-    assert first["latent"] == {key: value for key, value in ours[0].items() if key not in ("n_generated", "hf_energy")}
+    class Network(torch.nn.Conv2d):
+        def forward(self, x, t=None):
+            kind = "decode" if t is None else "train" if torch.is_grad_enabled() else "unet"
+            seen.append((kind, len(x)))
+            counts.append(seen[-1])
+            return super().forward(x)
+
+    def planted_seconds(run, device, repeats=7):
+        seen.clear()
+        run()
+        (kind, count), = seen
+        return {"unet": 1 + 2 * count, "decode": 30 + count, "train": 7 * count}[kind]
+
+    def planted_memory(run, device):
+        seen.clear()
+        run()
+        return 100.0 * seen[0][1] if seen[0][0] == "unet" else None
+
+    monkeypatch.setattr(bonus, "median_seconds", planted_seconds)
+    monkeypatch.setattr(bonus, "peak_memory", planted_memory)
+    model, code = SimpleNamespace(reduced=False), torch.zeros(6, 3, 5, 5)
+    for train_batch, used in ((4, 4), (10, 6)):  # a training step cannot use more images than there are
+        unet, decode = Network(2, 4, 3, padding=1).requires_grad_(False), Network(3, 1, 3, padding=1)
+        cost = bonus.sampling_cost("toy", model, unet, (2, 5, 5), decode, code, 20, train_batch, tmp_path)
+        assert cost == pytest.approx({
+            "seconds_per_image_batch_1": 20 * 3 + 31, "seconds_per_image": (20 * 13 + 36) / 6, "peak_memory_mb": 600,
+            "train_seconds_per_image": 7, "gflops_per_pass": 3600e-9, "gflops_per_image": (20 * 3600 + 1350) * 1e-9})
+        assert [count for kind, count in counts if kind == "train"] == [used]
+        counts.clear()
+    assert "conv2d" in (tmp_path / "profile-toy.txt").read_text()
 
 
-def test_pixel_rows_of_other_settings_are_refused(tmp_path):
-    """Only a finished run of the same training settings is compared with, and only rows measured in the same way."""
-    train, setup = tiny(), SimpleNamespace(evaluation={"features": "local", "temperature": 0.9, "count": 64})
-    rows = [{"fd_local": {"value": 1.0, "low": None, "high": None}}]
+def test_savings_by_hand(tmp_path, monkeypatch):
+    """Both costs are of the same steps, batches and settings: of stage 1's U-Net, which has 6 channels, with its VAE's
+    decoder, and of this stage's U-Net and decoder. Saved are 100 (1 - latent / pixel) percent."""
+    train, calls = tiny(batch=7), {}
+    keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "train_seconds_per_image",
+            "gflops_per_pass", "gflops_per_image")
 
-    def found(finished=True, features="local", temperature=0.9, **changes):
-        fid.save(tmp_path / "checkpoint.pt", {"train": settings(**changes), "finished": finished})
-        run = {"eval": {"features": features, "temperature": temperature, "count": 99}}
-        common.write_json(tmp_path / "metrics.json", {"schema": 1, "run": run, "rows": rows})
-        return bonus.pixel_rows(tmp_path, train, setup)
+    def planted(name, *args):
+        calls[name] = args
+        return dict(zip(keys, (8, 4, 2, 10, 5, 1) if name == "pixel" else (4, 3, 2, 1, 10, 0.25), strict=True))
 
-    assert bonus.pixel_rows(tmp_path, train, setup) is None  # nothing there
-    assert found() == rows
-    assert found(steps=9) is found(seed=1) is found(finished=False) is None
-    assert found(temperature=1.0) is found(features="local, another") is None
+    unet = bonus.build_unet(train)
+    model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z)
+    setup = SimpleNamespace(evaluation={"sample_steps": 9, "batch": 5})
+    monkeypatch.setattr(bonus, "sampling_cost", planted)
+    result = bonus.savings(tmp_path, model, train, setup)
+    saved = dict(zip(keys, (50, 25, 0, 90, -100, 75), strict=True))
+    assert result["saved_percent"] == pytest.approx(saved) and (tmp_path / "savings.png").is_file()
+    assert list(result["pixel"].values()) == [8, 4, 2, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
+    assert (result["device"], result["sampler_steps"], result["batch"]) == ("cpu", 9, 5)
+    for name, shape, code in (("pixel", (6, 32, 32), (5, 8)), ("latent", (4, 8, 8), (5, 4, 8, 8))):
+        given, network, network_shape, decode, codes, steps, train_batch, folder = calls[name]
+        assert given is model and network_shape == shape and codes.shape == code
+        assert (steps, train_batch, folder) == (9, 7, tmp_path)
+        assert network.stem.in_channels == shape[0] and decode(codes).shape[0] == 5
+    assert calls["latent"][1] is unet and calls["latent"][3] is model.decode
+    assert isinstance(calls["pixel"][3], common.Decoder)
+
+
+def test_ceiling_by_hand(tmp_path, monkeypatch):
+    """Held-out images, decoded from the means of their latents, are scored and compared with themselves."""
+    torch.manual_seed(0)
+    data, test, saved = images_of(30), images_of(30, seed=2), []
+    model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), None))
+    setup = SimpleNamespace(data=data, test=test, evaluation={"count": 20}, device=CPU,
+                            score=lambda images: {"fd": images.double().square().mean()})
+    monkeypatch.setattr(common, "save_grid", lambda path, rows: saved.append((path, rows)))
+    result = bonus.ceiling(tmp_path, model, setup)
+    real = test.images[:20]
+    with torch.no_grad():
+        x_hat = common.to_uint8(model.networks[0].decode(model.networks[0].encode(common.to_float(real))[0]))
+    mse = ((x_hat.double() - real) / 255).square().mean((1, 2, 3))
+    assert result == {"fd": x_hat.double().square().mean(), "psnr_db": pytest.approx(float(-10 * mse.log10().mean())),
+                      "hf_energy": pytest.approx(fid.hf_energy(x_hat, test.images))}
+    (path, rows), = saved
+    assert path == tmp_path / "reconstructions.png"
+    assert torch.equal(rows["real"], real[:12]) and torch.equal(rows["autoencoder"], x_hat[:12])

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from helpers import draw_all, expect_error, same
+from helpers import draw_all, expect_error, plant_wrong_bfloat16, same
 from PIL import Image
 
 import common
@@ -48,75 +47,12 @@ def save_folder(images, folder, suffix="png"):
     return str(folder)
 
 
-# ---- Small things ----------------------------------------------------------------------------------------------------
-
-def test_write(tmp_path, monkeypatch, capsys):
-    """A failure keeps the old file and names the path; no temporary file stays; of several processes one writes."""
-    path = tmp_path / "deep" / "file.bin"
-    fid.write(path, b"old")
-    fid.write(str(path), b"new")
-    assert path.read_bytes() == b"new"
-    write_bytes = type(path).write_bytes
-
-    def full_disk(self, data):
-        write_bytes(self, data[:1])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(path), "write_bytes", full_disk)
-    expect_error(capsys, lambda: fid.write(path, b"newer"), str(path), "No space left", "free some space", "--out")
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "replace", lambda *a: 1 / 0)  # whatever happens, the temporary file goes
-    with pytest.raises(ZeroDivisionError):
-        fid.write(path, b"newer")
-    assert path.read_bytes() == b"new"
-    expect_error(capsys, lambda: fid.write(path / "below-a-file", b""), "below-a-file", "--data-dir")
-    monkeypatch.undo()
-    for rank in (1, 0):
-        monkeypatch.setattr(fid, "RANK", rank)
-        fid.write(path.with_name(f"rank{rank}"), b"")
-    assert {p.name for p in path.parent.iterdir()} == {"file.bin", "rank0"}
-
-
-def test_the_lowest_layer():
-    """Nothing of the project is imported, but inside the two functions that take data sets by name."""
-    imports = [line for line in open(fid.__file__) if line.split()[:2] in (["import", "common"], ["from", "common"])]
-    assert imports == ["    import common\n"] * 2
-
-
-def test_find_images(tmp_path):
-    """Below a folder, whatever the case of the suffix, sorted by path; a hidden folder above does not matter."""
-    home = tmp_path / ".above" / "photos"
-    for name in ("b.PNG", "a/z.jpeg", "a/é 1.Webp", ".hidden/no.png", "a/.no.png", "notes.txt", "c.npz"):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (home / name).touch()
-    found = [str(path.relative_to(home)) for path in fid.find_images(str(home))]
-    assert found == ["a/z.jpeg", "a/é 1.Webp", "b.PNG"] and fid.find_images(home / "nowhere") == []
-
-
-def test_read_image(tmp_path, capsys):
-    """16-bit grey keeps its upper 8 bits (PIL alone clips it to white), palettes are looked up, EXIF turns upright."""
-    grey = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
-    colours = np.random.RandomState(0).randint(0, 256, (20, 40, 3), dtype=np.uint8)
-    palette, turned = Image.fromarray(colours).convert("P"), Image.Exif()
-    turned[0x0112] = 6  # orientation: a quarter turn
-    clear = Image.fromarray(np.dstack([colours, colours[..., :1]]))
-    cases = [("grey é 16.png", Image.fromarray(grey), {}, np.repeat(grey[..., None] >> 8, 3, 2)),
-             ("palette.png", palette, {}, np.asarray(palette.convert("RGB"))),
-             ("turned.png", Image.fromarray(colours), {"exif": turned}, np.rot90(colours, -1)),
-             ("clear.png", clear, {}, colours)]
-    for name, image, options, expected in cases:
-        image.save(tmp_path / name, **options)
-        assert np.array_equal(fid.read_image(tmp_path / name), expected), name
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    for name in ("broken.png", "absent.png"):
-        expect_error(capsys, lambda name=name: fid.read_image(tmp_path / name), name, "cannot be read as an image")
-
-
 # ---- Inception -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def net():
-    """Well-scaled random weights from numpy's frozen generator; torch's defaults would make the features collapse."""
+    """Inception with well-scaled random weights from numpy's generator, which gives the same numbers in every version.
+    With torch's default weights the features would be almost constant."""
     net, random = fid.InceptionV3(), np.random.RandomState(0)
     for key, value in net.state_dict().items():
         shape = tuple(value.shape)
@@ -133,8 +69,8 @@ def net():
 
 
 def test_inception_fingerprint_is_frozen(net):
-    """Numbers from another implementation, of every block by hand. A wrong pool in any one block, torch's own epsilon,
-    x / 127.5 - 1 or a half-pixel resize each moves one of them by more than 1e-3."""
+    """The expected numbers come from another implementation that writes out every block. A wrong pool in any one block,
+    torch's own epsilon, x / 127.5 - 1, or half-pixel resizing moves at least one of them by more than 1e-3."""
     with torch.no_grad():
         pool3, logits = net(smooth_images(1, 64, seed=3))
     assert pool3.shape == (1, 2048) and logits.shape == (1, 1008)
@@ -149,7 +85,7 @@ def test_inception_fingerprint_is_frozen(net):
 # ---- Moments and the Frechet distance --------------------------------------------------------------------------------
 
 def test_frechet_closed_forms():
-    """Where covariances are singular: fewer rows than numbers, repeated rows, no spread at all."""
+    """Singular covariances: fewer rows than numbers, repeated rows, no spread at all."""
     few, many = gaussian(10, 64), gaussian(3000, 64, seed=1)
     cross = torch.linalg.svdvals((few - few.mean(0)) @ (many - many.mean(0)).T).sum() / math.sqrt(9 * 2999)
     few, many, repeated = (moments(x) for x in (few, many, few[:8].repeat(64, 1)))
@@ -164,7 +100,8 @@ def test_frechet_closed_forms():
 
 @pytest.mark.parametrize("n, d, tolerance", [(400, 64, 1e-9), (1200, 512, 1e-9), (40, 64, 1e-5), (100, 128, 1e-5)])
 def test_frechet_against_sqrtm(n, d, tolerance):
-    """The form of the peers: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrtm(S1 S2). Either way round, and 0 from itself."""
+    """Other implementations compute |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrtm(S1 S2). The distance is symmetric, and 0
+    from a set to itself."""
     x, y = gaussian(n, d), gaussian(n + 10, d, seed=1, scale=1.3, shift=0.2)
     (m1, s1), (m2, s2) = ((v.mean(0), np.cov(v, rowvar=False)) for v in (x.numpy(), y.numpy()))
     peer = np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.trace(scipy.linalg.sqrtm(s1 @ s2)).real
@@ -177,10 +114,11 @@ def test_frechet_against_sqrtm(n, d, tolerance):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_moments(offset):
-    """As numpy's, with an offset too; of fewer than two rows, or of different features, an error."""
+    """They agree with numpy's, with a large offset, too. Fewer than two rows, or features of different lengths, are an
+    error."""
     x = gaussian(200, 7) * torch.arange(1, 8) + offset
     ours = moments(x)
-    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64 and ours.root is ours.root  # kept
+    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64 and ours.root is ours.root  # computed once
     np.testing.assert_allclose(ours.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(ours.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="at least 2"):
@@ -192,7 +130,7 @@ def test_moments(offset):
 # ---- The other scores ------------------------------------------------------------------------------------------------
 
 def test_inception_score():
-    """The plain formula, in order or in torch-fidelity's; and closed forms."""
+    """It agrees with the plain formula, in the given order and in torch-fidelity's, and with closed forms."""
     for n, splits in ((100, 10), (103, 10), (25, 10), (7, 3)):
         logits, shuffled = gaussian(n, 12, scale=2), np.random.RandomState(2020).permutation(n)
         p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
@@ -208,6 +146,7 @@ def test_inception_score():
 
 
 def slow_kid(x, y):
+    """KID of all pairs, in numpy."""
     x, y = x.double().numpy(), y.double().numpy()
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
     n, m, xx, yy = len(x), len(y), kernel(x, x), kernel(y, y)
@@ -215,11 +154,12 @@ def slow_kid(x, y):
 
 
 def test_kid_equals_brute_force(monkeypatch):
+    """All pairs, whatever the size of the chunks, and random subsets, drawn as torch-fidelity draws them."""
     x, y = gaussian(90, 6).float(), gaussian(70, 6, seed=1, shift=0.5).float()
     for chunk in (512, 90, 32, 1):
         monkeypatch.setattr(fid, "CHUNK", chunk)
         assert fid.kid(x, y, size=None) == pytest.approx(slow_kid(x, y), rel=1e-12)
-        assert fid.kid(x, x, size=None) == pytest.approx(slow_kid(x, x), rel=1e-12)  # one array on both sides
+        assert fid.kid(x, x, size=None) == pytest.approx(slow_kid(x, x), rel=1e-12)  # the same array on both sides
     random, values = np.random.RandomState(2020), []
     for _ in range(5):  # torch-fidelity's order of draws
         i, j = random.choice(90, 40, replace=False), random.choice(70, 40, replace=False)
@@ -230,7 +170,8 @@ def test_kid_equals_brute_force(monkeypatch):
 
 
 def test_precision_recall(monkeypatch):
-    """By hand with k = 1; copies, whose balls have radius 0; and brute force, whatever the chunks."""
+    """By hand with k = 1, for copies (whose balls have radius 0), and by brute force, whatever the size of the
+    chunks."""
     real, generated = torch.tensor([[0.0], [1], [2], [10]]), torch.tensor([[0.5], [1.5], [30], [31]])
     assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
     twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each, found only by `<=`
@@ -250,6 +191,7 @@ def test_precision_recall(monkeypatch):
 
 
 def test_diversity():
+    """Identical images have none. Else it agrees with brute force."""
     x, y = gaussian(60, 5), gaussian(50, 5, seed=1, scale=2)
     assert fid.diversity(x, x[:1].repeat(60, 1)) == 0
     distances = [np.mean([math.dist(a, b) for i, a in enumerate(v) for b in v[:i]]) for v in (x.tolist(), y.tolist())]
@@ -260,7 +202,7 @@ def test_diversity():
 
 @pytest.fixture(scope="module")
 def local():
-    """A local network with seeded random weights and honest batch statistics."""
+    """A local network with seeded random weights whose batch statistics are those of images."""
     torch.manual_seed(0)
     net = fid.LocalNet(6)
     with torch.no_grad():
@@ -270,6 +212,7 @@ def local():
 
 
 def test_batch_size_changes_nothing(local, net):
+    """Nor does a list in place of a tensor. Images of other sizes are cut to their central square and resized."""
     images = random_images(23)
     whole = fid.extract(local, images, batch_size=23)
     for other in (fid.extract(local, images, 1), fid.extract(local, images, 7), fid.extract(local, list(images))):
@@ -285,6 +228,7 @@ def test_batch_size_changes_nothing(local, net):
 
 
 def test_only_uint8_enters(local, net):
+    """Grey images count as three equal channels."""
     for extractor in (local, net):
         for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
                       torch.zeros(1, 4, 8, 8, dtype=torch.uint8)):
@@ -318,13 +262,14 @@ def files_in(folder):
 
 
 def test_download_cache_path_and_variable(origin, weight_bytes, net, monkeypatch, tmp_path):
+    """Weights are downloaded once. --weights, then the environment variable, come before the cache."""
     cache, moved = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE, tmp_path / "mine.pth"
     loaded = fid.load_extractor("inception", "cifar10")
     assert files_in(tmp_path) == [cache] and cache.read_bytes() == weight_bytes
     assert same(loaded.state_dict(), net.state_dict())
     assert loaded.name == f"inception-{fid.INCEPTION_SHA256[:8]}" and (loaded.suffix, loaded.dim) == ("", 2048)
     origin.unlink()  # no second download: the cache serves
-    monkeypatch.setattr(fid, "InceptionV3", lambda: loaded)  # which takes seconds to build
+    monkeypatch.setattr(fid, "InceptionV3", lambda: loaded)  # building it takes seconds
     assert fid.load_inception() is loaded
     cache.rename(moved)
     assert fid.load_inception(weights=str(moved)) is loaded
@@ -333,7 +278,8 @@ def test_download_cache_path_and_variable(origin, weight_bytes, net, monkeypatch
 
 
 def test_weights_that_cannot_be_had(origin, weight_bytes, monkeypatch, tmp_path, capsys):
-    """No download leaves a file; files that are absent, cut off or others are named, and stay; so do the ways out."""
+    """A failed download leaves no file. A file that is absent, cut off, or another one is named in the error, with the
+    ways out, and stays as it is."""
     absent, half, other = (tmp_path / name for name in ("absent.pth", "half.pth", "other.pth"))
     ways_out = "no download", "--weights", "--features local", "FID_INCEPTION_WEIGHTS"
     for body, url, message in ((b"x" * 1000, fid.INCEPTION_URL, "invalid hash value"),  # another file
@@ -351,7 +297,7 @@ def test_weights_that_cannot_be_had(origin, weight_bytes, monkeypatch, tmp_path,
     assert half.is_file()  # the user's own file is not touched
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS")
     cache = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
-    cache.write_bytes(b"cut off by another program")  # checked, too
+    cache.write_bytes(b"cut off by another program")  # the cache is checked, too
     expect_error(capsys, fid.load_inception, "wrong sha256")
     torch.save({"conv.weight": torch.zeros(1)}, other)
     monkeypatch.setattr(fid, "INCEPTION_SHA256", hashlib.sha256(other.read_bytes()).hexdigest())
@@ -361,11 +307,16 @@ def test_weights_that_cannot_be_had(origin, weight_bytes, monkeypatch, tmp_path,
 
 @pytest.fixture
 def features_dir(monkeypatch, tmp_path):
+    """An empty folder for the networks of data sets. Those of own folders go below the current folder, which is empty,
+    too."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "FEATURES_DIR", tmp_path / "features")
     return tmp_path / "features"
 
 
 def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
+    """A file is found by the name of its data set, or named with --weights. One whose bytes do not fit its name, one of
+    two, or one of another kind is refused."""
     load = partial(fid.load_extractor, "local", "shapes")
     expect_error(capsys, load, "--features local", "0 files", "shapes-<hash8>.pt", "--weights", "--train-local shapes")
     path = fid.save_local(local, "shapes")
@@ -378,16 +329,16 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     path.write_bytes(path.read_bytes() + b" ")
     expect_error(capsys, load, path.name, "wrong sha256")
     (features_dir / "shapes-00000000.pt").write_bytes(b"")
-    expect_error(capsys, load, "2 files", f"there are shapes-00000000.pt, {path.name} in")
+    expect_error(capsys, load, "2 files", f"there are {features_dir / 'shapes-00000000.pt'}, {path})")
     expect_error(capsys, lambda: load(weights="gone.pt"), "--weights gone.pt: No such file", "--train-local shapes")
-    other = fid.save(tmp_path / "form1-*.pt", {"unet": {}})
+    other = common.save_state(tmp_path / "form1-*.pt", {"refiner": {}})
     expect_error(capsys, lambda: load(weights=other), other.name, "not a local feature network")
 
 
 # ---- Floor, intervals, the row of scores, the reference --------------------------------------------------------------
 
 def test_floor_law():
-    """E[FD] of two samples of one Gaussian, against the formula, within 10%."""
+    """The formula agrees with the mean distance of two samples of one Gaussian to 10%."""
     spread = torch.linspace(0.3, 2, 24).double()
     values = [fid.frechet_distance(moments(gaussian(300, 24, seed=2 * i) * spread),
                                    moments(gaussian(600, 24, seed=2 * i + 1) * spread)) for i in range(30)]
@@ -396,7 +347,8 @@ def test_floor_law():
 
 
 def test_jackknife():
-    """It leaves each of 20 groups out; for a mean with equal groups that is the t interval of the group means."""
+    """Each of 20 groups is left out once. For the mean of equal groups the interval is the t interval of the group
+    means."""
     seen, rows = [], torch.arange(43)
     result = fid.jackknife(lambda x: seen.append(x) or x.double().mean().item(), rows)
     assert result["value"] == 21 and result["low"] < 21 < result["high"] and len(seen) == 21
@@ -410,7 +362,7 @@ def test_jackknife():
 
 
 def test_jackknife_of_pairs_equals_leaving_out():
-    """To first order: within 5% of the width that computing every pair again gives."""
+    """The interval's width is within 5% of the width that computing every pair again gives."""
     real, x = gaussian(300, 4, seed=9), gaussian(403, 4, shift=0.3)
     own = fid.pair_means(fid.cubic, x) - fid.pair_means(fid.cubic, x, real)
     spread = fid.pair_means(fid.distances, x) / fid.pair_means(fid.distances, real).mean()
@@ -431,7 +383,8 @@ def real(local):
 
 
 def test_scores_of_few_images(local, real):
-    """Finite whatever their number; KID of all pairs; the floor is that of as many held-out images."""
+    """All scores are finite whatever the number of images. KID uses all pairs. The floor is that of equally many
+    held-out images."""
     for count in (2, 3, 30, 64, 100):
         images = smooth_images(count, seed=2)
         row, x = fid.scores(local, images, real), fid.shuffle(fid.extract(local, images)[0], 1)
@@ -450,7 +403,7 @@ def test_scores_of_few_images(local, real):
 
 
 def test_scores_of_thousands(local, monkeypatch):
-    """From 2,000 images on KID takes subsets; without held-out images the floor is a formula."""
+    """From 2,000 images on KID uses subsets. Without held-out images the floor is a formula."""
     ref = fid.Reference(gaussian(2500, 64, seed=1).float())
     features, logits = gaussian(2100, 64, seed=2, scale=1.1).float(), gaussian(2100, 6).float()
     monkeypatch.setattr(fid, "extract", lambda *a, **k: (features, logits))
@@ -463,12 +416,18 @@ def test_scores_of_thousands(local, monkeypatch):
         assert row[f"{key}_local"]["value"] == pytest.approx(value, rel=1e-12)
     for key in ("fd", "is", "kid", "diversity"):
         assert row[f"{key}_local"]["low"] < expected[key] < row[f"{key}_local"]["high"]
-    few = fid.scores(local, features, fid.Reference(ref.features[:300]))  # precision and recall of as many as are real
+    few = fid.scores(local, features, fid.Reference(ref.features[:300]))  # precision and recall of equal numbers
     assert (few["precision_local"]["value"], few["recall_local"]["value"]) == fid.precision_recall(
         ref.features[:300], x[:300])
+    monkeypatch.setattr(fid, "extract", lambda *a, **k: (features[:1900], logits[:1900]))  # KID of all pairs
+    x, real = fid.shuffle(features[:1900], 1), ref.features[:2000]
+    parts = fid.pair_means(fid.cubic, x) - fid.pair_means(fid.cubic, x, real)
+    expected = fid.jackknife_pairs(fid.kid(real, x, size=None), parts)
+    assert fid.scores(local, x, ref)["kid_local"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
+    """Another pixel, name, crop or network has a reference of its own. A damaged file is made again."""
     train, test = smooth_images(60), image_data(smooth_images(30, seed=1))
     first, again = (fid.reference(local, image_data(train), test, tmp_path) for _ in range(2))
     (file,) = tmp_path.iterdir()
@@ -491,11 +450,12 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
 # ---- Training local networks -----------------------------------------------------------------------------------------
 
 def test_augmentations():
+    """A shifted view is the image, or its mirror image, moved by whole pixels."""
     gen = torch.Generator().manual_seed(0)
     x = random_images(64, 16).float() / 127.5 - 1
     moved = fid.augment(x, gen)
     assert moved.shape == x.shape and not torch.equal(moved, x)
-    # whole pixels: the inside of each view is a shift of the image or of its mirror, to the bit of rounding
+    # compared inside, where the border does not show
     for image, view in zip(x[:16], moved[:16], strict=True):
         errors = [(torch.roll(base, (dy, dx), (1, 2)) - view)[:, 4:-4, 4:-4].abs().max()
                   for base in (image, image.flip(2)) for dy in range(-2, 3) for dx in range(-2, 3)]
@@ -504,6 +464,7 @@ def test_augmentations():
 
 
 def test_contrastive_loss_by_hand():
+    """NT-Xent with the sums written out."""
     u, v = gaussian(3, 4).float(), gaussian(3, 4, seed=1).float()
     z = F.normalize(torch.cat([u, v]))
     losses = []
@@ -514,6 +475,7 @@ def test_contrastive_loss_by_hand():
 
 
 def test_training_learns_with_labels(monkeypatch):
+    """A few steps suffice for classes that differ in brightness."""
     monkeypatch.setitem(fid.IMAGES_SEEN, "toy", 1500)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
@@ -521,48 +483,76 @@ def test_training_learns_with_labels(monkeypatch):
     assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
 
 
+def test_a_wrong_kernel_costs_the_local_network_only_speed(monkeypatch, capsys):
+    """With a wrong kernel for bfloat16 the weights are those of float32, bit by bit. With a right one bfloat16 is used,
+    with labels and without."""
+    monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 64})
+    images, factors = smooth_images(64), gaussian(64, 9).float()
+    for more in ({"labels": torch.arange(64) % 2, "factors": factors}, {"labels": torch.arange(64) % 2}, {}):
+        def train(native, more=more):
+            if native is not None:
+                monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+            return fid.train_network(image_data(images, **more), batch=32).body.state_dict()
+
+        exact, reduced = train(False), train(True)
+        assert "bfloat16" not in capsys.readouterr().err and not same(exact, reduced)
+        with monkeypatch.context() as planted:
+            plant_wrong_bfloat16(planted)
+            assert same(train(None), exact)
+        assert "local features of toy: bfloat16" in capsys.readouterr().err
+
+
 def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
+    """The network of an own folder stays below data/. It is trained once, and anew when the folder's files change."""
     monkeypatch.setitem(fid.IMAGES_SEEN, "mine.v1 [new]", 200)
     folder = save_folder(smooth_images(80, 40), tmp_path / "mine.v1 [new]")  # nothing in a name means anything
-    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "data" / "features"
     fid.main(["--train-local", folder])
-    path, = features_dir.glob("mine*.pt")
+    path, = own.glob("mine*.pt")
     before, report = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
-    assert len([*features_dir.iterdir()]) == 2 and path.stem.startswith("mine.v1 [new]-")
+    assert len([*own.iterdir()]) == 2 and path.stem.startswith("mine.v1 [new]-") and not features_dir.exists()
     assert report["classes"] == 20 and 0 <= report["retrieval"] <= 1 and report["n_test"] == 8
     assert {"extractor", "note", "floor", "noise", "blur", "sample_size", "half_the_classes",
             "fifty_images_repeated_recall", "real_recall", "real_is"} <= set(report)
-    fid.main(["--train-local", folder])  # there already: examined, not trained again
-    assert path.read_bytes() == before and [*features_dir.glob("*.pt")] == [path]
+    fid.main(["--train-local", folder])  # it is there already, so it is only examined
+    assert path.read_bytes() == before and [*own.glob("*.pt")] == [path]
     assert json.loads(path.with_suffix(".json").read_text()) == report
     out = capsys.readouterr().out
-    assert f"{path} has the weights" in out and f"--dataset folder --data-dir {folder}" in out
-    fid.main([folder, folder])  # found by the folder's name, but not for another folder of that name
-    for place, owner in (("elsewhere/mine.v1 [new]", folder), ("shapes", "a data set")):
-        other = save_folder(smooth_images(4), tmp_path / place)
-        fid.save_local(fid.LocalNet(2), "shapes") if place == "shapes" else None
-        expect_error(capsys, lambda other=other: fid.main([other, other]), f"was trained on {owner}, not on {other}")
-        fid.main([other, other, "--weights", str(path)])
+    assert f"{path.relative_to(tmp_path)} has the weights" in out
+    assert f"--dataset folder --data-dir {folder} --image-size 64" in out  # as large as the images it was trained on
+    fid.main([folder, folder])  # found by the folder's name, but not for other files in a folder of that name
+    other = save_folder(smooth_images(4), tmp_path / "elsewhere" / "mine.v1 [new]")
+    expect_error(capsys, lambda: fid.main([other, other]), "was trained on other files", other, "(0% agree)")
+    fid.main([other, other, "--weights", str(path)])
+    named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
+    fid.save_local(fid.LocalNet(2), "shapes")
+    expect_error(capsys, lambda: fid.main([named, named]), "0 files, one is needed", "--train-local")
     expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
+
+    save_folder(smooth_images(8, 48), tmp_path / "mine.v1 [new]" / "few")  # 80 of 88 files are known
+    fid.main([folder, other])
+    save_folder(smooth_images(9, 48), tmp_path / "mine.v1 [new]" / "few")  # 80 of 89
+    expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(90% agree)",
+                 f"--train-local {folder}")
+    fid.main(["--train-local", folder])
+    new, = own.glob("*.pt")
+    assert new != path and {file.name for file in own.iterdir()} == {new.name, f"{new.stem}.json"}
+    fid.main([folder, other])
+    for i in range(10):  # known files that are gone count, too
+        (tmp_path / "mine.v1 [new]" / f"{i:04}.png").unlink()
+    expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(89% agree)")
 
 
 def test_few_images_are_seen_a_hundred_times(monkeypatch):
-    """Not 200,000 in all: a feature network for a few hundred photos takes minutes."""
+    """A network for a few hundred photos takes minutes, since it does not see 200,000 images in all."""
     bars = []
     monkeypatch.setattr(fid, "tqdm", lambda batches, **_: bars.append(len(batches)) or batches)
     fid.train_network(image_data(smooth_images(6), labels=torch.arange(6) % 2), batch=50)
     assert bars == [100]  # batches of all six
 
 
-def test_ctrl_c_ends_in_one_line(capsys):
-    for kind, shown in ((KeyboardInterrupt, "\nstopped; a stage goes on with --resume\n"),
-                        (ValueError, "ValueError: x\n")):
-        fid.end_in_a_line(kind, kind("x"), None)
-        assert capsys.readouterr().err == shown
-
-
 def test_examine_few_images():
-    """None of eight held-out images is of the first half of the classes: there is no distance of these to tell."""
+    """If none of the few held-out images is of the first half of the classes, there is no distance to report."""
     images = smooth_images(38, 32)
     train, test = (common.ImageData(part, torch.full((len(part),), 3), None, "few", "none", "drawn")
                    for part in images.split([30, 8]))
@@ -571,6 +561,7 @@ def test_examine_few_images():
 
 @pytest.mark.parametrize("name", fid.DATASETS)
 def test_committed_extractors_keep_their_promises(name):
+    """The reports beside the weights: accuracy, and distances that rise with noise and blur."""
     extractor = fid.load_extractor("local", name)  # checks the hash
     path = fid.FEATURES_DIR / f"{extractor.name.removeprefix('local-')}.pt"
     report = json.loads(path.with_suffix(".json").read_text())
@@ -578,7 +569,7 @@ def test_committed_extractors_keep_their_promises(name):
     assert report["classes"] == extractor.classes == {"cifar10": 10, "celeba64": 20}.get(name, extractor.classes)
     if name == "cifar10":
         assert report["accuracy"] >= 0.86 and "JPEG" in report["note"]
-    if name == "shapes":  # every class can be told, and the network was trained on these
+    if name == "shapes":  # the network was trained on these, and recognises every class
         images, labels, _ = draw_all(300, seed=3)
         found = fid.extract(extractor, images)[1].argmax(1)
         assert report["accuracy"] >= 0.99 and (found == labels).float().mean() >= 0.99
@@ -593,12 +584,14 @@ def test_committed_extractors_keep_their_promises(name):
 
 @pytest.fixture
 def folders(tmp_path, features_dir, local):
+    """Two folders of images, and the flags that name a local network."""
     save_folder(smooth_images(60), tmp_path / "real" / "deep" / "down")
     return SimpleNamespace(weights=["--weights", str(fid.save_local(local, "toy"))], real=str(tmp_path / "real"),
                            good=save_folder(smooth_images(50, seed=1), tmp_path / "good"))
 
 
 def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeypatch):
+    """Numbers of images, warnings and the floor, as JSON and as a table."""
     fid.main([folders.real, folders.good, *folders.weights, "--json", "--device", "cpu"])
     captured = capsys.readouterr()
     row = json.loads(captured.out)
@@ -609,7 +602,7 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "45 images of" in out and "60 of" in out and "floor" in out
     data = {split: image_data(smooth_images(80, seed=i), name="shapes") for i, split in enumerate(("train", "test"))}
-    monkeypatch.setattr("common.load_images", lambda name, split, data_dir: data[split])
+    monkeypatch.setattr(common, "load_images", lambda name, split, data_dir: data[split])
     fid.main(["shapes", folders.good, *folders.weights, "--data-dir", str(tmp_path / "data")])
     out = capsys.readouterr().out
     assert "80 of shapes" in out and "50 held-out images; IS of real ones (K = 6)" in out
@@ -617,6 +610,7 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
 
 
 def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
+    """Warnings name the folder whose images differ in size, the one that is JPEG, and folders with the same files."""
     mixed = save_folder(smooth_images(20), tmp_path / "mixed")
     Image.new("L", (40, 20), 90).save(tmp_path / "mixed" / "grey.JPG")
     Image.new("RGBA", (33, 32), (1, 2, 3, 4)).save(tmp_path / "mixed" / "deeper.png")
@@ -625,7 +619,10 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert {tuple(x.shape) for x in images} == {(3, 32, 32), (3, 20, 40), (3, 32, 33)}
     fid.main([folders.real, mixed, *folders.weights, "--json"])
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["n_generated"] == 22 and "differ in size" in captured.err
+    assert json.loads(captured.out)["n_generated"] == 22 and captured.err.count("differ in size") == 1
+    assert f"warning: images of {mixed} differ in size" in captured.err and "same files" not in captured.err
+    fid.main([mixed, folders.real, *folders.weights, "--json"])  # those of REAL, too
+    assert f"warning: images of {mixed} differ in size" in capsys.readouterr().err
     jpegs = save_folder(smooth_images(20), tmp_path / "jpegs", "jpg")
     fid.main([folders.real, jpegs, *folders.weights, "--json"])
     assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
@@ -634,17 +631,22 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     fid.main([jpegs, jpegs, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
+    assert "warning: both folders hold the same files" in captured.err and "differ in size" not in captured.err
 
 
 def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypatch):
+    """Every mistake is named before any work begins."""
     origin.unlink()
     single, broken = (save_folder(smooth_images(n), tmp_path / name) for n, name in ((1, "single"), (5, "broken")))
     (tmp_path / "broken" / "0000.png").write_bytes(b"not an image")
     pair, weights = [folders.real, folders.good], folders.weights
+    nowhere, empty = str(tmp_path / "nowhere"), str(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
     cases = [([folders.real, single, *weights], "GENERATED", "found 1 image"),
              ([single, folders.good, *weights], "REAL", "found 1 images"),
-             ([folders.real, str(tmp_path / "nowhere"), *weights], "nowhere", "found 0 images"),
-             ([str(tmp_path / "nowhere"), folders.good], "nowhere: found 0 images", "--data-dir"),
+             ([folders.real, nowhere, *weights], "GENERATED", f"no such folder: {nowhere}"),
+             ([nowhere, folders.good], f"{nowhere}: no such folder", "--data-dir"),
+             ([empty, folders.good], f"{empty}: found 0 images", "--data-dir"),
              ([*pair, *weights, "--count", "51"], "--count 51", "50"),
              ([*pair, *weights, "--count", "-1"], "--count -1", "50"),
              ([folders.real, broken, *weights], "0000.png", "cannot be read"),

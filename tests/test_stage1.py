@@ -1,6 +1,7 @@
-"""Stage 1: the losses and the two formulations, learning, the model of a checkpoint, sampling."""
+"""Stage 1: the losses, the two formulations, training and its log, guidance, models of checkpoints, sampling."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +14,48 @@ import stage1_baseline as stage1
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The checkpoints of one short training of every variant."""
+    """The checkpoints of one short training of every variant. Their seeds differ, and so their weights."""
     home, train, data = tmp_path_factory.mktemp("trained"), settings(), images_of(200)
-    vae = stage1.train_vae(home / "vae", train, data, CPU, None)
-    states = {variant: stage1.train_refiner(home / variant, train | {"seed": seed}, variant, vae, data, CPU, None)
+    vae = stage1.train_vae(home / "vae", train, data, CPU)
+    states = {variant: stage1.train_refiner(home / variant, train | {"seed": seed}, variant, vae, data, CPU)
               for seed, variant in enumerate(list(stage1.CHANNELS)[1:])}
     return {"vae": vae} | states | {"guided": stage1.with_guide(states["form1"], states["guided"])}
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Trainings in float32, with record of their images, flips, batches and random draws, and of what `step` gets."""
+    record = SimpleNamespace(images=[], flips=[], batches=[], draws=[], losses=[])
+
+    class Recorded(common.Training):
+        def __init__(self, folder, train, device, images, flip, **networks):
+            record.images.append(images)
+            record.flips.append(flip)
+            super().__init__(folder, train, device, images, flip, **networks)
+
+        def batch(self):
+            record.batches.append(super().batch())
+            return record.batches[-1]
+
+        def normal(self, *shape):
+            record.draws.append(super().normal(*shape))
+            return record.draws[-1]
+
+        def uniform(self, *shape):
+            record.draws.append(super().uniform(*shape))
+            return record.draws[-1]
+
+        def step(self, loss, terms, watch=None):
+            record.losses.append(loss.detach())
+            super().step(loss, terms, watch)
+
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "Training", Recorded)
+    return record
+
+
 def test_vae_loss():
-    """sse + beta KL of the image that mu and the noise decode to."""
+    """The loss is SSE + beta KL of the image that mu and the noise decode to."""
     torch.manual_seed(0)
     vae = common.build_vae(settings())
     x0, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, vae.latent_dim)
@@ -32,21 +65,74 @@ def test_vae_loss():
     assert torch.allclose(kl, common.gaussian_kl(mu, logvar)) and torch.allclose(loss, sse + 0.7 * kl)
 
 
+def test_vae_training_by_hand(recorded, tmp_path):
+    """The first step minimises vae_loss with the settings' beta. The log holds its two terms. The mixture is fitted to
+    codes of the training images under the averaged weights. Images are mirrored for `both` only."""
+    train, data = settings(steps=2, every=1, beta=0.3), images_of(60)
+    state = stage1.train_vae(tmp_path, train, data, CPU)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss, sse, kl = stage1.vae_loss(common.build_vae(train), recorded.batches[0], recorded.draws[0], 0.3)
+    assert recorded.images[0] is data.images and torch.allclose(recorded.losses[0], loss, rtol=1e-5)
+    assert state["log"][0] == pytest.approx({"step": 1, "sse": float(sse.mean()), "kl_nats": float(kl.mean())})
+    averaged = common.frozen(common.build_vae(train), state["vae"], CPU)
+    assert same(state["gmm"], common.fit_mixture(averaged, data.images, train, CPU))
+    for flip in ("refiner", "both"):
+        stage1.train_vae(tmp_path / flip, train | {"flip": flip, "steps": 1}, data, CPU)
+    assert recorded.flips == [False, False, True]
+
+
+@pytest.mark.parametrize("variant,objective", [("uncond", "v"), ("form1", "v"), ("form2", "v"), ("form1", "eps")])
+def test_refiner_training_by_hand(variant, objective, recorded, trained, tmp_path, monkeypatch):
+    """The first step minimises the mean squared error of v (or eps) at x_t = a x0 + s eps, at times in 1..start. x_hat
+    is decoded from a sample of q(z|x), not from its mean. The log holds the loss, the checkpoint the VAE."""
+    def build_unet(*args):  # the last layer of a new U-Net is zero; then no input would matter
+        unet = build(*args)
+        nn.init.normal_(unet.out.weight, std=0.1)
+        return unet
+
+    build, train, data = common.build_unet, settings(steps=1, objective=objective, flip="refiner"), images_of(60)
+    monkeypatch.setattr(common, "build_unet", build_unet)
+    state = stage1.train_refiner(tmp_path, train, variant, trained["vae"], data, CPU)
+    torch.manual_seed(0)
+    unet, x0, conditioned = build_unet(train, 3 if variant == "uncond" else 6), recorded.batches[0], variant != "uncond"
+    u, eps = recorded.draws[-2:]
+    t = ((400 if conditioned else 1000) * u.flatten()).long() + 1
+    bar = common.Diffusion("v").alpha_bar.float()[t][:, None, None, None]
+    a, s = bar.sqrt(), (1 - bar).sqrt()
+    xt = a * x0 + s * eps
+    with torch.no_grad():
+        if conditioned:
+            vae = common.frozen(common.build_vae(train), trained["vae"]["vae"], CPU)
+            mu, logvar = vae.encoder(x0)
+            x_hat = vae.decoder(mu + (0.5 * logvar).exp() * recorded.draws[-3])
+            predicted = unet(torch.cat([xt + x_hat if variant == "form2" else xt, x_hat], 1), t)
+        else:
+            predicted = unet(xt, t)
+    loss = (predicted - (eps if objective == "eps" else a * eps - s * x0)).square().mean((1, 2, 3))
+    assert torch.allclose(recorded.losses[0], loss, rtol=1e-4)
+    assert state["log"] == [pytest.approx({"step": 1, f"{objective}_mse": float(loss.mean())}, rel=1e-4)]
+    assert recorded.images[0] is data.images and recorded.flips == [True]
+    assert not conditioned or same([state["vae"], state["gmm"]], [trained["vae"]["vae"], trained["vae"]["gmm"]])
+    assert conditioned or not state.keys() & {"vae", "gmm"}
+
+
 @pytest.mark.parametrize("sampler,steps,start", [("ddpm", 1000, 1000), ("ddpm", 20, 1000), ("ddim", 15, 1000),
                                                  ("ddim", 15, 300)])
 def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
-    """The published Formulation 2, written out in x_t = y_t + x_hat: x_T = x_hat + noise (earlier: x_hat + sqrt(A)
-    x_hat + sqrt(1 - A) noise), x0 = (x_t - x_hat - sqrt(1 - A_t) eps) / sqrt(A_t) clamped, and x_hat subtracted at the
-    end, must give what `condition(..., "form2")` and the plain process in y give. DDPM: posterior mean c1 x0 + c2 x_t +
-    (1 - c2) x_hat, variance beta on all steps, else beta_tilde; DDIM: sqrt(A_s) x0 + sqrt(1 - A_s) eps + x_hat."""
+    """The published Formulation 2 is written out here in x_t = y_t + x_hat. It begins with x_T = x_hat + noise, or
+    earlier with x_hat + sqrt(A) x_hat + sqrt(1 - A) noise. It predicts x0 = (x_t - x_hat - sqrt(1 - A_t) eps) /
+    sqrt(A_t), clamped, and x_hat is subtracted at the end. A step of DDPM has the mean c1 x0 + c2 x_t + (1 - c2) x_hat,
+    and the variance beta if all times are visited, else beta_tilde. A step of DDIM gives sqrt(A_s) x0 + sqrt(1 - A_s)
+    eps + x_hat. The plain process in y with `denoiser(..., "form2")` must give the same images."""
     torch.manual_seed(0)
     unet = nn.Conv2d(6, 3, 3, padding=1).double()
     predict = lambda x, t: unet(x) * torch.cos(t / 300.0)[:, None, None, None]  # noqa: E731 - a random eps-network
     diffusion, gen = common.Diffusion("eps", start=start), common.generator(0)
-    diffusion.signal, diffusion.noise = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()  # in float64
+    diffusion.x0_scale, diffusion.eps_scale = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()  # float64
     x_hat, first = (common.randn((2, 3, 5, 5), gen).double() for _ in range(2))
-    denoise = stage1.condition(predict, x_hat, "form2")
-    y = common.sample(diffusion, denoise, diffusion.begin(x_hat, first), sampler, steps, common.generator(1))
+    denoise = stage1.denoiser(predict, x_hat, "form2")
+    y = common.sample(diffusion, denoise, diffusion.x_start(x_hat, first), sampler, steps, common.generator(1))
 
     bar, grid, noise = diffusion.alpha_bar, common.time_grid(start, steps), common.generator(1)
     x = x_hat + (first if start == 1000 else bar[start].sqrt() * x_hat + (1 - bar[start]).sqrt() * first)
@@ -69,8 +155,8 @@ def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
 
 @pytest.mark.parametrize("variant", list(stage1.CHANNELS)[:4])
 def test_overfits_one_batch(variant):
-    """Of eight images without noise the VAE's squared error falls to a third within 100 steps; of one image, eps and t
-    a refiner's falls to a tenth."""
+    """Within 100 steps, the VAE's squared error of eight images without noise falls to a third, and a refiner's loss of
+    one image, eps and t falls to a tenth."""
     torch.manual_seed(0)
     x0, diffusion, history = common.to_float(draw_all(8 if variant == "vae" else 1, 1)[0]), common.Diffusion("v"), []
     network = common.build_vae(settings()) if variant == "vae" else common.build_unet(
@@ -79,7 +165,7 @@ def test_overfits_one_batch(variant):
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3 if variant == "vae" else 3e-3)
     for _ in range(100):
         loss = (stage1.vae_loss(network, x0, torch.zeros(8, network.latent_dim), 0.0)[0] if variant == "vae" else
-                diffusion.simple_loss(stage1.condition(network, 0.5 * x0, variant), x0, t, eps)).mean()
+                diffusion.simple_loss(stage1.denoiser(network, 0.5 * x0, variant), x0, t, eps)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 200.0)
@@ -90,54 +176,71 @@ def test_overfits_one_batch(variant):
 
 @pytest.mark.parametrize("variant", stage1.CHANNELS)
 def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
-    """Weights of U-Net, guide and VAE, GMM, objective and size come from the checkpoint."""
+    """The weights of U-Net, guide and VAE, the mixture, the objective and the size come from the checkpoint."""
     networks, restore, state = [], common.frozen, trained[variant]
     monkeypatch.setattr(common, "frozen", lambda *given: networks.append(restore(*given)) or networks[-1])
     model = stage1.load_model(state, variant, CPU)
     expected = {"vae": ["VAE"], "uncond": ["UNet"], "guided": ["VAE", "UNet", "UNet"]}.get(variant, ["VAE", "UNet"])
     assert [type(network).__name__ for network in networks] == expected
+    assert model.networks == tuple(networks) and model.shape == (3, 32, 32)
     assert model.vae is (networks[0] if variant != "uncond" else None)
-    assert (model.condition is None) == (variant == "vae")
+    assert (model.denoiser is None) == (variant == "vae")
     assert not any(n.training or p.requires_grad for n in networks for p in n.parameters())
     if model.vae is not None:
         assert same(dict(model.vae.state_dict()), trained["vae"]["vae"]) and set(model.priors) == {"gaussian", "gmm"}
         assert same(vars(model.priors["gmm"]), trained["vae"]["gmm"])
-    if model.condition is not None:
+        assert isinstance(model.priors["gaussian"], common.StandardNormal) and model.priors["gaussian"].d == 8
+    if model.denoiser is not None:
         unet, train = networks[-2 if variant == "guided" else -1], state["train"]
         assert same(dict(unet.state_dict()), state["unet"]) and model.diffusion.objective == train["objective"]
         assert model.diffusion.start == (1000 if variant == "uncond" else train["start"]) and train["start"] < 1000
         (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([500])
-        expected = stage1.condition(unet, x_hat, variant)
+        expected = stage1.denoiser(unet, x_hat, variant)
         if variant == "guided":
             assert same(dict(networks[-1].state_dict()), state["guide"]) and not same(state["guide"], state["unet"])
-            expected = stage1.guided(expected, stage1.condition(networks[-1], x_hat, variant))
-        assert torch.equal(model.condition(x_hat, None)(x, t), expected(x, t))
+            expected = stage1.guide_away(expected, stage1.denoiser(networks[-1], x_hat, variant))
+        assert torch.equal(model.denoiser(x_hat, None)(x, t), expected(x, t))
 
 
 def test_guided_prediction():
-    """Beyond the model's prediction, away from its guide's; each is asked once a step."""
-    x, t, asked = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]), []
+    """It extrapolates from the guide's prediction to the refiner's and beyond. Each network is evaluated once a
+    step."""
+    x, t, calls = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]), []
 
-    def says(number):
-        return lambda xt, t: asked.append((number, xt, t)) or torch.full_like(xt, number)
+    def predicts(number):
+        return lambda xt, t: calls.append((number, xt, t)) or torch.full_like(xt, number)
 
-    assert torch.equal(stage1.guided(says(2.0), says(1.0))(x, t), x + 2 + stage1.GUIDANCE)
-    assert asked == [(2.0, x, t), (1.0, x, t)]
+    assert torch.equal(stage1.guide_away(predicts(2.0), predicts(1.0))(x, t), x + 2 + stage1.GUIDANCE)
+    assert calls == [(2.0, x, t), (1.0, x, t)]
+
+
+def test_a_guided_checkpoint_contains_its_guide(trained):
+    """Weights and log of the guide, the seconds of both trainings, a run_id that changes with either; all else is
+    form1's. Its cost counts both networks."""
+    form1, guide = trained["form1"] | {"seconds": 5.0}, trained["form2"] | {"seconds": 2.0}
+    state = stage1.with_guide(form1, guide)
+    assert state["guide"] is guide["unet"] and state["log"] is guide["log"] and state["seconds"] == 7
+    assert form1["run_id"] != guide["run_id"] and state["run_id"] == f"{form1['run_id']}+{guide['run_id']}"
+    assert all(state[key] is form1[key] for key in form1.keys() - {"log", "seconds", "run_id"})
+    vae, plain, guided = (common.count_cost(stage1.load_model(trained[name], name, CPU))
+                          for name in ("vae", "form1", "guided"))
+    for key in ("parameters", "gflops"):
+        assert guided[key] - plain[key] == pytest.approx(plain[key] - vae[key]) and plain[key] > vae[key] > 0
 
 
 @pytest.mark.parametrize("first", [1000, 300])
 def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
-    """Image k starts from the same x_hat and noise whatever the sampler, the number of steps and of images; damage
-    changes x_hat alone, and temperature is a factor of the noise. From T x_start is that noise, earlier on x_hat is
-    below it: x_start = a x_hat + s noise."""
+    """Image k begins with the same x_hat and noise, whatever the sampler and the numbers of steps and images. Damage
+    changes x_hat alone; temperature is a factor of the noise. From T on, x_start is that noise; from an earlier time it
+    is x_start = a x_hat + s noise."""
     def start(sampler="dpm", steps=2, count=8, batch=4, damage=0.0, temperature=1.0):
         model, seen = stage1.load_model(trained["form1"], "form1", CPU), []
         model.diffusion, model.temperature = common.Diffusion("v", start=first), temperature
         unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x[:, :3])  # noqa: E731
-        model.condition = lambda x_hat, z: stage1.condition(unet, x_hat, "form1")
+        model.denoiser = lambda x_hat, z: stage1.denoiser(unet, x_hat, "form1")
         common.generate(model, count, "gaussian", sampler, steps, 0, batch, damage)
         x_start, x_hat = torch.cat(seen[::steps])[:count].chunk(2, 1)  # the first U-Net call of each batch
-        a, s = (float(factor[first]) for factor in (model.diffusion.signal, model.diffusion.noise))
+        a, s = (float(factor[first]) for factor in (model.diffusion.x0_scale, model.diffusion.eps_scale))
         return x_start if first == 1000 else (x_start - a * x_hat) / s, x_hat
 
     noise, x_hat = start()
@@ -152,7 +255,20 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     assert float((damaged[1] - x_hat).std()) == pytest.approx(0.1, rel=0.02) and torch.equal(cool[1], x_hat)
 
 
+@pytest.mark.parametrize("flags,variants", [
+    ("", "vae form1"), ("--variant guided", "form1 guided"), ("--variant form2 vae", "vae form2"),
+    ("--variant uncond", "uncond"), ("--variant all", "vae uncond form1 form2 guided")])
+def test_variants_and_what_they_build_on(flags, variants):
+    assert stage1.read_flags(flags.split()).variant == variants.split()
+
+
 def test_dry_run_lists_the_networks_of_all_variants(capsys):
-    for variants, names in (("uncond", "unet"), ("vae uncond", "vae unet"), ("guided", "vae unet guide")):
+    """With their numbers of parameters; the input of a U-Net has 3 channels more if it is shown x_hat."""
+    for variants, names in (("uncond", "unet of uncond"), ("vae uncond", "vae,unet of uncond"),
+                            ("guided", "vae,unet of form1,unet of guided")):
         stage1.main(["--dry-run", "--budget", "smoke", "--variant", *variants.split()])
-        assert set(json.loads(capsys.readouterr().out)["networks"]) == set(names.split())
+        sizes = json.loads(capsys.readouterr().out)["parameters"]
+        assert set(sizes) == set(names.split(","))
+        for name, channels in (("uncond", 3), ("form1", 6)):
+            expected = common.count_parameters(common.build_unet(settings(), channels))
+            assert sizes.get(f"unet of {name}", expected) == expected

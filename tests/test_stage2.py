@@ -1,13 +1,17 @@
-"""Stage 2: where the gradients go in one backward pass, the four losses, paths through the latent space, probes."""
+"""Stage 2: where the gradients go in one backward pass, the four losses, the log, what is measured of the latent space.
+"""
 
-import contextlib
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, images_of, oracle, settings
+from helpers import CPU, images_of, oracle, same, settings
+from torch import nn
 
 import common
+import fid
 import stage1_baseline as stage1
 import stage2_joint as stage2
 
@@ -17,17 +21,22 @@ def joint(**changes):
     return settings() | rates | {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0} | changes
 
 
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+
+
 def test_no_gradient_has_no_share():
-    """0 over 0."""
-    seen, share = stage2.scale_gradient(torch.ones(2, requires_grad=True), 0.0, 0.0)
-    seen.sum().backward()
+    """The share is 0 / 0 then; it counts as 0."""
+    copy, share = stage2.scale_gradient(torch.ones(2, requires_grad=True), 0.0, 0.0)
+    copy.sum().backward()
     assert float(share) == 0
 
 
-@pytest.mark.parametrize("changes,elbo_weight,weight", [  # the factors of E and of D M in what the VAE feels
+@pytest.mark.parametrize("changes,elbo_weight,weight", [  # the factors of E and of D M in the loss of the VAE
     ({"diffusion_weight": 7.0}, 1, 7),
     ({"diffusion_weight": 7.0, "gradient": "decoder"}, 1, 7),
-    ({"diffusion_weight": 7.0, "gradient": "none"}, 1, 0),  # with either the VAE is trained by the ELBO alone
+    ({"diffusion_weight": 7.0, "gradient": "none"}, 1, 0),  # with this and the next the VAE is trained by E alone
     ({"diffusion_weight": 0.0}, 1, 0),
     ({"diffusion_weight": 7.0, "objective": "eps", "start": 1000}, 1, 7),
     ({"loss": "anneal"}, 1, 0.01),
@@ -36,20 +45,20 @@ def test_no_gradient_has_no_share():
     ({"loss": "bound"}, 1, 1),
     ({"loss": "bound", "start": 1000}, 1, 1),
 ])
-def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch):
-    """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets that of E and, as far as
-    `--gradient` says, of lambda D M: the squared error per image, over pixels. `bound`: of the KL (no reconstruction
-    term) and the process's nats, its start among them. Against separate passes through autograd."""
+def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch, in_float32):
+    """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets the gradient of E and, as
+    far as `--gradient` says, that of lambda D M. Under `bound` the VAE gets that of the KL and of the nats of the
+    process, including its start, and no reconstruction term. Separate passes of autograd must give the same."""
     train, data = joint(steps=1, vae_clip=0.0, unet_clip=0.0, **changes), images_of(60)
     gradients, given, size = {}, [], 3 * 32 * 32
     build, step = common.build_unet, common.Training.step
 
-    def near(a, b, rel=2e-4):  # of lists of tensors, each within `rel` of its norm
+    def close(a, b, rel=2e-4):  # two lists of tensors, each pair within `rel` of its norm
         return all((x - y).norm() <= rel * y.norm() + 1e-9 for x, y in zip(a, b, strict=True))
 
-    def build_unet(*args):  # the published start, zero, would send no gradient through the U-Net to x_hat
+    def build_unet(*args):  # the last layer of a new U-Net is zero; no gradient would reach x_hat
         unet = build(*args)
-        torch.nn.init.normal_(unet.out.weight, std=0.1)
+        nn.init.normal_(unet.out.weight, std=0.1)
         return unet
 
     class Unequal(stage2.Balance):
@@ -61,26 +70,25 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
             given.append(args)
             return super().forward(*args)
 
-    monkeypatch.setattr(common, "autocast", contextlib.nullcontext)  # in float32
     monkeypatch.setattr(common, "build_unet", build_unet)
-    monkeypatch.setattr(common.Training, "step", lambda training, *args: step(training, *args) or gradients.update(
+    monkeypatch.setattr(common.Training, "step", lambda training, *a, **k: step(training, *a, **k) or gradients.update(
         {name: [p.grad for p in net.parameters()] for name, net in training.networks.items()}))
     monkeypatch.setattr(stage2, "Balance", Unequal)
-    row, = stage2.train_joint(tmp_path / "joint", train, data, CPU, None)["log"]
+    row, = stage2.train_joint(tmp_path / "joint", train, data, CPU)["log"]
 
     torch.manual_seed(0)
     vae = common.build_vae(train)
     torch.manual_seed(0)
     unet, diffusion = build_unet(train, 6), common.Diffusion(train["objective"], start=train["start"])
-    training = common.Training(tmp_path / "again", None, train, CPU, data.images, False, vae=vae, unet=unet)
-    x0, z_noise = training.batch(), training.draw(torch.randn, vae.latent_dim)
-    u, eps = training.draw(torch.rand), training.draw(torch.randn, 3, 32, 32)
+    training = common.Training(tmp_path / "again", train, CPU, data.images, False, vae=vae, unet=unet)
+    x0, z_noise = training.batch(), training.normal(vae.latent_dim)
+    u, eps = training.uniform(), training.normal(3, 32, 32)
     x_hat, mu, logvar = vae(x0, z_noise)
     sse, kl = ((x_hat - x0) / 2).square().flatten(1).sum(1), common.gaussian_kl(mu, logvar)
     elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl
 
-    def terms(x_hat):  # M, from which the U-Net learns, and what the VAE feels: each (B,)
-        denoise, t = stage2.condition(unet, x_hat), diffusion.draw_t(u)
+    def terms(x_hat):  # the loss of the U-Net, and the diffusion term in that of the VAE: each (B,)
+        denoise, t = stage2.denoiser(unet, x_hat), diffusion.draw_t(u)
         if train["loss"] == "bound":
             squares = stage2.bound_loss(diffusion, denoise, x_hat, x0, u, eps)
         else:
@@ -88,40 +96,42 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
             squares = error.square().flatten(1).sum(1)
         return squares / size, squares
 
-    assert near(gradients["unet"], torch.autograd.grad(terms(x_hat.detach())[0].mean(), list(unet.parameters())))
+    assert close(gradients["unet"], torch.autograd.grad(terms(x_hat.detach())[0].mean(), list(unet.parameters())))
     squares, names = terms(x_hat)[1], [name.split(".")[0] for name, _ in vae.named_parameters()]
-    pull, = torch.autograd.grad(weight * squares.mean(), x_hat, retain_graph=True)
-    alone = torch.autograd.grad(elbo_weight * elbo.mean(), list(vae.parameters()), retain_graph=True,
+    at_x_hat, = torch.autograd.grad(weight * squares.mean(), x_hat, retain_graph=True)
+    of_elbo = torch.autograd.grad(elbo_weight * elbo.mean(), list(vae.parameters()), retain_graph=True,
                                 materialize_grads=True)
-    pulled = torch.autograd.grad(x_hat, list(vae.parameters()), pull, retain_graph=True)
+    of_diffusion = torch.autograd.grad(x_hat, list(vae.parameters()), at_x_hat, retain_graph=True)
     assert {"encoder", "decoder"} == set(names)
     for part in ("encoder", "decoder"):
-        mine, a, b = ([g for g, name in zip(grads, names, strict=True) if name == part]
-                      for grads in (gradients["vae"], alone, pulled))
+        ours, a, b = ([g for g, name in zip(grads, names, strict=True) if name == part]
+                      for grads in (gradients["vae"], of_elbo, of_diffusion))
         both = [x + y for x, y in zip(a, b, strict=True)]
-        assert near(mine, both if train["gradient"] in ("full", part) else a), part
-        assert near(both, a) == (weight == 0)  # the two can be told apart
-    if train["loss"] == "kendall":  # exp(-a) E + a + exp(-b) D M + b, of terms with one number per image
+        assert close(ours, both if train["gradient"] in ("full", part) else a), part
+        assert close(both, a) == (weight == 0)  # otherwise the line above could not fail
+    if train["loss"] == "kendall":  # exp(-a) E + a + exp(-b) D M + b, from terms with one number per image
         (given_elbo, given_squares), = given
         assert given_squares.shape == squares.shape and torch.allclose(given_squares, squares, rtol=1e-4)
         assert given_elbo.shape == elbo.shape and torch.allclose(given_elbo, elbo, rtol=1e-5)
         by_hand = torch.stack([1 - elbo_weight * elbo.mean(), 1 - weight * squares.mean()])
         assert torch.allclose(gradients["balance"][0], by_hand, rtol=1e-4)
-    pulls, against = float(pull.norm()), 0.0
+    diffusion_norm, sse_norm = float(at_x_hat.norm()), 0.0
     if train["loss"] != "bound":
-        against = float(torch.autograd.grad(elbo_weight * sse.mean(), x_hat)[0].norm())
-    assert row["gradient_share"] == pytest.approx(pulls / (pulls + against), rel=1e-3)
-    assert row["weight"] == pytest.approx(weight, rel=1e-5)
-    assert row["sse"] == pytest.approx(float(sse.detach().mean()), rel=1e-5)
+        sse_norm = float(torch.autograd.grad(elbo_weight * sse.mean(), x_hat)[0].norm())
+    unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{train['objective']}_mse"
+    expected = {"gradient_share": diffusion_norm / (diffusion_norm + sse_norm), "weight": weight,
+                "sse": float(sse.detach().mean()), "kl_nats": float(kl.detach().mean()),
+                unet_term: float(squares.detach().mean()) / size}
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
-    """From equal weights and seeds the refiner's losses of 5 steps agree with stage 1's within 1e-6, relative."""
+    """With equal weights and seeds, the refiner's losses of 5 steps agree with stage 1's within a relative 1e-6."""
     data, train = images_of(60), joint(gradient="none", vae_lr=0.0, vae_muon_lr=0.0, steps=5, every=1)
-    ours = stage2.train_joint(tmp_path / "joint", train, data, CPU, None)
+    ours = stage2.train_joint(tmp_path / "joint", train, data, CPU)
     torch.manual_seed(train["seed"])
     frozen = {"vae": common.build_vae(train).state_dict(), "gmm": {}}
-    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", frozen, data, CPU, None)
+    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", frozen, data, CPU)
     a, b = ([row["v_mse"] for row in state["log"]] for state in (ours, theirs))
     assert len(a) == 5 and a == pytest.approx(b, rel=1e-6)
     assert all(torch.allclose(value, theirs["unet"][name], atol=1e-6) for name, value in ours["unet"].items())
@@ -129,15 +139,16 @@ def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
 
 @pytest.mark.parametrize("start", [None, 25, 2])
 def test_bound_is_the_sum_of_its_parts(start):
-    """Over u in [0, 1), of which t = 1, 2, ... end at (t / start)^(1/4), the mean is what evaluation adds up."""
+    """The mean of bound_loss over u in [0, 1) is what evaluation adds up. Time t is drawn for u up to (t / start)^(1/4)
+    and above ((t - 1) / start)^(1/4)."""
     diffusion = common.Diffusion("v", T=40, start=start)
-    images = images_of(1).images[:, :, 12:20, 12:20].clamp(20, 235)  # no clamping of x0 + offset
+    images = images_of(1).images[:, :, 12:20, 12:20].clamp(20, 235)  # so that x0 + 0.05 needs no clamping
     x0, last = common.to_float(images), diffusion.start
     x_hat = x0 - 0.1
     exact = common.diffusion_nats(diffusion, oracle(diffusion, x0 + 0.05), images, x_hat, last - 1,
                                   common.generator(0))
     ends = (torch.arange(last + 1).double() / last) ** 0.25
-    u = torch.cat([(ends[1:] + ends[:-1]) / 2, torch.tensor([0.0, 1 - 2**-24])])  # and the range of torch.rand
+    u = torch.cat([(ends[1:] + ends[:-1]) / 2, torch.tensor([0.0, 1 - 2**-24])])  # and the ends of [0, 1)
     many = x0.expand(last + 2, -1, -1, -1)
     nats = stage2.bound_loss(diffusion, oracle(diffusion, many + 0.05), x_hat.expand_as(many), many, u,
                              common.randn(many.shape, common.generator(1)))
@@ -146,7 +157,7 @@ def test_bound_is_the_sum_of_its_parts(start):
 
 
 def test_anneal_raises_the_weight(tmp_path):
-    """Log-linear from 0.01 over the first 60%. It is what the log holds."""
+    """lambda rises log-linearly from 0.01 over the first 60% of the steps. The log holds it."""
     train = {"loss": "anneal", "diffusion_weight": 1.0, "steps": 100}
     weights = [stage2.diffusion_weight(train, step) for step in range(101)]
     assert weights[0] == pytest.approx(0.01) and weights[30] == pytest.approx(0.1)
@@ -154,12 +165,13 @@ def test_anneal_raises_the_weight(tmp_path):
     assert stage2.diffusion_weight(train | {"loss": "sum"}, 0) == 1.0
     assert stage2.diffusion_weight(train | {"diffusion_weight": 0.001}, 0) == pytest.approx(0.001)
     train = joint(loss="anneal", every=1)
-    log = stage2.train_joint(tmp_path, train, images_of(60), CPU, None)["log"]
+    log = stage2.train_joint(tmp_path, train, images_of(60), CPU)["log"]
     assert [row["weight"] for row in log] == pytest.approx([stage2.diffusion_weight(train, step) for step in range(8)])
 
 
 def test_kendall_learns_the_balance(tmp_path):
-    """a and b come to their losses' logarithms; M gets no gradient, E exp(-a) of its own; in training b grows."""
+    """a and b tend to the logarithms of the two terms. M gets no gradient, and E exp(-a) times its own. In training b
+    grows, so the weight falls."""
     balance, elbo, squares = stage2.Balance(), torch.tensor([20.0, 40.0]), torch.tensor([0.1, 0.3])
     optimizer = torch.optim.Adam(balance.parameters(), lr=0.1)
     for _ in range(600):
@@ -172,19 +184,21 @@ def test_kendall_learns_the_balance(tmp_path):
     balance(elbo, squares).sum().backward()
     assert elbo.grad.tolist() == pytest.approx([1 / 30] * 2, rel=1e-3) and squares.grad is None
     train = joint(loss="kendall", steps=12, every=3)
-    state = stage2.train_joint(tmp_path, train, images_of(60), CPU, None)
+    state = stage2.train_joint(tmp_path, train, images_of(60), CPU)
     weights = [row["weight"] for row in state["log"]]
     assert weights == sorted(weights, reverse=True) and weights[0] < 1
-    assert (state["balance"]["logvar"] > 0.05).all()  # 12 steps of at most 0.01, towards far larger logarithms
+    assert (state["balance"]["logvar"] > 0.05).all()  # of 0.12 that 12 steps of 0.01 can reach
 
 
 def test_paths_and_their_smoothness():
-    """Ends and middles by hand. A straight even path scores 1 and 1; a detour is longer; a jump is the worst step."""
+    """Ends, middles and quarters by hand. A straight and even path scores 1 and 1; a detour is longer; a jump is the
+    worst step. Over several paths the means are taken before the ratios."""
     a, b = common.randn((2, 5, 16), common.generator(0))
     for w, end in ((0.0, a), (1.0, b)):
         assert torch.allclose(stage2.slerp(a, b, w), end, atol=1e-5)
     assert torch.allclose(stage2.slerp(a, a, 0.3), a, atol=1e-3)  # no angle between the ends
-    e = torch.eye(4)[:2]
+    e, third = torch.eye(4)[:2], math.pi / 6  # a third of the quarter circle from one axis to the other
+    assert torch.allclose(stage2.slerp(e[:1], e[1:], 1 / 3), math.cos(third) * e[:1] + math.sin(third) * e[1:])
     assert torch.allclose(stage2.slerp(e[:1], e[1:], 0.5), (e[:1] + e[1:]) / math.sqrt(2))  # stays on the sphere
     line = torch.linspace(0, 1, 5)[:, None] * torch.tensor([3.0, 4.0])
     assert stage2.smoothness(line[None]) == pytest.approx(
@@ -192,20 +206,148 @@ def test_paths_and_their_smoothness():
     detour, jump = torch.tensor([[[0.0, 0], [0, 1], [1, 1]]]), torch.tensor([[[0.0], [0], [0], [1]]])
     assert stage2.smoothness(detour)["path_over_distance"] == pytest.approx(2 / math.sqrt(2))
     assert stage2.smoothness(jump)["worst_over_mean_step"] == pytest.approx(3)
+    far = torch.cat([detour, 10 * torch.tensor([[[0.0, 0], [1, 0], [2, 0]]])])  # lengths 2 and 20; ends at sqrt(2), 20
+    assert stage2.smoothness(far) == pytest.approx({
+        "path_over_distance": 22 / (2**0.5 + 20), "worst_over_mean_step": 1, "end_distance": (2**0.5 + 20) / 2})
     assert all(math.isfinite(v) for v in stage2.smoothness(torch.ones(2, 4, 3)).values())  # a collapsed decoder
 
 
 def test_probe_finds_a_planted_factor():
-    """A linear factor is read off exactly; noise is not; a noisy factor has the R^2 of its noise."""
+    """A linear factor is read off exactly, noise is not, and half a factor and half noise give an R^2 of a half."""
     gen = common.generator(0)
     x = common.randn((3000, 12), gen)
     planted = x @ common.randn((12, 1), gen)
     planted = planted / planted.std()
     noise = common.randn((3000, 1), gen)
-    y = torch.cat([5 + 3 * planted, noise, planted + noise], 1)
+    y = torch.cat([5 + 3 * planted, noise, 5 + planted + noise], 1)
     r2, predicted = stage2.linear_probe(x[:2000], y[:2000], x[2000:], y[2000:])
     assert r2[0] > 0.999 and abs(r2[1]) < 0.05 and r2[2] == pytest.approx(0.5, abs=0.06)
     assert torch.allclose(predicted[:, 0], y[2000:, 0], atol=0.1)
+
+
+def test_model_of_a_checkpoint(tmp_path):
+    """It is the model that stage 1 builds for form1, so stage 2 can measure stage 1's latent space, too."""
+    state = stage2.train_joint(tmp_path, joint(steps=1, start=300), images_of(60), CPU)
+    ours, theirs = stage2.load_model(state, CPU), stage1.load_model(state, "form1", CPU)
+    nn.init.normal_(ours.networks[1].out.weight), theirs.networks[1].load_state_dict(ours.networks[1].state_dict())
+    (x, x_hat), t, z = torch.randn(2, 3, 3, 32, 32), torch.tensor([1, 100, 300]), torch.randn(3, 8)
+    assert torch.equal(ours.denoiser(x_hat, None)(x, t), theirs.denoiser(x_hat, None)(x, t))
+    assert torch.equal(ours.vae.decoder(z), theirs.vae.decoder(z))
+    assert ours.diffusion.start == 300 and ours.shape == theirs.shape and common.count_cost(ours) == common.count_cost(
+        theirs)
+    for name, prior in theirs.priors.items():
+        assert torch.equal(ours.priors[name].log_prob(z), prior.log_prob(z))
+
+
+# A VAE whose code is the first row of an 8x8 image, times two; only the first 5 dimensions vary by more than 0.01.
+ROW = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0] * torch.tensor([1.0] * 5 + [0.05] * 3), -9 + 0 * x[:, 0, 0]),
+                      decoder=lambda z: nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)), latent_dim=8)
+
+
+def images_of_noise(count, seed):
+    """uint8 images of uniform noise: (count, 3, 8, 8)."""
+    return torch.randint(256, (count, 3, 8, 8), generator=common.generator(seed), dtype=torch.uint8)
+
+
+def test_watched_numbers_by_hand(tmp_path):
+    """Active units of all images; the refiner's loss of the first 64, with their own x_hat and with that of the image
+    before, without dropout. The log holds these numbers for training images."""
+    images, diffusion = images_of_noise(70, 0), common.Diffusion("v", start=300)
+    torch.manual_seed(0)
+    unet = common.build_unet(settings(unet=[[8, 8, 1, 1]], dropout=0.5), 6).train()
+    for parameter in unet.parameters():  # new ones are zero behind the dropout
+        nn.init.normal_(parameter, std=0.3)
+    numbers = stage2.watch_training(ROW, unet, diffusion, images)
+    assert unet.training
+    x0, t = common.to_float(images[:64]), torch.linspace(1, 300, 64).long()
+    x_hat, eps = ROW.decoder(ROW.encoder(x0)[0]), common.randn(x0.shape, common.generator(0))
+    with torch.no_grad():
+        own, shuffled = (float(diffusion.simple_loss(stage2.denoiser(unet.eval(), shown), x0, t, eps).mean())
+                         for shown in (x_hat, torch.cat([x_hat[-1:], x_hat[:-1]])))
+    assert numbers == pytest.approx({"active_units": 5, "v_mse_own": own, "v_mse_shuffled": shuffled})
+    assert own != pytest.approx(shuffled, rel=1e-4)
+
+    train, data = joint(steps=2, every=2, vae_ema=0.0, unet_ema=0.0, start=1000), images_of(300)
+    state = stage2.train_joint(tmp_path, train, data, CPU)
+    model, row = stage2.load_model(state, CPU), state["log"][0]
+    watched = data.images[torch.randperm(300, generator=common.generator(0))[:256]]
+    expected = stage2.watch_training(*model.networks, model.diffusion, watched)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_latent_space_by_hand(tmp_path, monkeypatch):
+    """Scores, paths and midpoints are those of held-out images, decoded and refined with the same noise all along a
+    path. The probe is fitted to training images and tested on held-out ones, here with a third of their labels
+    changed. The planted features are the pixels, the planted score is a mean over them."""
+    def data(count, seed, wrong):
+        gen, images = common.generator(seed), images_of_noise(count, seed)
+        code = ROW.encoder(common.to_float(images))[0]
+        labels = (code[:, 0] > 0).long() ^ (torch.rand(count, generator=gen) < wrong).long()
+        factors = code @ common.randn((8, 9), common.generator(0)) + common.randn((count, 9), gen)
+        return code, common.ImageData(images, labels, factors, "noise", "none", "")
+
+    def pixels(extractor, images):
+        return (images.flatten(1).float(), None)
+
+    def score(images):
+        return {"fd": float(images.double().square().mean())}
+
+    (train_code, train), (code, test) = data(400, 1, 0.0), data(90, 2, 0.33)
+    model = common.Model("joint", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), ROW,
+                         denoiser=lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
+    setup = SimpleNamespace(data=train, test=test, train={"seed": 5}, extractor=None, fd="fd", score=score,
+                            evaluation={"grid_count": 20, "probe_steps": 3})
+    saved = {}
+    monkeypatch.setattr(fid, "extract", pixels)
+    monkeypatch.setattr(common, "save_grid", lambda path, rows: saved.update({path: rows}))
+    result = stage2.latent_space(tmp_path, model, setup, pairs=4, points=5)
+
+    def decode(z):
+        refined = common.refine(model, ROW.decoder(z), z, common.generator(91_005), "dpm", 3)
+        return {"vae": common.to_uint8(ROW.decoder(z)), "refined": common.to_uint8(refined)}
+
+    a, b, rows = code[:20], code[20:40], saved[tmp_path / "interpolation.png"]
+    for name, label in (("vae", "VAE"), ("refined", "refined")):
+        assert result["posterior"][name] == score(decode(a)[name])["fd"]
+        paths = torch.stack([decode(stage2.slerp(a[:4], b[:4], w))[name] for w in (0, 0.25, 0.5, 0.75, 1)], 1)
+        expected = stage2.smoothness(paths.flatten(2).float())
+        expected["midpoint_fd"] = score(decode(stage2.slerp(a, b, 0.5))[name])["fd"]
+        assert result["slerp"][name] == pytest.approx(expected)
+        assert all(torch.equal(rows[f"{label} {i + 1}"], paths[i]) for i in range(3))
+    assert len(rows) == 6 and not torch.equal(rows["VAE 1"], rows["refined 1"])
+    r2, _ = stage2.linear_probe(train_code, train.factors, code, test.factors)
+    assert [result["probe_r2"][name] for name in common.FACTORS] == pytest.approx(r2, abs=1e-3)
+    _, predicted = stage2.linear_probe(train_code, torch.eye(2)[train.labels], code, torch.eye(2)[test.labels])
+    right = (predicted.argmax(1) == test.labels).float().mean()
+    assert result["probe_class_accuracy"] == pytest.approx(float(right)) and 0.5 < right < 0.8
+    stage2.latent_space(None, model, setup)
+    assert len(saved) == 1
+
+
+def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
+    """Its own and that of stage 1's checkpoint, each with its own networks and at the flag's temperature."""
+    data, measured = images_of(60), []
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: SimpleNamespace(
+        home=tmp_path, train=train, evaluation=evaluation, device=device, data=data, test=data))
+    monkeypatch.setattr(fid, "evaluate", lambda *args: {"run": {"train_images": 1}, "tables": {}})
+    monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train_images": 1}})
+    monkeypatch.setattr(fid, "print_results", lambda *args: None)
+    monkeypatch.setattr(stage2, "latent_space", lambda folder, model, setup: measured.append((folder, model)) or {
+        "slerp": {"refined": {"path_over_distance": len(measured), "end_distance": 0.5}}})
+    vae_state = stage1.train_vae(tmp_path / "vae", settings(steps=1), data, CPU)
+    form1 = stage1.train_refiner(tmp_path / "stage1-form1-s0", settings(steps=2), "form1", vae_state, data, CPU)
+    stage2.main("--budget smoke --device cpu --temperature 0.8 --steps 1".split())
+    own = common.load_checkpoint(tmp_path / "stage2-anneal-s0" / "checkpoint.pt")
+    assert [folder for folder, _ in measured] == [tmp_path / "stage2-anneal-s0", None]
+    for (_, model), state in zip(measured, (own, form1), strict=True):
+        assert same(dict(model.networks[0].state_dict()), state["vae"]) and model.temperature == 0.8
+        assert same(dict(model.networks[1].state_dict()), state["unet"])
+    tables = json.loads((tmp_path / "stage2-anneal-s0" / "metrics.json").read_text())["tables"]
+    assert {key: value["slerp"]["refined"]["path_over_distance"] for key, value in tables.items()} == {
+        "latent_space": 1, "latent_space_stage1": 2}
+    printed = capsys.readouterr().out
+    assert "stage 1: path length over end distance 2.000" in printed
+    assert "stage2-anneal: path length over end distance 1.000" in printed
 
 
 @pytest.mark.parametrize("flags,name,weight", [
@@ -217,8 +359,8 @@ def test_probe_finds_a_planted_factor():
     ("--loss bound", "stage2-bound", None),
 ])
 def test_names(flags, name, weight):
-    """The defaults do not show; a loss without lambda has none."""
-    _, own, variant = stage2.parse_flags(flags.split())
+    """The name leaves out what is the default. A loss without lambda has none in its settings."""
+    _, own, variant = stage2.read_flags(flags.split())
     assert (variant, own["diffusion_weight"]) == (name, weight)
     rates = {"balance_lr", "balance_muon_lr", "balance_clip", "balance_ema"}
     assert own.keys() == {"loss", "gradient", "diffusion_weight"} | (rates if "kendall" in name else set())

@@ -1,6 +1,7 @@
-"""Stage 3: the flow's inverse, determinant and density, uncertainty, strategies, adaptive refinement, the bound."""
+"""Stage 3: the flow's inverse, determinant and density, uncertainty, strategies, what is measured of them, training."""
 
-import contextlib
+import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,8 +11,14 @@ import torch
 from helpers import CPU, images_of, same, settings
 
 import common
+import fid
 import stage1_baseline as stage1
 import stage3_adaptive as stage3
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
 
 
 def shaken(network, std=0.3, seed=0):
@@ -24,7 +31,7 @@ def shaken(network, std=0.3, seed=0):
 
 @pytest.mark.parametrize("d", [5, 9, 64, 512])
 def test_flow_inverse_and_reach(d):
-    """The inverse holds both ways; every dimension is transformed, not only permuted."""
+    """inverse(f(z)) = z and f(inverse(u)) = u. Every dimension is transformed, not only moved to another place."""
     flow, z = shaken(stage3.RealNVP(d), 0.1).double(), common.randn((40, d), common.generator(0)).double()
     u, order = flow(z)[0], torch.arange(d)
     assert torch.allclose(flow.inverse(u), z, atol=1e-4) and torch.allclose(flow(flow.inverse(z))[0], z, atol=1e-4)
@@ -34,7 +41,7 @@ def test_flow_inverse_and_reach(d):
 
 
 def test_flow_log_determinant_is_autograds():
-    """log |det df/dz| once per sample, against slogdet of the Jacobian, in 5 dimensions."""
+    """log |det df/dz| of each sample agrees with slogdet of autograd's Jacobian, in 5 dimensions."""
     flow = shaken(stage3.RealNVP(5, hidden=16)).double()
     z = common.randn((6, 5), common.generator(0)).double()
     log_det = flow(z)[1].detach()
@@ -45,7 +52,7 @@ def test_flow_log_determinant_is_autograds():
 
 
 def test_flow_starts_as_the_identity():
-    """At the start u is a permutation of z, and log p is N(0, I)'s; fitted ex post it starts from what it is given."""
+    """A new flow only permutes z, so log p(z) is that of N(0, I). fit_flow begins with the weights that it is given."""
     flow, z = stage3.RealNVP(6), common.randn((40, 6), common.generator(0))
     normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
     assert torch.allclose(flow.log_prob(z), normal, atol=1e-5) and torch.equal(flow(z)[1], torch.zeros(40))
@@ -55,7 +62,8 @@ def test_flow_starts_as_the_identity():
 
 
 def test_flow_learns_two_moons():
-    """It beats the best Gaussian by half a nat on held-out points, and samples what it learnt."""
+    """Its log-density of held-out points is half a nat above that of the best Gaussian, and it samples points like
+    them."""
     def moons(count, seed):  # two interleaved half circles (count, 2), roughly standardised
         gen = common.generator(seed)
         angle, upper = math.pi * torch.rand(count, generator=gen), torch.rand(count, generator=gen) < 0.5
@@ -68,12 +76,13 @@ def test_flow_learns_two_moons():
     assert float((flow.log_prob(z) - gaussian.log_prob(z)).mean()) > 0.5
     drawn = flow.sample(2000, common.generator(0))
     assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.15) and torch.allclose(drawn.std(0), z.std(0), atol=0.15)
-    assert float(torch.cdist(drawn, z).amin(1).mean()) < 0.15  # near the moons
+    assert float(torch.cdist(drawn, z).amin(1).mean()) < 0.15  # close to the moons
 
 
 def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
-    """Before the joint phase the VAE has the gradient of stage 1's loss and the flow that of its likelihood alone; then
-    both have that of SSE + beta (log q(z|x) - log p_flow(z)). Without a flow the loss is stage 1's."""
+    """In the first part the VAE gets the gradient of stage 1's loss, and the flow that of its log-density of the codes.
+    In the second part both get that of SSE + beta (log q(z|x) - log p_flow(z)). Without a flow the loss is stage 1's.
+    The terms for the log are the SSE and both KLs."""
     torch.manual_seed(0)
     vae, x0 = stage3.build_vae(settings(vae_prior="flow")), common.to_float(images_of(4).images)
     noise = torch.randn(4, vae.latent_dim)
@@ -81,43 +90,47 @@ def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
     mu, logvar = vae.encoder(x0)
     z = mu + (0.5 * logvar).exp() * noise
     kl = common.gaussian_log_prob(z, mu, logvar) - vae.flow.log_prob(z)
-    stage_1 = stage1.vae_loss(vae, x0, noise, 0.25)[0]
-    by_hand = {False: stage_1 - vae.flow.log_prob(z.detach()),
+    loss_of_stage1, sse, kl_gaussian = stage1.vae_loss(vae, x0, noise, 0.25)
+    by_hand = {False: loss_of_stage1 - vae.flow.log_prob(z.detach()),
                True: common.squared_error(vae.decoder(z), x0) + 0.25 * kl}
     gradients = []
     for joint in (False, True):
         loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, joint)
         assert loss.shape == (4,) and torch.allclose(terms["kl_flow_nats"], kl)
+        assert torch.allclose(terms["sse"], sse) and torch.allclose(terms["kl_nats"], kl_gaussian)
         for total in (loss, by_hand[joint]):
             gradients.append(torch.autograd.grad(total.mean(), list(vae.parameters()), retain_graph=True))
     same_as = [[torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(gradients[0], g, strict=True)]
                for g in gradients[1:3]]
-    assert all(same_as[0]) and sum(same_as[1]) < len(same_as[1]) / 2  # in the two phases they differ
+    assert all(same_as[0]) and sum(same_as[1]) < len(same_as[1]) / 2  # the two parts differ
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients[2:], strict=True))
     assert stage3.build_vae(settings(vae_prior="gaussian")).flow is None
     vae.flow = None
-    assert torch.equal(stage3.vae_loss(vae, x0, noise, 0.25, True)[0], stage_1)
+    loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, True)
+    assert torch.equal(loss, loss_of_stage1) and torch.equal(terms["sse"], sse) and terms["kl_nats"].equal(kl_gaussian)
 
 
 def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
-    """All z ~ N(mu, 1/2) are N(0, I): drawn anew in each step a flow comes near, fitted to one draw not."""
+    """All z ~ N(mu, 1/2) together follow N(0, I). Fitted to new draws in each step, the flow's log-density of held-out
+    codes is close to N(0, I)'s. Fitted to one draw of each code, it is not."""
     gen = common.generator(0)
     mu, held_out = common.randn((300, 8), gen) / 2**0.5, common.randn((2000, 8), gen)
     half = torch.full_like(mu, math.log(0.5))
     one_draw = mu + common.randn(mu.shape, gen) / 2**0.5
     true = float(common.StandardNormal(8).log_prob(held_out).mean())
-    fresh, fixed = (float(stage3.fit_flow(m, v, 0, 250).log_prob(held_out).mean()) for m, v in
+    fresh, fixed = (float(stage3.fit_flow(m, v, 0, 170).log_prob(held_out).mean()) for m, v in
                     ((mu, half), (one_draw, torch.full_like(mu, -99.0))))
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
 
-# A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey; its log-variances say nothing of errors
+# A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey. Its log-variances depend on the image,
+# but not on how large the error is.
 PLANTED = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
                           decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
 
 
 def test_ridge_regression():
-    """Least squares of standardised columns with sqrt(ridge N) I below them; the units of x do not matter."""
+    """It is least squares of standardised columns with sqrt(ridge N) I below them. The units of x do not matter."""
     gen, unit = common.generator(0), torch.tensor([1, 100, 0.01, 5])
     x, y = common.randn((50, 4), gen) + 3, common.randn((50, 2), gen) + 7
     white = (x - x.mean(0)) / x.std(0)
@@ -129,19 +142,21 @@ def test_ridge_regression():
 
 
 def test_uncertainty_by_hand():
-    """Per dimension, clamped, inactive ones zero; s is w . [z, z^2, s_vec] + b, with `variance`'s for `posterior`."""
+    """s_vec is standardised per dimension, clamped, and 0 in dimensions that are not in use. s is w . [z, z^2, s_vec] +
+    b; `posterior` has the w and b of `variance`."""
     stats = {"mean": torch.tensor([0.0, 1.0, 5.0]), "sd": torch.tensor([1.0, 2.0, 1.0]),
              "active": torch.tensor([1.0, 1.0, 0.0]), "variance_weight": torch.tensor([0.0] * 6 + [-0.5, -0.5, 0]),
              "variance_bias": torch.tensor(0.25), "regressed_weight": torch.arange(9.0), "regressed_bias": 1}
     z, logvar = torch.tensor([[1.0, 2, 3], [0, 0, -1]]), torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]])
     for kind, expected in (("variance", [-1.25, 1.75]), ("posterior", [-1.25, 1.75]), ("regressed", [92, -14])):
-        s_vec, s = stage3.read_s(z, logvar, stats, kind)
+        s_vec, s = stage3.s_from(z, logvar, stats, kind)
         assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == expected, kind
 
 
 @pytest.mark.parametrize("network", ["planted", "random"])
 def test_fitted_uncertainty(network):
-    """s has mean 0 and sd 1, high is hard, alone as in a batch; only `regressed` finds errors that depend on z."""
+    """s has mean 0 and sd 1, rises with the error, and is the same in a batch as alone. Only `regressed` finds errors
+    that depend on z."""
     def planted_images(count, seed):  # what PLANTED leaves grey is noise whose size depends on z
         gen = common.generator(seed)
         z, noise = common.randn((count, 8), gen).clamp(-1.9, 1.9), 0.2 * common.randn((count, 3, 8, 8), gen)
@@ -159,17 +174,39 @@ def test_fitted_uncertainty(network):
     assert torch.allclose(error, ((vae.decoder(z) - common.to_float(images)) ** 2).flatten(1).sum(1) / 4, rtol=1e-4)
     facts = stage3.rank_errors(held_out, stats)
     for kind, fact in facts.items():
-        s_vec, s = stage3.uncertainty(vae, z, vae.decoder(z), stats, kind)
+        s_vec, s = stage3.uncertainty_of(vae, z, vae.decoder(z), stats, kind)
         assert abs(float(s.mean())) < 1e-3 and float(s.std()) == pytest.approx(1, abs=1e-3) and s_vec.abs().max() <= 3
         assert torch.corrcoef(torch.stack([s, error.log()]))[0, 1] > 0
-        alone = stage3.uncertainty(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
+        alone = stage3.uncertainty_of(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
         assert torch.allclose(alone[0], s_vec[5:6], atol=1e-2) and torch.allclose(alone[1], s[5:6], atol=1e-2)
         ranks = [v.argsort().argsort().double() for v in
-                 (stage3.read_s(held_out.z, held_out.logvar_again, stats, kind)[1], held_out.sse)]
+                 (stage3.s_from(held_out.z, held_out.logvar_of_x_hat, stats, kind)[1], held_out.sse)]
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
-        assert ("no information" in fact["verdict"]) == (fact["correlation"] < 0.1)
+        assert ("no information" in fact["conclusion"]) == (fact["correlation"] < 0.1)
     if network == "planted":
         assert facts["regressed"]["correlation"] > 0.8 and abs(facts["variance"]["correlation"]) < 0.1
+
+
+def test_conclusions_about_s():
+    """s ranks the errors if its rank correlation with them is 0.1 or more, and significant. A constant s does not."""
+    stats = {"mean": torch.zeros(1), "sd": torch.ones(1), "active": torch.ones(1),
+             "variance_weight": torch.zeros(3), "variance_bias": 1.0, "regressed_bias": 0.0}
+
+    def ranked(error, sign=1.0):  # s of `regressed` is z times `sign`
+        z = torch.arange(float(len(error)))[:, None]
+        facts = stage3.rank_errors(stage3.RoundTrip(z, z, 0 * z, error), stats | {
+            "regressed_weight": torch.tensor([sign, 0, 0])})
+        assert facts["variance"]["correlation"] == 0 and "no information" in facts["variance"]["conclusion"]
+        return facts["regressed"]["correlation"], "no information" not in facts["regressed"]["conclusion"]
+
+    rising, noise = torch.arange(400.0), 400 * torch.rand(400, generator=common.generator(0))
+    assert ranked(rising.square()) == (pytest.approx(1), True) and ranked(rising, -1.0) == (pytest.approx(-1), False)
+    correlation, ranks = ranked(rising + 2 * noise)
+    assert ranks and 0.3 < correlation < 0.6
+    assert ranked(torch.tensor([0.0, 3, 1, 4, 2])) == (pytest.approx(0.5), False)  # of five images: not significant
+    many = torch.arange(20_000.0)
+    weak, ranks = ranked(many + 1e5 * torch.randn(20_000, generator=common.generator(1)))
+    assert not ranks and 0.03 < weak < 0.1  # significant, but too weak to be of use
 
 
 def batch_of(n=3, d=8, seed=0):
@@ -178,7 +215,7 @@ def batch_of(n=3, d=8, seed=0):
 
 
 def test_strategies_start_where_they_should():
-    """film and coupling start bit-equal to fixed, as stage 1 conditions; fade fades by exp(-s/2) where s > 0."""
+    """film and coupling start bit-equal to fixed, which is stage 1. fade multiplies x_hat by exp(-s/2) where s > 0."""
     x_hat, s_vec, s = batch_of()
     seen, extra = stage3.Conditioner("fade", 8, 32)(x_hat, s_vec, s)
     assert torch.equal(seen[:2], x_hat[:2]) and torch.allclose(seen[2], x_hat[2] * math.exp(-1)) and extra is None
@@ -186,8 +223,8 @@ def test_strategies_start_where_they_should():
     for strategy in stage3.STRATEGIES:
         refiner = stage3.build_refiner(settings(conditioning=strategy), 8)
         shaken(refiner["unet"], 0.1)
-        ours = stage3.condition(refiner, x_hat, s_vec, s)(xt, t)
-        theirs = stage1.condition(refiner["unet"], x_hat, "form1")(xt, t)
+        ours = stage3.denoiser(refiner, x_hat, s_vec, s)(xt, t)
+        theirs = stage1.denoiser(refiner["unet"], x_hat, "form1")(xt, t)
         assert torch.equal(ours, theirs) == (strategy != "fade"), strategy
 
 
@@ -204,74 +241,252 @@ def test_strategies_learn_from_s(strategy):
 
 @pytest.mark.parametrize("colour", [0, 1])
 def test_image_coupling_inverse(colour):
-    """From y alone: what passes is the same in x and y, so scale and shift are, too."""
+    """x is computed from y alone: the pixels that stay are the same in both, and so are scale and shift."""
     x, _, s = batch_of()
     coupling = shaken(stage3.ImageCoupling(colour), 0.2)
     y = coupling(x, s)
-    passes = (torch.arange(8)[:, None] + torch.arange(8)) % 2 == colour
-    shift = coupling(y * passes, s)  # where nothing passes, of zeros
-    scale = coupling(y * passes + ~passes, s) - shift
-    assert torch.allclose(torch.where(passes, y, (y - shift) / scale), x, atol=1e-5)
+    stays = (torch.arange(8)[:, None] + torch.arange(8)) % 2 == colour
+    shift = coupling(y * stays, s)  # what becomes of 0
+    scale = coupling(y * stays + ~stays, s) - shift  # what becomes of 1, less that
+    assert torch.allclose(torch.where(stays, y, (y - shift) / scale), x, atol=1e-5)
     assert not torch.allclose(x, y, atol=0.05)
-    assert torch.equal(y[:, :, passes], x[:, :, passes])
+    assert torch.equal(y[:, :, stays], x[:, :, stays])
 
 
-@pytest.mark.parametrize("n,start", [(10, 400), (25, 290), (2, 1000)])
-def test_allocation_keeps_the_mean_and_the_order(n, start):
+@pytest.mark.parametrize("mean_steps,start", [(10, 400), (25, 290), (2, 1000)])
+def test_ways_to_refine_keep_the_mean_and_the_order(mean_steps, start):
+    """Every way gives each image steps and a start. Both never fall as s rises (in the controls: the s of another
+    image), and their means are the same with and without adapting them."""
     s = torch.randperm(30, generator=common.generator(0)).float()
-    ways, low, middle = stage3.allocate(s, n, start), start // 2, 3 * start // 4
-    assert [third[1:] for third in ways["adaptive_steps"]] == [(n // 2, start), (n, start), (2 * n - n // 2, start)]
-    assert [third[1:] for third in ways["adaptive_start"]] == [(n, low), (n, middle), (n, start)]
+    ways = stage3.steps_and_starts_by_tercile(s, mean_steps, start)
+    half, middle, fewer = start // 2, 3 * start // 4, mean_steps // 2
+    assert [third[1:] for third in ways["adaptive_steps"]] == [
+        (fewer, start), (mean_steps, start), (2 * mean_steps - fewer, start)]
+    assert [third[1:] for third in ways["adaptive_start"]] == [
+        (mean_steps, half), (mean_steps, middle), (mean_steps, start)]
     for name, thirds in ways.items():
         assert sorted(torch.cat([index for index, *_ in thirds]).tolist()) == list(range(30))
         given = torch.empty(30, 2)
         for index, *third in thirds:
             given[index] = torch.tensor(third).float()
         steps, starts = given[(s.roll(1) if "shuffled" in name else s).argsort()].T
-        assert (steps.diff() >= 0).all() and (starts.diff() >= 0).all() and float(steps.mean()) == n
+        assert (steps.diff() >= 0).all() and (starts.diff() >= 0).all() and float(steps.mean()) == mean_steps
         assert float(starts.mean()) == pytest.approx(middle if "start" in name else start, abs=1)
+        assert name == "even" or len({third[1:] for third in thirds}) == (1 if name == "even_middle_start" else 3)
+    for what in ("steps", "start"):
+        assert [third[1:] for third in ways[f"shuffled_{what}"]] == [third[1:] for third in ways[f"adaptive_{what}"]]
+
+
+def planted_model(**changes):
+    """PLANTED with a refiner whose images depend on x_hat and on the noise."""
+    model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), PLANTED,
+                         {"gaussian": common.StandardNormal(8), "other": None},
+                         lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
+    return dataclasses.replace(model, **changes)
+
+
+def first_of_z(z, x_hat):
+    """A planted uncertainty: s is the first number of z."""
+    return z, z[:, 0]
+
+
+def score(images):
+    """A planted score, which any change of the set of images would change."""
+    return {"fd": {"value": float(images.double().square().mean())}}
+
+
+def test_refine_all(monkeypatch):
+    """x_hat and s of every code, in their order. The seconds are those of the clock, divided by the number of images.
+    Neither the noise that x_start of one chunk has, nor the noise that its steps add, occurs in another chunk."""
+    z, noises, clock = common.StandardNormal(8).sample(250, common.generator(3)), [], iter([100.0, 150.0])
+    sample = common.sample
+
+    def record(diffusion, denoise, x, sampler, steps, gen, **how):
+        noises.append(x.clone())  # x_start at T is the noise alone
+        noises.append(common.randn(x.shape, common.generator(gen.initial_seed())))  # of the first step, if it has any
+        return sample(diffusion, denoise, x, sampler, steps, gen, **how)
+
+    monkeypatch.setattr(common, "sample", record)
+    monkeypatch.setattr(stage3, "time", SimpleNamespace(time=lambda: next(clock)))
+    x_hat, refined, s, seconds = stage3.refine_all(planted_model(), first_of_z, z, 3, 7, start=1000)
+    assert torch.equal(x_hat, common.to_uint8(PLANTED.decoder(z))) and torch.equal(s, z[:, 0]) and seconds == 0.2
+    assert [len(noise) for noise in noises] == [100, 100, 100, 100, 50, 50] and refined.shape == (250, 3, 8, 8)
+    for i, noise in enumerate(noises):
+        assert not any(torch.equal(noise[:50], other[:50]) for other in noises[i + 1:])
+
+
+def test_adaptivity_by_hand(tmp_path, monkeypatch):
+    """The tables are about held-out images in the order of a planted s. The VAE's error rises with it, from the sure to
+    the unsure third. The controls differ in the refiner alone. The picture goes from the surest image to the least sure
+    one. Features are the pixels here."""
+    def images(count, seed):  # PLANTED keeps the first row; the error of the rest grows with s
+        z = common.StandardNormal(8).sample(count, common.generator(seed)).clamp(-1.9, 1.9)
+        rest = (z[:, 0] + 2)[:, None, None, None] * 0.2 * common.randn((count, 3, 8, 8), common.generator(seed + 1))
+        rest[:, 0, 0] = 0
+        return SimpleNamespace(images=common.to_uint8(PLANTED.decoder(z) + rest))
+
+    def pixels(extractor, images):
+        return images.flatten(1).float() / 255, None
+
+    test, saved, loaded = images(70, 0), {}, []
+    model = planted_model(temperature=0.7)
+    other = planted_model(denoiser=lambda x_hat, z: lambda x, t: 0.1 * x + 0.2 * x_hat)
+    setup = SimpleNamespace(evaluation={"grid_count": 44, "probe_steps": 3}, train={"seed": 2}, extractor=None,
+                            test=test, data=images(70, 9))
+    state = {"uncertainty": {"mean": torch.ones(1)}, "train": {"uncertainty": "variance"}}
+    monkeypatch.setattr(fid, "extract", pixels)
+    monkeypatch.setattr(common, "save_grid", lambda *args, columns: saved.update({args[0]: (args[1], columns)}))
+    monkeypatch.setattr(stage3, "uncertainty_of", lambda vae, z, x_hat, stats, kind: (
+        z, z[:, 0] * stats["mean"] if (vae, kind) == (PLANTED, "variance") else None))
+    monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append((args, how)) or other)
+    monkeypatch.setattr(stage3, "adaptive_refinement", lambda *args: args)
+    tables = stage3.adaptivity(tmp_path, state, model, setup)
+
+    real = test.images[:66]  # 3 (44 // 2)
+    z = PLANTED.encoder(common.to_float(real))[0]
+
+    def refined_by(model, seed):
+        return common.to_uint8(common.refine(model, PLANTED.decoder(z), z, common.generator(seed), "dpm", 3))
+
+    def against_originals(images, index):
+        a, b = pixels(None, images[index])[0], pixels(None, real[index])[0]
+        return {"fd_to_these": fid.frechet_distance(fid.moments(a), fid.moments(b)),
+                "feature_distance": float((a - b).norm(dim=1).mean()),
+                "hf_energy": fid.hf_energy(images[index], test.images)["value"]}
+
+    x_hat, refined = common.to_uint8(PLANTED.decoder(z)), refined_by(model, 82_000)
+    error = common.squared_error(common.to_float(x_hat), common.to_float(real))
+    of_seeds = torch.stack([pixels(None, refined_by(model, seed))[0] for seed in (82_000, 83_000, 84_000)])
+    spread = (of_seeds - of_seeds.mean(0)).norm(dim=2).mean(0)
+    order = z[:, 0].argsort()
+    for i, name in enumerate(("sure", "middle", "unsure")):
+        index = order[22 * i : 22 * i + 22]
+        assert tables["terciles"][name] == {
+            "sse": pytest.approx(float(error[index].mean())), "consistency": pytest.approx(float(spread[index].mean())),
+            "vae": pytest.approx(against_originals(x_hat, index)),
+            "refined": pytest.approx(against_originals(refined, index))}
+    sse = [tables["terciles"][name]["sse"] for name in ("sure", "middle", "unsure")]
+    assert 0 < 2 * sse[0] < sse[1] < sse[2]
+    everything = torch.arange(66)
+    other.temperature = 1.0  # it was set for the control
+    assert tables["controls"]["true"] == pytest.approx(against_originals(refined, everything))
+    assert tables["controls"]["shuffled"] == pytest.approx(
+        against_originals(refined_by(dataclasses.replace(other, temperature=0.7), 82_000), everything))
+    assert loaded == [((state, CPU), {"shuffled": True})] and tables["adaptive_refinement"][::2] == (model, setup)
+
+    rows, titles = saved[tmp_path / "uncertainty.png"]
+    shown = order[[0, 5, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65]]
+    assert titles == [f"s = {value:.1f}" for value in z[shown, 0].tolist()] and len(titles) == 12
+    assert {name: images.tolist() for name, images in rows.items()} == {
+        "real": real[shown].tolist(), "VAE": x_hat[shown].tolist(), "refined": refined[shown].tolist()}
 
 
 def test_adaptive_refinement(monkeypatch):
-    """Each image as common.refine makes it in its third's steps and start; if these are equal, `even` bit for bit."""
-    model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), PLANTED,
-                         {"gaussian": common.StandardNormal(8)}, lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
-    scored, measure = [], lambda z, x_hat: (z, z[:, 0])
-    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 0},
-                            extractor=None, reference=None, fd="fd", test=SimpleNamespace(images=None))
+    """Each image is the one that common.refine makes with the steps and the start of its third. z comes from the
+    headline's prior. Seconds are the mean over the thirds. If all thirds are equal, so are all ways, bit for bit."""
+    refine_all, real, model = stage3.refine_all, images_of(20).images, planted_model()
+    scored, of_real = [], []
+
+    def refine_in_planted_seconds(model, uncertainty, z, steps, seed, start):
+        return *refine_all(model, uncertainty, z, steps, seed, start)[:3], steps + start / 1000
+
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 3}, fd="fd",
+                            score=lambda images: scored.append(images) or score(images),
+                            test=SimpleNamespace(images=real))
     monkeypatch.setattr(stage3, "MEAN_STEPS", 4)
-    monkeypatch.setattr(stage3.fid, "scores", lambda extractor, images, reference: {"fd": scored.append(images)})
-    monkeypatch.setattr(common, "hf_energy", lambda images, real: 0)
-    table = stage3.adaptive_refinement(model, measure, setup)
-    z = common.StandardNormal(8).sample(249, common.generator(85_000))
-    ways = stage3.allocate(z[:, 0], 4, 400)
-    assert list(table) == ["mean_steps", *ways] and not any(map(torch.equal, scored, scored[1:]))
-    for images, thirds in zip(scored, ways.values(), strict=True):
+    monkeypatch.setattr(stage3, "refine_all", refine_in_planted_seconds)
+    monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
+    table = stage3.adaptive_refinement(model, first_of_z, setup)
+    z = common.StandardNormal(8).sample(249, common.generator(85_003))
+    ways = stage3.steps_and_starts_by_tercile(z[:, 0], 4, 400)
+    assert list(table) == ["mean_steps", *ways] and table["mean_steps"] == 4
+    assert not any(map(torch.equal, scored, scored[1:])) and all(images is real for images in of_real)
+    for images, (name, thirds) in zip(scored, ways.items(), strict=True):
         for index, steps, start in thirds:
-            model.diffusion = common.Diffusion("v", start=start)
-            parts = [common.refine(model, PLANTED.decoder(part), part, common.generator(86_000 + i), "dpm", steps)
+            changed = dataclasses.replace(model, diffusion=common.Diffusion("v", start=start))
+            parts = [common.refine(changed, PLANTED.decoder(part), part, common.generator(89_000 + 2 * i), "dpm", steps)
                      for i, part in enumerate(z.split(100))]
             assert torch.equal(images[index], common.to_uint8(torch.cat(parts))[index])
-    monkeypatch.setattr(stage3, "allocate", lambda s, n, start: {
+        seconds = sum(steps + start / 1000 for _, steps, start in thirds) / 3
+        assert table[name] == {"fd": score(images)["fd"], "hf_energy": {"value": images.float().var()},
+                               "seconds_per_image": pytest.approx(seconds)}
+    monkeypatch.setattr(stage3, "steps_and_starts_by_tercile", lambda s, n, start: {
         name: [(index, n, start) for index in by.argsort().tensor_split(3)] for name, by in (("a", s), ("b", -s))})
-    stage3.adaptive_refinement(model, measure, setup)
+    stage3.adaptive_refinement(model, first_of_z, setup)
     assert torch.equal(*scored[-2:])
 
 
 def joint(**changes):
-    vae = settings() | {"vae_prior": "flow", "steps": 2} | changes
-    return vae, vae | {"conditioning": "film", "uncertainty": "regressed"} | changes
+    """The settings of a VAE and of a refiner."""
+    vae = settings(vae_prior="flow", steps=2) | changes
+    own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_like(vae, "refiner", "unet")
+    return vae, vae | own | changes
 
 
-def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
-    """The bound has one draw's KL to each prior."""
-    monkeypatch.setattr(common, "autocast", contextlib.nullcontext)  # in float32
+def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, in_float32):
+    """The first step's loss is vae_loss with the settings' beta. The log holds the terms of the loss."""
+    (train, _), calls, loss = joint(steps=10, every=1, beta=0.3), [], stage3.vae_loss
+    monkeypatch.setattr(stage3, "vae_loss", lambda *args, joint: calls.append((args[3], joint)) or loss(*args, joint))
+    log = stage3.train_vae(tmp_path, train, images_of(60), CPU)["log"]
+    assert calls == [(0.3, False)] * 6 + [(0.3, True)] * 4
+    training = common.Training(tmp_path / "again", train, CPU, images_of(60).images, False)
+    torch.manual_seed(0)
+    x0, vae = training.batch(), stage3.build_vae(train)
+    _, terms = loss(vae, x0, training.normal(8), 0.3, False)
+    assert log[0] == pytest.approx({"step": 1} | {name: float(term.detach().mean()) for name, term in terms.items()})
+
+
+@pytest.mark.parametrize("vae_prior", ["flow", "gaussian"])
+def test_what_is_fitted_ex_post(vae_prior):
+    """The flow goes on from the one that was trained with the VAE, if there is one. It is fitted to the codes of the
+    training images, and the uncertainty to their errors, in the order of a seeded permutation."""
+    torch.manual_seed(0)
+    train, data = settings(vae_prior=vae_prior, seed=4, flow_steps=3), images_of(60)
+    vae = stage3.build_vae(train).eval()
+    initial = None if vae.flow is None else shaken(vae.flow, 0.1).state_dict()
+    fitted = stage3.fit_ex_post(vae, train, data, CPU)
+    flow = stage3.fit_flow(*common.encode(vae, data.images, CPU), 4, 3, initial)
+    order = torch.randperm(60, generator=common.generator(0))
+    trip = stage3.round_trip(vae, data.images[order], 4, CPU)
+    assert same(fitted, {"flow": dict(flow.state_dict()), "uncertainty": stage3.fit_uncertainty(trip)})
+
+
+def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
+    """The uncertainty is fitted to training images and examined on others. Both runs are evaluated under the prior that
+    the flag names, at its temperature. With `posterior` there is no bound."""
+    data, test, evaluated = images_of(100), images_of(80, seed=2), []
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: SimpleNamespace(
+        home=tmp_path, train=train, evaluation=evaluation, device=device, data=data, test=test))
+    monkeypatch.setattr(fid, "evaluate", lambda folder, setup, state, model: evaluated.append(
+        (folder.name, setup.evaluation["prior"], model.temperature)) or {"tables": {"bits_per_dim": 1}})
+    monkeypatch.setattr(fid, "print_results", lambda *args: None)
+    monkeypatch.setattr(stage3, "adaptivity", lambda folder, state, model, setup: {"of": folder.name, "by": model.name})
+    stage3.main("--budget smoke --device cpu --seed 2 --uncertainty posterior --temperature 0.8 --steps 2".split())
+    names = ["stage3-vae-flow-s2", "stage3-flow-film-posterior-s2"]
+    of_vae, of_refiner = (json.loads((tmp_path / name / "metrics.json").read_text())["tables"] for name in names)
+    assert evaluated == [(name, "flow", 0.8) for name in names]
+    state = common.load_checkpoint(tmp_path / names[0] / "checkpoint.pt")
+    vae = common.frozen(stage3.build_vae(state["train"]), state["vae"], CPU)
+    ranks, of_training = (stage3.rank_errors(stage3.round_trip(vae, images, 75_002, CPU), state["uncertainty"])
+                          for images in (test.images, data.images))
+    assert of_vae == {"bits_per_dim": 1, "uncertainty": ranks} and ranks != of_training
+    assert of_refiner == {"bits_per_dim": None, "uncertainty": ranks | {"of": names[1], "by": "film"}}
+    assert f"regressed: rank correlation with held-out squared errors {ranks['regressed']['correlation']:.3f}" in (
+        capsys.readouterr().out)
+
+
+def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float32):
+    """It is the KL of one sample z, log q(z|x) - log p(z)."""
     data, unit = images_of(60), 3072 * math.log(2)
     for trained_under in ("gaussian", "flow"):
         vae_train, train = joint(vae_prior=trained_under)
         home = tmp_path / trained_under
-        vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU, None)
-        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU, None), CPU)
+        if trained_under == "flow":
+            vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU)
+        else:
+            setup = SimpleNamespace(home=home, train=settings(steps=2), data=data, device=CPU)
+            vae_state = stage3.get_vae(home / "vae", vae_train, setup, False)
+        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU), CPU)
         shaken(model.priors["flow"], 0.3)
         setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
         mu, logvar = common.encode(model.vae, data.images, CPU)
@@ -279,52 +494,66 @@ def test_the_bound_charges_the_prior_that_the_row_names(tmp_path, monkeypatch):
         z, kls = q.mean + q.stddev * common.randn(mu.shape, common.generator(60_000)), {}
         for name, prior in model.priors.items():
             kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
-            bits = common.bits_per_dim(model, name, setup)
+            bits = fid.bits_per_dim(model, name, setup)
             assert unit * bits["kl"] == pytest.approx(kls[name], rel=1e-3) and bits["latent_prior"] == name
             parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
             assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
-        assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # told apart
+        assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # they differ
 
 
 def test_fixed_is_stage_1(tmp_path):
-    """From the same VAE, seeds and draws, `fixed` trains stage 1's refiner bit for bit."""
+    """With the same VAE and seed, `fixed` trains stage 1's refiner, to the same bits. Without a flow the VAE itself is
+    stage 1's, trained once in stage 1's folder."""
     vae_train, train = joint(vae_prior="gaussian", steps=8)
     train, data = train | {"conditioning": "fixed"}, images_of(60)
-    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, None)
-    ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU, None)
-    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU, None)
-    assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
+    setup = SimpleNamespace(home=tmp_path, train=settings(steps=8), data=data, device=CPU)
+    vae_state = stage3.get_vae(tmp_path / "vae", vae_train, setup, False)
+    theirs = stage1.train_vae(tmp_path / "again", setup.train, data, CPU)
+    stored = common.load_checkpoint(tmp_path / "stage1-vae-s0" / "checkpoint.pt")
+    assert same(stored, theirs) and all(same(vae_state[key], stored[key]) for key in stored.keys() - {"train"})
+    assert vae_state["train"] == vae_train and vae_state.keys() - stored.keys() == {"flow", "uncertainty"}
+    vae = common.frozen(common.build_vae(train), stored["vae"], CPU)
+    vae.flow = None
+    assert same(stage3.fit_ex_post(vae, train, data, CPU), {key: vae_state[key] for key in ("flow", "uncertainty")})
+    setup.data = None  # nothing is trained again
+    assert same(stage3.get_vae(tmp_path / "vae", vae_train, setup, False), vae_state)
+
+    ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU)
+    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU)
+    assert same({name.removeprefix("unet."): value for name, value in ours["refiner"].items()}, theirs["unet"])
+    assert ours["log"] == theirs["log"]
 
 
 @pytest.mark.parametrize("source", ["regressed", "variance", "posterior"])
-def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
-    """s is the same function of z in both, whatever became of x_hat; `posterior` is trained on q(z|x)'s variance."""
+def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float32):
+    """s is the same function of z in both, whatever noise x_hat has. `posterior` is trained with q(z|x)'s variance."""
     vae_train, train = joint()
     train |= {"uncertainty": source}
-    data, seen, x0s, condition, batch = images_of(60), [], [], stage3.condition, common.Training.batch
-    draws, draw = [], common.Training.draw  # four in each step: of images, z, t, eps
-    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU, None)
-    monkeypatch.setattr(stage3, "condition", lambda *args: seen.append(args) or condition(*args))
+    data, seen, x0s, denoiser, batch = images_of(60), [], [], stage3.denoiser, common.Training.batch
+    draws, normal = [], common.Training.normal  # two in each step: for z and for x_t
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU)
+    monkeypatch.setattr(stage3, "denoiser", lambda *args: seen.append(args) or denoiser(*args))
     monkeypatch.setattr(common.Training, "batch", lambda training: x0s.append(batch(training)) or x0s[-1])
-    monkeypatch.setattr(common.Training, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
-    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU, None)
+    monkeypatch.setattr(common.Training, "normal", lambda *args: draws.append(normal(*args)) or draws[-1])
+    state = stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU)
     assert len(seen) == len(x0s) == 2 and same(state["vae"], vae_state["vae"])
     model, stats = stage3.load_model(state, CPU), state["uncertainty"]
     assert not any(p.requires_grad for p in model.vae.parameters())
-    for (_, x_hat, s_vec, s), x0, z_noise in zip(seen, x0s, draws[1::4], strict=True):
-        with common.autocast(CPU):
-            mu, logvar = model.vae.encoder(x0)
-            z = mu + (0.5 * logvar).exp() * z_noise
-            own = stage3.uncertainty(model.vae, z, x_hat, stats, source)
-            other = stage3.read_s(z, logvar, stats, source)
+    assert model.networks[:3] == (model.vae.encoder, model.vae.decoder, model.priors["flow"])
+    assert len(model.networks) == 4 and same(dict(model.networks[3].state_dict()), state["refiner"])
+    for (_, x_hat, s_vec, s), x0, z_noise in zip(seen, x0s, draws[::2], strict=True):
+        mu, logvar = model.vae.encoder(x0)
+        z = mu + (0.5 * logvar).exp() * z_noise
+        own = stage3.uncertainty_of(model.vae, z, x_hat, stats, source)
+        other = stage3.s_from(z, logvar, stats, source)
         own, other = (other, own) if source == "posterior" else (own, other)
         assert torch.allclose(own[0], s_vec, atol=1e-4) and torch.allclose(own[1], s, atol=1e-4)
         assert not torch.allclose(other[1], s, atol=0.1)
     z = common.randn((3, model.vae.latent_dim), common.generator(0))
-    damaged = torch.zeros(3, 3, 32, 32)  # a damaged x_hat does not change s
+    damaged = torch.zeros(3, 3, 32, 32)  # s does not depend on the x_hat that the refiner is shown
     with torch.no_grad():
-        s_vec, s = stage3.uncertainty(model.vae, z, model.vae.decoder(z), stats, source)
-        model.condition(damaged, z)
+        s_vec, s = stage3.uncertainty_of(model.vae, z, model.vae.decoder(z), stats, source)
+        model.denoiser(damaged, z)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
-        stage3.load_model(state, CPU, shuffled=True).condition(damaged, z)
+        stage3.load_model(state, CPU, shuffled=True).denoiser(damaged, z)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))

@@ -1,14 +1,17 @@
-"""Training: the same bits however often a run is stopped, the log by hand, several processes.
+"""Training: a run that was stopped and resumed has every bit of one that never was; wrong kernels do no harm; the loop
+and Muon by hand; several processes.
 
 Run as a program, this file is a stage's command on few images: python test_training.py STAGE {scores,none} FLAGS.
 """
 
+import argparse
 import gc
 import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,27 +35,30 @@ import stage3_adaptive as stage3
 
 SMOKE = ["--budget", "smoke", "--device", "cpu"]
 COMMANDS = {"stage1": stage1.main, "stage2": stage2.main, "stage3": stage3.main, "bonus": bonus.main}
+NETWORKS = {"vae", "unet", "refiner", "autoencoder"}  # names of weights in checkpoints
 FLAGS = {"stage1": [], "stage2": ["--loss", "kendall"], "stage3": [], "bonus": []}
-DRAWING = {"dropout": 0.2, "flip": "both", "every": 3, "batch": 4,  # all kinds of random draws are made,
-           "vae_muon_lr": 0.01, "unet_muon_lr": 0.01}  # and both optimisers keep something
+DRAWING = {"dropout": 0.2, "flip": "both", "every": 3, "batch": 4,  # every kind of random draw is made,
+           "vae_muon_lr": 0.01, "unet_muon_lr": 0.01}  # and both optimisers are used
 RUNS = {"stage1": ("stage1-vae", "stage1-form1"), "stage2": ("stage2-kendall",),
         "stage3": ("stage3-vae-flow", "stage3-flow-film"), "bonus": ("bonus-ae", "bonus-latent")}
 
 
-# --- The four stages, stopped and gone on with ------------------------------------------------------------------------
+# --- The four stages, stopped and resumed -----------------------------------------------------------------------------
 
 def simplify(change, train=None, scores=False):
-    """Few images, some smoke settings changed. Without scores: no evaluation, 100 images, every tenth step saved."""
+    """Make commands quick by `change(module, name, value)`: few images, and the smoke settings with those in `train`.
+    Without `scores`, nothing is evaluated, there are 100 images, and a checkpoint is saved every tenth step."""
     smoke, savings = common.budget, {"device": "", "sampler_steps": 0, "batch": 0, "saved_percent": {}}
-    tables = {"savings": savings, "uncertainty": {}}
+    path = {"path_over_distance": 1.0, "end_distance": 1.0}
+    tables = {"savings": savings, "uncertainty": {}, "latent_space": {"slerp": {"refined": path}}}
     change(common, "draw_shapes", small_shapes)
     if not scores:
         change(common, "budget", lambda *args: (smoke(*args)[0] | (train or {}), smoke(*args)[1]))
         change(common, "draw_shapes", lambda count, seed: draw_all(count // 200, seed))
         change(common, "time", SimpleNamespace(time=itertools.count(0, 6).__next__))
         change(fid, "load_extractor", lambda *a: SimpleNamespace(name="none", suffix="_local"))
-        change(common, "evaluate", lambda folder, *a: {"run": {"train_images": 0}, "tables": tables})
-        change(common, "print_results", lambda *a: None)
+        change(fid, "evaluate", lambda folder, *a: {"run": {"train_images": 0}, "tables": tables})
+        change(fid, "print_results", lambda *a: None)
 
 
 @pytest.fixture
@@ -61,33 +67,46 @@ def few(monkeypatch):
 
 
 def run(name, home, *flags):
-    """A stage's command in this process; returns its checkpoints and logs."""
+    """Run a stage's command in this process. Returns its checkpoints and logs."""
     COMMANDS[name]([*SMOKE, *FLAGS[name], "--out", str(home), *flags])
     return results(name, home)
 
 
 def results(name, home):
+    """The checkpoint and the log of every network that a stage's command has trained."""
     folders = [home / "shapes-smoke" / f"{one}-s0" for one in RUNS[name]]
     return [(common.load_checkpoint(folder / "checkpoint.pt"), (folder / "log.csv").read_text()) for folder in folders]
 
 
-def signal_after(patch, step, number=signal.SIGTERM):
-    """Send this process a signal after that many training steps, counted over all networks; returns their list."""
-    steps, original = [], common.Training.step
+def after_each_step(patch, action):
+    """From here on, call `action(training)` after every training step (not after those that only try bfloat16)."""
+    step = common.Training.step
 
-    def counted(training, *args):
-        original(training, *args)
+    def step_and_act(training, *args, **options):
+        step(training, *args, **options)
+        if training.trial is None:
+            action(training)
+
+    patch.setattr(common.Training, "step", step_and_act)
+
+
+def signal_after(patch, step, number=signal.SIGTERM):
+    """Send this process a signal after that many training steps, counted over all networks. Returns a list that grows
+    by one with each step."""
+    steps = []
+
+    def count(training):
         steps.append(1)
         if len(steps) == step:
             os.kill(os.getpid(), number)
 
-    patch.setattr(common.Training, "step", counted)
+    after_each_step(patch, count)
     return steps
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
 def whole(request, tmp_path_factory):
-    """A stage and what a run of it leaves that was never stopped, 8 steps of each network."""
+    """A stage, and the results of a run that was never stopped, with 8 steps of each network."""
     with pytest.MonkeyPatch.context() as patch:
         simplify(patch.setattr, DRAWING)
         return request.param, run(request.param, tmp_path_factory.mktemp(request.param))
@@ -99,59 +118,180 @@ def test_another_seed_agrees_in_no_network(whole, few, tmp_path):
     COMMANDS[name]([*SMOKE, *FLAGS[name], "--out", str(tmp_path), "--seed", "1"])
     for (state, _), folder in zip(expected, RUNS[name], strict=True):
         other = common.load_checkpoint(tmp_path / "shapes-smoke" / f"{folder}-s1" / "checkpoint.pt")
-        assert not any(same(state[part], other[part]) for part in ("vae", "unet") if part in state)
+        assert not any(same(state[part], other[part]) for part in NETWORKS & state.keys())
 
 
 @pytest.mark.parametrize("number,share", [(signal.SIGTERM, 3 / 8), (signal.SIGTERM, 1 / 2), (signal.SIGINT, 13 / 16)])
 def test_stopped_and_resumed_is_never_stopped(number, share, whole, few, tmp_path, monkeypatch, capsys):
-    """A signal in the first network's training, after its last step, in the last network's: saved, status 128 + its
-    number; without --resume status 2; with it the bits and the log of a run never stopped. So it is, too, when a slower
-    process in the same folder has written its older, unfinished checkpoints over what was finished."""
+    """A signal arrives while the first network trains, after its last step, or while the last network trains. The run
+    is saved, and the status is 128 + the signal's number. Without --resume the next command fails. With it, weights and
+    log have the bits of a run that was never stopped, and the run keeps its id. The same holds if the first network's
+    older, unfinished checkpoint is copied over its finished one."""
     name, expected = whole
     steps = signal_after(monkeypatch, round(share * 8 * len(expected)), number)
     with pytest.raises(SystemExit) as stop:
         run(name, tmp_path / "a")
     assert stop.value.code == 128 + number and "--resume" in capsys.readouterr().err
-    shutil.copytree(tmp_path / "a", tmp_path / "slower")
-    for slower in (False, True):
+    shutil.copytree(tmp_path / "a", tmp_path / "unfinished")
+    for again in (False, True) if share == 3 / 8 else (False,):
         expect_error(capsys, lambda: run(name, tmp_path / "a"), "--resume")
         torch.manual_seed(123)  # what the process did before must not matter
         assert same(run(name, tmp_path / "a", "--resume"), expected)
-        assert slower or len(steps) == 8 * len(expected)  # none was made twice
-        shutil.copytree(tmp_path / "slower", tmp_path / "a", dirs_exist_ok=True)
+        assert again or len(steps) == 8 * len(expected)  # no step was made twice
+        assert all(common.load_checkpoint(path)["run_id"] ==
+                   common.load_checkpoint(tmp_path / "a" / path.relative_to(tmp_path / "unfinished"))["run_id"]
+                   for path in (tmp_path / "unfinished").rglob("checkpoint.pt"))
+        shutil.copytree(tmp_path / "unfinished", tmp_path / "a", dirs_exist_ok=True)
 
 
 def test_memory_stays_flat(tmp_path, monkeypatch, request):
-    """300 steps more hold no more memory, even where cycles are never collected: no step leaves anything behind."""
-    held, step = [], common.Training.step
+    """150 more steps hold no more memory, even if cycles of references are never collected."""
+    held = []  # MB, after each step
 
-    def watch(training, *args):
-        step(training, *args)
+    def measure(training):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         held.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
-    monkeypatch.setattr(common.Training, "step", watch)
+    after_each_step(monkeypatch, measure)
     train = settings(encoder=[[16, 8, 0], [1, 8, 0]], decoder=[[1, 8, 0], [16, 8, 0]], unet=[[16, 8, 0, 1]], batch=1,
-                     attention=[], image_size=16, vae_lr=1e-5, vae_muon_lr=1e-5, steps=350, every=350, loss="sum",
+                     attention=[], image_size=16, vae_lr=1e-5, vae_muon_lr=1e-5, steps=200, every=200, loss="sum",
                      gradient="full", diffusion_weight=1.0)
     gc.collect()
     gc.disable()
     request.addfinalizer(gc.enable)
-    stage2.train_joint(tmp_path / "run", train, SimpleNamespace(images=draw_all(40, 0)[0][..., ::2, ::2]), CPU, None)
-    assert len(held) == 350 and held[-1] - held[49] < 8  # MB; the activations of 300 steps are more than 40
+    stage2.train_joint(tmp_path / "run", train, SimpleNamespace(images=draw_all(40, 0)[0][..., ::2, ::2]), CPU)
+    assert len(held) == 200 and held[-1] - held[49] < 8  # the activations of 150 steps are more than 20
+
+
+# --- Reduced precision ------------------------------------------------------------------------------------------------
+
+def plant_fault(patch, is_wrong):
+    """From here on, convolutions for which `is_wrong(conv)` return their channels in reverse order if the CPU computes
+    in bfloat16. Weights that are zero hide this."""
+    right = nn.Conv2d._conv_forward
+
+    def convolve(conv, *args):
+        y = right(conv, *args)
+        return y.flip(1) if torch.is_autocast_enabled("cpu") and is_wrong(conv) else y
+
+    patch.setattr(nn.Conv2d, "_conv_forward", convolve)
+
+
+def reported(capsys):
+    """The names in the lines which say that float32 is used instead of bfloat16."""
+    return re.findall(r"(\S+): bfloat16 .* differ from float32's by \d+%, .* float32 is used", capsys.readouterr().err)
+
+
+REPORTED = {"stage1": ["stage1-vae-s0", "vae", "stage1-form1-s0", "form1"], "stage2": ["stage2-kendall-s0", "joint"],
+            "stage3": ["stage3-vae-flow-s0", "vae", "stage3-flow-film-s0", "film"],
+            "bonus": ["bonus-ae-s0", "bonus-latent-s0", "latent"]}  # the networks that are trained, the models
+
+
+def train_in(name, folder, native, monkeypatch, capsys, wrong=False):
+    """Run a stage's command with or without native bfloat16, whose kernels may be wrong. Returns its results, and the
+    names that were reported."""
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "native_bfloat16", lambda device: native)
+        if wrong:
+            plant_fault(patch, lambda conv: True)
+        return run(name, folder, "--steps", "3"), reported(capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_kernels_cost_no_more_than_speed(name, few, tmp_path, monkeypatch, capsys):
+    """With wrong kernels for bfloat16, a line says so for each network that is trained and for each model that samples.
+    The results have the bits of float32, for which there is no line."""
+    float32, names = train_in(name, tmp_path / "float32", False, monkeypatch, capsys)
+    assert names == []
+    found, names = train_in(name, tmp_path / "wrong", True, monkeypatch, capsys, wrong=True)
+    assert same(found, float32) and names == REPORTED[name]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_trying_bfloat16_changes_no_bit(name, few, tmp_path, monkeypatch, capsys):
+    """With right kernels, training uses bfloat16, and its results are those of a run that did not try it first."""
+    found, names = train_in(name, tmp_path / "tried", True, monkeypatch, capsys)
+    monkeypatch.setattr(common.Training, "try_reduced_precision", lambda training: ())
+    untried, _ = train_in(name, tmp_path / "untried", True, monkeypatch, capsys)
+    float32, _ = train_in(name, tmp_path / "float32", False, monkeypatch, capsys)
+    assert names == [] and same(found, untried) and not any(map(same, found, float32))
+
+
+def test_a_wrong_kernel_behind_zero_weights_is_found(tmp_path, monkeypatch, capsys):
+    """The first convolution of a residual block is wrong. At the start of training nothing shows that, since the second
+    one has zero weights. The trial uses other weights, and then restores these."""
+    def train(folder, native):
+        monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+        return stage1.train_refiner(tmp_path / folder, settings(steps=2), "uncond", {}, images_of(40), CPU)
+
+    plant_fault(monkeypatch, lambda conv: (conv.in_channels, conv.out_channels, *conv.kernel_size) == (8, 16, 3, 3))
+    float32 = train("float32", native=False)
+    assert same(train("tried", native=True), float32) and reported(capsys) == ["tried"]
+
+
+# --- One folder, several commands -------------------------------------------------------------------------------------
+
+def test_one_process_trains_in_a_folder(few, tmp_path, monkeypatch, capsys):
+    """While one process trains, before its first checkpoint and after, another one in its folder is refused, with its
+    settings and with others. The line names the folder and does not advise removing it. A finished VAE is shared. The
+    first process ends as if it had been alone, and then the second one is let in."""
+    home, argv = tmp_path / "a" / "shapes-smoke", [*SMOKE, "--variant", "vae", "uncond", "--out"]
+    refused = []
+
+    def second_process(training):
+        if training.folder != home / "stage1-uncond-s0" or training.steps not in (2, 5):
+            return
+        if training.steps == 5:
+            training.checkpoint()
+        for flags in ([], ["--resume"], ["--variant", "uncond", "--steps", "9"]):
+            expect_error(capsys, lambda flags=flags: stage1.main([*argv, str(tmp_path / "a"), *flags]),
+                         f"error: {training.folder}: another process is training there; wait for it")
+            refused.append(flags)
+
+    after_each_step(monkeypatch, second_process)
+    for name in "ba":
+        stage1.main([*argv, str(tmp_path / name)])
+    alone, first = ([common.load_checkpoint(path) for path in sorted(tmp_path.glob(f"{name}/*/*/checkpoint.pt"))]
+                    for name in "ba")
+    assert len(refused) == 6 and len(first) == 2 and same(first, alone)
+    assert all(json.loads(path.read_text())["train"] == first[0]["train"] for path in home.glob("*/config.json"))
+    stage1.main([*argv, str(tmp_path / "a")])
+
+
+def test_stage3_without_a_flow_uses_the_vae_of_stage1(few, tmp_path, monkeypatch):
+    """Stage 3 takes the VAE from stage 1's folder. If it is not there, stage 3 trains it there, to the same bits, for
+    stage 1 and for all its own conditionings."""
+    stage1_vae = [*SMOKE, "--variant", "vae", "--out"]
+    trained = {"a": [], "b": []}  # networks by the command's --out
+    after_each_step(monkeypatch, lambda training: trained[training.folder.parts[-3]].append(training.folder.name))
+    stage1.main([*stage1_vae, str(tmp_path / "a")])
+    for home in "ab":
+        stage3.main([*SMOKE, "--prior", "gmm", "--conditioning", "fixed", "--out", str(tmp_path / home)])
+    stage3.main([*SMOKE, "--prior", "gaussian", "--conditioning", "fade", "--out", str(tmp_path / "b")])
+    stage1.main([*stage1_vae, str(tmp_path / "b")])
+    refiners = ["stage3-gmm-fixed-s0", "stage3-gaussian-fade-s0"]
+    assert list(trained.values()) == [[name for name in names for _ in range(8)] for names in (
+        ["stage1-vae-s0", refiners[0]], ["stage1-vae-s0", *refiners])]
+
+    states = [common.load_checkpoint(tmp_path / home / "shapes-smoke" / folder / "checkpoint.pt") for home, folder in (
+        ("a", "stage1-vae-s0"), ("b", "stage1-vae-s0"), ("b", "stage3-vae-gaussian-s0"))]
+    assert same(states[0], states[1]) and states[0]["run_id"] != states[1]["run_id"] == states[2]["run_id"]
+    assert all(same(states[2][part], states[0][part]) for part in ("vae", "gmm"))
 
 
 # --- The loop by hand -------------------------------------------------------------------------------------------------
 
-def tiny(folder, loss, state=None, watch=dict, names=("net",), **changes):
-    """Train one weight per name, from 1, by `loss(i, *weights)`, i from 0; Adam moves it by just the rate."""
+def train_weights(folder, loss, watch=dict, names=("net",), **changes):
+    """Train networks of one weight each, which start at 1, in float32. `loss(i, *weights)` is the loss of step i, from
+    0 on. Adam moves a weight by the learning rate, whatever the gradient."""
     networks = {name: nn.Linear(1, 1, bias=False) for name in names}
     for network in networks.values():
         nn.init.ones_(network.weight)
     rates = {"lr": 0.1, "muon_lr": 0.0, "clip": 0.0, "ema": 0.9}
     rates = {f"{name}_{key}": value for name in names for key, value in rates.items()}
     train = settings(batch=2, **rates) | changes
-    training = common.Training(folder, state, train, CPU, torch.zeros(9, 1, 1, 1), False, **networks)
+    training = common.Training(folder, train, CPU, torch.zeros(9, 1, 1, 1), False, **networks)
+    training.reduced = False
     for _ in training:
         weights = {name: network.weight.sum() for name, network in networks.items()}
         value = loss(training.steps, *weights.values())
@@ -160,41 +300,56 @@ def tiny(folder, loss, state=None, watch=dict, names=("net",), **changes):
 
 
 def test_log_by_hand(tmp_path):
-    """Rows at multiples of `every` hold the means since the last one and what was watched then; log.csv is a copy."""
+    """Every row of the log holds the means since the last row and what was watched. log.csv is a copy. A run of fewer
+    steps than `every` has one row."""
     calls = []
-    training = tiny(tmp_path, lambda i, w: 0 * w + i, watch=lambda: calls.append(1) or {"seen": len(calls)}, steps=8,
-                    every=3)
+    training = train_weights(tmp_path, lambda i, w: 0 * w + i, steps=8, every=3,
+                             watch=lambda: calls.append(1) or {"seen": len(calls)})
     rows = [{"step": 3, "loss": 1.0, "net": 1.0, "seen": 1}, {"step": 6, "loss": 4.0, "net": 1.0, "seen": 2}]
     assert training.log == rows and len(calls) == 2 and training.finish()["log"] == rows
     assert (tmp_path / "log.csv").read_text() == "step,loss,net,seen\n3,1.0,1.0,1\n6,4.0,1.0,2\n"
-    for steps, at, mean in ((1, 1, 0.0), (2, 2, 0.5), (5, 3, 1.0)):  # fewer steps than an interval: still one row
-        row, = tiny(tmp_path / str(steps), lambda i, w: 0 * w + i, steps=steps, every=3).log
+    for steps, at, mean in ((1, 1, 0.0), (2, 2, 0.5), (5, 3, 1.0)):
+        row, = train_weights(tmp_path / str(steps), lambda i, w: 0 * w + i, steps=steps, every=3).log
         assert (row["step"], row["loss"]) == (at, mean)
 
 
 @pytest.mark.parametrize("steps,bad", [(8, 3), (6, 5), (6, 6), (1, 1)])
 def test_what_is_not_finite(steps, bad, tmp_path, capsys):
-    """A loss, or a gradient of a finite loss (the root at 0), which ruins the weights, in the last step unseen by any
-    loss: it ends the run with one line that names the run, the term and the step of the next row of the log; not
-    finished."""
+    """One line names the run, what is not finite, and the step at which the next row of the log is due. There is no
+    checkpoint, and the line says so. `root` has a finite loss with an infinite gradient, which ruins the weights; in
+    the last step no later loss shows it."""
     for kind, loss in {"nan": lambda w: w * math.nan, "inf": lambda w: w * math.inf,
                        "root": lambda w: (0 * w).sqrt()}.items():
         word = "net" if kind == "root" else "loss"
-        expect_error(capsys, lambda kind=kind, loss=loss: tiny(
+        expect_error(capsys, lambda kind=kind, loss=loss: train_weights(
             tmp_path / kind, lambda i, w: loss(w) if i + 1 == bad else w, steps=steps, every=4),
-            f"{kind}: ", word, f"step {4 if bad == 3 else steps}")
+            f"{kind}: ", word, f"step {4 if bad == 3 else steps}", "nothing was saved")
         assert not (tmp_path / kind / "checkpoint.pt").exists()
 
 
+def test_what_is_not_finite_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """The line says that there is one. It is that of the step before. All flags that the line names exist."""
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=itertools.count(0, 61).__next__))  # each step is saved
+    with pytest.raises(SystemExit):
+        train_weights(tmp_path, lambda i, w: w * (math.nan if i == 5 else 1), steps=8, every=8)
+    message, parser = capsys.readouterr().err, argparse.ArgumentParser()
+    common.add_flags(parser)
+    named = re.findall(r"--[a-z-]+", message)
+    assert "step 6; its last checkpoint is from before" in message
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["steps"] == 5
+    assert named and all(flag in parser.format_help() for flag in named)
+
+
 def test_rates_clips_and_averages_by_hand(tmp_path):
-    """Each network has its own rate (warm-up, decay), clip (0: none) and average (decay 0 copies every bit)."""
-    training = tiny(tmp_path, lambda i, a, b: 2 * a + 3 * b, names=("a", "b"), steps=10, every=1, warmup=0.2, b_lr=0.2,
-                    a_clip=0.5, a_ema=0.4, b_ema=0.0)
+    """Each network has its own learning rate (with warm-up and decay), largest gradient (0: no limit) and moving
+    average (with decay 0, a copy of the weights)."""
+    training = train_weights(tmp_path, lambda i, a, b: 2 * a + 3 * b, names=("a", "b"), steps=10, every=1, warmup=0.2,
+                             b_lr=0.2, a_clip=0.5, a_ema=0.4, b_ema=0.0)
     shares = [min(1, (i + 1) / 2, (10 - i) / 8) for i in range(10)]  # 0.5, 1, 1, 7/8, ... 1/8
     average, a = 1.0, 1.0
     for n, share in enumerate(shares, 1):
         assert training.log[n - 1]["a"] == pytest.approx(a, abs=1e-5)
-        assert training.log[n - 1]["b"] == pytest.approx(2 * a - 1, abs=1e-5)  # twice as far from 1
+        assert training.log[n - 1]["b"] == pytest.approx(2 * a - 1, abs=1e-5)  # b has twice the rate
         a -= 0.1 * share
         average += (1 - min(0.4, (1 + n) / (10 + n))) * (a - average)  # 2/11, 3/12, ... 6/15, 0.4, 0.4
     gradients = [float(network.weight.grad) for network in training.networks.values()]
@@ -205,7 +360,7 @@ def test_rates_clips_and_averages_by_hand(tmp_path):
 
 
 def test_learning_rate_end_points():
-    """Warm-up over a share or a number of the steps, from above 0; the decay would reach 0 after the last step."""
+    """The rate rises over a share or a number of the steps, from above 0. It would fall to 0 after the last step."""
     rate = partial(common.learning_rate, 2.0, decay=True)
     assert rate(0, 100, 0.1) == pytest.approx(0.2) and rate(9, 100, 0.1) == 2 and rate(100, 100, 0.1) == 0
     assert rate(99, 100, 0.1) == pytest.approx(2 / 90) and rate(99, 100, 0.1, decay=False) == 2
@@ -227,7 +382,7 @@ def exact_orthogonalise(matrix):
 @pytest.mark.parametrize("spread", [1, 30, 100])  # of the singular values
 @pytest.mark.parametrize("shape", [(40, 40), (24, 96), (96, 24), (1, 9), (5, 1)])
 def test_orthogonalise_keeps_directions(shape, spread):
-    """Singular values come to 0.67..1.21 whatever the scale; U V^T is near; zero stays zero."""
+    """All singular values become 0.67 to 1.21, whatever the scale. The result is close to U V^T. Zero stays zero."""
     u, v = (torch.linalg.qr(common.randn((n, min(shape)), common.generator(n)))[0] for n in shape)
     matrix = u * torch.logspace(0, -math.log10(spread), min(shape)) @ v.T
     for scale in (1e-3, 1.0, 1e3):
@@ -239,13 +394,15 @@ def test_orthogonalise_keeps_directions(shape, spread):
 
 
 def test_muon_by_hand(tmp_path):
-    """Two steps with known gradients: the convolution, as a matrix (out, in k k), and the linear layer move along the
-    orthogonalised look-ahead momentum, by sqrt(out / in) more where that is above 1; biases are Adam's, at its rate."""
+    """Two steps with known gradients. The weights of the convolution, as a matrix (out, in k k), and of the linear
+    layer follow the orthogonalised Nesterov momentum, multiplied by sqrt(out / in) where that is above 1. Adam moves
+    the biases, at its own rate."""
     net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(5, 20)})
     expected = {name: p.detach().clone() for name, p in net.named_parameters()}
     gradients = [{name: common.randn(p.shape, common.generator(i)) for name, p in expected.items()} for i in range(2)]
     train = settings(steps=2, batch=2, warmup=0.0, decay=False, net_lr=0.01, net_muon_lr=0.1, net_clip=0.0, net_ema=0.0)
-    training = common.Training(tmp_path, None, train, CPU, torch.zeros(9, 1, 1, 1), False, net=net)
+    training = common.Training(tmp_path, train, CPU, torch.zeros(9, 1, 1, 1), False, net=net)
+    training.reduced = False
     for _ in training:
         loss = sum((gradients[training.steps][name] * p).sum() for name, p in net.named_parameters())
         training.step(loss.expand(2), {})
@@ -266,8 +423,9 @@ def test_muon_by_hand(tmp_path):
 # --- Dropout and compiling --------------------------------------------------------------------------------------------
 
 def test_dropout_depends_on_seed_and_step_alone(tmp_path, monkeypatch):
-    """Masks differ by step, seed and process, by nothing else; each step seeds every GPU's generator, too."""
-    def masks(folder, state=None, disturb=False, **changes):  # that the steps of a training draw
+    """Dropout masks depend on step, seed and process, and on nothing else. Each step seeds the GPUs' generators."""
+    def masks(folder, disturb=False, **changes):
+        """The masks that the steps of a training draw, (steps, 50). `disturb`: other random numbers are drawn, too."""
         found = []
 
         def loss(i, w):
@@ -275,7 +433,7 @@ def test_dropout_depends_on_seed_and_step_alone(tmp_path, monkeypatch):
             torch.rand(7 * disturb)
             return w
 
-        tiny(folder, loss, state, steps=6, dropout=0.5, **changes)
+        train_weights(folder, loss, steps=6, dropout=0.5, **changes)
         return torch.stack(found)
 
     seeds = []
@@ -287,54 +445,56 @@ def test_dropout_depends_on_seed_and_step_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_after(patch, 3)
         masks(tmp_path / "c")
-    assert torch.equal(masks(tmp_path / "c", common.load_checkpoint(tmp_path / "c" / "checkpoint.pt")), whole[3:])
+    assert torch.equal(masks(tmp_path / "c"), whole[3:])  # it goes on from the checkpoint
     both = []
     for rank in (0, 1):
         act_as(monkeypatch, rank)
-        both.append(masks(tmp_path / "e"))
+        both.append(masks(tmp_path / f"process {rank}"))
     assert len(torch.cat(both).unique(dim=0)) == 12
 
 
 def test_compile_reaches_the_networks_that_were_asked_for(tmp_path, monkeypatch):
-    """--compile: encoder, decoder and U-Net, wherever they are; without it none."""
+    """With --compile, encoder, decoder and U-Net are compiled, wherever they are. Without it nothing is."""
     compiled, refiner = [], stage3.build_refiner(settings(conditioning="film"), 8)
     monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(type(part).__name__))
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     for flag in (False, True):
         assert compiled == []
-        common.Training(tmp_path, None, settings(compile=flag), CPU, images_of(20).images, False,
-                        vae=common.build_vae(settings()), unet=refiner)
+        training = common.Training(tmp_path, settings(compile=flag), CPU, images_of(20).images, False,
+                                   vae=common.build_vae(settings()), unet=refiner)
+        next(iter(training))
     assert compiled == ["Encoder", "Decoder", "UNet"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_compiled_training_is_the_same_within_float_error(name, tmp_path, monkeypatch):
-    """Needs a C++ compiler on a CPU: compiled and not, the losses of each of three steps are the same."""
+    """The losses of three steps are the same with and without --compile. (On a CPU this needs a C++ compiler.)"""
     simplify(monkeypatch.setattr, {"every": 1})
     plain, fast = (run(name, tmp_path / str(len(flag)), "--steps", "3", *flag) for flag in ([], ["--compile"]))
     for (a, _), (b, _) in zip(plain, fast, strict=True):
         for row, other in zip(a["log"], b["log"], strict=True):
-            assert other == pytest.approx(row, rel=1e-2, abs=1e-2)  # fused, bfloat16 rounds less often
+            assert other == pytest.approx(row, rel=1e-2, abs=1e-2)  # fused operations round less often
 
 
 # --- Commands in processes of their own -------------------------------------------------------------------------------
 
-def float32(device):
-    """No bfloat16, in which sums of other lengths differ by 0.4%."""
+def float32(device, reduced):
+    """In place of common.autocast: always float32. In bfloat16, sums over batches of other sizes differ by 0.4%."""
     return torch.autocast(device.type, enabled=False)
 
 
 def command(name, folder, *flags, ranks=1, scores=False):
-    """The start of a stage's command, in a folder, in float32, under torchrun if there are several processes."""
+    """Start a stage's command in a folder, in float32, with torchrun if there are several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     argv = [sys.executable, *launcher, __file__, name, "scores" if scores else "none", *SMOKE, *FLAGS[name], *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(common.__file__).parent)}
-    with open(folder / "errors.txt", "a") as errors:  # progress bars would fill a pipe that nobody reads
+    with open(folder / "errors.txt", "a") as errors:  # progress bars would fill a pipe
         return subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 def finish(process, folder, status=0):
-    """Wait for a command that must end with this status; returns what it printed."""
+    """Wait for a command, which must end with this status. Returns what it printed."""
     out, _ = process.communicate(timeout=500)
     assert process.returncode == status, out + (folder / "errors.txt").read_text()[-3000:]
     return out
@@ -343,7 +503,8 @@ def finish(process, folder, status=0):
 @pytest.mark.parametrize("name,kills", [("stage1", 1), *(
     pytest.param(name, 20, marks=pytest.mark.slow) for name in COMMANDS)])
 def test_killed_at_any_moment_and_resumed(name, kills, tmp_path, monkeypatch):
-    """SIGKILL, again and again, in every network's training: the last --resume has every bit of a whole run."""
+    """The command is killed again and again while networks train. After the last --resume, every bit is that of a run
+    that was never killed."""
     rng, steps = random.Random(0), 40 * (kills + 1)
     flags = ["--batch-size", "2", "--steps", str(steps), "--resume"]
     paths = [tmp_path / "cut" / "shapes-smoke" / f"{one}-s0" / "checkpoint.pt" for one in RUNS[name]]
@@ -366,15 +527,15 @@ def test_killed_at_any_moment_and_resumed(name, kills, tmp_path, monkeypatch):
 
 
 def assert_close(name, home, other):
-    """Averaged weights of two runs agree within float error."""
+    """Check that the averaged weights of two runs agree within float error."""
     for (ours, _), (theirs, _) in zip(results(name, home), results(name, other), strict=True):
         assert ours["finished"] and theirs["finished"]
-        for part in {"vae", "unet"} & ours.keys():
+        for part in NETWORKS & ours.keys():
             torch.testing.assert_close(ours[part], theirs[part], rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
-    """The weights that one gives alone, and the same images exported: 70, a batch of each process."""
+    """Their weights are those of one process alone, and so are the 70 exported images, of which each makes a batch."""
     flags = ["--steps", "4", "--batch-size", "8", "--export", "70", "--sample-steps", "2"]
     simplify(monkeypatch.setattr)
     monkeypatch.setattr(common, "autocast", float32)
@@ -393,7 +554,7 @@ def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_two_processes_do_what_one_does(name, tmp_path):
-    """Weights, and the scores of what is sampled, are those of one process, within float error; one speaks for all."""
+    """Weights, and scores of samples, are those of one process within float error. Only the first process prints."""
     printed = [finish(command(name, tmp_path, "--steps", "4", "--out", str(ranks), ranks=ranks, scores=True), tmp_path)
                for ranks in (1, 2)]
     assert [text.count("features: local-shapes") for text in printed] == [1, 1]
@@ -407,20 +568,29 @@ def test_two_processes_do_what_one_does(name, tmp_path):
 # --- Several processes, one at a time ---------------------------------------------------------------------------------
 
 def act_as(patch, rank, ranks=2):
-    """From here on this process is one of several, whose sums are its own alone."""
-    for place, name, value in ((common, "RANK", rank), (fid, "RANK", rank), (common, "RANKS", ranks),
+    """From here on this process is number `rank` of several. A sum over all processes is what it would be if all had
+    the same numbers as this one."""
+    for place, name, value in ((common, "RANK", rank), (common, "RANKS", ranks),
                                (distributed, "all_reduce", lambda tensor: tensor.mul_(ranks)),
                                (distributed, "barrier", lambda: None)):
         patch.setattr(place, name, value)
 
 
 def test_a_checkpoint_holds_what_all_processes_saw(tmp_path, monkeypatch):
-    """The log's sums, too, at any step: else a resumed run's next row would be the first process's alone."""
+    """The log's sums in a checkpoint are those of all processes, else a resumed run's next row would be wrong."""
     act_as(monkeypatch, 0)
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(0).add_(10))  # all others had so much
-    tiny(tmp_path, lambda i, w: 0 * w + i, steps=5, every=3)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(0).add_(10))  # so much in all processes
+    train_weights(tmp_path, lambda i, w: 0 * w + i, steps=5, every=3)
     sums = common.load_checkpoint(tmp_path / "checkpoint.pt")["sums"]
     assert {name: float(value) for name, value in sums.items()} == {"loss": 10.0, "net": 10.0}
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_several_processes_cannot_use_one_device(device, tmp_path, monkeypatch, capsys):
+    """torchrun with --device mps or cuda:1 is refused before the processes meet."""
+    act_as(monkeypatch, 0)
+    monkeypatch.setattr(distributed, "init_process_group", lambda *a, **k: pytest.fail("they must not meet"))
+    expect_error(capsys, lambda: run("stage1", tmp_path, "--device", device), f"--device {device}", "several processes")
 
 
 def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
@@ -434,12 +604,13 @@ def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
 
 
 def test_draws_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    """Batches, flips and noise of two processes put together are those of one; their generators end alike."""
+    """Batches, mirroring and noise of two processes, put together, are those of one process, in every step."""
     def drawn(rank, ranks):
         with monkeypatch.context() as patch:
             act_as(patch, rank, ranks)
-            training = common.Training(tmp_path, None, settings(batch=6), CPU, images_of(20).images, True)
-            return [torch.cat([training.batch().flatten(1), training.draw(torch.randn, 5)], 1) for _ in range(3)]
+            training = common.Training(tmp_path, settings(batch=6), CPU, images_of(20).images, True)
+            return [torch.cat([training.batch().flatten(1), training.normal(3), training.uniform(2)], 1)
+                    for _ in range(3)]
 
     whole, first, second = drawn(0, 1), drawn(0, 2), drawn(1, 2)
     for a, b, c in zip(whole, first, second, strict=True):
@@ -447,27 +618,28 @@ def test_draws_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_serialises_and_writes(tmp_path, monkeypatch):
-    """The second one trains and finishes without a call of torch.save, and leaves every file as the first wrote it."""
-    tiny(tmp_path, lambda i, w: w).finish()
+    """The second process trains and finishes, never calls torch.save, and changes no file."""
+    train_weights(tmp_path, lambda i, w: w).finish()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     act_as(monkeypatch, 1)
     monkeypatch.setattr(torch, "save", lambda *a: pytest.fail("serialised"))
-    training = tiny(tmp_path, lambda i, w: w)
+    training = train_weights(tmp_path, lambda i, w: w)
     assert training.finish()["finished"] and len(training.log) == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_every_process_gets_the_metrics(tmp_path, monkeypatch):
-    """Evaluation returns what was measured in a process that comes to the end before the first one has written."""
-    monkeypatch.setattr(common, "measure_samples", lambda *a: ([{"fd_local": {"value": 1.0}}], {}))
+    """The second process returns the metrics, too, even if it ends before the first one has written them."""
+    monkeypatch.setattr(fid, "measure_samples", lambda *a: ([{"fd_local": {"value": 1.0}}], {}))
     monkeypatch.setattr(common, "draw_training", lambda *a: {})
     setup = SimpleNamespace(evaluation={"temperature": 1.0}, data=images_of(20),
                             extractor=SimpleNamespace(name="local-none"))
-    monkeypatch.setenv("PATH", "")  # without git the commit is unknown, and that is all
+    monkeypatch.setenv("PATH", "")  # without git the commit is unknown, and nothing else changes
     for rank in (1, 0):
         act_as(monkeypatch, rank)
-        metrics = common.evaluate(tmp_path / "none-s0", setup, {"train": settings(), "log": [], "seconds": 1.0},
-                                  common.Model("none", CPU, (3, 32, 32), common.Diffusion()), {})
+        state = {"train": settings(), "log": [], "seconds": 1.0, "run_id": "a"}
+        metrics = fid.evaluate(tmp_path / "none-s0", setup, state,
+                               common.Model("none", CPU, (3, 32, 32), common.Diffusion("v")))
         assert metrics["rows"][0]["fd_local"]["value"] == 1.0 and metrics["run"]["commit"] == "unknown"
 
 
