@@ -31,7 +31,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import sys
 import time
@@ -1394,13 +1393,13 @@ def lock(folder):
     except OSError as error:
         fail(f"cannot write {Path(folder) / 'lock'}: {error.strerror}; allow writing there or choose another --out")
     try:
-        import fcntl  # not on Windows, where there is no lock
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
     except BlockingIOError:
         file.close()
         fail(f"{folder}: another process is training there; wait for it, or choose another --out")
+    except (ImportError, OSError):  # a system, or a file system, without locks: go on without
+        pass
     return file
 
 
@@ -1778,9 +1777,9 @@ def export(args, folder, state, model, evaluation):
         if note.is_file() and (difference := first_difference(json.loads(note.read_text()), settings)):
             print(f"{place}: samples of other settings ({difference}) are replaced")
             wait_for_all()  # all processes have read the note
-            if RANK == 0:
-                shutil.rmtree(place)
-        write_json(note, settings)
+            for image in place.glob("*.png") if RANK == 0 else ():
+                image.unlink()
+        write_json(note, settings)  # last, so that samples of a killed command are never taken for others
     wait_for_all()
     there = len(find_images(places[0]))
     if there > args.export:

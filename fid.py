@@ -10,8 +10,7 @@ and covariance S (Heusel et al. 2017). Only with Inception's features is it call
 
 Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
-    into
-                    moments in float64.
+                    into moments in float64.
     A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images. So the FD of equally many
                     held-out real images is always given beside it.
     An interval     The jackknife: scores without one twentieth of the images each tell how much a score depends on the
@@ -49,25 +48,15 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import (
-    DATASETS,
-    fail,
-    find_hashed,
-    find_images,
-    generator,
-    load_hashed,
-    randn,
-    read_image,
-    to_float,
-    to_uint8,
-)
+from common import DATASETS, fail, find_images, generator, load_hashed, randn, read_image, to_float, to_uint8
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
 OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
+UNCHANGED = 0.9  # a folder counts as unchanged if it shares nine in ten files with the folder that was trained on
 
 
 def require_uint8(images):
-    """uint8 (B, 3, H, W) as it is, (B, 1, H, W) repeated to three channels; anything else is a ValueError."""
+    """uint8 (B, 3, H, W) -> the same; grey (B, 1, H, W) -> its channel three times; anything else is a ValueError."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}; round floats "
                          "in [-1, 1] by ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)")
@@ -82,35 +71,36 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 def change_pool(block, pool):
-    """Feed `pool` of a block's input to its pooling branch, in place of what torchvision pools."""
+    """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
+    branch_pool(avg_pool2d(x)) in its own code. The first hook keeps x, the second has branch_pool read pool(x)."""
     inputs = []
-    block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    block.branch_pool.register_forward_pre_hook(lambda _, arguments: pool(inputs.pop()))
+    block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
+    block.branch_pool.register_forward_pre_hook(lambda branch_pool, arguments: pool(inputs.pop()))
 
 
 def resize_matrix(size, target):
-    """Bilinear interpolation along one axis as in TensorFlow 1: float32 (target, size). Output i is read at
-    i * size / target, without antialias; the half-pixel rule of today's libraries would read elsewhere."""
-    at = torch.arange(target, dtype=torch.float64) * size / target  # (target,)
-    low = at.long()
-    near, far = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)  # (target, size)
-    return torch.lerp(near.double(), far.double(), (at - low)[:, None]).float()
+    """The matrix (target, size), float32, that resizes one axis of an image bilinearly, as TensorFlow 1 does: output i
+    is read at i * size / target, without antialias. (Libraries of today read at (i + 0.5) * size / target - 0.5.)"""
+    position = torch.arange(target, dtype=torch.float64) * size / target  # (target,)
+    low = position.long()  # the pixel before the position; low + 1 is the one after it
+    before, after = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)  # (target, size)
+    return torch.lerp(before.double(), after.double(), (position - low)[:, None]).float()
 
 
 class InceptionV3(nn.Module):
-    """uint8 (B, 3, H, W) -> pool3 (B, 2048), logits (B, 1008) without bias (the Inception Score's). In eval mode.
-    torchvision's layers with four differences: average pools do not count the padding, the last block pools by maximum,
-    there are 1008 classes, and no auxiliary head."""
+    """uint8 images (B, 3, H, W) -> features "pool3" (B, 2048), logits (B, 1008) without the last layer's bias, as in
+    the original Inception Score. The network differs from torchvision's in four points: average pools leave out the
+    padding, the last block pools by maximum, there are 1008 classes, and there is no auxiliary head."""
 
-    suffix, dim, classes, batch, name = "", 2048, 1008, 32, "inception"
+    suffix, dim, classes, batch, name = "", 2048, 1008, 32, "inception"  # suffix: what the names of scores end in
 
     def __init__(self):
         super().__init__()
-        from torchvision.models import Inception3  # here, as it takes a second and few need it
+        from torchvision.models import Inception3  # imported here, since it takes a second and few commands need it
         average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name, layer in Inception3(1008, aux_logits=False, init_weights=False).named_children():
-            self.add_module(name, layer)  # in the order of use, by the names in the file of weights
+            self.add_module(name, layer)  # in order of use, and with the names that the file of weights has
             if hasattr(layer, "branch_pool"):
                 change_pool(layer, maximum if name == "Mixed_7c" else average)
         self.to(memory_format=torch.channels_last).eval()
@@ -126,8 +116,8 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(weights=None):
-    """The network with the published weights: from `weights`, else $FID_INCEPTION_WEIGHTS, else pytorch-fid's cache,
-    which a download fills. Fails if they cannot be had or are not the published bytes: a bad download is not kept."""
+    """An InceptionV3 with the published weights: from the file `weights`, else $FID_INCEPTION_WEIGHTS, else torch.hub's
+    cache, which a download fills. The program ends with an error if they are missing or are not the published bytes."""
     advice = f"fetch {INCEPTION_URL} and name it with --weights or FID_INCEPTION_WEIGHTS, or use --features local"
     cache = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     path = Path(weights or os.environ.get("FID_INCEPTION_WEIGHTS") or cache)
@@ -137,8 +127,9 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(cache), hash_prefix=INCEPTION_SHA256)
         except Exception as error:  # no network, cut off, another file, a full disk: the remedy is the same
             fail(f"--weights {cache}: no such file, and no download ({error}); {advice}")
-    state, net = load_hashed([path], "--weights", advice, INCEPTION_SHA256), InceptionV3()
-    net.load_state_dict(net.state_dict() | state)  # it may lack batch counts
+    state = load_hashed([path], "--weights", advice, INCEPTION_SHA256)
+    net = InceptionV3()
+    net.load_state_dict(net.state_dict() | state)  # num_batches_tracked may be missing in the file; nothing uses it
     net.name = f"inception-{INCEPTION_SHA256[:8]}"
     return net
 
@@ -146,27 +137,23 @@ def load_inception(weights=None):
 # ---- 2. The local network: features for one data set, trained on it (section 7) --------------------------------------
 
 def conv_bn(inputs, outputs, stride=1):
-    """3x3 convolution, batch norm, ReLU."""
+    """A 3x3 convolution from `inputs` to `outputs` channels, batch norm and ReLU."""
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU()))
 
 
 class Residual(nn.Sequential):
-    """x + what its layers make of x."""
-
     def forward(self, x):
         return x + super().forward(x)
 
 
 class LocalNet(nn.Module):
-    """Small residual network: uint8 (B, 3, H, W) -> features (B, 64), logits (B, K). 0.7M parameters, 0.1 GFLOP.
+    """Small residual network: uint8 images (B, 3, H, W) -> features (B, 64), logits (B, classes). It has 0.7M
+    parameters and takes 0.1 GFLOP an image. Images that are not `size` x `size` (32 or 64) are cut to the centred
+    square and resized with antialias, as stages do with a user's photos. The batch norm that makes the features gives
+    each of them mean 0 and variance about 1 over the training set, which sets the unit of the Frechet distance."""
 
-    Pixels enter as x / 127.5 - 1 at `size` (32, or 64 with a stride-2 stem); of other sizes the centred square, resized
-    with antialias, as a stage reads a folder.
-    Every feature has mean 0 and variance about 1 over the training set: that is the unit of its Frechet distances.
-    """
-
-    suffix, dim, batch = "_local", 64, 256
+    suffix, dim, batch = "_local", 64, 256  # as in InceptionV3
 
     def __init__(self, classes, size=32):
         super().__init__()
@@ -182,10 +169,11 @@ class LocalNet(nn.Module):
         self.head = nn.Linear(self.dim, classes)
 
     def forward(self, images):
-        x = require_uint8(images).float() / 127.5 - 1
-        if x.shape[2:] != (self.size, self.size):
-            side = min(x.shape[2:])
-            top, left = ((full - side) // 2 for full in x.shape[2:])
+        x = to_float(require_uint8(images))  # in [-1, 1]
+        height, width = x.shape[2:]
+        if (height, width) != (self.size, self.size):
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
             x = x[:, :, top:top + side, left:left + side]
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         features = self.body(x.contiguous(memory_format=torch.channels_last))
@@ -193,49 +181,49 @@ class LocalNet(nn.Module):
 
 
 def file_marks(folder):
-    """A mark for each image file in a folder and below it, made of its path there and its size. They tell whether a
-    feature network was trained on these files, without naming them."""
+    """A mark of eight digits for each image file in a folder and below it: a hash of its path there and its size. They
+    are stored with a feature network and tell which files it was trained on, without naming these."""
     return [hashlib.sha256(f"{path.relative_to(folder)} {path.stat().st_size}".encode()).hexdigest()[:8]
             for path in find_images(folder)]
 
 
 def save_local(net, name, folder=None):
-    """Write <name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return its path. `folder`: the images it
-    was trained on, if they are a user's own; the file then goes to OWN_FEATURES_DIR."""
-    state = {"classes": net.classes, "size": net.size, "files": folder and file_marks(folder),
+    """Write a LocalNet to <name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return the path. A network
+    that was trained on a user's own `folder` of images goes to OWN_FEATURES_DIR, any other to FEATURES_DIR."""
+    state = {"classes": net.classes, "size": net.size, "files": file_marks(folder) if folder else None,
              "state": common.half(net.state_dict())}
     return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)
 
 
 def trained_on(stored, folder):
-    """The share of the files in a folder that a stored network was trained on (or the reverse share, if that is
-    less)."""
+    """The share, 0 to 1, that files now in `folder` and files that a network was trained on have in common: the number
+    of common files over the larger of both numbers. `stored` is what save_local wrote."""
     marks, known = set(file_marks(folder)), set(stored.get("files") or ())
     return len(marks & known) / max(len(marks), len(known))
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
-    """The feature network `inception` or `local`, in eval mode: uint8 (B, 3, H, W) -> features (B, dim), logits (B,
-    classes). It has the attributes name, suffix, dim and classes. A local one belongs to a data set, or to a user's own
-    folder, and is found by its name. Fails, naming the flag and the place, if its weights cannot be had, or if they
-    were trained on other files than those that are in the folder now (one in ten may be new or gone)."""
+    """The feature network of `kind` "inception" or "local", in eval mode: uint8 images (B, 3, H, W) -> features (B,
+    dim), logits (B, classes). It has the attributes name, suffix, batch, dim and classes. A local network is found by
+    the name of its data set or, if `dataset` is "folder", by that of the user's own folder `data_dir`; `weights` names
+    another file. The program ends with an error if there is none, or if the folder has changed since its training."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    own = dataset == "folder"
-    if own and not Path(data_dir).is_dir():
-        fail(f"{data_dir}: no such folder; name the folder of your images, in a stage with --data-dir")
-    if own and not find_images(data_dir):
-        fail(f"{data_dir}: found 0 images there; name the folder of your images, in a stage with --data-dir")
-    folder, name = (OWN_FEATURES_DIR, Path(data_dir).resolve().name) if own else (FEATURES_DIR, dataset)
-    found = [Path(weights)] if weights else find_hashed(folder, name)
-    others = ", ".join(str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt")))
-    advice = (f"name one with --weights (there are {others or 'none'}), or make it: python fid.py --train-local "
-              f"{data_dir if own else dataset}")
-    flag = "--weights" if weights else f"--features local, {folder / name}-<hash8>.pt"
+    home, name, source = FEATURES_DIR, dataset, dataset
+    if dataset == "folder":
+        if not find_images(data_dir):
+            problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
+            fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
+        home, name, source = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
+    found = [Path(weights)] if weights else common.find_hashed(home, name)
+    flag = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"
+    there = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
+    advice = (f"name one with --weights (there are {', '.join(there) or 'none'}), or make it: "
+              f"python fid.py --train-local {source}")
     stored = load_hashed(found, flag, advice)
     if "classes" not in stored:
         fail(f"--weights {found[0]}: not a local feature network; {advice}")
-    if own and not weights and (share := trained_on(stored, data_dir)) < 0.9:
+    if dataset == "folder" and not weights and (share := trained_on(stored, data_dir)) < UNCHANGED:
         fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
              f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
     net = LocalNet(stored["classes"], stored["size"])
@@ -258,35 +246,35 @@ def scoring_device(extractor):
 
 @torch.no_grad()
 def extract(extractor, images, batch_size=None, progress=False):
-    """uint8 (N, 3, H, W), or a list of (3, H, W) of several sizes (then one by one) -> features (N, d), logits (N, K),
-    float32 on the CPU. The batch size changes nothing but speed."""
-    parts, device = [], next(extractor.eval().parameters()).device
+    """The features (N, d) and logits (N, K) of uint8 images (N, 3, H, W), float32 on the CPU. The images may also be a
+    list of (3, H, W) of several sizes, which are passed one by one. The batch size changes nothing but the speed."""
+    device = next(extractor.eval().parameters()).device
     batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
+    outputs = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # with TF32 the batch size would matter
         for batch in tqdm(batches, desc=f"features ({extractor.name})", unit="batch", disable=not progress):
-            parts.append([y.cpu() for y in extractor(batch.to(device))])
-    features, logits = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(logits)
+            outputs.append([output.cpu() for output in extractor(batch.to(device))])  # [features, logits]
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 @dataclass
 class Moments:
-    """Of features (N, d): their number, mean (d,) and covariance (d, d) with ddof 1; float64."""
+    """The moments of features (N, d), in float64."""
 
-    count: int
-    mean: torch.Tensor
-    cov: torch.Tensor
+    count: int  # N
+    mean: torch.Tensor  # (d,)
+    cov: torch.Tensor  # (d, d), with N - 1 in the denominator
 
     @cached_property
     def root(self):
-        """(d, k) with root @ root.T = cov, without the eigenvalues that are only rounding error."""
-        values, vectors = torch.linalg.eigh(self.cov)
-        real = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
-        return vectors[:, real] * values[real].sqrt()
+        """A matrix (d, k) with root @ root.T = cov. k counts the eigenvalues that are more than rounding error."""
+        values, vectors = torch.linalg.eigh(self.cov)  # ascending
+        kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]  # as in numpy's matrix_rank
+        return vectors[:, kept] * values[kept].sqrt()
 
 
 def moments(features):
-    """The Moments of features (N, d), about their own mean, so that an offset costs no digits."""
+    """The Moments of features (N, d). They are centred before they are squared: a large mean costs no digits."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
     x = features.double()
@@ -301,111 +289,125 @@ CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 
 
 def frechet_distance(a, b):
-    """Frechet distance of two Moments, squared feature units, at least 0. tr (S_1 S_2)^(1/2) is the sum of
-    singular values of root_1^T root_2: no matrix square root, complex number or epsilon, and exact where N < d too."""
+    """The Frechet distance (top of this file) of two Moments, in squared units of the features. With S_i = R_i R_i^T,
+    S_1 S_2 has the nonzero eigenvalues of C C^T, where C = R_1^T R_2. So tr (S_1 S_2)^(1/2) is the sum of the singular
+    values of C. That is exact for N < d too, and needs no matrix square root."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
-    delta, cross = a.mean - b.mean, torch.linalg.svdvals(a.root.T @ b.root).sum()
+    delta = a.mean - b.mean
+    cross = torch.linalg.svdvals(a.root.T @ b.root).sum()
     return max(0.0, (delta @ delta + a.cov.trace() + b.cov.trace() - 2 * cross).item())
 
 
 def expected_floor(stats, count):
-    """The Frechet distance to expect of `count` Gaussian draws like those behind `stats`, to second order in the errors
-    of both moments: (1/N1 + 1/N2) (1.25 tr S + 0.5 sum_ij l_i l_j / (l_i + l_j)), l the eigenvalues of S."""
-    eigen = stats.root.square().sum(0)  # (k,)
-    pairs = (eigen[:, None] * eigen / (eigen[:, None] + eigen)).sum()
-    return ((1 / count + 1 / stats.count) * (1.25 * eigen.sum() + 0.5 * pairs)).item()
+    """The expected Frechet distance between N1 = `count` and N2 = stats.count draws of one Gaussian with the covariance
+    S of `stats`. To second order, with l the eigenvalues of S and D = S_1 - S_2 in the basis of its eigenvectors:
+
+        E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
+        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j, and twice that for i = j, which adds 1/4 tr S to that sum over i and j
+        E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))"""
+    eigenvalues = stats.root.square().sum(0)  # (k,), those above 0
+    pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
+    return ((1 / count + 1 / stats.count) * (1.25 * eigenvalues.sum() + 0.5 * pairs)).item()
 
 
 def inception_score(logits, splits=10, seed=2020):
-    """exp(mean KL(p(y|x) || p(y))) over `splits` parts of logits (N, K): mean, standard deviation (ddof 0) (Salimans et
-    al. 2016). Shuffled first, as torch-fidelity does (seed=None: not): sorted samples would have one class per part."""
+    """The Inception Score (Salimans et al. 2016), exp(mean KL(p(y|x) || p(y))), of logits (N, K): mean and standard
+    deviation (ddof 0) over `splits` parts. The images are shuffled first, as in torch-fidelity, since sorted ones would
+    give parts of one class each; seed=None keeps their order."""
     logits = logits if seed is None else shuffle(logits, seed)
     count, splits, values = len(logits), min(splits, len(logits)), []
     for i in range(splits):
-        log_p = logits[i * count // splits:(i + 1) * count // splits].double().log_softmax(1)  # (n, K)
-        marginal = log_p.exp().mean(0)  # (K,)
-        values.append(((log_p.exp() * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()).exp())
+        log_p = logits[i * count // splits:(i + 1) * count // splits].double().log_softmax(1)  # (n, K), log p(y|x)
+        marginal = log_p.exp().mean(0)  # (K,), p(y)
+        kl = (log_p.exp() * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()
+        values.append(kl.exp())
     values = torch.stack(values)  # (splits,)
     return values.mean().item(), values.std(correction=0).item()
 
 
 def pair_means(kernel, x, y=None):
-    """For each row i of x (M, d), the mean of kernel(x_i, y_j) over all rows j of y (N, d), or of kernel(x_i, x_j) over
-    j != i: (M,), float64."""
-    a, b, sums = x.double(), (x if y is None else y).double(), []
-    for i in range(0, len(a), CHUNK):
-        values = kernel(a[i:i + CHUNK], b)  # (CHUNK, N)
-        if y is None:
+    """For each row x_i of x (M, d), the mean of kernel(x_i, y_j) over all rows of y (N, d): float64 (M,). Without y,
+    the mean of kernel(x_i, x_j) over all j except i."""
+    x, sums = x.double(), []
+    y, leave_out_self = (x, True) if y is None else (y.double(), False)
+    for i in range(0, len(x), CHUNK):
+        values = kernel(x[i:i + CHUNK], y)  # (CHUNK, N)
+        if leave_out_self:
             values[:, i:i + CHUNK].fill_diagonal_(0)
         sums.append(values.sum(1))
-    return torch.cat(sums) / (len(b) - int(y is None))
+    return torch.cat(sums) / (len(y) - int(leave_out_self))
 
 
 def cubic(x, y):
-    """KID's kernel (x.y / d + 1)^3: (M, d), (N, d) -> (M, N)."""
+    """KID's kernel (x.y / d + 1)^3 of all rows of x (M, d) with all rows of y (N, d): (M, N)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def distances(x, y):
-    """(M, d), (N, d) float64 -> (M, N); what is only rounding error becomes 0, so that duplicates are recognised."""
-    scale = x.square().sum(1)[:, None] + y.square().sum(1)
-    squares = torch.addmm(scale, x, y.T, alpha=-2)
-    return squares.masked_fill_(squares < 1e-12 * scale, 0).sqrt_()
+    """The distances of rows of x (M, d) from rows of y (N, d), float64: (M, N). Mere rounding error becomes 0."""
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)  # |x|^2 + |y|^2
+    squares = torch.addmm(norms, x, y.T, alpha=-2)  # |x|^2 + |y|^2 - 2 x.y
+    return squares.masked_fill_(squares < 1e-12 * norms, 0).sqrt_()  # so that duplicates have distance 0
 
 
 def kid(real, generated, subsets=100, size=1000, seed=2020):
-    """Kernel Inception Distance (Binkowski et al. 2018) of features (N, d): unbiased MMD^2 with the cubic kernel, so it
-    may be negative. Mean over random subsets of `size`, drawn as torch-fidelity does; size=None: all pairs."""
+    """Kernel Inception Distance (Binkowski et al. 2018) of features (N, d) and (M, d): MMD^2 with the cubic kernel. The
+    estimate is unbiased, so that it may be negative. It is a mean over `subsets` random subsets with `size` images on
+    each side, drawn as torch-fidelity draws them; with size=None all images are used, once."""
     if size is not None and size > min(len(real), len(generated)):
         raise ValueError(f"KID subsets of {size} need as many images on each side, not {len(real)}, {len(generated)}")
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets if size else 1):
-        x, y = (z[random.choice(len(z), size, replace=False)] if size else z for z in (real, generated))
+        x = real[random.choice(len(real), size, replace=False)] if size else real
+        y = generated[random.choice(len(generated), size, replace=False)] if size else generated
         values.append(pair_means(cubic, x).mean() + pair_means(cubic, y).mean() - 2 * pair_means(cubic, x, y).mean())
     return torch.stack(values).mean().item()
 
 
 def precision_recall(real, generated, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d): the share of generated images inside
-    some real image's ball, which reaches to its k-th nearest other; and the reverse. Both depend on N: take equal N."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d) and (M, d). Each image has a ball
+    that reaches to its k-th nearest neighbour of its own kind. Precision is the share of generated images in the ball
+    of any real image, recall the share of real images in the ball of any generated one. Both depend on N and M."""
     if k >= min(len(real), len(generated)):
         raise ValueError(f"precision and recall with k={k} need more than {k} images on each side")
 
-    def covered(x, centres):  # the (k+1)-th smallest distance counts the image itself; the margin counts ties as inside
-        reach = torch.cat([distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(CHUNK)])
-        inside = [(distances(part, centres) <= reach * (1 + 1e-9)).any(1) for part in x.split(CHUNK)]
+    def share_inside(x, centres):  # of the rows of x, in the ball of any row of `centres`
+        # k + 1, since each image is its own nearest neighbour; the factor lets points on a surface count as inside
+        radius = torch.cat([distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(CHUNK)])
+        inside = [(distances(part, centres) <= radius * (1 + 1e-9)).any(1) for part in x.split(CHUNK)]
         return torch.cat(inside).double().mean().item()
 
     real, generated = real.double(), generated.double()
-    return covered(generated, real), covered(real, generated)
+    return share_inside(generated, real), share_inside(real, generated)
 
 
 def diversity(real, generated):
-    """Mean feature distance between two generated images over that between two real ones: 1 is right, 0 is collapse."""
+    """Mean feature distance of two generated images over that of two real ones: 1 if as diverse, 0 if all are alike."""
     return (pair_means(distances, generated).mean() / pair_means(distances, real).mean()).item()
 
 
-GROUPS, T_95 = 20, 2.093024  # jackknife groups, and Student's t for 95% at 19 degrees of freedom
+GROUPS, T_95 = 20, 2.093024  # of the jackknife; and the 97.5% quantile of Student's t with 19 degrees of freedom
 
 
 def jackknife(score, x):
-    """score(x), a number, with a 95% interval: {"value", "low", "high"}. From the scores without rows g, g + 20, ... of
-    x (N, ...), for each of 20 groups g. It tells what another draw of the images could change (not another
-    training). With fewer than two rows per group nothing is left out: low and high are None."""
+    """The number score(x) for x (N, ...), with a 95% interval: {"value", "low", "high"}. Row i belongs to group i
+    modulo 20, and the interval comes from 20 scores that leave out one group each. It tells how far another draw of
+    images could change the score (not another training). For N < 40, low and high are None."""
     value, group = score(x), torch.arange(len(x)) % GROUPS
-    if len(group) < 2 * GROUPS:
+    if len(x) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
-    left = np.array([score(x[group != g]) for g in range(GROUPS)])
-    half = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(left - left.mean()).sum())
-    return {"value": value, "low": value - half, "high": value + half}
+    scores_without = np.array([score(x[group != g]) for g in range(GROUPS)])
+    half_width = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(scores_without - scores_without.mean()).sum())
+    return {"value": value, "low": value - half_width, "high": value + half_width}
 
 
-def jackknife_pairs(value, own):
-    """The jackknife of a mean over pairs of images, to first order and without computing a pair again: rows left out
-    move it by twice what they move the mean of `own` (N,), each image's mean over its partners (it is quadratic in the
-    set of images: each is both sides of its pairs)."""
-    return jackknife(lambda x: value + 2 * (x.mean() - own.mean()).item(), own)
+def jackknife_pairs(value, image_means):
+    """The jackknife of a score that is a mean over pairs of images, such as KID, without computing pairs again. `value`
+    is the score, and image_means (N,) has the mean over the pairs of each image. Each pair has two images. So if images
+    are left out the score changes, to first order, by twice the change of the mean of image_means."""
+    return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
 # ---- 5. The reference, and a row of scores with intervals ------------------------------------------------------------
@@ -418,68 +420,67 @@ def shuffle(x, seed=0):
 
 @dataclass
 class Reference:
-    """What real images look like to an extractor: features (N, d) of the train split and, of held-out images, features
-    (M, d) and logits (M, K), or None. Rows are in a random order. `stats`: the train split's Moments."""
+    """Features of real images, in a random order, to compare with. `stats` has the Moments of the training images."""
 
-    features: torch.Tensor
-    test_features: torch.Tensor | None = None
-    test_logits: torch.Tensor | None = None
+    features: torch.Tensor  # (N, d), of the training images
+    test_features: torch.Tensor | None = None  # (M, d), of held-out images
+    test_logits: torch.Tensor | None = None  # (M, K)
 
     def __post_init__(self):
         self.stats = moments(self.features)
 
-    def to(self, device):
-        return Reference(*(x if x is None else x.to(device) for x in (
-            self.features, self.test_features, self.test_logits)))
-
 
 def make_reference(extractor, train, test=None):
-    """The Reference of real uint8 images, each a tensor (N, 3, H, W) or a list."""
+    """The Reference of real images `train` and held-out ones `test`: uint8 (N, 3, H, W), or lists as in `extract`."""
     held_out = () if test is None else extract(extractor, shuffle(test), progress=True)
     return Reference(extract(extractor, shuffle(train), progress=True)[0], *held_out)
 
 
 def reference(extractor, data_train, data_test, cache_dir):
-    """make_reference of a data set (common.ImageData, two splits), kept in CACHE_DIR under a name that changes with the
-    data set, its crop and every pixel, and with the feature network."""
+    """The Reference of a data set (common.ImageData of two splits). It is kept in cache_dir, in a file whose name
+    changes with the data set, its crop, any of its pixels and the feature network."""
     train, test, pixels = data_train.images, data_test.images, hashlib.sha256()
     for images in (train, test):
         pixels.update(images.contiguous().numpy().data)
     name = f"{data_train.name}-{data_train.crop}-{len(train)}-{pixels.hexdigest()[:8]}-{extractor.name}.pt"
     path = Path(cache_dir) / name
-    with contextlib.suppress(Exception):  # there is none, or it is damaged: made again
-        return Reference(*torch.load(path, weights_only=True)).to(scoring_device(extractor))
+    device = scoring_device(extractor)
+    with contextlib.suppress(Exception):  # there is no such file, or it is damaged
+        return Reference(*(x.to(device) for x in torch.load(path, weights_only=True)))
     ref = make_reference(extractor, train, test)
-    common.save_state(path, [ref.features, ref.test_features, ref.test_logits])
-    return ref.to(scoring_device(extractor))
+    tensors = [ref.features, ref.test_features, ref.test_logits]
+    common.save_state(path, tensors)
+    return Reference(*(x.to(device) for x in tensors))
 
 
 def scores(extractor, generated, ref, progress=False):
-    """Every score of uint8 images (N, 3, H, W), or a list, against a Reference: {key: {"value", "low", "high"}}.
+    """Every score of generated images, uint8 (N, 3, H, W) or a list, against a Reference: {key: {"value", "low",
+    "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
-    Keys: fid (local features: fd), is, kid, precision, recall, diversity, floor, each with the extractor's suffix. KID:
-    all pairs below 2,000 images, else 100 subsets of 1,000. Precision, recall: of equal numbers of both; below 4 images
-    k = N - 1. Diversity: of at most 2,000. Floor: the Frechet distance of as many held-out real images (or of
-    all of them; without any, by formula). Precision, recall and floor have no interval.
-    """
-    count = len(generated)
-    place = ref.features.device
-    features, logits = (shuffle(x, seed=1).to(place) for x in extract(extractor, generated, progress=progress))
-    real, few = ref.features[:count], min(count, 2000, len(ref.features))
-    real_kid, size = (ref.features[:2000], None) if few < 2000 else (ref.features, 1000)
-    precision, recall = precision_recall(real, features[: len(real)], k=min(3, count - 1, len(real) - 1))
+        fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
+        kid                 over all pairs of fewer than 2,000 images, else over 100 subsets of 1,000
+        diversity           of at most 2,000 images
+        precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
+        floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
+    count, device = len(generated), ref.features.device
+    features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
+    row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
+    row["is"] = jackknife(  # shuffled here, so that its parts stay nearly the same where a group is left out
+        lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
+    at_most_2000 = min(count, 2000, len(ref.features))
+    kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
+    # KID depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). The interval needs these means roughly.
+    # So the y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and the x_j up to 5,000 real ones.
+    image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
+                             for block in features.tensor_split(max(1, count // 2000))])
+    row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
+    some_real, some = ref.features[:at_most_2000], features[:at_most_2000]
+    image_means = pair_means(distances, some) / pair_means(distances, some_real).mean()
+    row["diversity"] = jackknife_pairs(diversity(some_real, some), image_means)
+    real = ref.features[:count]
+    precision, recall = precision_recall(real, features[:len(real)], k=min(3, count - 1, len(real) - 1))
     floor = expected_floor(ref.stats, count) if ref.test_features is None else frechet_distance(
         moments(ref.test_features[:count]), ref.stats)
-    row = {"fd" if extractor.suffix else "fid": jackknife(
-        lambda x: frechet_distance(moments(x), ref.stats), features)}
-    row["is"] = jackknife(  # shuffled here, so that its parts stay the same where rows are left out
-        lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
-    # each image's part of the MMD, against its block of some 2,000 and 5,000 real ones: enough for an interval
-    own = torch.cat([pair_means(cubic, y) - pair_means(cubic, y, real_kid[:5000])
-                     for y in features.tensor_split(max(1, count // 2000))])
-    row["kid"] = jackknife_pairs(kid(real_kid, features, size=size), own)
-    own = pair_means(distances, features[:few]) / pair_means(distances, real[:few]).mean()
-    row["diversity"] = jackknife_pairs(diversity(real[:few], features[:few]), own)
     for key, value in (("precision", precision), ("recall", recall), ("floor", floor)):
         row[key] = {"value": value, "low": None, "high": None}
     return {key + extractor.suffix: score for key, score in row.items()}
@@ -786,86 +787,95 @@ def print_results(finished, setup):
 
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
-PSEUDO_CLASSES = 20  # K of `is_local` where there are no labels
-IMAGES_SEEN = {"cifar10": 800_000}  # in training; elsewhere 200,000, but each at most 100 times
+PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
+IMAGES_SEEN = {"cifar10": 800_000}  # in training; of other data 200,000, but each image at most 100 times
 
 
 def augment(x, gen, crop=False):
-    """Random views of float images (B, 3, S, S): a shift of up to an eighth and a flip; or (`crop`) 25 to 100% of the
-    area, a flip, and jitter of brightness, contrast and colour. No blur or noise as such: features must notice them."""
-    draw = lambda low, high: low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)  # noqa: E731
+    """A random view of each float image of x (B, 3, S, S): mirrored or not, and shifted by up to an eighth of its side.
+    With `crop`, in place of the shift, a square of 25 to 100% of the area, enlarged, with jitter of colour, contrast
+    and brightness. No view is blurred or noisy on purpose, since features must not ignore blur and noise."""
+    def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
+    # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
     scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
-    pixel = 2 / x.shape[-1]  # in grid_sample's coordinates; a move by whole pixels blurs nothing
-    reach = 1 - scale if crop else torch.full_like(scale, 0.25)
-    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))
+    reach = 1 - scale if crop else torch.full_like(scale, 0.25)  # the largest shift; 0.25 is an eighth of 2
+    pixel = 2 / x.shape[-1]
+    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))  # shifts by whole pixels blur nothing
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
     theta = torch.stack([scale * mirror, zero, dx, zero, scale, dy]).view(2, 3, -1).permute(2, 0, 1)  # (B, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if crop:
         grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
-        x = grey + (x - grey) * draw(0.4, 1.6)
-        x = mean + (x - mean) * draw(0.6, 1.4) + draw(-0.3, 0.3)
+        x = grey + (x - grey) * draw(0.4, 1.6)  # colour
+        x = mean + (x - mean) * draw(0.6, 1.4) + draw(-0.3, 0.3)  # contrast and brightness
     return x
 
 
 def contrastive_loss(u, v, temperature=0.2):
-    """NT-Xent (SimCLR, Chen et al. 2020, eq. 1), nats per view: two views (B, D) find each other among all 2B."""
+    """NT-Xent (SimCLR, Chen et al. 2020, eq. 1) of u and v (B, D), two views of the same B images, in nats per view. It
+    is the cross-entropy of finding a view's other view among all other views, by cosine similarity."""
     z = F.normalize(torch.cat([u, v]).float())  # (2B, D)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
-    return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(u)))
+    return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(u)))  # view i must find view i + B or i - B
 
 
 def train_network(data, seed=0, batch=256):
-    """A LocalNet trained on one ImageData: cross-entropy where there are labels (and regression of the true factors, if
-    known, so that features see more than the class), else contrastive."""
+    """Train a LocalNet on a common.ImageData and return it, in eval mode. With labels the loss is cross-entropy, plus
+    the squared error of a regression of the true factors where these are known (shapes), so that features hold more
+    than the class. Without labels the loss is contrastive, and clusters of features become the classes."""
     torch.manual_seed(seed)  # the initial weights
-    gen = torch.Generator().manual_seed(seed)
+    gen, cpu = torch.Generator().manual_seed(seed), torch.device("cpu")
     images, labels, factors = data.images, data.labels, data.factors
     classes = PSEUDO_CLASSES if labels is None else int(labels.max()) + 1
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
-    # thrown away after training: reads the factors off the features, or is SimCLR's projection
-    extra = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
+    # A second head on the features, for training only: it regresses the factors, or is SimCLR's projection.
+    head = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
         nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
+    networks = nn.ModuleList([net, head])
     batch = min(batch, len(images))
     steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
-    optimiser = torch.optim.SGD([*net.parameters(), *extra.parameters()], 0.1, 0.9, nesterov=True, weight_decay=5e-4)
-    peak = 0.2 if labels is None else 0.4 if factors is None else 0.1  # regressing factors diverges at higher rates
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps)
-    batches = torch.cat(epochs)[:steps * batch].view(steps, batch)
+    batches = torch.cat(epochs)[:steps * batch].view(steps, batch)  # indices of images
+    # SimCLR's peak is 0.3 for a batch of 256, that of Page's recipe for CIFAR-10 0.4; regressions diverge above 0.1.
+    peak_rate = 0.2 if labels is None else 0.4 if factors is None else 0.1
+    optimiser = torch.optim.SGD(networks.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
 
-    def loss_of(net, extra, x, index, reduced):
-        with common.autocast(torch.device("cpu"), reduced):
+    def loss_of(networks, x, index, reduced):
+        """The loss of a batch x (B, 3, S, S) of the images `index` (B,), or of two views of each (2B, 3, S, S)."""
+        net, head = networks
+        with common.autocast(cpu, reduced):
             features = net.body(x.contiguous(memory_format=torch.channels_last))
-            logits, extras = net.head(features).float(), extra(features).float()
+            logits, outputs = net.head(features).float(), head(features).float()
         if labels is None:
-            return contrastive_loss(*extras.chunk(2))
+            return contrastive_loss(*outputs.chunk(2))
         loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
-        return loss if factors is None else loss + F.mse_loss(extras, factors[index])
+        return loss if factors is None else loss + F.mse_loss(outputs, factors[index])
 
-    reduced = common.native_bfloat16(torch.device("cpu"))
-    if reduced:  # as in common.Training: is the gradient of a first batch, with copies, the same as in float32?
+    reduced = common.native_bfloat16(cpu)
+    if reduced:  # as in common.Training: bfloat16 must give the gradient that float32 gives, on a first batch
         index, gradients = batches[0], []
         x = to_float(images[index if labels is not None else index.repeat(2)])
         for precision in (False, True):
-            net_copy, extra_copy = copy.deepcopy(net), copy.deepcopy(extra)
-            loss_of(net_copy, extra_copy, x, index, precision).backward()
-            gradients.append([torch.cat([p.grad.flatten() for p in net_copy.body.parameters()])])
-        # Batch norm amplifies rounding: these gradients differ by up to 25%, and by 100% or more with a wrong kernel.
+            trial = copy.deepcopy(networks)
+            loss_of(trial, x, index, precision).backward()
+            gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])
+        # Batch norm amplifies rounding: these gradients differ by up to 26%, and by 100% or more with a wrong kernel.
         reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}", 0.5)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
-        x = images[index].float() / 127.5 - 1  # (B, 3, S, S)
+        x = to_float(images[index])  # (B, 3, S, S)
         if labels is None:
             x = torch.cat([augment(x, gen, crop=True), augment(x, gen, crop=True)])  # (2B, 3, S, S)
         elif factors is None:  # where factors are known, a shift or a flip would change them
             x = augment(x, gen)
-        loss = loss_of(net, extra, x, index, reduced)
+        loss = loss_of(networks, x, index, reduced)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    if labels is None:  # k-means; with centres c, x.c - |c|^2/2 are the logits of equal round Gaussians around them
+    if labels is None:  # k-means: round Gaussians of variance 1 at the centres c have the logits x.c - |c|^2 / 2
         from scipy.cluster.vq import kmeans2
         features = extract(net, images)[0].double().numpy()
         centres = torch.from_numpy(kmeans2(features, classes, minit="++", seed=seed)[0]).float()  # (K, d)
@@ -874,58 +884,59 @@ def train_network(data, seed=0, batch=256):
 
 
 def examine(extractor, train, test):
-    """What an extractor's numbers mean, measured on held-out images: a dict for the JSON beside its weights. Noise is
-    in units of the pixel range, blur in pixels."""
+    """What an extractor's numbers mean: a dict, for the JSON beside its weights, measured on held-out images. `train`
+    and `test` are common.ImageData. The keys of "noise" are in units of the pixel range, those of "blur" in pixels."""
     from scipy.ndimage import gaussian_filter
     gen, images = torch.Generator().manual_seed(0), test.images.float()
     ref = make_reference(extractor, train.images)
     features, logits = extract(extractor, test.images)
     classes = logits.argmax(1) if test.labels is None else test.labels
 
-    def fd(x):  # of features (N, d), or of float images (N, 3, H, W) in 0..255
-        x = x if x.dim() == 2 else extract(extractor, x.round().clamp(0, 255).byte())[0]
+    def fd(x):  # of features (N, d)
         return frechet_distance(moments(x), ref.stats)
+    def fd_of_images(x):  # float (N, 3, H, W), 0 to 255
+        return fd(extract(extractor, x.round().clamp(0, 255).byte())[0])
 
     report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note, "n_test": len(images)}
-    if test.labels is None:  # the share of held-out images that an augmented view finds among all of them
-        views = ((augment(images / 127.5 - 1, gen, crop=True) + 1) * 127.5).round().clamp(0, 255).byte()
-        found = (F.normalize(extract(extractor, views)[0]) @ F.normalize(features).T).argmax(1)
-        report["retrieval"] = (found == torch.arange(len(images))).double().mean().item()
+    if test.labels is None:  # the share of images that are the nearest of all to an augmented view of them
+        views = extract(extractor, to_uint8(augment(to_float(test.images), gen, crop=True)))[0]
+        nearest = (F.normalize(views) @ F.normalize(features).T).argmax(1)
+        report["retrieval"] = (nearest == torch.arange(len(images))).double().mean().item()
     else:
         report["accuracy"] = (logits.argmax(1) == classes).double().mean().item()
     report["floor"] = fd(features)
-    report["noise"] = {sd: fd(images + 255 * sd * torch.randn(images.shape, generator=gen))
+    report["noise"] = {sd: fd_of_images(images + 255 * sd * torch.randn(images.shape, generator=gen))
                        for sd in (0.02, 0.05, 0.1, 0.2, 0.4)}
-    report["blur"] = {s: fd(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, s, s)))) for s in (0.5, 1, 2, 4)}
+    report["blur"] = {sd: fd_of_images(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, sd, sd))))
+                      for sd in (0.5, 1, 2, 4)}
     report["sample_size"] = {n: fd(features[:n]) for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(images)}
     half_of_them = features[classes < extractor.classes / 2]
     report["half_the_classes"] = fd(half_of_them) if len(half_of_them) > 1 else None
-    repeated = shuffle(features)[:50].repeat(20, 1)
-    report["fifty_images_repeated_recall"] = precision_recall(ref.features[:1000], repeated)[1]
+    fifty_repeated = shuffle(features)[:50].repeat(20, 1)
+    report["fifty_images_repeated_recall"] = precision_recall(ref.features[:1000], fifty_repeated)[1]
     report["real_recall"] = precision_recall(ref.features[:len(images)], features)[1]
     report["real_is"] = inception_score(logits)[0]
     return report
 
 
 def train_local(name, data_dir="data"):
-    """Make the local network of `shapes`, `cifar10`, `celeba64` or a user's own folder; examine it, print the report
-    and store it beside it. One that is there is only examined, since results are pinned to it; that of an own folder is
-    made anew if the folder has other files now."""
-    if name not in DATASETS and not Path(name).is_dir():
+    """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
+    weights. One that exists is only examined, since results depend on it, unless the user's folder has changed."""
+    own = name not in DATASETS  # name is the path of a user's own folder
+    if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
-    own = name not in DATASETS
     dataset, data_dir = ("folder", name) if own else (name, data_dir)
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
-    folder = OWN_FEATURES_DIR if own else FEATURES_DIR
-    found = find_hashed(folder, train.name)
-    outdated = [path for path in found if own and trained_on(torch.load(path, weights_only=True), data_dir) < 0.9]
-    if found == outdated:
+    home = OWN_FEATURES_DIR if own else FEATURES_DIR
+    found = common.find_hashed(home, train.name)
+    outdated = [path for path in found if own and trained_on(torch.load(path, weights_only=True), data_dir) < UNCHANGED]
+    if found == outdated:  # or both are empty
         kept = save_local(train_network(train), train.name, data_dir if own else None)
         for path in outdated:
             for file in {path, path.with_suffix(".json")} - {kept}:
                 file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
-    path = folder / extractor.name.removeprefix("local-")
+    path = home / extractor.name.removeprefix("local-")  # without a suffix
     report = json.dumps(examine(extractor, train, test), indent=1)
     common.write(Path(f"{path}.json"), (report + "\n").encode())
     flags = f"folder --data-dir {data_dir} --image-size {extractor.size}" if own else dataset
@@ -936,16 +947,17 @@ def train_local(name, data_dir="data"):
 # ---- 8. The command --------------------------------------------------------------------------------------------------
 
 def read_folder(folder, flag, count=None):
-    """All images below a folder, or a seeded choice of `count`: a list of uint8 (3, H, W), or a tensor if their sizes
-    agree; and whether most are JPEG. Fails naming `flag` if there are fewer than two, or than `count`."""
+    """The images below a folder, or a seeded choice of `count`, as uint8 (N, 3, H, W), or as a list if they differ in
+    size; and whether most are JPEG. The program ends with an error that names `flag` if there are too few."""
     if not Path(folder).is_dir():
         fail(f"{flag}: no such folder: {folder}")
     files = find_images(folder)
     if count is not None and not 2 <= count <= len(files) or len(files) < 2:
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {max(2, count or 0)} are needed")
-    files = tqdm(shuffle(files)[:count], desc=f"reading {folder}", unit="image")
-    images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) for path in files]
-    jpeg = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in files.iterable) > len(images) / 2
+    files = shuffle(files)[:count]
+    images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+              for path in tqdm(files, desc=f"reading {folder}", unit="image")]
+    jpeg = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in files) > len(files) / 2
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images, jpeg
 
 
@@ -970,21 +982,23 @@ def main(arguments=None):
         return train_local(args.train_local, args.data_dir)
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
-    named, flag = args.real in DATASETS, "GENERATED" if args.count is None else f"--count {args.count}"
-    extractor = load_extractor(args.features, args.real if named else "folder", args.weights,
+    real_is_folder = args.real not in DATASETS
+    extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
                                common.choose_device(args.device), args.real)
+    flag = "GENERATED" if args.count is None else f"--count {args.count}"
     images, jpeg = read_folder(args.generated, flag, args.count)
-    if named:
-        train, test = (common.load_images(args.real, split, args.data_dir) for split in ("train", "test"))
-        ref, real_jpeg = reference(extractor, train, test, Path(args.data_dir) / "cache"), "JPEG" in train.note
-    else:
+    if real_is_folder:
         real, real_jpeg = read_folder(args.real, "REAL")
         ref = make_reference(extractor, real)
+    else:
+        train, test = (common.load_images(args.real, split, args.data_dir) for split in ("train", "test"))
+        real, real_jpeg = train.images, "JPEG" in train.note
+        ref = reference(extractor, train, test, Path(args.data_dir) / "cache")
     row, count = scores(extractor, images, ref, progress=True), len(images)
-    for folder, found in ((args.generated, images), (args.real, None if named else real)):
+    for folder, found in ((args.generated, images), (args.real, real)):
         if isinstance(found, list):
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
-    if not named and file_marks(args.real) == file_marks(args.generated):
+    if real_is_folder and file_marks(args.real) == file_marks(args.generated):
         print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
@@ -1001,8 +1015,8 @@ def main(arguments=None):
         return print(json.dumps(facts, indent=1))
     print("{n_generated:,} images of {generated} against {n_real:,} of {real}, features {features}".format(**facts))
     for key, score in row.items():
-        span = "" if score["low"] is None else f"   95% interval {score['low']:.4f} to {score['high']:.4f}"
-        print(f"  {key:18}{score['value']:10.4f}{span}")
+        interval = "" if score["low"] is None else f"   95% interval {score['low']:.4f} to {score['high']:.4f}"
+        print(f"  {key:18}{score['value']:10.4f}{interval}")
     print("  floor by formula (no held-out images)" if held_out is None else
           "  floor of {n_floor:,} held-out images; IS of real ones (K = {classes}): {real_is:.3f}".format(**facts))
 

@@ -16,8 +16,7 @@ The loss has two terms. D is the number of pixel values of an image.
     anneal          The same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of the
     steps. kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018).
     bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
-    and
-                    the bound of the diffusion process that begins with x_hat and noise (common.diffusion_nats).
+                    and the bound of the diffusion process that begins with x_hat and noise (common.diffusion_nats).
 
 Which lambda would make `sum` most like `bound`? In the bound, an error of the predicted v at time t counts with a
 weight w_t, which depends on t (common.kl_step gives it). If the errors were equally large at all times, lambda would
@@ -41,9 +40,8 @@ and `*_mse_shuffled` (M when x_hat belongs to another image; if it equals `*_mse
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
-shapes
-        the samples have about stage 1's Frechet distance, more of them are real shapes (a higher precision), and the KL
-        is 122 nats in place of 65.
+        shapes the samples have about stage 1's Frechet distance, more of them are real shapes (a higher precision), and
+        the KL is 122 nats in place of 65.
 """
 
 import argparse

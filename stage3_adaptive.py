@@ -42,10 +42,9 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
-Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First it says whether s ranks
-the
-        errors of held-out images at all; if it does not, conditioning on it cannot help. On shapes s does, with a rank
-        correlation of 0.7 (0.2 by the variance), and even so conditioning on it helps little. See REPORT.md.
+Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First the command says whether s
+        ranks the errors of held-out images at all; if it does not, conditioning on it cannot help. On shapes s does,
+        with a rank correlation of 0.7 (0.2 by the variance), and even so conditioning on it helps little (REPORT.md).
 """
 
 import argparse
@@ -504,9 +503,8 @@ def steps_and_starts_by_tercile(s, mean_steps, start):
         even                 the same number of steps for all images, beginning at `start`
         even_middle_start    the same, but beginning at three quarters of `start`
         adaptive_steps       more steps for the least sure third, fewer for the surest
-        adaptive_start       the least sure third begins at `start`, the middle one at three quarters of it, the surest
-        at
-                             half of it, with less noise
+        adaptive_start       the least sure third begins at `start`, the middle one at three quarters of it, and the
+                             surest at half of it, with less noise
         shuffled_steps, shuffled_start    the last two as controls, by the s of another image
 
     Returns {way: [(indices, steps, start) of the surest third, of the middle one, of the least sure]}."""

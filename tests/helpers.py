@@ -76,5 +76,5 @@ def plant_wrong_bfloat16(monkeypatch, network=None):
 def flags(*argv):
     """The shared flags of all stages, parsed."""
     parser = argparse.ArgumentParser()
-    common.add_flags(parser, "gaussian", "gmm")
+    common.add_flags(parser, ("gaussian", "gmm"), "gmm")
     return parser.parse_args(argv)

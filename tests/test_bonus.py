@@ -14,7 +14,7 @@ import fid
 
 def tiny(**changes):
     """The settings of the smoke budget for the autoencoder and the U-Net on latents."""
-    own = {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | common.settings_like(settings(), "autoencoder", "vae")
+    own = {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | common.settings_for(settings(), "autoencoder", like="vae")
     return settings(**own) | changes
 
 
@@ -36,8 +36,8 @@ def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
     kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
     assert torch.allclose(losses[0][0], sse + 0.01 * kl)
     assert row == pytest.approx({"step": 1, "sse": float(sse.mean()), "kl_nats": float(kl.mean())})
-    for flip in ("refiner", "both"):
-        bonus.train_autoencoder(tmp_path / flip, train | {"flip": flip}, data, CPU)
+    for flip in (False, True):
+        bonus.train_autoencoder(tmp_path / str(flip), train | {"vae_flip": flip}, data, CPU)
     assert [flip for _, flip in losses] == [False, False, True]
 
 

@@ -126,11 +126,11 @@ def test_errors_that_rounding_explains(capsys):
     assert errors.tolist() == [pytest.approx(0.1), 0]
     not_finite = [torch.tensor([1.0, math.inf])]  # in float32, too
     assert common.rounding_explains(common.relative_errors(not_finite, not_finite), "form1")
-    assert common.rounding_explains(torch.tensor([0.01, 0.09]), "form1")
+    assert common.rounding_explains(torch.tensor([0.01, 0.28]), "form1")
     assert common.rounding_explains(torch.tensor([0.45, 0.01]), "features", limit=0.5)
-    assert not common.rounding_explains(torch.tensor([0.12, 0.01]), "form1")
+    assert not common.rounding_explains(torch.tensor([0.32, 0.01]), "form1")
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("form1: ") and "12%" in line and "float32 is used instead" in line
+    assert line.startswith("form1: ") and "32%" in line and "float32 is used instead" in line
 
 
 @pytest.mark.parametrize("wrong", [None, "vae", "unet", "decode"])
@@ -162,8 +162,8 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
                                                ("cpu", "shapes", 32), ("cpu", "cifar10", 32), ("cpu", "celeba64", 64)])
 def test_rounding_and_wrong_kernels_can_be_told_apart(name, dataset, size):
     """Outputs and gradients of the real networks, as they are trained (channels_last): bfloat16 changes them by less
-    than 2% where the processor is right, and by more than half where it is not. rounding_explains draws its line at
-    10%."""
+    than 10% where the processor is right, and by more than half where it is not. The limit of rounding_explains, 30%,
+    lies between."""
     torch.manual_seed(0)
     train, gen = common.budget(name, dataset, size)[0], common.generator(0)
     vae, unet = common.build_vae(train), common.build_unet(train, 6)
@@ -186,7 +186,7 @@ def test_rounding_and_wrong_kernels_can_be_told_apart(name, dataset, size):
         return [mu.detach(), x_hat.detach(), out.detach(), *gradients]
 
     errors = common.relative_errors(measure(False), measure(True))
-    assert all(0 < error < 0.02 or error > 0.5 for error in errors), errors
+    assert all(0 < error < 0.1 or error > 0.5 for error in errors), errors
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_celeba_crop(tmp_path, width, height, note, capsys):
     expect_error(capsys, lambda: common.load_images("celeba64", "train", tmp_path), "000003.png", "178x218")
     (home / "000003.png").write_bytes((home / "000004.png").read_bytes()[:-40])
     expect_error(capsys, lambda: common.load_images("celeba64", "train", tmp_path), "000003.png", "cannot be read")
-    (home / "000000.png").write_bytes(b"this is not an image")  # the first image, whose size says which copies these are
+    (home / "000000.png").write_bytes(b"this is not an image")  # whose size says which copies these are
     expect_error(capsys, lambda: common.load_images("celeba64", "train", tmp_path), "000000.png", "cannot be read")
 
 
@@ -461,8 +461,9 @@ def test_published_networks(dataset, size, blocks, millions):
             module.register_forward_hook(lambda m, inputs, output: seen.append(tuple(inputs[0].shape[2:])))
     unet(torch.empty(2, 6, size, size, device="meta"), torch.ones(2, device="meta"))
     assert sorted(seen) == [(4, 4)] + 5 * [(16, 16)] and vae.latent_dim == 512
-    published = {"objective": "eps", "start": 1000, "beta": 1.0, "pool": True, "flip": "refiner", "heads": 8,
-                 "batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
+    published = {"objective": "eps", "start": 1000, "beta": 1.0, "pool": True, "heads": 8,
+                 "vae_flip": False, "unet_flip": True, "batch": 128,
+                 "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
                  "decay": False, "vae_clip": 0.0, "unet_clip": 1.0, "vae_ema": 0.0, "unet_ema": 0.9999,
                  "steps": 1_110_000, "dropout": 0.3, "components": 50, "tied": False, "attention": [16],
                  "flow_steps": 5000}
@@ -478,7 +479,8 @@ def test_every_budget_builds_and_is_plain_json(name, dataset, size):
     """The networks of every budget can be built and fit together. The settings survive JSON."""
     train, evaluation = common.budget(name, dataset, size)
     assert json.loads(json.dumps([train, evaluation])) == [train, evaluation]
-    assert train["flip"] == ("none" if dataset == "shapes" else "refiner" if name == "paper" else "both")
+    assert train["unet_flip"] == (dataset != "shapes")  # the bands of a mirrored shape would run the other way
+    assert train["vae_flip"] == (dataset != "shapes" and name != "paper")
     with torch.device("meta"):
         vae, unet = common.build_vae(train), common.build_unet(train, 6)
         x_hat, mu, _ = vae(torch.empty(2, 3, size, size), torch.empty(2, vae.latent_dim))

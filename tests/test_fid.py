@@ -118,7 +118,7 @@ def test_moments(offset):
     error."""
     x = gaussian(200, 7) * torch.arange(1, 8) + offset
     ours = moments(x)
-    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64 and ours.root is ours.root  # computed once
+    assert ours.count == 200 and moments(x.float()).cov.dtype == torch.float64 and ours.root is ours.root
     np.testing.assert_allclose(ours.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(ours.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="at least 2"):
@@ -543,6 +543,16 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(89% agree)")
 
 
+def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_dir, local):
+    """Results are pinned to it: it is only examined, though nothing is known of the files it was trained on."""
+    data = {split: image_data(smooth_images(60, seed=i), name="shapes") for i, split in enumerate(("train", "test"))}
+    monkeypatch.setattr(common, "load_images", lambda name, split, data_dir: data[split])
+    monkeypatch.setattr(fid, "train_network", None)
+    path = fid.save_local(local, "shapes")
+    fid.main(["--train-local", "shapes"])
+    assert sorted(features_dir.iterdir()) == [path.with_suffix(".json"), path]
+
+
 def test_few_images_are_seen_a_hundred_times(monkeypatch):
     """A network for a few hundred photos takes minutes, since it does not see 200,000 images in all."""
     bars = []
@@ -607,6 +617,11 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "80 of shapes" in out and "50 held-out images; IS of real ones (K = 6)" in out
     assert len(files_in(tmp_path / "data" / "cache")) == 1
+    fid.main(["shapes", folders.good, *folders.weights, "--data-dir", str(tmp_path / "data"), "--json"])
+    row = json.loads(capsys.readouterr().out)
+    logits = fid.extract(fid.load_extractor("local", "shapes", folders.weights[1]), fid.shuffle(data["test"].images))[1]
+    assert (row["n_real"], row["n_floor"]) == (80, 50)
+    assert row["real_is"] == pytest.approx(fid.inception_score(logits)[0], rel=1e-5)
 
 
 def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):

@@ -67,7 +67,7 @@ def test_vae_loss():
 
 def test_vae_training_by_hand(recorded, tmp_path):
     """The first step minimises vae_loss with the settings' beta. The log holds its two terms. The mixture is fitted to
-    codes of the training images under the averaged weights. Images are mirrored for `both` only."""
+    codes of the training images under the averaged weights. Images are mirrored as `vae_flip` says."""
     train, data = settings(steps=2, every=1, beta=0.3), images_of(60)
     state = stage1.train_vae(tmp_path, train, data, CPU)
     torch.manual_seed(0)
@@ -77,8 +77,8 @@ def test_vae_training_by_hand(recorded, tmp_path):
     assert state["log"][0] == pytest.approx({"step": 1, "sse": float(sse.mean()), "kl_nats": float(kl.mean())})
     averaged = common.frozen(common.build_vae(train), state["vae"], CPU)
     assert same(state["gmm"], common.fit_mixture(averaged, data.images, train, CPU))
-    for flip in ("refiner", "both"):
-        stage1.train_vae(tmp_path / flip, train | {"flip": flip, "steps": 1}, data, CPU)
+    for flip in (False, True):
+        stage1.train_vae(tmp_path / str(flip), train | {"vae_flip": flip, "steps": 1}, data, CPU)
     assert recorded.flips == [False, False, True]
 
 
@@ -91,7 +91,7 @@ def test_refiner_training_by_hand(variant, objective, recorded, trained, tmp_pat
         nn.init.normal_(unet.out.weight, std=0.1)
         return unet
 
-    build, train, data = common.build_unet, settings(steps=1, objective=objective, flip="refiner"), images_of(60)
+    build, train, data = common.build_unet, settings(steps=1, objective=objective, unet_flip=True), images_of(60)
     monkeypatch.setattr(common, "build_unet", build_unet)
     state = stage1.train_refiner(tmp_path, train, variant, trained["vae"], data, CPU)
     torch.manual_seed(0)

@@ -419,7 +419,7 @@ def test_adaptive_refinement(monkeypatch):
 def joint(**changes):
     """The settings of a VAE and of a refiner."""
     vae = settings(vae_prior="flow", steps=2) | changes
-    own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_like(vae, "refiner", "unet")
+    own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_for(vae, "refiner", like="unet")
     return vae, vae | own | changes
 
 

