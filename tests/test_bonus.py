@@ -151,8 +151,8 @@ def test_savings_by_hand(tmp_path, monkeypatch):
     keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "train_seconds_per_image",
             "gflops_per_pass", "gflops_per_image")
 
-    def planted(name, *args):
-        calls[name] = args
+    def planted(name, **given):
+        calls[name] = given
         return dict(zip(keys, (8, 4, 2, 10, 5, 1) if name == "pixel" else (4, 3, 2, 1, 10, 0.25), strict=True))
 
     unet = bonus.build_unet(train)
@@ -165,12 +165,12 @@ def test_savings_by_hand(tmp_path, monkeypatch):
     assert list(result["pixel"].values()) == [8, 4, 2, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
     assert (result["device"], result["sampler_steps"], result["batch"]) == ("cpu", 9, 5)
     for name, shape, code in (("pixel", (6, 32, 32), (5, 8)), ("latent", (4, 8, 8), (5, 4, 8, 8))):
-        given, network, network_shape, decode, codes, steps, train_batch, folder = calls[name]
-        assert given is model and network_shape == shape and codes.shape == code
-        assert (steps, train_batch, folder) == (9, 7, tmp_path)
-        assert network.stem.in_channels == shape[0] and decode(codes).shape[0] == 5
-    assert calls["latent"][1] is unet and calls["latent"][3] is model.decode
-    assert isinstance(calls["pixel"][3], common.Decoder)
+        given = calls[name]
+        assert given["model"] is model and given["unet_shape"] == shape and given["code"].shape == code
+        assert (given["steps"], given["train_batch"], given["folder"]) == (9, 7, tmp_path)
+        assert given["unet"].stem.in_channels == shape[0] and given["decode"](given["code"]).shape[0] == 5
+    assert calls["latent"]["unet"] is unet and calls["latent"]["decode"] is model.decode
+    assert isinstance(calls["pixel"]["decode"], common.Decoder)
 
 
 def test_ceiling_by_hand(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -483,6 +484,18 @@ def test_training_learns_with_labels(monkeypatch):
     assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
 
 
+def test_what_is_augmented(monkeypatch):
+    """Labelled images are shifted and mirrored, unless their factors are known. Others are shown in two views each."""
+    monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 24})
+    views, augment, labels = [], fid.augment, torch.arange(24) % 2
+    monkeypatch.setattr(fid, "augment", lambda x, gen, crop=False: views.append((len(x), crop)) or augment(x, gen, crop))
+    for more, expected in (({"labels": labels}, [(12, False)] * 2), ({}, [(12, True)] * 4),
+                           ({"labels": labels, "factors": gaussian(24, 9).float()}, [])):
+        views.clear()
+        fid.train_network(image_data(smooth_images(24), **more), batch=12)
+        assert views == expected
+
+
 def test_a_wrong_kernel_costs_the_local_network_only_speed(monkeypatch, capsys):
     """With a wrong kernel for bfloat16 the weights are those of float32, bit by bit. With a right one bfloat16 is used,
     with labels and without."""
@@ -643,7 +656,8 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
     fid.main([jpegs, folders.real, *folders.weights, "--json"])
     assert f"warning: only {jpegs} is JPEG" in capsys.readouterr().err
-    fid.main([jpegs, jpegs, *folders.weights, "--json"])
+    copies = str(shutil.copytree(jpegs, tmp_path / "copies"))
+    fid.main([jpegs, copies, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
     assert "warning: both folders hold the same files" in captured.err and "differ in size" not in captured.err
