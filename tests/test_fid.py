@@ -488,7 +488,8 @@ def test_what_is_augmented(monkeypatch):
     """Labelled images are shifted and mirrored, unless their factors are known. Others are shown in two views each."""
     monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 24})
     views, augment, labels = [], fid.augment, torch.arange(24) % 2
-    monkeypatch.setattr(fid, "augment", lambda x, gen, crop=False: views.append((len(x), crop)) or augment(x, gen, crop))
+    monkeypatch.setattr(fid, "augment", lambda x, gen, crop=False: (
+        views.append((len(x), crop)) or augment(x, gen, crop)))
     for more, expected in (({"labels": labels}, [(12, False)] * 2), ({}, [(12, True)] * 4),
                            ({"labels": labels, "factors": gaussian(24, 9).float()}, [])):
         views.clear()

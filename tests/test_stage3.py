@@ -453,8 +453,9 @@ def test_what_is_fitted_ex_post(vae_prior):
 
 def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     """The uncertainty is fitted to training images and examined on others. Both runs are evaluated under the prior that
-    the flag names, at its temperature. With `posterior` there is no bound."""
-    data, test, evaluated = images_of(100), images_of(80, seed=2), []
+    the flag names, at its temperature, and each image with its own s. With `posterior` there is no bound."""
+    data, test, evaluated, loaded, load_model = images_of(100), images_of(80, seed=2), [], [], stage3.load_model
+    monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append(how) or load_model(*args, **how))
     monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: SimpleNamespace(
         home=tmp_path, train=train, evaluation=evaluation, device=device, data=data, test=test))
     monkeypatch.setattr(fid, "evaluate", lambda folder, setup, state, model: evaluated.append(
@@ -464,7 +465,7 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     stage3.main("--budget smoke --device cpu --seed 2 --uncertainty posterior --temperature 0.8 --steps 2".split())
     names = ["stage3-vae-flow-s2", "stage3-flow-film-posterior-s2"]
     of_vae, of_refiner = (json.loads((tmp_path / name / "metrics.json").read_text())["tables"] for name in names)
-    assert evaluated == [(name, "flow", 0.8) for name in names]
+    assert evaluated == [(name, "flow", 0.8) for name in names] and loaded == [{}, {}]
     state = common.load_checkpoint(tmp_path / names[0] / "checkpoint.pt")
     vae = common.frozen(stage3.build_vae(state["train"]), state["vae"], CPU)
     ranks, of_training = (stage3.rank_errors(stage3.round_trip(vae, images, 75_002, CPU), state["uncertainty"])
