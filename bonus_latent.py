@@ -40,8 +40,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch.profiler prints li
 
 CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
 BETA = 0.01  # weight of the KL: small, so that it only keeps the latent from spreading out
-SIZES = {  # budget: width of the autoencoder, table of the latent U-Net. A row of it is a level: how many times smaller
-    # it is than the latent, its width, blocks on the way down, blocks on the way up.
+# The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
+# how many times smaller the level is than the latent, its width, its blocks on the way down, its blocks on the way up.
+SIZES = {
     "smoke": (16, [[1, 16, 1, 1]]),
     "cpu": (32, [[1, 96, 1, 1], [2, 128, 1, 1]]),
     "gpu": (96, [[1, 192, 2, 3], [2, 256, 2, 3]]),
@@ -229,7 +230,7 @@ def sampling_cost(name, model, unet, unet_shape, decode, code, steps, train_batc
         one_step = median_seconds(partial(evaluate_unet, n), device)
         seconds[n] = (steps * one_step + decoding) / n
     peak_mb = peak_memory(lambda: evaluate_unet(batch), device)
-    unet.requires_grad_(True)
+    unet.requires_grad_(True)  # it was frozen; a training step needs gradients
     train_seconds = median_seconds(train_step, device, 5) / min(batch, train_batch)
     pass_gflops = common.count_gflops(lambda: unet(x[:1], t[:1]))
     return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch], "peak_memory_mb": peak_mb,
@@ -240,7 +241,7 @@ def sampling_cost(name, model, unet, unet_shape, decode, code, steps, train_batc
 def savings(folder, model, train, setup):
     """Latent against pixel space on this machine, with the same sampler and steps: the costs of both, and what is saved
     in percent, drawn in savings.png. The pixel network is stage 1's refiner; no cost depends on its weights. The two
-    U-Nets are not equally large: each is the one that its budget affords."""
+    U-Nets differ in size: each is the one that this budget uses."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)

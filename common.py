@@ -11,6 +11,7 @@ Conventions, used by every file:
     Images `x0` are float32 tensors (B, 3, H, W) with values in [-1, 1]. Stored data and everything that `fid.py` scores
     are uint8 tensors.
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
+    Networks and batches have the memory format channels_last, in which convolutions are faster. Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
     Losses have the shape (B,), one value per image: a KL or a bound in nats, a `sse` as a sum over all pixel values, a
     `*_mse` as a mean over them.
@@ -268,17 +269,18 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Every level but the last ends in one more block, which the published
-    tables do not list, and a change of resolution. As published (`pool`), this is average pooling and a 1x1
-    convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the zero
-    padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution, which
-    sees every position by itself.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. After the blocks of each level but the last come one more block, which
+    the published tables do not count, and a change of resolution. As published (`pool`), the latter is average pooling
+    and a 1x1 convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the
+    zero padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution,
+    which sees every position by itself.
     """
 
     def __init__(self, table, pool):
         super().__init__()
         layers = [nn.Conv2d(3, table[0][1], 3, padding=1, bias=False)]
-        for (resolution, width, blocks), (resolution_below, width_below, _) in zip(table[:-1], table[1:], strict=True):
+        for level, level_below in zip(table[:-1], table[1:], strict=True):
+            (resolution, width, blocks), (resolution_below, width_below, _) = level, level_below
             layers += [BottleneckBlock(width, resolution) for _ in range(blocks + 1)]
             k = resolution // resolution_below
             if pool:
@@ -306,7 +308,8 @@ class Decoder(nn.Module):
     def __init__(self, table, pool):
         super().__init__()
         layers = []
-        for (resolution, width, blocks), (resolution_above, width_above, _) in zip(table[:-1], table[1:], strict=True):
+        for level, level_above in zip(table[:-1], table[1:], strict=True):
+            (resolution, width, blocks), (resolution_above, width_above, _) = level, level_above
             layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
             k = resolution_above // resolution
             if pool:
@@ -365,13 +368,12 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32. There are 32 groups as published, or fewer in small networks: the greatest common divisor
-    of 32 and a quarter of the width, so that a group has four channels or more.
+    """GroupNorm in float32, with 32 groups as published, or fewer in small networks.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
     def __init__(self, width):
-        super().__init__(math.gcd(32, width // 4), width)
+        super().__init__(math.gcd(32, width // 4), width)  # divides the width into groups of 4 or more
 
     def forward(self, x):
         return super().forward(x.float())
@@ -422,11 +424,11 @@ class UNet(nn.Module):
     """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero at the start.
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
-    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. Every block on the way up also sees one feature map of the way down (a skip
-    connection). On the way down, a level has one such map for each block, and one more that enters the level. DDPM has
-    one more block on the way up, so that all of them are used. The small networks here save that block. `attention`
-    lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 * first
-    width), if given, is added to the time embedding. Stage 3 uses it.
+    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down, the feature map that enters a level is kept, and so is the
+    output of each of its blocks. Every block on the way up also sees one of these, the latest that is left (a skip
+    connection). DDPM has one more block on the way up than on the way down, so that all are seen. The small networks
+    here save that block. `attention` lists the resolutions that have self-attention; the middle of the network always
+    has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
@@ -457,11 +459,12 @@ class UNet(nn.Module):
             widths = skip_widths.pop()
             self.up.append(nn.ModuleList())
             for _ in range(up_blocks):
-                self.up[-1].append(block(width + widths.pop(), level_width, resolution))
+                skip_width = widths.pop()
+                self.up[-1].append(block(width + skip_width, level_width, resolution))
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        # Nothing lies below the lowest level or above the highest. Their convolutions are made and dropped, not left
-        # out: later layers would get other initial weights than in the committed results.
+        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped. Making them
+        # has drawn random numbers, though, on which the weights of later layers, and so all committed results, depend.
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -488,7 +491,7 @@ class UNet(nn.Module):
 
 
 def build_vae(train):
-    """The VAE of the train settings (section 7)."""
+    """The VAE of the train settings (section 8)."""
     return VAE(train["encoder"], train["decoder"], train["pool"])
 
 
@@ -534,10 +537,10 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, few=10_000):
-        """The mixture fitted to z (N, d). At first its means are random z, and all covariances that of all z. Then come
-        `rounds` of EM on a part of the z, for speed (`few`, or 20 for each component if that is more), and two rounds
-        on all z."""
-        centre = z.mean(0)  # subtracted while fitting: float32 loses the digits of a covariance far from 0
+        """The mixture fitted to codes z (N, d). At first its means are random codes, and every covariance is the one of
+        all codes together. Then come `rounds` of EM on a part of the codes, for speed (`few` of them, or 20 for each
+        component if that is more), and two rounds on all codes."""
+        centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]  # image files are sorted by class
         means = z[:components]
         weights = torch.full((len(means),), 1 / len(means))
@@ -564,13 +567,14 @@ class GaussianMixture:
         for part in z.split(2000):
             belongs = self.log_joint(part).softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-            if tied:  # summed over components, the weights of a z are 1: the plain sum of z z' is what is needed
+            if tied:  # needs the sum over components, and the shares of each z add up to 1
                 products[0] += part.T @ part
                 continue
             for k, share in enumerate(belongs.T):
                 present = share > 0  # in many dimensions most z belong to one component and exactly 0 to the others
                 products[k] += (share[present, None] * part[present]).T @ part[present]
-        # M step: new weights, means and covariances. A covariance is the mean of z z' minus the product of the mean.
+        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'; if it is shared, the last
+        # term is averaged over components: sum_k mass_k mean_k mean_k' = sums' means.
         means = sums / mass[:, None]
         if tied:
             covariances = ((products[0] - sums.T @ means) / len(z))[None]
@@ -584,12 +588,15 @@ class GaussianMixture:
 
         With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
         multiplied out, so that all distances to all components come from one matrix product."""
-        (count, d), groups, rows = self.means.shape, len(self.factors), []  # groups of components with one covariance
+        count, d = self.means.shape
+        groups = len(self.factors)  # number of covariances: K or, if tied, 1
+        centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
-        means = (inverse @ self.means[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
+        means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
         constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,), with log det L
+        rows = []
         for part in z.cpu().split(100):  # 100 rows stay in a processor's cache
-            white = part @ inverse.mT  # L^-1 z, (groups, n, d)
+            white = (part - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
             distance = (white.square().sum(2, keepdim=True) - 2 * white @ means.mT
                         + means.square().sum(2)[:, None])  # squared, (groups, n, K / groups)
             distance = distance.movedim(0, 1).flatten(1)  # (n, K)
@@ -637,14 +644,15 @@ def encode(vae, images, device, batch=500):
 
 
 def fit_mixture(vae, images, train, device):
-    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint. It
-    draws 60,000 codes, but at most ten of each image. (With a single code of each of a few images, it would be fitted
-    to the noise of that draw.)"""
+    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint.
+
+    About 60,000 codes are drawn, but at most ten of each image. (Of few images a single code each would not do: the
+    mixture would model the random part of these few draws.)"""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
-    if not (z.abs() < 100).all():  # not even if it is nan
+    if not (z.abs() < 100).all():  # so written it also catches nan, for which every comparison is false
         fail("the VAE diverged: its codes are not finite, or beyond 100; a larger --batch-size may help")
     mixture = GaussianMixture.fit(z, train["components"], train["seed"], train["tied"])
     return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
@@ -673,11 +681,12 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     Every batch has a generator of its own. So, at the same `batch`, image k is made from the same z and noise whatever
     the sampler, the steps and the count. `first`, a multiple of `batch`, is the number of the first image.
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
-    before it is decoded. Several processes share the batches between them."""
+    before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
+    batches between them."""
     parts, offsets = [], range(first, first + count, batch)
     offsets = offsets[RANK::RANKS]  # this process's share
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
-        gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()
+        gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()  # on seeds, see SEEDS
         damage_gen = generator(gen.initial_seed() + 2)
         z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
         x_hat = torch.zeros(batch, *model.shape, device=model.device)
@@ -736,6 +745,7 @@ def data_nats(diffusion, x0, x0_predicted):
     probability counts as less than 1e-12, so a wrong pixel costs 28 nats at most. In float64 on the CPU."""
     sd = math.sqrt(diffusion.posterior(2, 1).small_variance)
     x, mean = x0.cpu().double(), x0_predicted.cpu().double()
+    # ndtr is the distribution function of N(0, 1)
     below_upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
     below_lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
     return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
@@ -745,8 +755,8 @@ def data_nats(diffusion, x0, x0_predicted):
 def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
     """The three parts of the bound for uint8 `images`: {"prior", "diffusion", "data"}, each (B,) nats on the CPU.
 
-    The sum over t is estimated from `draws` times per image, one from each of as many equal pieces of the range of
-    times: that errs less than independent draws. (With `draws = start - 1` each time is used exactly once.)"""
+    The sum over t is estimated from `draws` random times per image. The range of times is cut into that many equal
+    pieces, and one time is drawn from each. (With `draws = start - 1` each time is used exactly once.)"""
     x0, terms = to_float(images), diffusion.start - 1
     total = torch.zeros(len(x0), device=x0.device)
     for k in range(draws):
@@ -964,7 +974,7 @@ UNET_TABLES = {  # widths of `cpu` and `gpu`: as wide as the time of the budget 
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
-    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # learning rate of Muon, for matrices and convolutions; 0: Adam for all
+    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of the optimiser Muon, for matrices and convolutions; 0: Adam for all
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 0.05,  # share of the steps (or, from 1 on, number of steps) over which the rates rise from 0
     "decay": True,  # then they fall linearly to 0; False: they stay
@@ -1168,7 +1178,7 @@ def choose_device(name):
     if name == "cuda" and RANKS > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name).cpu()  # a `meta` tensor cannot be read
+        torch.empty(1, device=name).cpu()  # fails, too, on torch's device `meta`, whose tensors have no values
     except (RuntimeError, AssertionError):  # an unknown name, a missing device, a build without it
         fail(f"--device {name}: not a device of this machine; use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -1259,7 +1269,7 @@ def native_bfloat16(device):
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16", False))
 
 
@@ -1269,17 +1279,22 @@ def autocast(device, reduced):
 
 
 def relative_errors(exact, reduced):
-    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor."""
-    return torch.stack([(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(exact, reduced, strict=True)])
+    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor: infinite if only `reduced` has
+    values that are not finite, nan if `exact` has such values, or is zero like `reduced`."""
+    errors = []
+    for a, b in zip(exact, reduced, strict=True):
+        difference = (a.float() - b.float()).nan_to_num(nan=math.inf)
+        errors.append(difference.norm() / a.float().norm())
+    return torch.stack(errors)
 
 
 def rounding_explains(errors, name, limit=0.3):
     """Whether relative errors between float32 and bfloat16 are small enough to be rounding; prints a line if not.
 
     Rounding changes outputs and gradients of the networks here by less than 10%, a wrong kernel by 50% or more. An
-    error that is not finite is no evidence, since float32 may fail, too."""
-    error = float(errors.max())
-    if error <= limit or not math.isfinite(error):
+    error that is nan says nothing against bfloat16, since float32 fails as well."""
+    error = float(errors.nan_to_num(nan=0.0, posinf=math.inf).max())
+    if error <= limit:
         return True
     print(f"{name}: bfloat16 gives results that differ from float32's by {error:.0%}, which is a fault of this "
           "processor or of torch; float32 is used instead", file=sys.stderr)
@@ -1380,7 +1395,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])  # average = momentum average + (1 - momentum) gradient
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov: one more step of averaging
-                tall = max(1, update.shape[0] / update.shape[1]) ** 0.5  # a tall matrix gets larger updates (Jordan)
+                tall = max(1, update.shape[0] / update.shape[1]) ** 0.5  # Jordan's, for tall matrices
                 p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * tall)
 
 
@@ -1471,8 +1486,8 @@ class Training:
             # SIGTERM and Ctrl-C only leave their number here. The loop then saves a checkpoint and exits.
             stopped_by = []
             for number in (signal.SIGTERM, signal.SIGINT):
-                previous = signal.signal(number, lambda number, frame: stopped_by.append(number))
-                after.callback(signal.signal, number, previous)
+                previous = signal.signal(number, lambda received, frame: stopped_by.append(received))
+                after.callback(signal.signal, number, previous)  # puts the previous handler back
             self.bar = after.enter_context(tqdm(total=self.train["steps"], initial=self.steps, unit="step",
                                                 desc=self.folder.name))
             self.clock = time.time()  # when the time that is not yet in self.seconds began
@@ -1483,7 +1498,7 @@ class Training:
                     self.checkpoint()
                 if stop:
                     print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
-                    raise SystemExit(128 + stopped_by[-1])
+                    raise SystemExit(128 + stopped_by[-1])  # the status that shells give a process ended by a signal
             self.checkpoint()
 
     def try_reduced_precision(self):
@@ -1500,7 +1515,8 @@ class Training:
         weights, gen = [p.detach().clone() for p in matrices], generator(0)
         with torch.no_grad():
             for p in matrices:
-                p.copy_(torch.randn(p.shape, generator=gen) * (3 * p[0].numel()) ** -0.5)  # of the usual initial size
+                sd = (3 * p[0].numel()) ** -0.5  # that of torch's default initial weights
+                p.copy_(sd * torch.randn(p.shape, generator=gen))
         self.trial = []  # `step` appends to it, and does nothing else
         for self.reduced in (False, True):
             self.gen.set_state(random_numbers)
@@ -1723,7 +1739,7 @@ def finished(folder, train, resume):
     checkpoint = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
     if RANK == 0 and not (state and state["finished"]):
-        lock(folder).close()  # before anything is written there, or said about what is there
+        lock(folder).close()  # fails if another process is training there
     if state is None:
         write_json(Path(folder) / "config.json", {"train": train})  # for people to look up
         if RANK == 0:
@@ -1805,7 +1821,8 @@ def save_grid(path, rows, columns=()):
     above the columns."""
     size = next(iter(rows.values())).shape[-1]
     scale = max(1, 96 // size)
-    margin, side, top = 8 + 7 * max(map(len, rows)), scale * size, 16 if columns else 0
+    margin = 8 + 7 * max(map(len, rows))  # a letter is 6 pixels wide
+    side, top = scale * size, 16 if columns else 0
     width = margin + max(map(len, rows.values())) * (side + 2)
     page = Image.new("RGB", (width, top + len(rows) * (side + 2)), "white")
     draw = ImageDraw.Draw(page)

@@ -13,9 +13,9 @@ Three habits keep the scores honest.
                     into moments in float64.
     A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images. So the FD of equally many
                     held-out real images is always given beside it.
-    An interval     The jackknife: scores without one twentieth of the images each tell how much a score depends on the
-                    draw of images. (A percentile bootstrap would repeat images, add the bias a second time, and miss
-                    the score.)
+    An interval     The jackknife leaves out one twentieth of the images at a time. How much the score changes tells
+                    how much it depends on the draw of images. (A bootstrap would repeat images. A set with repeated
+                    images has a higher FD, so its interval would lie above the score.)
 
     python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
     python fid.py cifar10 samples --features inception --count 10000 --json
@@ -496,17 +496,17 @@ class Setup:
     processes, the feature network, the data."""
 
     def __init__(self, args, train, evaluation, device):
-        common.keep_freed_memory()
-        common.join_processes(device, train["batch"])
+        common.keep_freed_memory()  # which is faster on a CPU
+        common.join_processes(device, train["batch"])  # if torchrun has started several
         if common.RANK > 0:
-            common.wait_for_all()  # the first process downloads and decodes for all
+            common.wait_for_all()  # until the first process has downloaded and decoded all images
         self.device = device
         self.extractor = load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
         self.fd = "fd_local" if self.extractor.suffix else "fid"  # the name of the Frechet distance
         self.data, self.test = (common.load_images(args.dataset, split, args.data_dir, train["image_size"])
                                 for split in ("train", "test"))
         if common.RANK == 0:
-            common.wait_for_all()
+            common.wait_for_all()  # now the others go on
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
@@ -532,7 +532,8 @@ def mean_score(values):
 
 
 def high_frequency_power(images):
-    """Mean power of the grey image above 1/4 cycle per pixel, under a Hann window: uint8 (N, 3, H, W) -> (N,)."""
+    """Mean power of the grey image above 1/4 cycle per pixel: uint8 (N, 3, H, W) -> (N,). A Hann window fades the image
+    out towards its borders, whose jumps would count as detail."""
     grey = images.float().mean(1)  # (N, H, W)
     size = grey.shape[-1]
     window = torch.hann_window(size, periodic=False, device=grey.device)
@@ -592,7 +593,7 @@ def evaluate(folder, setup, state, model):
            **common.count_cost(model), "train_images": train["steps"] * train["batch"],
            "train_seconds": state["seconds"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
-           "commit": commit or "unknown", "torch": torch.__version__, "eval": setup.evaluation}
+           "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     common.write_json(folder / "metrics.json", metrics)
     return metrics
@@ -726,8 +727,8 @@ def diagnose(mu, logvar, sharpness):
 
 def check_start(diffusion, x_hat, real):
     """Whether refinement begins early enough to correct what is wrong with x_hat, uint8 (N, 3, H, W). At its start, the
-    noise over the signal should be at least six times the standard deviation of the VAE's error, `real` - x_hat: then
-    the noise hides the error."""
+    noise should hide the VAE's error, `real` - x_hat. As a rule of thumb, the noise over the signal should be six times
+    the error's standard deviation or more."""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
@@ -738,8 +739,10 @@ def check_start(diffusion, x_hat, real):
 
 @torch.no_grad()
 def bits_per_dim(model, prior, setup):
-    """A bound on -log p(x) of held-out images, in bits per pixel value, with its parts: those of common.diffusion_nats,
-    given x_hat = Dec(z) with z ~ q(z | x), and `kl`, log q(z | x) - log p(z) under the prior of this name."""
+    """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x), these are
+    `kl`, which is log q(z | x) - log p(z) under the prior of this name, and those of common.diffusion_nats for x_hat =
+    Dec(z).
+    """
     evaluation = setup.evaluation
     gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
     images = setup.test.images[: evaluation["bits_images"]].to(model.device)

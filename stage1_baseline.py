@@ -14,9 +14,10 @@ model decides *how it looks*.
                       The target is eps as published; our own settings use v (common.Diffusion). There are two ways to
                       show x_hat to the U-Net:
        Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
-       Formulation 2  In addition, the process is shifted by x_hat: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t). But
-                      y_t = x_t - x_hat follows the plain process again. So we run the plain process in y, which ends
-                      with the image y_0 = x0, and only show the U-Net y + x_hat. That is one line of code.
+       Formulation 2  As published, the process is shifted by x_hat: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t), and
+                      the U-Net sees this x_t and x_hat. But y_t = x_t - x_hat follows the plain process. So we run the
+                      plain process in y_t, and show y_t + x_hat to the U-Net in place of y_t. In code, that is the only
+                      difference. The process ends with y_0, which is the image.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -95,8 +96,8 @@ def denoiser(unet, x_hat, variant):
 
 def guide_away(denoise, denoise_worse):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction,
-    `denoise_worse`, to the refiner's and beyond. (The paper extrapolates predicted images. At a given x_t, predicted
-    images, eps and v are linear functions of one another, so it makes no difference which of them is extrapolated.)"""
+    `denoise_worse`, to the refiner's and beyond. The paper does so with predicted images. The result is the same with
+    predicted eps or v, because at a given x_t each of them is a constant plus a constant times the predicted image."""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
@@ -168,7 +169,8 @@ def load_model(state, variant, device):
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided`: that of form1, with the weights and the training time of its guide."""
+    """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. Its log
+    is the guide's, since form1's log is kept by form1."""
     return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"], "log": guide["log"],
                     "run_id": f"{form1['run_id']}+{guide['run_id']}"}
 
@@ -179,8 +181,8 @@ def draw_pretrained(args, evaluation, device):
     states = []
     for name in ("form1", "guide"):
         found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list of one path
-        pack = common.load_hashed(found, f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
-                                  "take another --dataset, or train: leave --pretrained out")
+        pack = common.load_hashed(found, flag=f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
+                                  advice="take another --dataset, or train: leave --pretrained out")
         states.append(pack | {"run_id": found[0].stem, "log": []})  # the hash in the file's name tells it from others
     state = with_guide(*states)
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # a random encoder, which nothing uses
@@ -190,7 +192,7 @@ def draw_pretrained(args, evaluation, device):
     parts = {}
     for label, place in (("VAE", "samples-vae"), ("refined", "samples")):
         files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
-        images = [torch.tensor(common.decode_file(file, size, "none")).permute(2, 0, 1) for file in files]
+        images = [torch.tensor(common.decode_file(file, size, crop="none")).permute(2, 0, 1) for file in files]
         parts[label] = torch.stack(images)  # (N, 3, H, W)
     common.draw_samples(folder, parts)
     print(folder / "samples.png")
@@ -233,7 +235,7 @@ def main(argv=None):
         return common.print_settings(train, evaluation, **networks)
     if args.pretrained:
         common.keep_freed_memory()  # which is faster on a CPU
-        common.join_processes(device, train["batch"])
+        common.join_processes(device, train["batch"])  # if torchrun has started several
         return draw_pretrained(args, evaluation, device)
     setup = fid.Setup(args, train, evaluation, device)
     states, all_metrics = {}, {}  # checkpoints by variant, metrics by folder
@@ -246,7 +248,7 @@ def main(argv=None):
         folder = setup.home / f"stage1-{variant}-s{args.seed}"
         if variant != "vae":
             settings = setup.train
-            if variant == "guided":  # what is trained in its folder is the guide
+            if variant == "guided":  # its folder holds the guide. (With another GUIDANCE it would be another run.)
                 settings = setup.train | {"steps": math.ceil(setup.train["steps"] / 10), "guidance": GUIDANCE}
             states[variant] = (common.finished(folder, settings, args.resume) or
                                train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))

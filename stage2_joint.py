@@ -12,17 +12,19 @@ The loss has two terms. D is the number of pixel values of an image.
 
 `--loss` says how they are balanced:
 
-    sum             E + lambda D M, with one fixed weight lambda
-    anneal          The same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of the
-    steps. kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018).
+    sum             E + lambda D M, with one fixed weight lambda.
+    anneal          The same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of steps.
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The best a is
+                    log E, so each term is divided by its own size.
     bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
-                    and the bound of the diffusion process that begins with x_hat and noise (common.diffusion_nats).
+                    and common.diffusion_nats for a process that begins at x_start, made of x_hat and noise.
 
 Which lambda would make `sum` most like `bound`? In the bound, an error of the predicted v at time t counts with a
-weight w_t, which depends on t (common.kl_step gives it). If the errors were equally large at all times, lambda would
-have to be the sum of all w_t. For v-prediction, with refinement from time 400 of 1000, this is 4.2. For eps-prediction
-from time 1000 it is 9.4. (With x0_factor and large_variance of common.Posterior, w_t = x0_factor^2 (1 - abar_t) / (2
-large_variance) for v, and 1 / abar_t times as much for eps.)
+weight w_t that depends on t. By common.kl_step,
+    w_t = x0_factor^2 (1 - abar_t) / (2 variance),
+with the factor of x0 and the variance of DDPM's posterior at t. If errors were equally large at all times, lambda would
+have to be the sum of w_t over t = 2..start. For v-prediction with start = 400 this is 4.2. (For eps-prediction w_t is
+larger by 1 / abar_t, and the sum up to 1000 is 9.4.) Our default is smaller, 1: large weights harm the VAE (REPORT.md).
 
 One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
 gradient. To this end the U-Net sees a copy of x_hat with the same values, through which gradients pass back multiplied
@@ -55,7 +57,7 @@ import common
 import fid
 from common import to_float, to_uint8
 
-WEIGHT = 1.0  # lambda, if --diffusion-weight is not given
+WEIGHT = 1.0  # lambda if --diffusion-weight is not given; see above
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -92,16 +94,15 @@ def diffusion_weight(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. They tend to the logarithms of the two terms, so that each term, divided by its
-    own size, counts for about 1."""
+    """The learned a and b of `kendall`."""
 
     def __init__(self):
         super().__init__()
         self.logvar = nn.Parameter(torch.zeros(2))
 
     def forward(self, elbo, diffusion):
-        """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). D M is detached, so it only teaches b: its
-        gradient reaches the VAE by scale_gradient, and the refiner from M itself."""
+        """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). In this sum D M is detached, so that it trains
+        b and neither network. They are trained by the M that train_joint adds, the VAE through scale_gradient."""
         a, b = self.logvar
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
@@ -126,7 +127,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound is a sum over t. Its terms are largest at small t, so these times are drawn more often, which lowers the
     variance: t = ceil(start u^4) for uniform u (B,). (The power 4 was found by trying.) A term is divided by its time's
     probability, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
-    t = diffusion.draw_t(u.cpu().double() ** 4)  # in float64, which not every device has: small t need its digits
+    t = diffusion.draw_t(u.cpu().double() ** 4)  # float64 (on the CPU, since not every device has it), like P(t) below
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
@@ -272,10 +273,10 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
 
     def score(z):
-        """The Frechet distance of the VAE's images and of the refined ones."""
+        """The Frechet distance, which is called setup.fd, of the VAE's images and of the refined ones."""
         parts = [decode(part) for part in z.split(100)]
-        return {name: setup.score(torch.cat([part[i] for part in parts]))[setup.fd]
-                for i, name in enumerate(("vae", "refined"))}
+        x_hat, refined = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return {"vae": setup.score(x_hat)[setup.fd], "refined": setup.score(refined)[setup.fd]}
 
     result["posterior"] = score(a)  # codes of real images: no prior is involved
     along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]

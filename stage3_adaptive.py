@@ -35,8 +35,8 @@ Conditioning: what the refiner is shown
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
     film       s_vec and s are added to the time embedding, and scale x_hat by a learned gate. It starts as `fixed`.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow). It starts as the
-               identity. In the flow prior, the log-determinant makes a density of it. Here none is needed, since a
-               condition may be any function of x_hat.
+               identity. The flow prior needs its log-determinant, because a prior is a density. A condition may be any
+               function of x_hat, so this network needs none.
 
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
@@ -255,7 +255,8 @@ class ImageCoupling(nn.Module):
         stays = ((rows[:, None] + columns) % 2 == self.colour).to(x.dtype)  # (H, W)
         s_map = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * stays, s_map], 1)).chunk(2, 1)  # each (B, 3, H, W)
-        return x * (torch.tanh(raw).float() * (1 - stays)).exp() + shift.float() * (1 - stays)
+        log_scale, shift = torch.tanh(raw).float() * (1 - stays), shift.float() * (1 - stays)  # 0 where pixels stay
+        return x * log_scale.exp() + shift
 
 
 class Conditioner(nn.Module):
@@ -320,7 +321,7 @@ def vae_loss(vae, x0, noise, beta, joint):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
-    codes and, if it has a flow, what this stage fits besides. Returns the finished checkpoint."""
+    codes. For a VAE with a flow, also do what fit_ex_post does. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, flip=train["vae_flip"], vae=vae)
@@ -414,7 +415,7 @@ def load_model(state, device, shuffled=False):
 
         def model_denoiser(x_hat, z):
             s_vec = s = None
-            if train["conditioning"] != "fixed":  # s depends on z alone: evaluation may have added noise to x_hat
+            if train["conditioning"] != "fixed":  # s comes from z, not from this x_hat, which may be noisy
                 s_vec, s = uncertainty_of(vae, z, vae.decoder(z), stats, train["uncertainty"])
                 if shuffled:
                     s_vec, s = s_vec.roll(1, 0), s.roll(1, 0)
@@ -439,7 +440,7 @@ def refine_all(model, uncertainty, z, steps, seed, start=None):
     parts, clock = [], time.time()
     for i, z_part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(z_part)
-        gen = common.generator(seed + 2 * i)  # the odd seeds between are those of the steps' noise (common.refine)
+        gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
         refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), uncertainty(z_part, x_hat)[1].cpu()))
     seconds = (time.time() - clock) / len(z)
@@ -462,11 +463,13 @@ def adaptivity(folder, state, model, setup):
     belongs to another image, and with steps and starts that depend on s. Writes uncertainty.png, from sure to unsure
     images."""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    real = setup.test.images[: 3 * (setup.evaluation["grid_count"] // 2)]  # half of grid_count in each third
+    per_third = setup.evaluation["grid_count"] // 2
+    real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
     mu = common.encode(model.vae, real, model.device)[0]
     x_hat, refined, s, _ = refine_all(model, uncertainty, mu, steps, seed)
+    # The same codes with other noise. (It is that of the next two --seed, whose networks are others.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features = fid.extract(setup.extractor, real)[0]  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
@@ -569,9 +572,9 @@ def read_flags(argv):
 def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
-    vae_prior = {"vae_prior": "flow" if args.prior == "flow" else "gaussian"}
-    own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
-    own |= vae_prior | common.settings_for(train, "refiner", like="unet")
+    vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
+    own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
+    own |= common.settings_for(train, "refiner", like="unet")
     if args.dry_run:
         train |= own
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -581,12 +584,12 @@ def main(argv=None):
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.
-    folder = setup.home / f"stage3-vae-{vae_prior['vae_prior']}-s{args.seed}"
-    vae_state = get_vae(folder, setup.train | vae_prior, setup, args.resume)
+    folder = setup.home / f"stage3-vae-{vae_prior}-s{args.seed}"
+    vae_state = get_vae(folder, setup.train | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
     vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
-    vae_setup = copy.copy(setup)
-    vae_setup.evaluation = setup.evaluation | {"prior": vae_prior["vae_prior"]}  # of the first row of scores
+    vae_setup = copy.copy(setup)  # the first row of its scores is of the prior under which it was trained
+    vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
     if "uncertainty" not in vae_metrics["tables"]:
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
