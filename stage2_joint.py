@@ -7,8 +7,7 @@ become better, and the latent space smoother?
 The loss has two terms. D is the number of pixel values of an image.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
-    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t. So D M is its sum over
-    pixels
+    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t; D M is its sum over pixels
 
 `--loss` says how they are balanced:
 
