@@ -141,7 +141,8 @@ class Diffusion:
 
     def posterior(self, t, t_next):
         """The Posterior of x at the earlier time t_next < t, given x_t and x0 (DDPM eq. 6-7). With t_next = t - 1 these
-        are DDPM's formulas. Other values of t_next describe a process that skips times."""
+        are DDPM's formulas. Other values of t_next describe a process that skips times. (tests/test_common.py:
+        test_posterior_is_bayes)"""
         bar_t, bar_next = float(self.alpha_bar[t]), float(self.alpha_bar[t_next])
         beta = 1 - bar_t / bar_next
         return Posterior(x0_factor=math.sqrt(bar_next) * beta / (1 - bar_t),
@@ -189,7 +190,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
                would leave visible noise in the image.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with eta = 0)
         dpm    deterministic, of second order (DPM-Solver++)
-    `trajectory`, a list, receives (t, x_t, predicted x0) of every step."""
+    `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
+    (tests/test_common.py: test_oracle_returns_x0, test_samplers_improve_in_their_order)"""
     steps, previous = min(steps, diffusion.start), None
     times = time_grid(diffusion.start, steps)
     for i in range(steps, 0, -1):
@@ -558,7 +560,7 @@ class GaussianMixture:
         return 1e-3 * torch.eye(z.shape[1])
 
     def em_round(self, z, tied):
-        """One round of EM on z (N, d): the mixture that follows this one."""
+        """One round of EM on z (N, d): the mixture that follows this one. (tests/test_common.py: test_em_by_hand)"""
         count, d = self.means.shape
         # E step: the sums over all z that the M step needs, each z weighted by how much it belongs to a component.
         mass = torch.full((count,), 1e-9)  # (K,), positive so that it can be divided by
@@ -1555,7 +1557,7 @@ class Training:
         return self.own_part(torch.rand(self.train["batch"], *shape, generator=self.gen, device=self.device))
 
     def step(self, loss, terms, watch=None):
-        """Take one step of every optimiser on the mean of `loss` (B,).
+        """Take one step of every optimiser on the mean of `loss` (B,). (tests/test_training.py: test_rates_clips_and_averages_by_hand)
 
         `terms` {name: tensor or number} are logged as means over the steps since the last row of the log. `watch()`, if
         given, is called when a row is due; the numbers it returns are logged as they are."""

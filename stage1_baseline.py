@@ -83,7 +83,8 @@ def build_diffusion(train, variant, device):
 def denoiser(unet, x_hat, variant):
     """`denoise(xt, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
-    In Formulation 2 the process runs in y = x_t - x_hat. The U-Net is shown x_t, which is the only difference."""
+    In Formulation 2 the process runs in y = x_t - x_hat. The U-Net is shown x_t, which is the only difference.
+    (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
 

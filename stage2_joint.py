@@ -159,7 +159,8 @@ def watch_training(vae, unet, diffusion, images):
 
 
 def train_joint(folder, train, data, device):
-    """Train VAE and refiner together. Returns the finished checkpoint, which looks like one of stage 1's refiner."""
+    """Train VAE and refiner together. Returns the finished checkpoint, which looks like one of stage 1's refiner.
+    (tests/test_stage2.py: test_one_backward_pass_is_two)"""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1

@@ -199,7 +199,7 @@ def s_from(z, logvar, stats, kind):
 
 def uncertainty_of(vae, z, x_hat, stats, kind):
     """s_vec (B, d) and s (B,), from z (B, d) and x_hat = Dec(z). In float32, like the statistics behind them: the
-    log-variances of different images differ little."""
+    log-variances of different images differ little. (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
     with torch.autocast(x_hat.device.type, enabled=False):
         return s_from(z, vae.encoder(x_hat)[1], stats, kind)
 
