@@ -8,6 +8,7 @@ For stage 1, read Part I, the settings in TRAIN (section 8) and the class Traini
 up when a stage uses it. `fid.py` builds on this file and holds everything that measures a model.
 
 Conventions, used by every file:
+    "As published" refers to DiffuseVAE (Pandey et al. 2022), which stage 1 replicates.
     Images `x0` are float32 tensors (B, 3, H, W) with values in [-1, 1]. Stored data and everything that `fid.py` scores
     are uint8 tensors.
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
@@ -74,7 +75,7 @@ def to_uint8(x):
 class Posterior(NamedTuple):
     """q(x_s | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Two choices of its variance are in use
     (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
-    "fixedlarge") is right if x0 is unknown and as wide as N(0, I)."""
+    "fixedlarge") is that of the forward process from x_s to x_t."""
 
     x0_factor: float
     xt_factor: float
@@ -87,9 +88,9 @@ class Diffusion:
     steps.
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
-    Ho 2022). A small error of v is a small error of x0 at every noise level, which suits short trainings.
-    `start` is the time at which the reverse process begins: T, or earlier where an x_hat already shows roughly what x0
-    looks like. Only the times 1..start are trained and sampled."""
+    Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small, so that errors
+    grow. From v it is not, which helps short trainings. `start` is the time at which the reverse process begins: T, or
+    earlier where an x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -155,7 +156,7 @@ def time_grid(start, steps):
     """The times that sampling in `steps` steps visits, in rising order: 0 = tau_0 < ... < tau_steps = start.
 
     tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided;
-    the maximum keeps the times distinct for every 1 <= steps <= start."""
+    the maximum with i keeps all times distinct."""
     return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
 
 
@@ -163,10 +164,11 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
     `previous` is (t, x0) of the step before, or None in the first step.
 
-    If x0 were constant between the two times, x_next = (sigma_next / sigma_t) x_t + (a_next - a_t sigma_next / sigma_t)
-    x0 would be exact. The solver is of second order because it uses an estimate of x0 in the middle of the step. It is
-    extrapolated linearly from the last two predictions, along lambda = log(a / sigma), the paper's measure of time:
-        x0 + (lambda_next - lambda_t) / 2 * (x0 - x0_before) / (lambda_t - lambda_before)
+    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. If x0 were
+    constant during the step, they would both be exact, with x_next = (sigma_next / sigma_t) x_t + (a_next - a_t
+    sigma_next / sigma_t) x0. DDIM uses the predicted x0. This solver is of second order because it estimates x0 in the
+    middle of the step: it extrapolates the last two predictions linearly, along lambda = log(a / sigma),
+        x0 + (lambda_next - lambda_t) / 2 * (x0 - x0_before) / (lambda_t - lambda_before).
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
@@ -222,7 +224,8 @@ class BottleneckBlock(nn.Module):
 
     def __init__(self, width, resolution=None):
         super().__init__()
-        inner, kernel = width // 2, 1 if resolution == 1 else 3
+        inner = width // 2
+        kernel = 1 if resolution == 1 else 3
         shapes = [(width, inner, 1), (inner, inner, kernel), (inner, inner, kernel), (inner, width, 1)]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in shapes)
         for conv in self.convs:
@@ -240,13 +243,13 @@ class PatchConv2d(nn.Conv2d):
 
     Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
     multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
-    for bfloat16 are wrong. The weights have the shape that they have in nn.Conv2d, (out, C, k, k)."""
+    for bfloat16 give wrong results (on processors with AMX). The weights have the shape that they have in nn.Conv2d, (out, C, k, k)."""
 
     def forward(self, x):
         (b, c, h, w), k = x.shape, self.stride[0]
-        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)  # rows and columns cut into pieces of k
+        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)  # axes: row of blocks, row in the block, the same for columns, channel
         blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), in the same order
         return F.linear(blocks, matrix, self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
 
 
@@ -1557,7 +1560,8 @@ class Training:
         return self.own_part(torch.rand(self.train["batch"], *shape, generator=self.gen, device=self.device))
 
     def step(self, loss, terms, watch=None):
-        """Take one step of every optimiser on the mean of `loss` (B,). (tests/test_training.py: test_rates_clips_and_averages_by_hand)
+        """Take one step of every optimiser on the mean of `loss` (B,).
+        (tests/test_training.py: test_rates_clips_and_averages_by_hand)
 
         `terms` {name: tensor or number} are logged as means over the steps since the last row of the log. `watch()`, if
         given, is called when a row is due; the numbers it returns are logged as they are."""
