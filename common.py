@@ -243,13 +243,14 @@ class PatchConv2d(nn.Conv2d):
 
     Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
     multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
-    for bfloat16 give wrong results (on processors with AMX). The weights have the shape that they have in nn.Conv2d, (out, C, k, k)."""
+    for bfloat16 give wrong results (on processors with AMX). The weights have nn.Conv2d's shape, (out, C, k, k)."""
 
     def forward(self, x):
         (b, c, h, w), k = x.shape, self.stride[0]
-        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)  # axes: row of blocks, row in the block, the same for columns, channel
+        # Axes: block row, row within the block, block column, column within the block, channel
+        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)
         blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), in the same order
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), ordered alike
         return F.linear(blocks, matrix, self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
 
 
