@@ -275,11 +275,11 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. After the blocks of each level but the last come one more block, which
-    the published tables do not count, and a change of resolution. As published (`pool`), the latter is average pooling
-    and a 1x1 convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the
-    zero padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution,
-    which sees every position by itself.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has one more block than its row says, as in
+    the published tables, and then the resolution changes. As published (`pool`), this is done by average pooling and a
+    1x1 convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the zero
+    padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution, which
+    sees every position by itself.
     """
 
     def __init__(self, table, pool):
@@ -476,6 +476,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, extra=None):
         half = self.time[0].in_features // 2
+        # The time as sines and cosines of many frequencies, from 1 down to 1/10,000 (Vaswani et al. 2017, 3.5)
         frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=x.device) / half)
         angle = t[:, None].float() * frequency  # (B, half)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
@@ -573,7 +574,7 @@ class GaussianMixture:
         for part in z.split(2000):
             belongs = self.log_joint(part).softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-            if tied:  # needs the sum over components, and the shares of each z add up to 1
+            if tied:  # the shared covariance needs the sum over all components, whose shares of a z add up to 1
                 products[0] += part.T @ part
                 continue
             for k, share in enumerate(belongs.T):
@@ -605,7 +606,7 @@ class GaussianMixture:
             white = (part - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
             distance = (white.square().sum(2, keepdim=True) - 2 * white @ means.mT
                         + means.square().sum(2)[:, None])  # squared, (groups, n, K / groups)
-            distance = distance.movedim(0, 1).flatten(1)  # (n, K)
+            distance = distance.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
             rows.append(constant - 0.5 * (distance + d * math.log(2 * math.pi)))
         return torch.cat(rows)
 
@@ -652,8 +653,8 @@ def encode(vae, images, device, batch=500):
 def fit_mixture(vae, images, train, device):
     """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint.
 
-    About 60,000 codes are drawn, but at most ten of each image. (Of few images a single code each would not do: the
-    mixture would model the random part of these few draws.)"""
+    About 60,000 codes are drawn, but at most ten of each image. If there are few images, one code of each would be too
+    few: the mixture would model the random part of these draws."""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))

@@ -171,7 +171,7 @@ def load_model(state, variant, device):
 
 def with_guide(form1, guide):
     """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. Its log
-    is the guide's, since form1's log is kept by form1."""
+    is the guide's; the refiner's is part of the results of form1."""
     return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"], "log": guide["log"],
                     "run_id": f"{form1['run_id']}+{guide['run_id']}"}
 
@@ -249,7 +249,7 @@ def main(argv=None):
         folder = setup.home / f"stage1-{variant}-s{args.seed}"
         if variant != "vae":
             settings = setup.train
-            if variant == "guided":  # its folder holds the guide. (With another GUIDANCE it would be another run.)
+            if variant == "guided":  # its folder holds the guide, and results that depend on GUIDANCE
                 settings = setup.train | {"steps": math.ceil(setup.train["steps"] / 10), "guidance": GUIDANCE}
             states[variant] = (common.finished(folder, settings, args.resume) or
                                train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))

@@ -19,8 +19,8 @@ def tiny(**changes):
 
 
 def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
-    """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. Images are mirrored for `both`
-    only."""
+    """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. Images are mirrored as
+    `vae_flip` says."""
     losses, step, train, data = [], common.Training.step, tiny(steps=1), images_of(60)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses.append((loss, training.flip))

@@ -169,6 +169,15 @@ def test_anneal_raises_the_weight(tmp_path):
     assert [row["weight"] for row in log] == pytest.approx([stage2.diffusion_weight(train, step) for step in range(8)])
 
 
+def test_images_are_mirrored_as_the_refiners_setting_says(tmp_path, monkeypatch):
+    flips = []
+    monkeypatch.setattr(common, "Training", lambda *args, flip, **networks: flips.append(flip) or 1 / 0)
+    for flip in (False, True):
+        with pytest.raises(ZeroDivisionError):  # before any step
+            stage2.train_joint(tmp_path, joint(unet_flip=flip, vae_flip=not flip), images_of(2), CPU)
+    assert flips == [False, True]
+
+
 def test_kendall_learns_the_balance(tmp_path):
     """a and b tend to the logarithms of the two terms. M gets no gradient, and E exp(-a) times its own. In training b
     grows, so the weight falls."""

@@ -423,6 +423,18 @@ def joint(**changes):
     return vae, vae | own | changes
 
 
+def test_vae_and_refiner_have_their_own_settings_for_mirroring(tmp_path, monkeypatch):
+    flips, vae = [], stage3.build_vae(joint()[0]).state_dict()
+    monkeypatch.setattr(common, "Training", lambda *args, flip, **networks: flips.append(flip) or 1 / 0)
+    for flip in (False, True):
+        vae_train, train = joint(vae_flip=flip, unet_flip=not flip)
+        with pytest.raises(ZeroDivisionError):  # before any step
+            stage3.train_vae(tmp_path, vae_train, images_of(2), CPU)
+        with pytest.raises(ZeroDivisionError):
+            stage3.train_refiner(tmp_path, train, {"vae": vae, "uncertainty": {}}, images_of(2), CPU)
+    assert flips == [False, True, True, False]
+
+
 def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, in_float32):
     """The first step's loss is vae_loss with the settings' beta. The log holds the terms of the loss."""
     (train, _), calls, loss = joint(steps=10, every=1, beta=0.3), [], stage3.vae_loss
