@@ -176,7 +176,7 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
         t_before, x0_before = previous
         # lambda is half the logit of alpha_bar, since a^2 = alpha_bar and sigma^2 = 1 - alpha_bar.
         lambda_before, lambda_t, lambda_next = diffusion.alpha_bar[[t_before, t, t_next]].logit() / 2
-        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))
+        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))  # the last step over this one
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return sigma_ratio * x + (a_next - a_t * sigma_ratio) * x0
 

@@ -24,36 +24,26 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-# The order of names in tables: by the first of these that a data set or a variant begins with. All others come last.
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-")
+ORDER = ("shapes", "cifar10", "celeba64",  # data sets, and beginnings of variants, in the order of tables
+         "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-")  # then all others
 WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # run: the name of its file, and what that file keeps
            "stage1-guided-s0": ("guide", "unet")}
 SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
-SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
-# (Samples of these variants are shown together in one picture, the sheet.)
+SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")  # draw_sheet
 NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
 MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # of evaluation settings; all others decide what a score means
-SEEDS_MAY_DIFFER = ("seed", "data_dir")  # of train settings; two seeds of one variant agree in all others
+# Variants. stage1-vae is the VAE alone. In form1 a diffusion model, the refiner, refines the VAE's image x_hat. guided
+# is form1, moved away from a worse refiner, whose errors are the same but larger. In anneal both train together; with
+# grad-none the refiner's loss does not reach the VAE. In stage 3's flow-* a normalising flow is the prior over codes;
+# fixed refines as form1 does, film also uses s. bonus-latent diffuses an autoencoder's latent; its ceiling is what the
+# autoencoder's reconstructions score. Words of tables: s is the error of the VAE that is expected in an image, from a
+# regression (regressed) or the encoder's variances (variance). The third of images with the lowest s is sure, with the
+# highest unsure. "thirds" gives the unsure more steps, the sure fewer; "shuffled" uses another image's s. "own prior" is
+# the headline's prior with as few images as other priors have. Real codes are those of held-out images. "path / ends" is
+# the length of a path between two codes' images over the distance of its ends (1: straight).
 
-# Words in the names below. The stages' own docstrings explain them at length.
-#     stage1-vae    The VAE alone. In form1 and form2 a diffusion model, the refiner, refines its blurred images x_hat.
-#     guided        form1, moved away from what a worse refiner predicts: both make the same errors, the worse larger ones.
-#     uncond        A diffusion model without a VAE.
-#     anneal        VAE and refiner are trained together, with a weight that grows; with grad-none the gradient of the
-#                   refiner's loss does not reach the VAE.
-#     flow-fixed    A normalising flow is the prior over codes, and x_hat is shown to the refiner as in form1. In fade, film
-#                   and coupling the refiner also sees s, or x_hat changed by it.
-#     bonus-latent  Diffusion of an autoencoder's latent. Its ceiling: the scores of the autoencoder's reconstructions.
-#     s             How large an error of the VAE is expected in an image: from a regression ("regressed"), or from the
-#                   encoder's variances ("variance"). The sure third of the images has the lowest s, the unsure the highest.
-#     thirds        The unsure third gets more steps, the sure one fewer, "evenly" all the same; "shuffled" goes by the s
-#                   of another image. "Start by thirds" changes the time of the first step in place of their number.
-#     own prior     Scores under the headline's prior, from as few images as there are for other priors.
-#     real codes    Samples from the codes of held-out images, so that no prior is involved.
-#     / ends        The length of a path of images between two codes, over the distance of its two ends. 1 is straight.
-
-# A number's name is its place in metrics.json, where each of these parts is replaced. Some parts contain or begin like
-# others. The longest part that fits is replaced, from left to right and once, so the order of lines does not matter.
+# A number's name is its place in metrics.json, with these parts replaced. Where several of them fit, the longest is
+# replaced. This goes from left to right and only once, so the order of these lines does not matter.
 SHORT = {
     "_local": "", "fid": "fd", "seconds_per_image": "s/image", "/fd_to_these": "", "path_over_distance": "/ ends",
     "before_refinement/": "VAE ", "reconstruction/": "", "robustness/scores/": "", "robustness/area": "noise area",
@@ -123,11 +113,10 @@ PANELS = {  # x axis of a chart: (variants, {place: column})
 
 
 def named_numbers(part, place=""):
-    """{name: number or score} of nested dictionaries and lists, which stand at `place` in metrics.json. Texts are left out.
-    A score is a dictionary with a value and its interval."""
+    """{name: number or score} of nested dictionaries and lists that stand at `place`. Texts are left out."""
     if isinstance(part, list):
         part = dict(enumerate(part))
-    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:
+    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:  # these three are a score
         numbers = {}
         for key, value in part.items():
             numbers |= named_numbers(value, f"{place}/{key}")
@@ -143,18 +132,16 @@ def load_metrics(path):
 
 
 def numbers_of(metrics):
-    """{name: number or score} of a run: its rows of scores, its tables and its cost. The headline is the first row, and
-    its numbers have plain names. Before the names of other rows stand their sampler and number of steps if they have
-    the headline's prior, else their prior."""
+    """{name: number or score} of a run. The numbers of its first row, the headline, have plain names. Those of another
+    row begin with its sampler and steps, or with its prior if that is not the headline's. Tables and costs follow."""
     headline, *others = metrics["rows"]
     rows = {}
-    if headline["sampler"] == "none":  # of a VAE alone: its rows differ in nothing but the prior, and are compared by it
+    if headline["sampler"] == "none":  # a VAE alone: its rows differ in nothing but the prior, so this one is named too
         rows[headline["prior"]] = headline
     for row in others:
-        has_own_prior = row["prior"] == headline["prior"]
-        name = f"{row['sampler']} {row['nfe']}" if has_own_prior else row["prior"]
-        rows.setdefault(name, row)  # a row may be there twice
-    # The headline has more images than rows of other priors. So a row with as few is what they are compared with.
+        name = f"{row['sampler']} {row['nfe']}" if row["prior"] == headline["prior"] else row["prior"]
+        rows.setdefault(name, row)  # of two equal rows the first is kept
+    # Rows of other priors have fewer images than the headline. They are compared with this one, which has as few:
     rows["own prior"] = rows.get(f"{headline['sampler']} {headline['nfe']}")
     run = metrics["run"]
     cost = {"train minutes": run["train_seconds"] / 60, "parameters": run["parameters"], "gflops": run["gflops"]}
@@ -170,42 +157,36 @@ def scoring_settings(metrics):
 
 
 def load_all(paths):
-    """{dataset: {variant: {seed: metrics}}} in the order of tables. Each metrics has its `numbers` added. Exits if two
-    results of a data set cannot be compared, or if two seeds of a variant were trained in different ways."""
-    found, first_of = {}, {}  # first_of: {group of results: (path, settings) of the first of them}
+    """{dataset: {variant: {seed: metrics}}} in the order of tables, with `numbers` in each metrics. Exits if two results
+    of a data set cannot be compared, or if seeds of a variant were trained with different settings."""
+    found, first_of = {}, {}
     for path in sorted(map(Path, paths)):
         metrics = load_metrics(path)
         run = metrics["run"]
         dataset, variant = run["dataset"], run["variant"]
         groups = {dataset: scoring_settings(metrics), (dataset, variant): {"parameters": run["parameters"]}}
-        if "train" in run:  # older metrics do not have it
+        if "train" in run:  # older metrics have no train settings
             groups[dataset, variant, "train"] = {
-                key: value for key, value in run["train"].items() if key not in SEEDS_MAY_DIFFER}
-        for group, settings in groups.items():
+                key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
+        for group, settings in groups.items():  # each is compared with that of the first file in its group
             first_path, first_settings = first_of.setdefault(group, (path, settings))
             if difference := common.first_difference(first_settings, settings):
                 common.fail(f"{path} cannot be compared with {first_path}: {difference}; remove one of them")
         found.setdefault(dataset, {}).setdefault(variant, {})[run["seed"]] = metrics
     for results in found.values():
         form1 = results.get("stage1-form1", {})
-        for seeds in results.values():
-            for seed, metrics in seeds.items():  # stage 2 measures the latent space of stage 1 beside its own
-                stage1_table = metrics["tables"].pop("latent_space_stage1", None)
-                if stage1_table and seed in form1:
-                    form1[seed]["tables"].setdefault("latent_space", stage1_table)
-        for seeds in results.values():  # now that no table is missing
-            for metrics in seeds.values():
-                metrics["numbers"] = numbers_of(metrics)
-    return {dataset: {variant: found[dataset][variant] for variant in sorted(found[dataset], key=reading_order)}
-            for dataset in sorted(found, key=reading_order)}
+        all_runs = [(seed, metrics) for seeds in results.values() for seed, metrics in seeds.items()]
+        for seed, metrics in all_runs:  # stage 2 measures the latent space of stage 1 beside its own
+            stage1_table = metrics["tables"].pop("latent_space_stage1", None)
+            if stage1_table and seed in form1:
+                form1[seed]["tables"].setdefault("latent_space", stage1_table)
+        for _, metrics in all_runs:
+            metrics["numbers"] = numbers_of(metrics)
 
-
-def reading_order(name):
-    """The key by which names of data sets and of variants are sorted: their place in ORDER, then the name itself."""
-    for position, beginning in enumerate(ORDER):
-        if name.startswith(beginning):
-            return position, name
-    return len(ORDER), name
+    def place(name):  # in ORDER; names with the same place are sorted by the alphabet
+        begins_with = [name.startswith(beginning) for beginning in ORDER]
+        return begins_with.index(True) if any(begins_with) else len(ORDER), name
+    return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
 
 
 def values_by_seed(seeds, name):
@@ -228,21 +209,17 @@ def mean_and_sd(values):
 def cell(seeds, name):
     """The number called `name` as text: of one seed with its interval, of several with their standard deviation."""
     found = values_by_seed(seeds, name)
-    if len(found) == 1:
-        seed, = found
-        score = seeds[seed]["numbers"][name]
-        if isinstance(score, dict):
-            return fid.show(score)
+    scores = [seeds[seed]["numbers"][name] for seed in found]
+    if len(scores) == 1 and isinstance(scores[0], dict):
+        return fid.show(scores[0])
     return mean_and_sd(list(found.values())) if found else ""
 
 
 def describe_change(ours, theirs):
-    """Say in words by how many percent `ours` are lower or higher than `theirs`. Both are positive numbers of the same
-    seeds. The change is the mean of their log ratios. It is significant if there are three seeds or more, and if
-    Student's 95% interval for this mean excludes 0."""
+    """Say by how many percent `ours` are lower or higher than `theirs`, positive numbers of the same seeds. The change is
+    the mean log ratio. It is significant if there are three seeds or more and Student's 95% interval excludes 0."""
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
-    count = len(log_ratios)
-    mean = statistics.mean(log_ratios)
+    count, mean = len(log_ratios), statistics.mean(log_ratios)
     change = 100 * math.expm1(mean)  # in percent
     if count < 3:
         return f"{change:+.0f}% ({'one run' if count == 1 else 'two runs'})"
@@ -259,53 +236,41 @@ def markdown(header, rows):
 
 def describe_data(dataset, results):
     """The settings that all numbers of a data set share, in a sentence."""
-    first_variant = next(iter(results.values()))
-    metrics = next(iter(first_variant.values()))
-    run = metrics["run"]
-    evaluation = run["eval"]
+    metrics = next(iter(next(iter(results.values())).values()))
+    run, evaluation = metrics["run"], metrics["run"]["eval"]
     start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
     return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({run['train_images']:,} images per network), "
             f"{metrics['rows'][0]['n_generated']:,} samples{start_noise} ({evaluation['grid_count']} in probes), "
             f"features `{run['features']}`.")
 
 
-def fits(name, patterns):
-    """Whether a name fits one of the patterns, which are separated by spaces."""
-    return any(fnmatch(name, pattern) for pattern in patterns.split())
-
-
 def table_of(everything, variants, columns, only_seed=None):
-    """A line for each variant that fits one of the patterns in `variants` and has a number in one of the columns."""
-    rows, notes = [], {}
-    names = columns.split("; ")
+    """A line for each variant that fits one of the patterns and has a number in one of the columns."""
+    rows, notes, columns = [], {}, columns.split("; ")
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            shown = {seed: metrics for seed, metrics in seeds.items() if only_seed in (None, seed)}
-            cells = [cell(shown, name) for name in names]
-            if fits(f"{dataset}/{variant}", " ".join(f"*{pattern}" for pattern in variants.split())) and any(cells):
+            seeds = {seed: metrics for seed, metrics in seeds.items() if only_seed in (None, seed)}
+            cells = [cell(seeds, column) for column in columns]
+            if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in variants.split()) and any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 notes[dataset] = describe_data(dataset, results)
-    return f"{markdown(['variant', *names], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
+    return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
 
 
 def table_claims(everything, claims):
-    """A line for each claim. For each data set it has both means over the seeds that both sides have, and the change."""
+    """A line for each claim and, for each data set, both means over the seeds that both sides have, and the change."""
     rows = []
     for question, *sides in claims:
         cells = []
         for results in everything.values():
-            found = []  # {seed: value} of each side
+            values = []  # {seed: value} of both sides
             for side in sides:
                 name, variant = side.split(" of ")
-                found.append(values_by_seed(results.get(variant, {}), name))
-            first, second = found
-            shared_seeds = sorted(first.keys() & second.keys())
-            if shared_seeds:
-                ours = [first[seed] for seed in shared_seeds]
-                theirs = [second[seed] for seed in shared_seeds]
-                cells.append(f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {describe_change(ours, theirs)}")
-            else:
-                cells.append("not run")
+                values.append(values_by_seed(results.get(variant, {}), name))
+            shared_seeds = sorted(values[0].keys() & values[1].keys())
+            ours, theirs = [values[0][seed] for seed in shared_seeds], [values[1][seed] for seed in shared_seeds]
+            cells.append("not run" if not shared_seeds else
+                         f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {describe_change(ours, theirs)}")
         rows.append([question, *sides, *cells])
     table = markdown(["question", "first", "second", *everything], rows)
     note = "Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds."
@@ -322,37 +287,30 @@ def table_numbers(columns):
 
 
 def table_reproduced(new, committed):
-    """New numbers of each variant beside the committed ones. A number is reproduced if it lies in Student's 99%
-    prediction interval for one more run of the committed seeds. Where fewer than three seeds are committed, it must lie
-    within 25% of their mean."""
+    """New numbers of each variant beside the committed ones. They are reproduced if they lie in the 99% prediction
+    interval of one more run of the committed seeds, or within 25% where fewer than three seeds are committed."""
     rows = []
     for variant, seeds in new.items():
         committed_seeds = committed.get(variant, {})
         for name in ("fd", "hf_energy"):
-            conclusion = conclude(seeds, committed_seeds, name)
+            conclusion = "nothing committed"
+            if theirs := list(values_by_seed(committed_seeds, name).values()):
+                mean, count = statistics.mean(theirs), len(theirs)
+                allowed = 0.25 * mean
+                if count >= 3:  # the new run varies by sd, and the mean of the committed ones by sd / sqrt(count)
+                    allowed = student.ppf(0.995, count - 1) * statistics.stdev(theirs) * math.sqrt(1 + 1 / count)
+                error = max(abs(value - mean) for value in values_by_seed(seeds, name).values())
+                conclusion = f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
+                first_old, first_new = next(iter(committed_seeds.values())), next(iter(seeds.values()))
+                if difference := common.first_difference(scoring_settings(first_old), scoring_settings(first_new)):
+                    conclusion = f"not comparable: {difference}"
             rows.append([variant, name, cell(seeds, name), cell(committed_seeds, name), conclusion])
     return markdown(["variant", "score", "new", "committed", "conclusion"], rows)
 
 
-def conclude(seeds, committed_seeds, name):
-    """Say whether the number called `name` of new seeds reproduces that of the committed seeds."""
-    theirs = list(values_by_seed(committed_seeds, name).values())
-    if not theirs:
-        return "nothing committed"
-    our_metrics, their_metrics = next(iter(seeds.values())), next(iter(committed_seeds.values()))
-    if difference := common.first_difference(scoring_settings(their_metrics), scoring_settings(our_metrics)):
-        return f"not comparable: {difference}"
-    mean, count = statistics.mean(theirs), len(theirs)
-    allowed = 0.25 * mean
-    if count >= 3:  # the prediction interval: both the new run and the committed mean vary, hence 1 + 1 / count
-        allowed = student.ppf(0.995, count - 1) * statistics.stdev(theirs) * math.sqrt(1 + 1 / count)
-    error = max(abs(value - mean) for value in values_by_seed(seeds, name).values())
-    return f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
-
-
 def other_tables(folder):
-    """Tables of results that are not from runs of the stages. They are: how strongly the feature networks respond to
-    damage; the recipes, short trials of other settings; and how often a pair of images was preferred."""
+    """Tables of results that are not from runs: what damage the feature networks notice, recipes (short trials of other
+    settings), and how often a reader of pairs of images preferred which."""
     found = {"features": {}}  # {table: {column: {seed: {name: number}}}}; what has no seeds stands under 0
     for dataset in sorted(common.DATASETS):
         for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
@@ -362,12 +320,9 @@ def other_tables(folder):
             found[f"pairs {dataset}"] = {f"sd {sd}": {0: numbers} for sd, numbers in counts.items()}
         for path in sorted(Path(folder).glob(f"{dataset}/recipe*.json")):
             found[f"{path.stem} {dataset}"] = json.loads(path.read_text())
-    tables = {}
-    for table, columns in found.items():
-        as_metrics = {column: {seed: {"numbers": numbers} for seed, numbers in seeds.items()}
-                      for column, seeds in columns.items()}
-        tables[table] = table_numbers(as_metrics)
-    return tables
+    as_metrics = lambda seeds: {seed: {"numbers": numbers} for seed, numbers in seeds.items()}  # noqa: E731
+    return {table: table_numbers({column: as_metrics(seeds) for column, seeds in columns.items()})
+            for table, columns in found.items()}
 
 
 def long_tables(everything, folder):
@@ -389,26 +344,22 @@ def long_tables(everything, folder):
 
 
 def draw_charts(path, dataset, results):
-    """Save a chart for each of PANELS. A variant that has at least two of its points gets a line of means over seeds."""
+    """Save a chart for each of PANELS. Each variant with two of its points or more gets a line of means over seeds."""
     panels = []
     for x_axis, (patterns, points) in PANELS.items():
         lines = {}
         for variant, seeds in results.items():
-            means = {}  # {x: mean of fd}
-            for x, name in points.items():
-                values = values_by_seed(seeds, name).values()
-                if values:
-                    means[x] = statistics.mean(values)
-            if fits(variant, patterns) and len(means) > 1:
+            values = {x: values_by_seed(seeds, name).values() for x, name in points.items()}
+            means = {x: statistics.mean(fds) for x, fds in values.items() if fds}
+            if any(fnmatch(variant, pattern) for pattern in patterns.split()) and len(means) > 1:
                 lines[variant] = tuple(means), tuple(means.values())
-        if lines:
-            panels.append({"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True})
+        panels += [{"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True}] if lines else []
     if panels:
         common.save_chart(path, panels)
 
 
 def fill(text, tables):
-    """The text with its marked tables written anew from {name: table}. Exits, naming the table, if one is not known."""
+    """The text with its marked tables written anew. Exits, naming the table, if one is not known."""
     for name in re.findall("<!-- table (.+?) -->", text):
         if name not in tables:
             common.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
@@ -429,10 +380,12 @@ def draw_sheet(path, home):
     common.write_with(path, page.save, format="png")
 
 
-def choose_runs(runs, folder):
-    """{target: run folder}: the file in FOLDER/DATASET that the metrics of each run are to be copied to. Exits if a run
-    must not be collected."""
-    chosen = {}
+def collect(runs, folder):
+    """Copy metrics, and figures that a text shows, from run folders into FOLDER/DATASET. From runs of WEIGHTS at the cpu
+    budget, write what the stages load with --pretrained: at most 6 MB each, without the encoder, with matrices in half
+    precision. Every run is checked before anything is written."""
+    chosen = {}  # {the file that metrics go to: (run folder, what its metrics say about the run)}
+    before = set(Path(folder).rglob("*"))
     for run in map(Path, runs):
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
@@ -440,54 +393,37 @@ def choose_runs(runs, folder):
             print(f"{run}: of a user's own images, not collected")
             continue
         if target in chosen:
-            common.fail(f"{chosen[target]} and {run} would both become {target}; leave one out; nothing was written")
+            common.fail(f"{chosen[target][0]} and {run} would both become {target}; leave one out; nothing was written")
         budget = load_metrics(target)["run"]["budget"] if target.is_file() else "none yet"
         if facts["budget"] == "smoke" or budget not in ("none yet", facts["budget"]):  # smoke runs measure nothing
             common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget {budget}); "
                         "leave it out; nothing was written")
-        chosen[target] = run
-    return chosen
-
-
-def collect(runs, folder):
-    """Copy metrics, figures and weights of run folders into FOLDER/DATASET. Of the figures, those are copied that a text
-    shows. Weights are for the stages' flag --pretrained. They come from runs of WEIGHTS at the cpu budget, and are kept
-    small, at most 6 MB each: the encoder is left out, and matrices are in half precision. Every run is checked before
-    anything is written."""
-    before = set(Path(folder).rglob("*"))
+        chosen[target] = run, facts
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
-    chosen = choose_runs(runs, folder)
     written = list(chosen)
-    for target, run in chosen.items():
-        home, name = target.parent, target.stem  # FOLDER/DATASET, VARIANT-sSEED
-        dataset, budget = home.name, load_metrics(run / "metrics.json")["run"]["budget"]
+    for target, (run, facts) in chosen.items():
+        home, name = target.parent, target.stem
         common.write(target, (run / "metrics.json").read_bytes())
-        if name in WEIGHTS and budget == "cpu" and (run / "checkpoint.pt").is_file():
-            written.append(keep_weights(run, home, name))
+        if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
+            file_name, *parts = WEIGHTS[name]
+            state = common.load_checkpoint(run / "checkpoint.pt")
+            state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
+            kept = {"train": state["train"], "seconds": state["seconds"]}
+            kept |= {part: common.half(state[part]) for part in parts}
+            written.append(common.save_state(home / f"{file_name}-*.pt", kept))
+            for older in {*common.find_hashed(home, file_name)} - {written[-1]}:
+                older.unlink()
+                print(f"removed: {older}")
         for figure in run.glob("*.png"):
-            public = dataset == "shapes" or figure.stem not in SHOW_REAL_IMAGES
-            if public and f"(results/{dataset}/{name}-{figure.name})" in texts:
+            public = facts["dataset"] == "shapes" or figure.stem not in SHOW_REAL_IMAGES
+            if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
                 written.append(home / f"{name}-{figure.name}")
                 common.write(written[-1], figure.read_bytes())
-        if run.name in [f"{variant}-s0" for variant in SHEET]:
-            written.append(Path(folder) / "figures" / f"{dataset}-sheet.png")
+        if run.name in (f"{variant}-s0" for variant in SHEET):
+            written.append(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png")
             draw_sheet(written[-1], run.parent)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")
-
-
-def keep_weights(run, home, name):
-    """Write the parts of a run's checkpoint that WEIGHTS lists into `home`, and remove older ones. Returns the path."""
-    file_name, *parts = WEIGHTS[name]
-    state = common.load_checkpoint(run / "checkpoint.pt")
-    state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-    kept = {"train": state["train"], "seconds": state["seconds"]}
-    kept |= {part: common.half(state[part]) for part in parts}
-    path = common.save_state(home / f"{file_name}-*.pt", kept)
-    for older in set(common.find_hashed(home, file_name)) - {path}:
-        older.unlink()
-        print(f"removed: {older}")
-    return path
 
 
 def main(argv=None):
@@ -502,21 +438,17 @@ def main(argv=None):
     if args.collect:
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
-    committed_paths = []
-    for dataset in common.DATASETS:  # results of a user's own images stay among the runs
-        committed_paths += Path(args.results).glob(f"{dataset}/*-s[0-9]*.json")
-    everything = committed = load_all(committed_paths)
-    if args.runs:
-        everything = load_all(path for path in source.glob("*/*/metrics.json")
-                              if not path.parts[-3].endswith("-smoke"))  # smoke runs measure nothing
+    committed = load_all(path for dataset in common.DATASETS  # results of a user's own images stay among the runs
+                         for path in Path(args.results).glob(f"{dataset}/*-s[0-9]*.json"))
+    new_paths = (path for path in source.glob("*/*/metrics.json") if not path.parts[-3].endswith("-smoke"))
+    everything = load_all(new_paths) if args.runs else committed
     if not everything:
         common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
     tables = {"claims": table_claims(everything, CLAIMS)}
     tables |= {name: table_of(everything, *arguments) for name, arguments in TABLES.items()}
     if args.runs:
-        reproduced = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
-                      for dataset, results in everything.items()}
-        tables = reproduced | tables
+        tables = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
+                  for dataset, results in everything.items()} | tables
         texts = {source / "REPORT.md": "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n"}
     else:
         tables |= other_tables(source)

@@ -160,23 +160,24 @@ def test_sampling_cost_by_hand(tmp_path, monkeypatch):
 
 def test_savings_by_hand(tmp_path, monkeypatch):
     """Both costs are of the same steps, batches and settings: of stage 1's U-Net, which has 6 channels, with its VAE's
-    decoder, and of this stage's U-Net and decoder. Saved are 100 (1 - latent / pixel) percent."""
+    decoder, and of this stage's U-Net and decoder. The saving is 100 (1 - latent / pixel) percent. A cost that
+    the device does not show, 0, has none."""
     train, calls = tiny(batch=7), {}
     keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "train_seconds_per_image",
             "gflops_per_pass", "gflops_per_image")
 
     def planted(name, **given):
         calls[name] = given
-        return dict(zip(keys, (8, 4, 2, 10, 5, 1) if name == "pixel" else (4, 3, 2, 1, 10, 0.25), strict=True))
+        return dict(zip(keys, (8, 4, 0, 10, 5, 1) if name == "pixel" else (4, 3, 0, 1, 10, 0.25), strict=True))
 
     unet = bonus.build_unet(train)
     model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z)
     setup = SimpleNamespace(evaluation={"sample_steps": 9, "batch": 5})
     monkeypatch.setattr(bonus, "sampling_cost", planted)
     result = bonus.savings(tmp_path, model, train, setup)
-    saved = dict(zip(keys, (50, 25, 0, 90, -100, 75), strict=True))
+    saved = dict(zip(keys[:2] + keys[3:], (50, 25, 90, -100, 75), strict=True))
     assert result["saved_percent"] == pytest.approx(saved) and (tmp_path / "savings.png").is_file()
-    assert list(result["pixel"].values()) == [8, 4, 2, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
+    assert list(result["pixel"].values()) == [8, 4, 0, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
     assert (result["device"], result["sampler_steps"], result["batch"]) == ("cpu", 9, 5)
     for name, shape, code in (("pixel", (6, 32, 32), (5, 8)), ("latent", (4, 8, 8), (5, 4, 8, 8))):
         given = calls[name]
