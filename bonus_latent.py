@@ -36,8 +36,6 @@ import common
 import fid
 from common import to_float, to_uint8
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch.profiler prints lines about itself
-
 CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
 BETA = 0.01  # weight of the KL: small, so that it only keeps the latent from spreading out
 # The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
@@ -284,6 +282,7 @@ def ceiling(folder, model, setup):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 def main(argv=None):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch.profiler prints lines about itself
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)

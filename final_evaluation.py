@@ -24,23 +24,21 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-ORDER = ("shapes", "cifar10", "celeba64",  # data sets, and beginnings of variants, in the order of tables
-         "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-")  # then all others
+ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")  # of names
 WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # run: the name of its file, and what that file keeps
            "stage1-guided-s0": ("guide", "unet")}
 SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
-SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")  # draw_sheet
+SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
 MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # of evaluation settings; all others decide what a score means
-# Variants. stage1-vae is the VAE alone. In form1 a diffusion model, the refiner, refines the VAE's image x_hat. guided
-# is form1, moved away from a worse refiner, whose errors are the same but larger. In anneal both train together; with
-# grad-none the refiner's loss does not reach the VAE. In stage 3's flow-* a normalising flow is the prior over codes;
-# fixed refines as form1 does, film also uses s. bonus-latent diffuses an autoencoder's latent; its ceiling is what the
-# autoencoder's reconstructions score. Words of tables: s is the error of the VAE that is expected in an image, from a
-# regression (regressed) or the encoder's variances (variance). The third of images with the lowest s is sure, with the
-# highest unsure. "thirds" gives the unsure more steps, the sure fewer; "shuffled" uses another image's s. "own prior" is
-# the headline's prior with as few images as other priors have. Real codes are those of held-out images. "path / ends" is
-# the length of a path between two codes' images over the distance of its ends (1: straight).
+# stage1-vae is the VAE alone. form1 refines its images by diffusion. guided is form1, moved away from a worse refiner,
+# which makes the same errors, but larger ones. anneal trains VAE and refiner together; with grad-none the refiner's
+# loss does not reach the VAE. stage3-flow-* draws codes from a flow; there fixed refines like form1, and film also uses
+# s. bonus-latent diffuses an autoencoder's latent, and its reconstructions are the ceiling. s is the VAE's error that
+# is expected in an image: regressed, or read off the encoder's variance. The third of the images with the lowest s is
+# sure, the last one unsure. "thirds" gives the unsure more steps and the sure fewer, "shuffled" goes by another image's
+# s. "own prior" is the headline's, with as few images as other priors have. Real codes are those of held-out images.
+# "path / ends" is the length of a path between two images over the distance of its ends (1: straight).
 
 # A number's name is its place in metrics.json, with these parts replaced. Where several of them fit, the longest is
 # replaced. This goes from left to right and only once, so the order of these lines does not matter.
@@ -117,10 +115,8 @@ def named_numbers(part, place=""):
     if isinstance(part, list):
         part = dict(enumerate(part))
     if isinstance(part, dict) and set(part) != {"value", "low", "high"}:  # these three are a score
-        numbers = {}
-        for key, value in part.items():
-            numbers |= named_numbers(value, f"{place}/{key}")
-        return numbers
+        parts = [named_numbers(value, f"{place}/{key}") for key, value in part.items()]
+        return {name: number for numbers in parts for name, number in numbers.items()}
     longest_first = "|".join(map(re.escape, sorted(SHORT, key=len, reverse=True)))
     name = re.sub(longest_first, lambda match: SHORT[match[0]], place).strip("/")
     return {name: part} if isinstance(part, (int, float, dict)) else {}
@@ -135,9 +131,8 @@ def numbers_of(metrics):
     """{name: number or score} of a run. The numbers of its first row, the headline, have plain names. Those of another
     row begin with its sampler and steps, or with its prior if that is not the headline's. Tables and costs follow."""
     headline, *others = metrics["rows"]
-    rows = {}
-    if headline["sampler"] == "none":  # a VAE alone: its rows differ in nothing but the prior, so this one is named too
-        rows[headline["prior"]] = headline
+    # The rows of a VAE alone differ in nothing but the prior. So its headline is also listed by its prior.
+    rows = {headline["prior"]: headline} if headline["sampler"] == "none" else {}
     for row in others:
         name = f"{row['sampler']} {row['nfe']}" if row["prior"] == headline["prior"] else row["prior"]
         rows.setdefault(name, row)  # of two equal rows the first is kept
@@ -159,6 +154,9 @@ def scoring_settings(metrics):
 def load_all(paths):
     """{dataset: {variant: {seed: metrics}}} in the order of tables, with `numbers` in each metrics. Exits if two results
     of a data set cannot be compared, or if seeds of a variant were trained with different settings."""
+    def place(name):  # by the first entry of ORDER with which it begins, then by the alphabet
+        return [name.startswith(beginning) for beginning in ORDER].index(True), name
+
     found, first_of = {}, {}
     for path in sorted(map(Path, paths)):
         metrics = load_metrics(path)
@@ -182,10 +180,6 @@ def load_all(paths):
                 form1[seed]["tables"].setdefault("latent_space", stage1_table)
         for _, metrics in all_runs:
             metrics["numbers"] = numbers_of(metrics)
-
-    def place(name):  # in ORDER; names with the same place are sorted by the alphabet
-        begins_with = [name.startswith(beginning) for beginning in ORDER]
-        return begins_with.index(True) if any(begins_with) else len(ORDER), name
     return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
 
 
@@ -216,8 +210,8 @@ def cell(seeds, name):
 
 
 def describe_change(ours, theirs):
-    """Say by how many percent `ours` are lower or higher than `theirs`, positive numbers of the same seeds. The change is
-    the mean log ratio. It is significant if there are three seeds or more and Student's 95% interval excludes 0."""
+    """Say by how many percent `ours` are lower or higher than `theirs`, which are positive and of the same seeds, by the
+    mean log ratio. It is significant if there are three seeds or more and Student's 95% interval for it excludes 0."""
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
     count, mean = len(log_ratios), statistics.mean(log_ratios)
     change = 100 * math.expm1(mean)  # in percent
@@ -309,8 +303,8 @@ def table_reproduced(new, committed):
 
 
 def other_tables(folder):
-    """Tables of results that are not from runs: what damage the feature networks notice, recipes (short trials of other
-    settings), and how often a reader of pairs of images preferred which."""
+    """Tables of what no run measured: which damage the feature networks notice; recipes, which are short trials of other
+    settings; which image of a pair was preferred."""
     found = {"features": {}}  # {table: {column: {seed: {name: number}}}}; what has no seeds stands under 0
     for dataset in sorted(common.DATASETS):
         for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
@@ -381,10 +375,9 @@ def draw_sheet(path, home):
 
 
 def collect(runs, folder):
-    """Copy metrics, and figures that a text shows, from run folders into FOLDER/DATASET. From runs of WEIGHTS at the cpu
-    budget, write what the stages load with --pretrained: at most 6 MB each, without the encoder, with matrices in half
-    precision. Every run is checked before anything is written."""
-    chosen = {}  # {the file that metrics go to: (run folder, what its metrics say about the run)}
+    """Copy metrics, and figures that a text shows, from run folders into FOLDER/DATASET. Of WEIGHTS at the cpu budget,
+    write what --pretrained loads: at most 6 MB each, without the encoder, with matrices in half precision."""
+    chosen = {}  # {the file that metrics will be copied to: (run folder, facts about the run)}
     before = set(Path(folder).rglob("*"))
     for run in map(Path, runs):
         facts = load_metrics(run / "metrics.json")["run"]
