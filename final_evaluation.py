@@ -24,21 +24,22 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")  # of names
-WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"),  # run: the name of its file, and what that file keeps
-           "stage1-guided-s0": ("guide", "unet")}
+ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")  # tables
+WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}  # see collect
 SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
 MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # of evaluation settings; all others decide what a score means
-# stage1-vae is the VAE alone. form1 refines its images by diffusion. guided is form1, moved away from a worse refiner,
-# which makes the same errors, but larger ones. anneal trains VAE and refiner together; with grad-none the refiner's
-# loss does not reach the VAE. stage3-flow-* draws codes from a flow; there fixed refines like form1, and film also uses
-# s. bonus-latent diffuses an autoencoder's latent, and its reconstructions are the ceiling. s is the VAE's error that
-# is expected in an image: regressed, or read off the encoder's variance. The third of the images with the lowest s is
-# sure, the last one unsure. "thirds" gives the unsure more steps and the sure fewer, "shuffled" goes by another image's
-# s. "own prior" is the headline's, with as few images as other priors have. Real codes are those of held-out images.
-# "path / ends" is the length of a path between two images over the distance of its ends (1: straight).
+
+# Variants: stage1-vae is the VAE alone. form1 refines its images by diffusion. guided is form1, moved away from a worse
+# refiner, which makes the same errors, but larger ones. anneal trains VAE and refiner together; with grad-none the
+# refiner's loss does not reach the VAE. stage3-flow-* draws codes from a flow; there fixed refines like form1, and film
+# also uses s. bonus-latent diffuses an autoencoder's latent; the autoencoder's reconstructions are its ceiling.
+# Columns: s is the error that is expected of the VAE in an image, by regression (regressed) or by the encoder's
+# variance. Sure is the third of the images with the lowest s, unsure that with the highest. "thirds" gives the unsure
+# more steps and the sure fewer, "shuffled" goes by another image's s. "own prior" is the headline's, with as few images
+# as other priors have. Real codes are those of held-out images. "path / ends" is the length of a path between two
+# images over the distance of its ends (1: straight). SHEET: one picture of samples of these variants.
 
 # A number's name is its place in metrics.json, with these parts replaced. Where several of them fit, the longest is
 # replaced. This goes from left to right and only once, so the order of these lines does not matter.
@@ -46,12 +47,11 @@ SHORT = {
     "_local": "", "fid": "fd", "seconds_per_image": "s/image", "/fd_to_these": "", "path_over_distance": "/ ends",
     "before_refinement/": "VAE ", "reconstruction/": "", "robustness/scores/": "", "robustness/area": "noise area",
     "bits_per_dim/bound": "bits/dim", "prior_log_density/": "log p(z) ", "savings/saved_percent/": "% saved, ",
-    "training/gradient": "gradient", "latent_space/": "", "latent_space/posterior/": "real codes/",
-    "latent_space/slerp/refined/": "path ", "latent_space/slerp/vae/": "VAE path ",
-    "uncertainty/variance": "variance", "uncertainty/regressed": "regressed", "uncertainty/terciles/": "",
-    "uncertainty/controls/": "s ", "uncertainty/adaptive_refinement/": "", "even/": "evenly/",
-    "even_middle_start": "middle start", "adaptive_steps": "thirds", "shuffled_steps": "thirds shuffled",
-    "adaptive_start": "start by thirds", "shuffled_start": "start shuffled"}
+    "training/gradient": "gradient", "latent_space/": "", "latent_space/posterior/": "real codes/", "even/": "evenly/",
+    "latent_space/slerp/refined/": "path ", "latent_space/slerp/vae/": "VAE path ", "uncertainty/variance": "variance",
+    "uncertainty/regressed": "regressed", "uncertainty/terciles/": "", "uncertainty/controls/": "s ",
+    "uncertainty/adaptive_refinement/": "", "even_middle_start": "middle start", "adaptive_steps": "thirds",
+    "shuffled_steps": "thirds shuffled", "adaptive_start": "start by thirds", "shuffled_start": "start shuffled"}
 
 TABLES = {  # name: (patterns for the end of DATASET/VARIANT, columns and, if only one seed is shown, that seed)
     "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
@@ -136,7 +136,7 @@ def numbers_of(metrics):
     for row in others:
         name = f"{row['sampler']} {row['nfe']}" if row["prior"] == headline["prior"] else row["prior"]
         rows.setdefault(name, row)  # of two equal rows the first is kept
-    # Rows of other priors have fewer images than the headline. They are compared with this one, which has as few:
+    # Rows of other priors have fewer images than the headline. So they are compared with this row, which has as few.
     rows["own prior"] = rows.get(f"{headline['sampler']} {headline['nfe']}")
     run = metrics["run"]
     cost = {"train minutes": run["train_seconds"] / 60, "parameters": run["parameters"], "gflops": run["gflops"]}
@@ -145,19 +145,17 @@ def numbers_of(metrics):
 
 def scoring_settings(metrics):
     """The settings that all results of a data set must share, so that their scores can be compared."""
-    run = metrics["run"]
-    settings = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget", "train_images")}
-    settings |= {key: value for key, value in run["eval"].items() if key not in MAY_DIFFER}
-    return settings | {"n_generated": metrics["rows"][0]["n_generated"]}
+    shared = ("features", "crop", "data_note", "n_real", "budget", "train_images")
+    settings = {key: metrics["run"][key] for key in shared} | {"n_generated": metrics["rows"][0]["n_generated"]}
+    return settings | {key: value for key, value in metrics["run"]["eval"].items() if key not in MAY_DIFFER}
 
 
 def load_all(paths):
-    """{dataset: {variant: {seed: metrics}}} in the order of tables, with `numbers` in each metrics. Exits if two results
-    of a data set cannot be compared, or if seeds of a variant were trained with different settings."""
+    """{dataset: {variant: {seed: metrics}}} in the order of tables, with `numbers` in each metrics. Exits if results of
+    a data set cannot be compared, or if seeds of a variant were trained with different settings."""
     def place(name):  # by the first entry of ORDER with which it begins, then by the alphabet
         return [name.startswith(beginning) for beginning in ORDER].index(True), name
-
-    found, first_of = {}, {}
+    found, first_of = {}, {}  # first_of: {group of results: path and settings of its first file}
     for path in sorted(map(Path, paths)):
         metrics = load_metrics(path)
         run = metrics["run"]
@@ -166,7 +164,7 @@ def load_all(paths):
         if "train" in run:  # older metrics have no train settings
             groups[dataset, variant, "train"] = {
                 key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
-        for group, settings in groups.items():  # each is compared with that of the first file in its group
+        for group, settings in groups.items():
             first_path, first_settings = first_of.setdefault(group, (path, settings))
             if difference := common.first_difference(first_settings, settings):
                 common.fail(f"{path} cannot be compared with {first_path}: {difference}; remove one of them")
@@ -178,7 +176,7 @@ def load_all(paths):
             stage1_table = metrics["tables"].pop("latent_space_stage1", None)
             if stage1_table and seed in form1:
                 form1[seed]["tables"].setdefault("latent_space", stage1_table)
-        for _, metrics in all_runs:
+        for _, metrics in all_runs:  # now that no table is missing
             metrics["numbers"] = numbers_of(metrics)
     return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
 
@@ -210,8 +208,8 @@ def cell(seeds, name):
 
 
 def describe_change(ours, theirs):
-    """Say by how many percent `ours` are lower or higher than `theirs`, which are positive and of the same seeds, by the
-    mean log ratio. It is significant if there are three seeds or more and Student's 95% interval for it excludes 0."""
+    """Say by how many percent `ours` are lower or higher than `theirs`, positive numbers of the same seeds. This is the
+    mean log ratio. It is significant if Student's 95% interval of it, from three seeds or more, excludes 0."""
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
     count, mean = len(log_ratios), statistics.mean(log_ratios)
     change = 100 * math.expm1(mean)  # in percent
@@ -257,7 +255,7 @@ def table_claims(everything, claims):
     for question, *sides in claims:
         cells = []
         for results in everything.values():
-            values = []  # {seed: value} of both sides
+            values = []  # {seed: value} of the first side and of the second
             for side in sides:
                 name, variant = side.split(" of ")
                 values.append(values_by_seed(results.get(variant, {}), name))
@@ -273,10 +271,8 @@ def table_claims(everything, claims):
 
 def table_numbers(columns):
     """A line for each number in {column: {seed: {"numbers": {name: number or score}}}}."""
-    names = {}  # its keys are the names, in the order in which they first appear
-    for seeds in columns.values():
-        for metrics in seeds.values():
-            names |= metrics["numbers"]
+    all_metrics = [metrics for seeds in columns.values() for metrics in seeds.values()]
+    names = {name: None for metrics in all_metrics for name in metrics["numbers"]}  # each once, in order
     return markdown(["", *columns], [[name, *(cell(seeds, name) for seeds in columns.values())] for name in names])
 
 
@@ -303,8 +299,7 @@ def table_reproduced(new, committed):
 
 
 def other_tables(folder):
-    """Tables of what no run measured: which damage the feature networks notice; recipes, which are short trials of other
-    settings; which image of a pair was preferred."""
+    """Tables of what no run measured: damage that feature networks notice, recipes (short trials), pairs of images."""
     found = {"features": {}}  # {table: {column: {seed: {name: number}}}}; what has no seeds stands under 0
     for dataset in sorted(common.DATASETS):
         for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
@@ -354,17 +349,15 @@ def draw_charts(path, dataset, results):
 
 def fill(text, tables):
     """The text with its marked tables written anew. Exits, naming the table, if one is not known."""
-    for name in re.findall("<!-- table (.+?) -->", text):
-        if name not in tables:
-            common.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
+    if unknown := [name for name in re.findall("<!-- table (.+?) -->", text) if name not in tables]:
+        common.fail(f"table '{unknown[0]}' is not known; known are {', '.join(tables)}")
     return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)",
                   lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
 
 
 def draw_sheet(path, home):
     """One picture of all stages: the top third of samples.png of each run of SHEET in `home`, under the run's name."""
-    files = {name: home / f"{name}-s0" / "samples.png" for name in SHEET}
-    images = {name: Image.open(file) for name, file in files.items() if file.is_file()}
+    images = {name: Image.open(file) for name in SHEET if (file := home / f"{name}-s0" / "samples.png").is_file()}
     heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
     page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
     for k, (name, image) in enumerate(images.items()):
@@ -378,8 +371,7 @@ def collect(runs, folder):
     """Copy metrics, and figures that a text shows, from run folders into FOLDER/DATASET. Of WEIGHTS at the cpu budget,
     write what --pretrained loads: at most 6 MB each, without the encoder, with matrices in half precision."""
     chosen = {}  # {the file that metrics will be copied to: (run folder, facts about the run)}
-    before = set(Path(folder).rglob("*"))
-    for run in map(Path, runs):
+    for run in map(Path, runs):  # all runs are checked before anything is written
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
         if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":  # a user's folder may be named cifar10
@@ -393,12 +385,12 @@ def collect(runs, folder):
                         "leave it out; nothing was written")
         chosen[target] = run, facts
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
-    written = list(chosen)
+    written, before = list(chosen), set(Path(folder).rglob("*"))
     for target, (run, facts) in chosen.items():
-        home, name = target.parent, target.stem
+        home, name = target.parent, target.stem  # FOLDER/DATASET, VARIANT-sSEED
         common.write(target, (run / "metrics.json").read_bytes())
         if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
-            file_name, *parts = WEIGHTS[name]
+            file_name, *parts = WEIGHTS[name]  # parts: those that the file keeps
             state = common.load_checkpoint(run / "checkpoint.pt")
             state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
             kept = {"train": state["train"], "seconds": state["seconds"]}

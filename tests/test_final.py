@@ -145,8 +145,8 @@ def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
 def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
     """Their networks and, where the metrics have them, their train settings agree. Variants may differ in them, and
     their evaluation in what does not matter."""
-    train = {"seed": 0, "beta": 0.08}
-    same = [metrics(train=train), metrics(seed=1, train=train | {"seed": 1}), metrics(seed=2),
+    train = {"seed": 0, "beta": 0.08, "data_dir": "/a"}  # of which seeds and folders may differ
+    same = [metrics(train=train), metrics(seed=1, train=train | {"seed": 1, "data_dir": "/b"}), metrics(seed=2),
             metrics("stage2-sum", train=train | {"beta": 1.0}, parameters=7, eval=EVAL | {"prior": "none", "grid": []})]
     assert [*load(tmp_path, *same)["shapes"]["stage1-form1"]] == [0, 1, 2]
     for change, key in (({"train": train | {"beta": 1.0}}, "beta"), ({"parameters": 7}, "parameters")):
@@ -324,6 +324,14 @@ def test_collect_refuses_smoke_and_other_budgets(project, capsys):
                      f"{run}/metrics.json (budget {budgets[0]})", f"{target} (budget {budgets[1]})")
         assert content(project / "results") == before
     final.main(["--collect", save_run(project, "stage2-sum", budget="gpu")])  # replaces nothing
+
+
+def test_collect_refuses_two_runs_with_one_name(project, capsys):
+    """The same data set, variant and seed, from two folders: one line names both, and nothing is written."""
+    first = save_run(project)
+    second = shutil.copytree(first, project / "copies" / "shapes-cpu" / "stage1-form1-s0")
+    expect_error(capsys, lambda: final.main(["--collect", first, str(second)]), first, f"{second} would both become")
+    assert not (project / "results").exists()
 
 
 def test_results_of_own_images_stay_with_the_user(project, capsys):
