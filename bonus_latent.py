@@ -259,7 +259,8 @@ def savings(folder, model, train, setup):
     bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
     axis.bar_label(bars, fmt="%.0f%%", padding=3)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) - 15, 115))  # 15: room for a label
+    # 15 percent on the left are room for the label of a bar that goes there
+    axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) - 15, 115))
     common.write_with(folder / "savings.png", figure.savefig, format="png", dpi=110)
     return {"device": str(device), "sampler_steps": steps, "batch": batch, **costs, "saved_percent": saved}
 
