@@ -700,10 +700,12 @@ def draw_trajectory(folder, model, z, setup):
     gen = generator(common.SEEDS["reconstruction"] + setup.train["seed"])
     image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory)
     shown = [trajectory[round(i * (len(trajectory) - 1) / 3)] for i in range(4)]  # four steps, the first and last too
+    noisy = [x_hat, *(x for _, x, _ in shown), image]
+    predicted = [x_hat, *(x0 for _, _, x0 in shown), image]
     rows = {}
     for k in range(len(z)):
-        for label, steps_shown in (("x_t", [x for _, x, _ in shown]), ("x0", [x0 for _, _, x0 in shown])):
-            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(x[k]).cpu() for x in (x_hat, *steps_shown, image)])
+        for label, columns in (("x_t", noisy), ("x0", predicted)):
+            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(column[k]).cpu() for column in columns])
     common.save_grid(folder / "trajectory.png", rows, ["x_hat", *(f"t = {t}" for t, _, _ in shown), "image"])
 
 
