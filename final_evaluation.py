@@ -24,22 +24,36 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")  # tables
-WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}  # see collect
+# The order of tables: data sets and variants are sorted by the first of these with which their name begins.
+ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
+# For `stage1_baseline.py --pretrained`. Run: the name of the file of weights, and the parts of the checkpoint in it.
+WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}
 SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
+# The variants in DATASET-sheet.png, one picture with samples of each.
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
-MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # of evaluation settings; all others decide what a score means
+MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # evaluation settings that do not change what a score means
 
-# Variants: stage1-vae is the VAE alone. form1 refines its images by diffusion. guided is form1, moved away from a worse
-# refiner, which makes the same errors, but larger ones. anneal trains VAE and refiner together; with grad-none the
-# refiner's loss does not reach the VAE. stage3-flow-* draws codes from a flow; there fixed refines like form1, and film
-# also uses s. bonus-latent diffuses an autoencoder's latent; the autoencoder's reconstructions are its ceiling.
-# Columns: s is the error that is expected of the VAE in an image, by regression (regressed) or by the encoder's
-# variance. Sure is the third of the images with the lowest s, unsure that with the highest. "thirds" gives the unsure
-# more steps and the sure fewer, "shuffled" goes by another image's s. "own prior" is the headline's, with as few images
-# as other priors have. Real codes are those of held-out images. "path / ends" is the length of a path between two
-# images over the distance of its ends (1: straight). SHEET: one picture of samples of these variants.
+# The variants of the tables below:
+#   stage1-vae          the VAE alone
+#   stage1-uncond       a diffusion model without a VAE
+#   stage1-form1        refines the VAE's images; form2 is the other formulation of DiffuseVAE
+#   stage1-guided       form1 with guidance by a refiner that was trained for a shorter time
+#   stage2-anneal       VAE and refiner trained together; with grad-none the refiner's loss does not reach the VAE
+#   stage3-flow-fixed   codes from a flow, refined as in form1; fade, film and coupling also use s, see below
+#   bonus-latent        diffuses the latent of an autoencoder, whose reconstructions are its `ceiling`
+# The words in the columns:
+#   headline            the first row of a run's scores; the other rows, and the probes, have fewer images (grid_count)
+#   fd, floor           Frechet distance to the training images; that of equally many held-out real images
+#   hf_energy           fine detail relative to real images; 1 is as sharp as real
+#   noise area          mean of fd with noise on x_hat over fd without, for noise of sd 0 to 0.4
+#   s                   the VAE's expected error in an image, by regression or by the encoder's variance
+#   sure, unsure        the third of the images with the lowest s, and that with the highest
+#   s true, s shuffled  fd of reconstructions that are refined with their own s, and with another image's
+#   thirds              more steps for unsure images, fewer for sure ones; `shuffled` goes by another image's s
+#   own prior           the row with the headline's settings, but with as few images as the rows of other priors
+#   real codes          codes of held-out images, in place of codes from a prior
+#   path / ends         length of a path between two images over the distance of its ends; 1 is straight
 
 # A number's name is its place in metrics.json, with these parts replaced. Where several of them fit, the longest is
 # replaced. This goes from left to right and only once, so the order of these lines does not matter.
@@ -368,8 +382,8 @@ def draw_sheet(path, home):
 
 
 def collect(runs, folder):
-    """Copy metrics, and figures that a text shows, from run folders into FOLDER/DATASET. Of WEIGHTS at the cpu budget,
-    write what --pretrained loads: at most 6 MB each, without the encoder, with matrices in half precision."""
+    """Copy metrics, and the figures that a text shows, from run folders into FOLDER/DATASET. For the runs in WEIGHTS,
+    at the cpu budget, also write weights: 6 MB each at most, without the encoder, matrices in half precision."""
     chosen = {}  # {the file that metrics will be copied to: (run folder, facts about the run)}
     for run in map(Path, runs):  # all runs are checked before anything is written
         facts = load_metrics(run / "metrics.json")["run"]
