@@ -23,8 +23,6 @@ Expect  fewer minutes than stage 1. A table of scores, with the autoencoder's re
 import argparse
 import itertools
 import os
-import statistics
-import time
 from functools import partial
 
 import torch
@@ -107,7 +105,7 @@ def train_autoencoder(folder, train, data, device):
     """Train the autoencoder and measure the scale of its latent. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
-    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"],
+    training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
                                autoencoder=autoencoder)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
@@ -132,7 +130,7 @@ def train_latent(folder, train, ae_state, data, device):
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
-    training = common.Training(folder, train, device, latents, flip=False, unet=unet)
+    training = common.Training(folder, train, device, latents, steps=train["unet_steps"], flip=False, unet=unet)
     for mu_and_sd in training:  # (B, 8, h, w)
         mu, sd = mu_and_sd.chunk(2, 1)
         z = mu + sd * training.normal(*latent_shape(train))  # (B, 4, h, w), drawn anew in every step
@@ -141,8 +139,8 @@ def train_latent(folder, train, ae_state, data, device):
         eps = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
             loss = diffusion.simple_loss(unet, z, t, eps)  # (B,)
-        training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
+        training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
+    return training.finish(ae_state["seconds"], autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -179,67 +177,71 @@ def peak_memory(run, device):
     return max(in_use) / 2**20
 
 
-def median_seconds(run, device, repeats=7):
-    """Median time of run(), after two runs to warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        clock = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-        times.append(time.perf_counter() - clock)
-    return statistics.median(times[2:])
+class Sampler:
+    """What sampling with one U-Net consists of, so that it can be measured: passes of the U-Net on images or latents of
+    `unet_shape`, and decoding `code` (B, ...) at the end."""
 
+    def __init__(self, unet, unet_shape, decode, code, reduced):
+        self.unet, self.decode, self.code, self.device, self.reduced = unet, decode, code, code.device, reduced
+        self.x = torch.randn(len(code), *unet_shape, device=self.device)
+        self.t = torch.full((len(code),), 500, device=self.device)
 
-def sampling_cost(name, model, unet, unet_shape, decode, code, steps, train_batch, folder):
-    """What sampling costs with one U-Net, followed by decoding `code` (B, ...): seconds per image when sampled one by
-    one and in batches of B, the peak memory of one pass, FLOPs, and the seconds per image of a training step (forward
-    and backward, `train_batch` images). Writes profile-NAME.txt, the profiler's table of the costliest operators."""
-    batch, device = len(code), code.device
-    x, t = torch.randn(batch, *unet_shape, device=device), torch.full((batch,), 500, device=device)
+    @torch.no_grad()
+    def evaluate_unet(self, n):
+        with common.autocast(self.device, self.reduced):
+            self.unet(self.x[:n], self.t[:n])
 
-    def evaluate_unet(n):
-        with torch.no_grad(), common.autocast(device, model.reduced):
-            unet(x[:n], t[:n])
+    @torch.no_grad()
+    def decode_codes(self, n):
+        with common.autocast(self.device, self.reduced):
+            self.decode(self.code[:n])
 
-    def decode_codes(n):
-        with torch.no_grad(), common.autocast(device, model.reduced):
-            decode(code[:n])
-
-    def train_step():
-        with common.autocast(device, model.reduced):
-            loss = unet(x[:train_batch], t[:train_batch]).square().mean()
+    def train_step(self, n):
+        """Forward and backward, without an optimiser."""
+        self.unet.requires_grad_(True)  # it was frozen
+        with common.autocast(self.device, self.reduced):
+            loss = self.unet(self.x[:n], self.t[:n]).square().mean()
         loss.backward()
-        unet.zero_grad(set_to_none=True)
+        self.unet.zero_grad(set_to_none=True)
 
+
+def write_profile(path, sampler, batch):
+    """The table of torch.profiler: the costliest operators of one pass of the U-Net."""
     activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if sampler.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        evaluate_unet(batch)
-    where = "cuda" if device.type == "cuda" else "cpu"
+        sampler.evaluate_unet(batch)
+    where = "cuda" if sampler.device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
-    common.write(folder / f"profile-{name}.txt", table.encode())
-    seconds = {}
-    for n in (1, batch):
-        decoding = median_seconds(partial(decode_codes, n), device)
-        one_step = median_seconds(partial(evaluate_unet, n), device)
-        seconds[n] = (steps * one_step + decoding) / n
-    peak_mb = peak_memory(lambda: evaluate_unet(batch), device)
-    unet.requires_grad_(True)  # it was frozen; a training step needs gradients
-    train_seconds = median_seconds(train_step, device, 5) / min(batch, train_batch)
-    pass_gflops = common.count_gflops(lambda: unet(x[:1], t[:1]))
-    return {"seconds_per_image_batch_1": seconds[1], "seconds_per_image": seconds[batch], "peak_memory_mb": peak_mb,
-            "train_seconds_per_image": train_seconds, "gflops_per_pass": pass_gflops,
-            "gflops_per_image": steps * pass_gflops + common.count_gflops(lambda: decode(code[:1]))}
+    common.write(path, table.encode())
+
+
+def sampling_costs(samplers, steps, batch, train_batch):
+    """What sampling costs with each of {name: Sampler}, as {name: costs}: seconds per image when sampled one by one and
+    in batches, the seconds per image of a training step, the peak memory of one pass, and FLOPs. Both are timed in
+    turn."""
+    device, train_batch = samplers["pixel"].device, min(batch, train_batch)
+    costs = {name: {} for name in samplers}
+    for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
+        one_step = common.time_in_turn({k: partial(s.evaluate_unet, n) for k, s in samplers.items()}, device)
+        decoding = common.time_in_turn({k: partial(s.decode_codes, n) for k, s in samplers.items()}, device)
+        for name in samplers:
+            costs[name][key] = (steps * one_step[name] + decoding[name]) / n
+    training = common.time_in_turn({k: partial(s.train_step, train_batch) for k, s in samplers.items()}, device)
+    for name, sampler in samplers.items():
+        pass_gflops = common.count_gflops(partial(sampler.evaluate_unet, 1))
+        costs[name] |= {"train_seconds_per_image": training[name] / train_batch,
+                        "peak_memory_mb": peak_memory(partial(sampler.evaluate_unet, batch), device),
+                        "gflops_per_pass": pass_gflops,
+                        "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(sampler.decode_codes, 1))}
+    return costs
 
 
 def savings(folder, model, train, setup):
     """Latent against pixel space on this machine, with the same sampler and steps: the costs of both, and what is saved
     in percent, drawn in savings.png. The pixel network is stage 1's refiner; no cost depends on its weights. The two
-    U-Nets differ in size: each is the one that this budget uses."""
+    U-Nets differ in size: each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)
@@ -247,11 +249,11 @@ def savings(folder, model, train, setup):
     z = torch.randn(batch, vae.latent_dim, device=device)
     latent = torch.randn(batch, *model.shape, device=device)
     _, latent_unet = model.networks
-    shared = {"model": model, "steps": steps, "train_batch": train["batch"], "folder": folder}
-    costs = {"pixel": sampling_cost("pixel", unet=pixel_unet, unet_shape=(6, size, size), decode=vae.decoder, code=z,
-                                    **shared),
-             "latent": sampling_cost("latent", unet=latent_unet, unet_shape=model.shape, decode=model.decode,
-                                     code=latent, **shared)}
+    samplers = {"pixel": Sampler(pixel_unet, (6, size, size), vae.decoder, z, model.reduced),
+                "latent": Sampler(latent_unet, model.shape, model.decode, latent, model.reduced)}
+    for name, sampler in samplers.items():
+        write_profile(folder / f"profile-{name}.txt", sampler, batch)
+    costs = sampling_costs(samplers, steps, batch, train["batch"])
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -289,17 +291,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     train, evaluation, device = common.read_settings(args)
     width, table = SIZES[train["budget"]]
-    own = {"ae_width": width, "latent_unet": table} | common.settings_for(train, "autoencoder", like="vae")
+    own = {"ae_width": width, "latent_unet": table}
+    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
     if args.dry_run:
-        train |= own
+        train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
-    train = setup.train | own
-    ae_folder, folder = (setup.home / f"bonus-{name}-s{args.seed}" for name in ("ae", "latent"))
-    ae_state = (common.finished(ae_folder, train, args.resume)
-                or train_autoencoder(ae_folder, train, setup.data, device))
+    ae_folder, settings = setup.run("bonus-ae", without=common.OF_UNET)
+    ae_state = (common.finished(ae_folder, settings | own, args.resume)
+                or train_autoencoder(ae_folder, settings | own, setup.data, device))
+    folder, settings = setup.run("bonus-latent")
+    train = settings | own
     state = (common.finished(folder, train, args.resume)
              or train_latent(folder, train, ae_state, setup.data, device))
     model = load_model(state, device)

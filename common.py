@@ -34,6 +34,7 @@ import math
 import os
 import secrets
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -638,6 +639,7 @@ class Model:
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t) for `sample`; None for a VAE alone
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
+    evaluations: int = 1  # of networks in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
     reduced: bool = False  # whether it samples in bfloat16; see check_reduced_precision
 
@@ -650,17 +652,23 @@ def encode(vae, images, device, batch=500):
     return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
 
-def fit_mixture(vae, images, train, device):
-    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: its attributes, for a checkpoint.
+def draw_codes(vae, images, train, device):
+    """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
     About 60,000 codes are drawn, but at most ten of each image. If there are few images, one code of each would be too
-    few: the mixture would model the random part of these draws."""
+    few: a prior would model the random part of these draws."""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
     if not (z.abs() < 100).all():  # so written it also catches nan, for which every comparison is false
         fail("the VAE diverged: its codes are not finite, or beyond 100; a larger --batch-size may help")
+    return z
+
+
+def fit_mixture(vae, images, train, device):
+    """The Gaussian mixture fitted to codes of the training images: its attributes, for a checkpoint."""
+    z = draw_codes(vae, images, train, device)
     mixture = GaussianMixture.fit(z, train["components"], train["seed"], train["tied"])
     return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
 
@@ -988,13 +996,16 @@ TRAIN = {
     # Largest norm of a network's gradient; 0: no limit. The VAE's loss is a sum over 3,072 pixel values or more, so its
     # gradients are large; the refiner's loss is a mean.
     "vae_clip": 200.0, "unet_clip": 1.0,
+    "vae_steps": 0, "unet_steps": 0,  # optimisation steps; see `budget`
     "vae_ema": 0.995, "unet_ema": 0.995,  # decay of the moving average of the weights; 0: the weights themselves
     "objective": "v",  # what the U-Net predicts; see Diffusion
+    "even_levels": True,  # whether every noise level's loss is divided by its running mean; see Training.even_levels
     "start": 400,  # time at which refinement begins, of 1000; without an x_hat it is always 1000
     "beta": 1.0,  # weight of the KL in the VAE's loss
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
     "dropout": 0.0, "heads": 1,  # of the U-Net
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
+    "guidance": 0.5,  # the share of (refiner - guide) that stage 1's `guided` adds to the refiner's prediction
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
@@ -1021,27 +1032,30 @@ def budget(name, dataset, size):
     # lie in so many clusters that only a mixture of thousands covers them (results/TABLES.md, recipe-prior).
     shapes_code = {"beta": 0.08, "components": 3000, "tied": True}
     if name == "smoke":  # everything runs, in seconds
-        train |= {"steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
+        train |= {"vae_steps": 8, "unet_steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4}
     elif tables == "shapes":
-        train |= {"steps": 700} | shapes_code
+        train |= {"vae_steps": 700, "unet_steps": 700} | shapes_code
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
         steps = 5000 if size == 32 else 3000
-        train |= {"steps": steps, "flow_steps": steps, "components": 30, "beta": 0.25}
+        train |= {"vae_steps": steps, "unet_steps": steps, "flow_steps": steps, "components": 30, "beta": 0.25}
         evaluation |= {"count": 2000, "grid_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU, which was never measured
-        train |= {"batch": 256, "steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1, "heads": 4, "attention": [16]}
+        train |= {"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1,
+                  "heads": 4, "attention": [16]}
         train |= shapes_code if dataset == "shapes" else {"components": 30, "beta": 0.25}  # as for `cpu`
         evaluation |= {"sample_steps": 25, "count": 10_000, "batch": 500, "grid_count": 2000, "probe_steps": 25,
                        "bits_images": 256, "bits_draws": 100}
     else:  # paper: the published settings of DiffuseVAE
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
                   "warmup": 5000, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
-                  "objective": "eps", "start": 1000, "heads": 8, "attention": [16], "vae_flip": False, "every": 100}
-        train |= ({"steps": 1_110_000, "dropout": 0.3, "components": 50} if size == 32 else
-                  {"steps": 2_535_000, "dropout": 0.1, "components": 75, "batch": 32})
+                  "objective": "eps", "even_levels": False, "start": 1000, "heads": 8, "attention": [16],
+                  "vae_flip": False, "every": 100}
+        train |= ({"dropout": 0.3, "components": 50} if size == 32 else
+                  {"dropout": 0.1, "components": 75, "batch": 32})
+        train["vae_steps"] = train["unet_steps"] = 1_110_000 if size == 32 else 2_535_000
         grid = [[sampler, steps] for sampler in ("ddim", "dpm") for steps in (5, 10, 25, 50, 100)] + [["ddpm", 1000]]
         evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": grid,
                        "grid_count": 10_000, "probe_steps": 25, "bits_images": 256, "bits_draws": 999}
@@ -1354,6 +1368,23 @@ def count_cost(model):
     return {"parameters": sum(count_parameters(network) for network in model.networks), "gflops": count_gflops(run)}
 
 
+def time_in_turn(runs, device, repeats=7):
+    """The median seconds of each of {name: function}, after two calls of each to warm up. They are called in turn, so
+    that a machine that slows down slows all of them."""
+    seconds = {name: [] for name in runs}
+    for i in range(repeats + 2):
+        for name, run in runs.items():
+            clock = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - clock)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -1425,11 +1456,14 @@ def lock(folder):
     return file
 
 
+NOISE_LEVELS = 20  # into which Training.even_levels divides the times
+
+
 class Training:
     """The training loop that all stages share. A stage iterates over batches, computes a loss from each, and hands it
     to `step`:
 
-        training = Training(folder, train, device, images, flip, vae=vae)
+        training = Training(folder, train, device, images, steps, flip, vae=vae)
         for x0 in training:
             with training.autocast():
                 loss = ...                          # (B,)
@@ -1442,7 +1476,7 @@ class Training:
     on from there, and ends with the same bits as if it had never been stopped (tests/test_training.py).
     """
 
-    def __init__(self, folder, train, device, images, flip, **networks):
+    def __init__(self, folder, train, device, images, steps, flip, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
         self.images, self.flip = images.to(device), flip
         self.averages, self.optimizers = {}, {}  # optimizers by the name of the setting that is their learning rate
@@ -1457,7 +1491,9 @@ class Training:
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(others, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + SEEDS["training"], device)
         self.run_id = secrets.token_hex(8)  # tells this training from every other one
-        self.steps, self.seconds, self.every = 0, 0.0, min(train["every"], train["steps"])
+        self.all_steps, self.steps, self.seconds = steps, 0, 0.0  # steps to be taken, steps and seconds taken so far
+        self.every = min(train["every"], steps)
+        self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
         self.reduced, self.trial = native_bfloat16(device), None  # see try_reduced_precision
         path = self.folder / "checkpoint.pt"
@@ -1474,6 +1510,7 @@ class Training:
             optimizer.load_state_dict(state["optimizers"][name])
         self.gen.set_state(state["generator"])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.level_means = state["level_means"].to(self.device)
         self.steps, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
 
@@ -1495,10 +1532,10 @@ class Training:
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.signal(number, lambda received, frame: stopped_by.append(received))
                 after.callback(signal.signal, number, previous)  # puts the previous handler back
-            self.bar = after.enter_context(tqdm(total=self.train["steps"], initial=self.steps, unit="step",
+            self.bar = after.enter_context(tqdm(total=self.all_steps, initial=self.steps, unit="step",
                                                 desc=self.folder.name))
             self.clock = time.time()  # when the time that is not yet in self.seconds began
-            while self.steps < self.train["steps"]:
+            while self.steps < self.all_steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
                 stop = stopped_by and RANK == 0  # if the first process ends, torchrun ends the others
                 if stop or time.time() - self.clock > 60:
@@ -1561,6 +1598,24 @@ class Training:
         """Uniform random numbers in [0, 1), (B, *shape)."""
         return self.own_part(torch.rand(self.train["batch"], *shape, generator=self.gen, device=self.device))
 
+    def even_levels(self, loss, t, diffusion):
+        """Divide every image's loss (B,) by the running mean of the losses at its noise level: (B,). `t` (B,) are the
+        times; NOISE_LEVELS intervals of equal length share 1..start. With the setting even_levels off, `loss` itself.
+
+        A plain MSE is far larger at the lowest noise levels, where only grain is decided, than at the highest, where
+        shapes are. After the division all levels have a mean loss of about 1, and so an equal say. Karras et al. 2024
+        (arXiv:2312.02696, eq. 14 to 21) reach the same by learning each level's loss with a small network."""
+        if not self.train["even_levels"]:
+            return loss
+        level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
+        of_level = F.one_hot(level, NOISE_LEVELS)  # (B, levels)
+        count, total = of_level.sum(0).float(), (of_level * loss.detach()[:, None]).sum(0)  # (levels,)
+        average_over_processes([count, total])
+        mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
+        if self.trial is None:  # a trial leaves everything as it was
+            self.level_means = self.level_means.lerp(mean, 0.05)
+        return loss / self.level_means[level]
+
     def step(self, loss, terms, watch=None):
         """Take one step of every optimiser on the mean of `loss` (B,).
         (tests/test_training.py: test_rates_clips_and_averages_by_hand)
@@ -1581,7 +1636,7 @@ class Training:
         for name, network in self.networks.items():
             nn.utils.clip_grad_norm_(network.parameters(), self.train[f"{name}_clip"] or math.inf)
         for setting, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = learning_rate(self.train[setting], self.steps, self.train["steps"],
+            optimizer.param_groups[0]["lr"] = learning_rate(self.train[setting], self.steps, self.all_steps,
                                                             self.train["warmup"], self.train["decay"])
             optimizer.step()
         self.steps += 1
@@ -1630,16 +1685,19 @@ class Training:
         if RANK == 0:
             save_state(self.folder / "checkpoint.pt", {
                 "train": self.train, "finished": False, "run_id": self.run_id, "steps": self.steps,
-                "seconds": self.seconds, "log": self.log, "sums": self.sums, "generator": self.gen.get_state(),
+                "seconds": self.seconds, "log": self.log, "sums": self.sums, "level_means": self.level_means,
+                "generator": self.gen.get_state(),
                 "averages": self.averages,
                 "weights": {name: network.state_dict() for name, network in self.networks.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
 
-    def finish(self, **parts):
+    def finish(self, seconds_before=0.0, **parts):
         """Save and return the finished checkpoint: the averaged weights of each network under its name, and `parts`,
-        whatever else the model consists of."""
-        return save_finished(self.folder, {"train": self.train, "run_id": self.run_id, "seconds": self.seconds,
-                                           "log": self.log} | self.averages | parts)
+        whatever else the model consists of. Its `seconds` contain what was done after the last training step, such as
+        fitting a prior. `seconds_before` is what the networks that it builds on took."""
+        seconds = self.seconds + time.time() - self.clock
+        return save_finished(self.folder, {"train": self.train, "run_id": self.run_id, "seconds": seconds,
+                                           "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
 
 
 def save_finished(folder, state):
@@ -1675,6 +1733,8 @@ def add_flags(parser, priors=(), default_prior=None):
         help="auto, the default: gpu with a GPU, else cpu")
     add("--steps", type=int, help="optimisation steps of each network, in place of the budget's")
     add("--batch-size", type=int, help="images per step, in place of the budget's")
+    add("--set", nargs="+", metavar="KEY=VALUE", default=[],
+        help="override settings that --dry-run shows; the run's name then contains them")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--out", default="runs", help="folder for runs (default: %(default)s)")
     add("--resume", action="store_true", help="continue an unfinished run, if there is one")
@@ -1697,7 +1757,8 @@ LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "tem
 
 
 def read_settings(args):
-    """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device."""
+    """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
+    `args.changes` then holds what --set changes in the train settings; what depends on it, `changed` says."""
     sys.excepthook = end_in_a_line
     for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
@@ -1709,8 +1770,9 @@ def read_settings(args):
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
     size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size or 64)
     train, evaluation = budget(name, args.dataset, size)
-    given = {"steps": args.steps, "batch": args.batch_size}
+    given = {"vae_steps": args.steps, "unet_steps": args.steps, "batch": args.batch_size}
     train |= {key: value for key, value in given.items() if value is not None}
+    args.changes = parse_changes(args.set, train)
     train |= {"compile": args.compile, "dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}
@@ -1722,6 +1784,40 @@ def read_settings(args):
     return train, evaluation, device
 
 
+# The train settings that matter to the U-Net alone begin with one of these. The VAE of a run does not depend on them.
+OF_UNET = ("unet", "objective", "even_levels", "start", "dropout", "heads", "attention", "guidance")
+
+
+def parse_changes(texts, train):
+    """--set KEY=VALUE ... -> {key: value}. Exits if there is no such train setting, or if the value is of another type
+    or negative. Settings that are lists (the tables of the networks) cannot be set."""
+    changes, settable = {}, {key: value for key, value in train.items() if isinstance(value, (bool, int, float, str))}
+    for text in texts:
+        key, _, word = text.partition("=")
+        if key not in settable:
+            fail(f"--set {text}: no such setting; there are {', '.join(settable)}")
+        old = settable[key]
+        if isinstance(old, bool):
+            allowed, value = "true or false", {"true": True, "false": False}.get(word.lower())
+        elif isinstance(old, str):
+            allowed, value = "eps or v", word if word in ("eps", "v") else None
+        else:
+            low, high = (1, 1000) if key == "start" else (0, 10**9)
+            allowed, value = f"a {'whole ' if isinstance(old, int) else ''}number from {low} to {high:,}", None
+            with contextlib.suppress(ValueError):
+                value = type(old)(word)
+            value = value if value is not None and low <= value <= high else None
+        if value is None:
+            fail(f"--set {text}: must be {allowed}")
+        changes[key] = value
+    return changes
+
+
+def name_changes(changes):
+    """The part of a run's name that says what --set changes: {"start": 300} -> -start=300, nothing -> nothing."""
+    return "".join(f"-{key}={value:g}" if type(value) is float else f"-{key}={value}" for key, value in changes.items())
+
+
 def print_settings(train, evaluation, **networks):
     """What --dry-run shows: settings and numbers of parameters, as one JSON object."""
     sizes = {name: count_parameters(network) for name, network in networks.items()}
@@ -1731,7 +1827,7 @@ def print_settings(train, evaluation, **networks):
 def first_difference(old, new):
     """The first setting in which two dictionaries differ, with both values, or None. Settings that are flags come
     before those that follow from them, such as the tables of the networks."""
-    flags = ("dataset", "data_dir", "image_size", "budget", "steps", "batch", "seed")
+    flags = ("dataset", "data_dir", "image_size", "budget", "vae_steps", "unet_steps", "batch", "seed")
     keys = [*flags, *sorted((old.keys() | new.keys()) - {*flags})]
     different = [key for key in keys if old.get(key) != new.get(key)]
     return f"{different[0]} was {old.get(different[0])}, is now {new.get(different[0])}" if different else None

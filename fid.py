@@ -37,7 +37,7 @@ import platform
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -497,7 +497,8 @@ class Setup:
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        common.join_processes(device, train["batch"])  # if torchrun has started several
+        self.changes = args.changes  # by --set
+        common.join_processes(device, (train | self.changes)["batch"])  # if torchrun has started several
         if common.RANK > 0:
             common.wait_for_all()  # until the first process has downloaded and decoded all images
         self.device = device
@@ -513,6 +514,12 @@ class Setup:
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
         self.evaluation = evaluation | {"features": self.extractor.name}
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
+
+    def run(self, name, without=()):
+        """The folder and the train settings of the run of this name. What --set changes is part of both, except for
+        settings whose names begin with one of `without`, on which this run does not depend."""
+        changes = {key: value for key, value in self.changes.items() if not key.startswith(without)}
+        return self.home / f"{name}{common.name_changes(changes)}-s{self.train['seed']}", self.train | changes
 
     @cached_property
     def reference(self):
@@ -590,8 +597,8 @@ def evaluate(folder, setup, state, model):
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
-           **common.count_cost(model), "train_images": train["steps"] * train["batch"],
-           "train_seconds": state["seconds"],
+           **common.count_cost(model), "train_images": train["unet_steps"] * train["batch"],
+           "train_seconds": state["seconds"] + state["seconds_before"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
@@ -604,7 +611,8 @@ def measure(model, setup, prior, sampler, steps, count, damage):
     refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
-    row = {"prior": prior, "sampler": sampler, "nfe": min(steps, model.diffusion.start), "n_generated": count,
+    steps = min(steps, model.diffusion.start)
+    row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
            "seconds_per_image": seconds} | setup.score(images)
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
@@ -616,9 +624,10 @@ def measure_samples(folder, model, setup):
     # Some rows are asked for twice (the noise probe's clean row is also in the grid); lru_cache keeps the last ones.
     draw = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
-    row, x_hat, images = draw(prior, sampler, steps, evaluation["count"], 0.0)
+    row, x_hat, images_of_headline = draw(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.denoiser is not None
-    common.draw_samples(folder, {"VAE": x_hat, "refined": images} if both else {model.name: images})
+    common.draw_samples(folder, {"VAE": x_hat, "refined": images_of_headline} if both else
+                        {model.name: images_of_headline})
     if both:
         tables["before_refinement"] = setup.score(x_hat) | {"hf_energy": hf_energy(x_hat, setup.test.images)}
     rows = [row]
@@ -633,6 +642,7 @@ def measure_samples(folder, model, setup):
             rows.append(row)
             pictures[f"{name} {n}"] = images[:12]
         common.save_grid(folder / "steps.png", pictures)
+        tables["copies"] = copies(folder, images_of_headline[: evaluation["grid_count"]], setup)
     if model.vae is not None or model.decode is not None:
         tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
     return rows, tables
@@ -640,8 +650,8 @@ def measure_samples(folder, model, setup):
 
 def robustness(folder, draw, prior, evaluation, fd, refined):
     """Scores with noise on what the VAE hands on: on x_hat before it is refined, or on latents before they are decoded.
-    z and the noise of x_start are the same at every strength. `area` is the mean of score / clean score over the
-    noise's sd from 0 to 0.4, by the trapezoidal rule. Writes robustness.png."""
+    z and the noise of x_start are the same at every strength. `mean` is the mean Frechet distance over all strengths of
+    noise, `rise` is by how much that is higher than without noise. Writes robustness.png."""
     sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
     scores_by_noise, pictures = {}, {}
     for name, sd in NOISE.items():
@@ -652,9 +662,60 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
         if refined:
             pictures[f"{name}, refined"] = images[:12]
     common.save_grid(folder / "robustness.png", pictures)
-    values = torch.tensor([row[fd]["value"] for row in scores_by_noise.values()])
-    area = float(torch.trapezoid(values / values[0], torch.tensor(list(NOISE.values()))) / 0.4)
-    return {"nfe": steps, "scores": scores_by_noise, "area": area}
+    clean, *noisy = [row[fd]["value"] for row in scores_by_noise.values()]
+    mean = sum(noisy) / len(noisy)
+    return {"steps": steps, "scores": scores_by_noise, "mean": mean, "rise": mean - clean}
+
+
+def copies(folder, images, setup):
+    """Does a model copy training images? The distance of generated images, uint8 (N, 3, H, W), to the nearest training
+    image, and the same for as many held-out images: by pixels (the root of the mean squared difference, in grey
+    levels) and in the features of the scores. `closer` is the share of generated images that are closer to a training
+    image than 99% of the held-out ones are. It is about 0.01 if nothing is copied.
+
+    If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
+    generated images that are closest in the features, with their nearest training images."""
+    train, count = shuffle(setup.data.images), min(len(images), len(setup.test.images))  # in the order of the reference
+    sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {}
+    nearest = {}  # (kind of distance, side): distances and indices, each (N,)
+    for side, chosen in sides.items():
+        both = torch.cat([chosen, chosen.flip(3)] if setup.train["unet_flip"] else [chosen])
+        pixels = both.flatten(1).float()
+        parts = [torch.cdist(pixels, part.flatten(1).float()) for part in train.split(2000)]
+        by_kind = {"pixels": torch.cat(parts, 1) / pixels.shape[1] ** 0.5,
+                   "features": distances(extract(setup.extractor, both)[0].double(),
+                                         setup.reference.features.cpu().double())}
+        for kind, values in by_kind.items():  # (N or 2 N, training images)
+            nearest[kind, side] = values.view(-1, count, len(train)).amin(0).min(1)
+    for kind in ("pixels", "features"):
+        generated, held_out = nearest[kind, "generated"].values, nearest[kind, "held_out"].values
+        table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
+                       "closer": float((generated < held_out.quantile(0.01)).float().mean())}
+    distance, index = nearest["features", "generated"]
+    closest = distance.argsort()[:5]
+    common.save_grid(folder / "copies.png", {"generated": sides["generated"][closest],
+                                             "nearest in training": train[index[closest]]})
+    return table
+
+
+COMPONENTS = (30, 300, 3000)  # of the mixtures that by_components compares
+
+
+def by_components(model, setup, train):
+    """How many components the mixture needs: the Frechet distance of samples, and the log-density of held-out codes,
+    with mixtures of several sizes, all with one covariance, fitted to codes of the training images."""
+    z = common.draw_codes(model.vae, setup.data.images, train, model.device)
+    mu, logvar = common.encode(model.vae, setup.test.images, model.device)
+    gen = generator(common.SEEDS["held_out_codes"] + train["seed"])
+    held_out = common.reparameterise(mu, logvar, randn(mu.shape, gen))
+    _, sampler, steps = common.headline(model, setup.evaluation)
+    count, table = setup.evaluation["count" if model.denoiser is None else "grid_count"], {}
+    for components in COMPONENTS:
+        mixture = common.GaussianMixture.fit(z, components, train["seed"], tied=True)
+        trial = replace(model, priors={f"mixture of {components}": mixture})
+        row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count, damage=0.0)
+        table[str(components)] = {setup.fd: row[setup.fd], "log_density": mean_score(mixture.log_prob(held_out))}
+    return table
 
 
 @torch.no_grad()
@@ -688,6 +749,11 @@ def measure_vae(folder, model, setup):
         draw_trajectory(folder, model, mu[:4].to(model.device), setup)
     common.save_grid(folder / "reconstructions.png", pictures)
     tables["prior_log_density"] = {name: mean_score(prior.log_prob(z)) for name, prior in model.priors.items()}
+    tables["density_of_samples"] = {}  # by this prior, of samples of that one
+    for other, source in model.priors.items():
+        samples = source.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
+        for name, prior in model.priors.items():
+            tables["density_of_samples"].setdefault(name, {})[other] = mean_score(prior.log_prob(samples).cpu())
     return tables
 
 
@@ -776,8 +842,8 @@ def print_results(finished, setup):
     table = [["variant", "prior", "sampler", "images", "sec/image", *names]]
     for metrics in finished.values():
         for row in metrics["rows"]:
-            line = [metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['nfe']}", str(row["n_generated"]),
-                    f"{row['seconds_per_image']:.3g}", *(show(row[name]) for name in names)]
+            line = [metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['steps']}",
+                    str(row["n_generated"]), f"{row['seconds_per_image']:.3g}", *(show(row[name]) for name in names)]
             if line not in table:  # the headline may be a row of the grid, too
                 table.append(line)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,7 +1,8 @@
 """Final evaluation: reads results, writes tables and charts, and tests the claims. It trains nothing.
 
-`TABLES` says which numbers of which variants make a table, and `CLAIMS` which two numbers are compared. The name of a
-number is its place in metrics.json, shortened by `SHORT`. Texts mark a table by <!-- table NAME --> and <!-- end -->.
+Every run of a stage leaves a file metrics.json. `NUMBERS` gives names to the numbers in it, `TABLES` says which numbers
+of which runs make a table, and `CLAIMS` says which two numbers answer a question. A text has a table wherever it says
+<!-- table NAME --> and <!-- end -->; what stands between the two is written anew.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
@@ -24,183 +25,298 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-# The order of tables: data sets and variants are sorted by the first of these with which their name begins.
+# The order of data sets and variants in tables: by the first of these with which their name begins. The empty word at
+# the end stands for all others.
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 # For `stage1_baseline.py --pretrained`. Run: the name of the file of weights, and the parts of the checkpoint in it.
 WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}
-SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation")  # such figures are only copied for shapes
+SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")  # only copied for shapes
 # The variants in DATASET-sheet.png, one picture with samples of each.
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
-NOTE = "a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; times: first seed"
-MAY_DIFFER = ("prior", "grid", "batch", "probe_count")  # evaluation settings that do not change what a score means
 
 # The variants of the tables below:
 #   stage1-vae          the VAE alone
 #   stage1-uncond       a diffusion model without a VAE
 #   stage1-form1        refines the VAE's images; form2 is the other formulation of DiffuseVAE
 #   stage1-guided       form1 with guidance by a refiner that was trained for a shorter time
+#   stage1-augmented    form1, trained with noise on the VAE's images
 #   stage2-anneal       VAE and refiner trained together; with grad-none the refiner's loss does not reach the VAE
-#   stage3-flow-fixed   codes from a flow, refined as in form1; fade, film and coupling also use s, see below
-#   bonus-latent        diffuses the latent of an autoencoder, whose reconstructions are its `ceiling`
-# The words in the columns:
-#   headline            the first row of a run's scores; the other rows, and the probes, have fewer images (grid_count)
-#   fd, floor           Frechet distance to the training images; that of equally many held-out real images
-#   hf_energy           fine detail relative to real images; 1 is as sharp as real
-#   noise area          mean of fd with noise on x_hat over fd without, for noise of sd 0 to 0.4
-#   s                   the VAE's expected error in an image, by regression or by the encoder's variance
-#   sure, unsure        the third of the images with the lowest s, and that with the highest
-#   s true, s shuffled  fd of reconstructions that are refined with their own s, and with another image's
-#   thirds              more steps for unsure images, fewer for sure ones; `shuffled` goes by another image's s
-#   own prior           the row with the headline's settings, but with as few images as the rows of other priors
-#   real codes          codes of held-out images, in place of codes from a prior
-#   path / ends         length of a path between two images over the distance of its ends; 1 is straight
+#   stage3-vae-flow     a VAE and a flow over its codes; stage3-vae-gaussian is stage1-vae with a flow fitted afterwards
+#   stage3-flow-fixed   refines the images of stage3-vae-flow, as form1 does
+#   stage3-flow-film    the same, but the refiner is also shown how sure the VAE is (s); so are `fade` and `coupling`
+#   bonus-latent        diffuses the latent of an autoencoder
+# A name that ends in KEY=VALUE is a run with --set KEY=VALUE: the same variant, but for this setting.
 
-# A number's name is its place in metrics.json, with these parts replaced. Where several of them fit, the longest is
-# replaced. This goes from left to right and only once, so the order of these lines does not matter.
-SHORT = {
-    "_local": "", "fid": "fd", "seconds_per_image": "s/image", "/fd_to_these": "", "path_over_distance": "/ ends",
-    "before_refinement/": "VAE ", "reconstruction/": "", "robustness/scores/": "", "robustness/area": "noise area",
-    "bits_per_dim/bound": "bits/dim", "prior_log_density/": "log p(z) ", "savings/saved_percent/": "% saved, ",
-    "training/gradient": "gradient", "latent_space/": "", "latent_space/posterior/": "real codes/", "even/": "evenly/",
-    "latent_space/slerp/refined/": "path ", "latent_space/slerp/vae/": "VAE path ", "uncertainty/variance": "variance",
-    "uncertainty/regressed": "regressed", "uncertainty/terciles/": "", "uncertainty/controls/": "s ",
-    "uncertainty/adaptive_refinement/": "", "even_middle_start": "middle start", "adaptive_steps": "thirds",
-    "shuffled_steps": "thirds shuffled", "adaptive_start": "start by thirds", "shuffled_start": "start shuffled"}
+# The numbers of a run: the name that tables use, and the place in the metrics, where a slash leads into a dictionary.
+# Beside what metrics.json holds, `load_all` adds `headline`, the first row of scores, and two dictionaries of further
+# rows: `steps`, by sampler and number of steps, and `priors`, by the prior. Further rows and probes have fewer images
+# than the headline (the evaluation setting grid_count).
+NUMBERS = {
+    "fd": "headline/fd",  # Frechet distance to the training images; lower is better
+    "floor": "headline/floor",  # the fd of equally many held-out real images
+    "is": "headline/is",  # Inception Score, by the classes that the feature network knows
+    "precision": "headline/precision",  # share of samples that look like real images
+    "recall": "headline/recall",  # share of real images that samples look like
+    "diversity": "headline/diversity",  # feature distance of two samples over that of two real images
+    "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
+    "seconds": "headline/seconds_per_image",  # of sampling
+    "evaluations": "headline/nfe",  # of U-Nets, for one image
+    "fd, 6 steps": "steps/dpm 6/fd",
+    "fd, 10 steps": "steps/dpm 10/fd",
+    "fd, 25 steps": "steps/dpm 25/fd",
+    "fd, ddim 100": "steps/ddim 100/fd",  # a hundred steps of DDIM, all others are of DPM-Solver++
+    "hf_energy, 6 steps": "steps/dpm 6/hf_energy",
+    "fd, gaussian": "priors/gaussian/fd",  # codes from N(0, I)
+    "fd, mixture": "priors/gmm/fd",  # codes from the mixture that is fitted after training
+    "fd, flow": "priors/flow/fd",  # codes from the flow
+    "train minutes": "run/train_minutes",  # of all networks that the run needs, and of fitting priors
+    "fd of the VAE": "tables/before_refinement/fd",  # of the images before they are refined
+    "bits/dim": "tables/bits_per_dim/bound",  # bound on -log2 p(image), per pixel value
+    "kl_nats": "tables/reconstruction/kl_nats",  # how much the code holds
+    "noise fd": "tables/robustness/mean",  # mean fd with noise of sd 0.1, 0.2 and 0.4 on x_hat
+    "noise rise": "tables/robustness/rise",  # by how much that is above the fd without noise
+    "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
+    "fd of real codes": "tables/latent_space/posterior/refined",  # codes of held-out images, not of a prior
+    # The length of a path between two images, in features, over the distance of its ends; 1 is straight
+    "path / ends": "tables/latent_space/slerp/refined/path_over_distance",
+    "log p, gaussian": "tables/prior_log_density/gaussian",  # log-density of codes of held-out images, in nats
+    "log p, mixture": "tables/prior_log_density/gmm",
+    "log p, flow": "tables/prior_log_density/flow",
+    "log p by flow of mixture's": "tables/density_of_samples/flow/gmm",  # by the flow, of samples of the mixture
+    "log p by mixture of flow's": "tables/density_of_samples/gmm/flow",
+    "fd, 30 components": "tables/components/30/fd",  # of a mixture with that many components
+    "fd, 300 components": "tables/components/300/fd",
+    "fd, 3000 components": "tables/components/3000/fd",
+    # s is how large the VAE's error is expected to be. Rank correlation of s with the error, over held-out images
+    "rank, regressed": "tables/uncertainty/regressed/correlation",
+    "rank, variance": "tables/uncertainty/variance/correlation",
+    # fd of reconstructions to their originals: of the third of the images with the lowest s, and with the highest
+    "sure, VAE": "tables/uncertainty/terciles/sure/vae/fd_to_these",
+    "unsure, VAE": "tables/uncertainty/terciles/unsure/vae/fd_to_these",
+    "sure, refined": "tables/uncertainty/terciles/sure/refined/fd_to_these",
+    "unsure, refined": "tables/uncertainty/terciles/unsure/refined/fd_to_these",
+    # The same of all images: refined with their own s, and with another image's
+    "own s": "tables/uncertainty/controls/true/fd_to_these",
+    "other s": "tables/uncertainty/controls/shuffled/fd_to_these",
+    # fd with two steps for every image; with more for unsure and fewer for sure ones; the same by another image's s
+    "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
+    "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
+    "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
+    # Seconds and GFLOPs of refining an image, with the conditioning and with `fixed`
+    "seconds, this": "tables/uncertainty/cost/this/seconds_per_image",
+    "seconds, fixed": "tables/uncertainty/cost/fixed/seconds_per_image",
+    "gflops, this": "tables/uncertainty/cost/this/gflops",
+    "gflops, fixed": "tables/uncertainty/cost/fixed/gflops",
+    # Distance to the nearest training image, of generated images and of held-out ones. `closer` is the share of
+    # generated images that are closer to one than 99% of the held-out images: 0.01 if nothing is copied
+    "nearest, samples": "tables/copies/features/generated",
+    "nearest, held out": "tables/copies/features/held_out",
+    "closer": "tables/copies/features/closer",
+    "closer, pixels": "tables/copies/pixels/closer",
+    "ceiling": "tables/ceiling/fd",  # of the autoencoder's reconstructions: what latent diffusion could reach
+    # What latent diffusion saves against pixel space, in percent
+    "% GFLOPs": "tables/savings/saved_percent/gflops_per_image",
+    "% seconds": "tables/savings/saved_percent/seconds_per_image",
+    "% seconds, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
+    "% memory": "tables/savings/saved_percent/peak_memory_mb",
+}
+NOTE = ("a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; (n): from n images, fewer than "
+        "the fd of samples; times: first seed")
 
-TABLES = {  # name: (patterns for the end of DATASET/VARIANT, columns and, if only one seed is shown, that seed)
+# Table: the runs in it, and its columns. A run is in it if DATASET/VARIANT ends in one of the patterns. Runs with a
+# changed setting have an equals sign in their names, and are only in tables whose pattern has one.
+TABLES = {
     "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
-              "dpm 6/fd; dpm 10/fd; dpm 25/fd; ddim 100/fd; dpm 6/hf_energy; dpm 6/s/image; ddim 100/s/image"),
-    "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
-              "fd; precision; hf_energy; kl_nats; own prior/fd; gaussian/fd; real codes/refined"),
-    "losses, seed 0": ("shapes/*-form1 shapes/stage2-*", "fd; precision; hf_energy; kl_nats; bits/dim; noise area", 0),
-    "priors": ("stage3-vae-*", "gaussian/fd; gmm/fd; flow/fd; log p(z) gaussian; log p(z) gmm; log p(z) flow"),
+              "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 100; hf_energy, 6 steps; evaluations; seconds"),
+    "recipe": ("shapes/stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
+    "joint": ("stage1-form1 stage1-augmented stage2-anneal stage2-anneal-grad-none",
+              "fd; precision; hf_energy; kl_nats; fd, mixture; fd, gaussian; fd of real codes; noise fd"),
+    "losses": ("shapes/*-form1 shapes/stage2-* stage2-*=*",
+               "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
+    "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
+               "log p by flow of mixture's; log p by mixture of flow's"),
+    "components": ("stage1-vae stage2-anneal stage3-vae-*",
+                   "fd, 30 components; fd, 300 components; fd, 3000 components"),
     "uncertainty": ("stage3-flow-fixed",
-                    "regressed/correlation; variance/correlation; sure/vae; unsure/vae; sure/refined; unsure/refined"),
+                    "rank, regressed; rank, variance; sure, VAE; unsure, VAE; sure, refined; unsure, refined"),
     "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
-                     "fd; is; s/image; noise area; evenly/fd; thirds/fd; thirds shuffled/fd"),
-    "latent diffusion": ("bonus-latent", "fd; diversity; ceiling/fd; % saved, gflops_per_image; % saved, s/image; "
-                         "% saved, s/image_batch_1; % saved, peak_memory_mb")}
+                     "fd; is; noise fd; steps evenly; steps by s; steps by other s; gflops, this; gflops, fixed"),
+    "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
+              "fd, mixture; noise fd; noise rise; noise 0.4 fd"),
+    "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
+    "latent diffusion": ("bonus-latent",
+                         "fd; is; diversity; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
 
-CLAIMS = [  # (question, a number of a variant, what it is compared with); lower is better for every number here
+# A claim: a question, a number of a variant, and what it is compared with. Lower is better for every number here.
+# These four are the guiding questions. They are tested together on each data set (see `holm`).
+PRIMARY_CLAIMS = [
+    ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
+    ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
+     "seconds, this of stage3-flow-film", "seconds, fixed of stage3-flow-film"),
+    ("**Robustness**: does joint training help against noise?", "noise fd of stage2-anneal",
+     "noise fd of stage1-form1"),
+    ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1")]
+
+CLAIMS = [  # the most important of all others
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Do `x_hat` and a `start` below T help?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does guidance by a worse refiner help?", "fd of stage1-guided", "fd of stage1-form1"),
-    ("Does a fitted prior help?", "own prior/fd of stage1-form1", "gaussian/fd of stage1-form1"),
-    ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
-    ("Does it help without its gradient into the VAE?", "fd of stage2-anneal-grad-none", "fd of stage1-form1"),
+    ("Does a fitted prior help?", "fd, mixture of stage1-form1", "fd, gaussian of stage1-form1"),
+    ("Does joint training help without its gradient into the VAE?", "fd of stage2-anneal-grad-none",
+     "fd of stage1-form1"),
     ("Is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
-    ("Does it help with real codes?", "real codes/refined of stage2-anneal", "real codes/refined of stage1-form1"),
+    ("Does joint training help with real codes?", "fd of real codes of stage2-anneal",
+     "fd of real codes of stage1-form1"),
     ("Does adaptive conditioning (`film`) help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
-    ("**Efficiency**: does it take more time?", "s/image of stage3-flow-film", "s/image of stage3-flow-fixed"),
-    ("Do thirds by each image's `s` help?", "thirds/fd of stage3-flow-film", "thirds shuffled/fd of stage3-flow-film"),
-    ("**Robustness**: does refinement help against noise?", "noise area of stage1-form1", "noise area of stage1-vae"),
-    ("Does joint training help against it?", "noise area of stage2-anneal", "noise area of stage1-form1"),
-    ("Does it help without its gradient?", "noise area of stage2-anneal-grad-none", "noise area of stage1-form1"),
-    ("Does `film` help against noise?", "noise area of stage3-flow-film", "noise area of stage3-flow-fixed"),
-    ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1"),
+    ("Do steps by each image's `s` help?", "steps by s of stage3-flow-film", "steps by other s of stage3-flow-film"),
+    ("Does refinement help against noise?", "noise fd of stage1-form1", "noise fd of stage1-vae"),
+    ("Does training with noise help against it?", "noise fd of stage1-augmented", "noise fd of stage1-form1"),
+    ("Does it help more than joint training?", "noise fd of stage1-augmented", "noise fd of stage2-anneal"),
+    ("What does it cost without noise?", "fd of stage1-augmented", "fd of stage1-form1"),
+    ("Does joint training help against noise without its gradient?", "noise fd of stage2-anneal-grad-none",
+     "noise fd of stage1-form1"),
+    ("Does `film` help against noise?", "noise fd of stage3-flow-film", "noise fd of stage3-flow-fixed"),
     ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
     ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
-    ("Does guidance help against noise on `x_hat`?", "noise area of stage1-guided", "noise area of stage1-form1"),
-    ("Does a fitted prior help unrefined samples?", "fd of stage1-vae", "gaussian/fd of stage1-vae"),
-    ("Given a mixture, does a flow-trained VAE help?", "gmm/fd of stage3-flow-fixed", "own prior/fd of stage1-form1"),
-    ("With the codes of real images, is it the gradient that helps?", "real codes/refined of stage2-anneal",
-     "real codes/refined of stage2-anneal-grad-none"),
+    ("Does the loss's division by noise level help?", "fd of stage1-form1", "fd of stage1-form1-even_levels=False"),
+    ("Does guidance help against noise on `x_hat`?", "noise fd of stage1-guided", "noise fd of stage1-form1"),
+    ("Does a fitted prior help unrefined samples?", "fd, mixture of stage1-vae", "fd, gaussian of stage1-vae"),
+    ("Given a mixture, does a flow-trained VAE help?", "fd, mixture of stage3-flow-fixed",
+     "fd, mixture of stage1-form1"),
+    ("With the codes of real images, is it the gradient that helps?", "fd of real codes of stage2-anneal",
+     "fd of real codes of stage2-anneal-grad-none"),
     ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
-    ("Does `fade` help against noise on `x_hat`?", "noise area of stage3-flow-fade", "noise area of stage3-flow-fixed"),
+    ("Does `fade` help against noise on `x_hat`?", "noise fd of stage3-flow-fade", "noise fd of stage3-flow-fixed"),
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
-    ("Does `film` need the image's own `s`?", "s true of stage3-flow-film", "s shuffled of stage3-flow-film"),
-    ("Does it reconstruct better than `fixed`?", "s true of stage3-flow-film", "s true of stage3-flow-fixed"),
-    ("Does `film` help against strong noise?", "noise 0.4/fd of stage3-flow-film", "noise 0.4/fd of stage3-flow-fixed"),
-    ("Are steps by thirds better than even ones?", "thirds/fd of stage3-flow-film", "evenly/fd of stage3-flow-film")]
+    ("Does `film` need the image's own `s`?", "own s of stage3-flow-film", "other s of stage3-flow-film"),
+    ("Does it reconstruct better than `fixed`?", "own s of stage3-flow-film", "own s of stage3-flow-fixed"),
+    ("Does `film` help against strong noise?", "noise 0.4 fd of stage3-flow-film", "noise 0.4 fd of stage3-flow-fixed"),
+    ("Are steps by `s` better than even ones?", "steps by s of stage3-flow-film", "steps evenly of stage3-flow-film")]
 
-PANELS = {  # x axis of a chart: (variants, {place: column})
-    "steps": ("*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
-              {n: f"dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
-    "sd of noise on x_hat": ("*-vae *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film",
-                             {0.0: "clean/fd"} | {sd: f"noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})}
+# Chart: title of its x axis, the variants that have a line in it, and the number at each x.
+CHARTS = [
+    ("steps", "*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
+     {n: f"steps/dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
+    ("sd of noise on x_hat", "*-vae *-form1 *-guided *-augmented *-anneal *-flow-fixed *-flow-fade *-flow-film",
+     {0.0: "tables/robustness/scores/clean/fd"}
+     | {sd: f"tables/robustness/scores/noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})]
 
 
-def named_numbers(part, place=""):
-    """{name: number or score} of nested dictionaries and lists that stand at `place`. Texts are left out."""
-    if isinstance(part, list):
-        part = dict(enumerate(part))
-    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:  # these three are a score
-        parts = [named_numbers(value, f"{place}/{key}") for key, value in part.items()]
-        return {name: number for numbers in parts for name, number in numbers.items()}
-    longest_first = "|".join(map(re.escape, sorted(SHORT, key=len, reverse=True)))
-    name = re.sub(longest_first, lambda match: SHORT[match[0]], place).strip("/")
-    return {name: part} if isinstance(part, (int, float, dict)) else {}
-
+# --- Reading results -------------------------------------------------------------------------------------------------
 
 def load_metrics(path):
     """The metrics in a file. Exits, naming the file, if they cannot be read."""
     return fid.read_metrics(path) or common.fail(f"{path}: damaged or missing; restore it, or run again with --resume")
 
 
-def numbers_of(metrics):
-    """{name: number or score} of a run. The numbers of its first row, the headline, have plain names. Those of another
-    row begin with its sampler and steps, or with its prior if that is not the headline's. Tables and costs follow."""
+def plain_names(part):
+    """The same metrics without the name of the feature network in the names of scores: fd_local and fid become fd."""
+    if isinstance(part, list):
+        return [plain_names(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {"fd" if key == "fid" else key.removesuffix("_local"): plain_names(value) for key, value in part.items()}
+
+
+def name_rows(metrics):
+    """Add `headline`, `steps` and `priors` to metrics: the rows of scores by name (see NUMBERS)."""
     headline, *others = metrics["rows"]
-    # The rows of a VAE alone differ in nothing but the prior. So its headline is also listed by its prior.
-    rows = {headline["prior"]: headline} if headline["sampler"] == "none" else {}
-    for row in others:
-        name = f"{row['sampler']} {row['nfe']}" if row["prior"] == headline["prior"] else row["prior"]
-        rows.setdefault(name, row)  # of two equal rows the first is kept
-    # Rows of other priors have fewer images than the headline. So they are compared with this row, which has as few.
-    rows["own prior"] = rows.get(f"{headline['sampler']} {headline['nfe']}")
+    steps, priors = {}, {}
+    for row in reversed(others):  # if two rows have the same name, the first one stays
+        if row["prior"] == headline["prior"]:
+            steps[f"{row['sampler']} {row['steps']}"] = row
+        else:
+            priors[row["prior"]] = row
+    # The headline's own prior belongs to `priors`, too: with the row that has as few images as those of other priors.
+    # (A VAE alone has equally many under all priors: there it is the headline itself.)
+    own = steps.get(f"{headline['sampler']} {headline['steps']}", headline if headline["sampler"] == "none" else None)
+    metrics |= {"headline": headline, "steps": steps, "priors": priors | ({headline["prior"]: own} if own else {})}
+    metrics["run"]["train_minutes"] = metrics["run"]["train_seconds"] / 60
+
+
+def number(metrics, name):
+    """The number of this name in metrics (see NUMBERS), or of this place if it has no name. It is a plain number, a
+    score {"value", "low", "high"}, or None if the run does not have it."""
+    part = metrics
+    for key in NUMBERS.get(name, name).split("/"):
+        part = part.get(key) if isinstance(part, dict) else None
+    return part
+
+
+def images_behind(metrics, name):
+    """The number of images that a number rests on, as the dictionaries around it say, or None if none does."""
+    part, images = metrics, None
+    for key in NUMBERS.get(name, name).split("/"):
+        images = part.get("n_generated", part.get("images", images)) if isinstance(part, dict) else images
+        part = part.get(key) if isinstance(part, dict) else None
+    return images
+
+
+def all_places(part, place=""):
+    """The places of all numbers and scores in nested dictionaries: ["headline/fd", ...]. Texts and lists are left out.
+    """
+    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:
+        return [found for key, value in part.items() for found in all_places(value, f"{place}/{key}".strip("/"))]
+    return [place] if isinstance(part, (int, float, dict)) and not isinstance(part, bool) else []
+
+
+def shared_settings(metrics):
+    """The settings that all results of a data set must share to be compared. Of training and evaluation: all, except
+    those that a run changes on purpose (its name tells), the seed, the folder of the data, and what changes no score.
+    """
     run = metrics["run"]
-    cost = {"train minutes": run["train_seconds"] / 60, "parameters": run["parameters"], "gflops": run["gflops"]}
-    return named_numbers(headline) | named_numbers(rows) | named_numbers(metrics["tables"]) | cost
-
-
-def scoring_settings(metrics):
-    """The settings that all results of a data set must share, so that their scores can be compared."""
-    shared = ("features", "crop", "data_note", "n_real", "budget", "train_images")
-    settings = {key: metrics["run"][key] for key in shared} | {"n_generated": metrics["rows"][0]["n_generated"]}
-    return settings | {key: value for key, value in metrics["run"]["eval"].items() if key not in MAY_DIFFER}
+    on_purpose = re.findall(r"-(\w+)=", run["variant"])
+    settings = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
+    settings |= {"n_generated": metrics["rows"][0]["n_generated"]}
+    settings |= {key: value for key, value in run["eval"].items() if key not in ("prior", "grid", "batch")}
+    train = run.get("train", {})
+    return settings | {key: train[key] for key in common.TRAIN if key in train and key not in on_purpose}
 
 
 def load_all(paths):
-    """{dataset: {variant: {seed: metrics}}} in the order of tables, with `numbers` in each metrics. Exits if results of
-    a data set cannot be compared, or if seeds of a variant were trained with different settings."""
-    def place(name):  # by the first entry of ORDER with which it begins, then by the alphabet
+    """{dataset: {variant: {seed: metrics}}} of result files, in the order of tables. Exits if results of a data set
+    cannot be compared, or if seeds of a variant differ in any setting."""
+    def place(name):  # by the first word of ORDER with which it begins, then by the alphabet
         return [name.startswith(beginning) for beginning in ORDER].index(True), name
-    found, first_of = {}, {}  # first_of: {group of results: path and settings of its first file}
+
+    found = {}
+    first_of_dataset, first_of_variant = {}, {}  # the path and the settings of the first result
     for path in sorted(map(Path, paths)):
-        metrics = load_metrics(path)
+        metrics = plain_names(load_metrics(path))
         run = metrics["run"]
-        dataset, variant = run["dataset"], run["variant"]
-        groups = {dataset: scoring_settings(metrics), (dataset, variant): {"parameters": run["parameters"]}}
-        if "train" in run:  # older metrics have no train settings
-            groups[dataset, variant, "train"] = {
-                key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
-        for group, settings in groups.items():
-            first_path, first_settings = first_of.setdefault(group, (path, settings))
-            if difference := common.first_difference(first_settings, settings):
+        own = {"parameters": run["parameters"]} | {  # what all seeds of a variant share
+            key: value for key, value in run.get("train", {}).items() if key not in ("seed", "data_dir")}
+        for firsts, name, settings in ((first_of_dataset, run["dataset"], shared_settings(metrics)),
+                                       (first_of_variant, (run["dataset"], run["variant"]), own)):
+            first_path, first_settings = firsts.setdefault(name, (path, settings))
+            both = first_settings.keys() & settings.keys()  # a setting that a run changes is not compared
+            difference = common.first_difference({key: first_settings[key] for key in both},
+                                                 {key: settings[key] for key in both})
+            if difference:
                 common.fail(f"{path} cannot be compared with {first_path}: {difference}; remove one of them")
-        found.setdefault(dataset, {}).setdefault(variant, {})[run["seed"]] = metrics
-    for results in found.values():
-        form1 = results.get("stage1-form1", {})
-        all_runs = [(seed, metrics) for seeds in results.values() for seed, metrics in seeds.items()]
-        for seed, metrics in all_runs:  # stage 2 measures the latent space of stage 1 beside its own
-            stage1_table = metrics["tables"].pop("latent_space_stage1", None)
-            if stage1_table and seed in form1:
-                form1[seed]["tables"].setdefault("latent_space", stage1_table)
-        for _, metrics in all_runs:  # now that no table is missing
-            metrics["numbers"] = numbers_of(metrics)
+        name_rows(metrics)
+        found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
+    for results in found.values():  # stage 2 measures the latent space of stage 1's form1 beside its own
+        for variant, seeds in results.items():
+            for seed, metrics in seeds.items():
+                table = metrics["tables"].pop("latent_space_stage1", None)
+                if table and variant != "stage1-form1" and seed in results.get("stage1-form1", {}):
+                    results["stage1-form1"][seed]["tables"].setdefault("latent_space", table)
     return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
 
 
+# --- Numbers as text -------------------------------------------------------------------------------------------------
+
 def values_by_seed(seeds, name):
-    """{seed: value} of the number called `name` in {seed: metrics}. Times, and what depends on them, are taken from the
-    first seed alone, because the other seeds may have shared the machine with other work."""
-    if re.search("s/image|seconds|minutes|saved", name):
+    """{seed: value} of a number in {seed: metrics}. Of times, and of what depends on them, only the first seed, because
+    the other seeds may have shared the machine with other work."""
+    if re.search("seconds$|seconds_per_image|minutes|% seconds", name):
         seeds = {seed: seeds[seed] for seed in sorted(seeds)[:1]}
-    found = {seed: metrics["numbers"].get(name) for seed, metrics in seeds.items()}
+    found = {seed: number(metrics, name) for seed, metrics in seeds.items()}
     return {seed: x["value"] if isinstance(x, dict) else x for seed, x in found.items() if x is not None}
 
 
@@ -213,27 +329,93 @@ def mean_and_sd(values):
 
 
 def cell(seeds, name):
-    """The number called `name` as text: of one seed with its interval, of several with their standard deviation."""
+    """A number as text: of one seed with its interval, of several with their standard deviation. If it rests on fewer
+    images than the headline, their number follows in brackets."""
     found = values_by_seed(seeds, name)
-    scores = [seeds[seed]["numbers"][name] for seed in found]
-    if len(scores) == 1 and isinstance(scores[0], dict):
-        return fid.show(scores[0])
-    return mean_and_sd(list(found.values())) if found else ""
+    if not found:
+        return ""
+    first = seeds[min(found)]
+    one_score = len(found) == 1 and isinstance(number(first, name), dict)
+    text = fid.show(number(first, name)) if one_score else mean_and_sd(list(found.values()))
+    images = images_behind(first, name)
+    return text if images in (None, first["headline"]["n_generated"]) else f"{text} ({images})"
 
 
-def describe_change(ours, theirs):
-    """Say by how many percent `ours` are lower or higher than `theirs`, positive numbers of the same seeds. This is the
-    mean log ratio. It is significant if Student's 95% interval of it, from three seeds or more, excludes 0."""
+# --- Comparisons -----------------------------------------------------------------------------------------------------
+
+def compare(ours, theirs):
+    """Compare positive numbers of the same seeds. Returns the change of `ours` against `theirs` (the mean log ratio),
+    Student's 95% interval of it, and the p-value of its difference from 0; of fewer than three seeds only the change.
+    """
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
     count, mean = len(log_ratios), statistics.mean(log_ratios)
-    change = 100 * math.expm1(mean)  # in percent
     if count < 3:
-        return f"{change:+.0f}% ({'one run' if count == 1 else 'two runs'})"
-    margin = student.ppf(0.975, count - 1) * statistics.stdev(log_ratios) / count**0.5
-    low, high = (100 * math.expm1(bound) for bound in (mean - margin, mean + margin))
-    text = "not significant" if low <= 0 <= high else f"{'lower' if mean < 0 else 'higher'} by {abs(change):.0f}%"
-    return f"{text} ({count} seeds: {low:+.0f}% to {high:+.0f}%)"
+        return {"seeds": count, "change": mean, "low": None, "high": None, "p": None}
+    standard_error = max(statistics.stdev(log_ratios), 1e-12) / count**0.5  # never 0, as a divisor
+    margin = student.ppf(0.975, count - 1) * standard_error
+    return {"seeds": count, "change": mean, "low": mean - margin, "high": mean + margin,
+            "p": 2 * student.sf(abs(mean) / standard_error, count - 1)}
 
+
+def holm(p_values):
+    """Adjust p-values for being tested together (Holm 1979): the smallest of m counts m times, the next m - 1 times,
+    and so on, and none becomes smaller than the one before."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = {}, 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return [adjusted[i] for i in range(len(p_values))]
+
+
+def describe_change(change):
+    """A comparison as text. It is significant if its p-value (the adjusted one, if it has one) is below 5%."""
+    percent = lambda log_ratio: f"{100 * math.expm1(log_ratio):+.0f}%"  # noqa: E731
+    if change["p"] is None:
+        return f"{percent(change['change'])} ({'one run' if change['seeds'] == 1 else 'two runs'})"
+    p = change.get("adjusted", change["p"])
+    text = f"{'lower' if change['change'] < 0 else 'higher'} by {percent(change['change'])[1:]}"
+    note = f", adjusted p = {p:.2g}" if "adjusted" in change else ""
+    return (f"{text if p < 0.05 else 'not significant'} ({change['seeds']} seeds: {percent(change['low'])} to "
+            f"{percent(change['high'])}{note})")
+
+
+def compare_sides(results, claim):
+    """Both sides of a claim on a data set, over the seeds that both have: their numbers and their comparison; or None
+    if no seed has both."""
+    _, *sides = claim
+    values = []  # {seed: value} of the first side and of the second
+    for side in sides:
+        name, variant = side.rsplit(" of ", 1)
+        values.append(values_by_seed(results.get(variant, {}), name))
+    shared_seeds = sorted(values[0].keys() & values[1].keys())
+    if not shared_seeds:
+        return None
+    ours, theirs = [values[0][seed] for seed in shared_seeds], [values[1][seed] for seed in shared_seeds]
+    return {"ours": ours, "theirs": theirs} | compare(ours, theirs)
+
+
+def table_claims(everything, claims, adjust=False):
+    """A line for each claim and, for each data set, the means of both sides and the change. `adjust`: the claims of a
+    data set are tested together."""
+    cells = {claim: [] for claim in claims}
+    for results in everything.values():
+        compared = {claim: compare_sides(results, claim) for claim in claims}
+        tested = [one for one in compared.values() if one and one["p"] is not None]
+        if adjust:
+            for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
+                one["adjusted"] = p
+        for claim, one in compared.items():
+            cells[claim].append("not run" if one is None else f"{mean_and_sd(one['ours'])} / "
+                                f"{mean_and_sd(one['theirs'])}: {describe_change(one)}")
+    table = markdown(["question", "first", "second", *everything], [[*claim, *cells[claim]] for claim in claims])
+    note = ("Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds. " +
+            ("Tested together (Holm's adjustment within a data set, 5%)." if adjust else
+             "Exploratory: each is tested alone, without adjustment for their number."))
+    return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
@@ -250,44 +432,28 @@ def describe_data(dataset, results):
             f"features `{run['features']}`.")
 
 
-def table_of(everything, variants, columns, only_seed=None):
+def table_of(everything, variants, columns):
     """A line for each variant that fits one of the patterns and has a number in one of the columns."""
     rows, notes, columns = [], {}, columns.split("; ")
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            seeds = {seed: metrics for seed, metrics in seeds.items() if only_seed in (None, seed)}
+            patterns = [pattern for pattern in variants.split() if ("=" in pattern) == ("=" in variant)]
             cells = [cell(seeds, column) for column in columns]
-            if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in variants.split()) and any(cells):
+            if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in patterns) and any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 notes[dataset] = describe_data(dataset, results)
     return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
 
 
-def table_claims(everything, claims):
-    """A line for each claim and, for each data set, both means over the seeds that both sides have, and the change."""
-    rows = []
-    for question, *sides in claims:
-        cells = []
-        for results in everything.values():
-            values = []  # {seed: value} of the first side and of the second
-            for side in sides:
-                name, variant = side.split(" of ")
-                values.append(values_by_seed(results.get(variant, {}), name))
-            shared_seeds = sorted(values[0].keys() & values[1].keys())
-            ours, theirs = [values[0][seed] for seed in shared_seeds], [values[1][seed] for seed in shared_seeds]
-            cells.append("not run" if not shared_seeds else
-                         f"{mean_and_sd(ours)} / {mean_and_sd(theirs)}: {describe_change(ours, theirs)}")
-        rows.append([question, *sides, *cells])
-    table = markdown(["question", "first", "second", *everything], rows)
-    note = "Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds."
-    return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
-
-
 def table_numbers(columns):
-    """A line for each number in {column: {seed: {"numbers": {name: number or score}}}}."""
+    """A line for each number in {column: {seed: metrics}}, by its place."""
     all_metrics = [metrics for seeds in columns.values() for metrics in seeds.values()]
-    names = {name: None for metrics in all_metrics for name in metrics["numbers"]}  # each once, in order
-    return markdown(["", *columns], [[name, *(cell(seeds, name) for seeds in columns.values())] for name in names])
+    shown = ("headline", "priors", "steps", "tables", "run")
+    places = {place: None for metrics in all_metrics  # each once, in order
+              for place in all_places({key: metrics[key] for key in shown if key in metrics})
+              if not place.startswith(("run/eval", "run/train/", "run/seed"))}
+    rows = [[place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())] for place in places]
+    return markdown(["", *columns], rows)
 
 
 def table_reproduced(new, committed):
@@ -300,63 +466,59 @@ def table_reproduced(new, committed):
             conclusion = "nothing committed"
             if theirs := list(values_by_seed(committed_seeds, name).values()):
                 mean, count = statistics.mean(theirs), len(theirs)
-                allowed = 0.25 * mean
+                allowed = 0.25 * mean  # about what two seeds of one variant have differed by
                 if count >= 3:  # the new run varies by sd, and the mean of the committed ones by sd / sqrt(count)
                     allowed = student.ppf(0.995, count - 1) * statistics.stdev(theirs) * math.sqrt(1 + 1 / count)
                 error = max(abs(value - mean) for value in values_by_seed(seeds, name).values())
                 conclusion = f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
                 first_old, first_new = next(iter(committed_seeds.values())), next(iter(seeds.values()))
-                if difference := common.first_difference(scoring_settings(first_old), scoring_settings(first_new)):
+                if difference := common.first_difference(shared_settings(first_old), shared_settings(first_new)):
                     conclusion = f"not comparable: {difference}"
             rows.append([variant, name, cell(seeds, name), cell(committed_seeds, name), conclusion])
     return markdown(["variant", "score", "new", "committed", "conclusion"], rows)
 
 
-def other_tables(folder):
-    """Tables of what no run measured: damage that feature networks notice, recipes (short trials), pairs of images."""
-    found = {"features": {}}  # {table: {column: {seed: {name: number}}}}; what has no seeds stands under 0
+def table_of_features(folder):
+    """A column for each local feature network: its accuracy, and which damage to real images it notices."""
+    columns = {}
     for dataset in sorted(common.DATASETS):
         for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
-            found["features"][f"`{path.stem}`"] = {0: named_numbers(json.loads(path.read_text()))}
-        for path in Path(folder).glob(f"{dataset}/pairs.json"):
-            counts = json.loads(path.read_text())["counts by sd of x_T"]
-            found[f"pairs {dataset}"] = {f"sd {sd}": {0: numbers} for sd, numbers in counts.items()}
-        for path in sorted(Path(folder).glob(f"{dataset}/recipe*.json")):
-            found[f"{path.stem} {dataset}"] = json.loads(path.read_text())
-    as_metrics = lambda seeds: {seed: {"numbers": numbers} for seed, numbers in seeds.items()}  # noqa: E731
-    return {table: table_numbers({column: as_metrics(seeds) for column, seeds in columns.items()})
-            for table, columns in found.items()}
+            columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
+    places = {place: None for column in columns.values() for place in all_places(column)}
+    text = lambda x: "" if x is None else fid.show(x) if isinstance(x, dict) else mean_and_sd([x])  # noqa: E731
+    return markdown(["", *columns], [[place, *(text(number(column, place)) for column in columns.values())]
+                                     for place in places])
 
 
 def long_tables(everything, folder):
-    """The whole text of TABLES.md: every number of every variant, further claims, other_tables, the benchmark."""
+    """The whole text of TABLES.md: every number of every variant, further claims, feature networks, the benchmark."""
     parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A number's name is its place in "
-             "metrics.json. `nfe` counts the sampler's steps, in each of which guided evaluates two U-Nets. `train "
-             "minutes` contain neither the fits of priors nor networks that were trained before, except that guided "
-             "contains form1. training/skipped, elbo, s constant and s zero are from earlier code. Recipes of shapes "
-             "that name no other had a beta of 0.25, a mixture of 20 and 1,000 steps. README.md explains other words."]
+             "metrics.json. README.md and final_evaluation.py (`NUMBERS`) explain the words."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
             if columns:
                 parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
     parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
-    parts += [f"## {name}\n\n{table}" for name, table in other_tables(folder).items()]
+    parts += ["## features", table_of_features(folder)]
     parts += [f"## benchmark\n\n```\n{path.read_text().strip()}\n```" for path in Path(folder).glob("benchmark.txt")]
     return "\n\n".join(parts) + "\n"
 
 
+# --- Charts, texts and collecting ------------------------------------------------------------------------------------
+
 def draw_charts(path, dataset, results):
-    """Save a chart for each of PANELS. Each variant with two of its points or more gets a line of means over seeds."""
+    """Save a chart for each of CHARTS. Each variant with two of its points or more gets a line of means over seeds."""
     panels = []
-    for x_axis, (patterns, points) in PANELS.items():
+    for x_axis, patterns, points in CHARTS:
         lines = {}
         for variant, seeds in results.items():
             values = {x: values_by_seed(seeds, name).values() for x, name in points.items()}
             means = {x: statistics.mean(fds) for x, fds in values.items() if fds}
             if any(fnmatch(variant, pattern) for pattern in patterns.split()) and len(means) > 1:
                 lines[variant] = tuple(means), tuple(means.values())
-        panels += [{"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True}] if lines else []
+        if lines:
+            panels.append({"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True})
     if panels:
         common.save_chart(path, panels)
 
@@ -443,14 +605,14 @@ def main(argv=None):
     everything = load_all(new_paths) if args.runs else committed
     if not everything:
         common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
-    tables = {"claims": table_claims(everything, CLAIMS)}
+    tables = {"questions": table_claims(everything, PRIMARY_CLAIMS, adjust=True),
+              "claims": table_claims(everything, CLAIMS)}
     tables |= {name: table_of(everything, *arguments) for name, arguments in TABLES.items()}
     if args.runs:
         tables = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
                   for dataset, results in everything.items()} | tables
         texts = {source / "REPORT.md": "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n"}
     else:
-        tables |= other_tables(source)
         texts = {ROOT / name: fill((ROOT / name).read_text(), tables) for name in ("README.md", "REPORT.md")}
         texts[source / "TABLES.md"] = long_tables(everything, source)
     changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]

@@ -37,6 +37,10 @@ model decides *how it looks*.
                           prediction = refiner + 0.5 (refiner - guide)
                       Each sampling step evaluates both networks.
 
+    6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
+                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4). It is the rival of
+                      joint training (stage 2), where the VAE that the refiner learns from is not finished yet.
+
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       guided, and what it builds on
@@ -59,8 +63,8 @@ import common
 import fid
 
 # Input channels of each variant's U-Net: 3 of x_t and, if it sees one, 3 of x_hat.
-CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6}
-GUIDANCE = 0.5  # the share of (refiner - guide) that `guided` adds to the refiner's prediction
+CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
+AUGMENTATION = 0.4  # the largest sd of the noise on x_hat of `augmented`; images span [-1, 1]
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -95,14 +99,15 @@ def denoiser(unet, x_hat, variant):
     return denoise
 
 
-def guide_away(denoise, denoise_worse):
+def guide_away(denoise, denoise_worse, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction,
-    `denoise_worse`, to the refiner's and beyond. The paper does so with predicted images. The result is the same with
-    predicted eps or v, because at a given x_t each of them is a constant plus a constant times the predicted image."""
+    `denoise_worse`, to the refiner's and beyond, by the share `guidance` of their difference. The paper does so with
+    predicted images. The result is the same with predicted eps or v, because at a given x_t each of them is a constant
+    plus a constant times the predicted image."""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
-        return prediction + GUIDANCE * (prediction - denoise_worse(xt, t))
+        return prediction + guidance * (prediction - denoise_worse(xt, t))
 
     return denoise_guided
 
@@ -114,7 +119,8 @@ def train_vae(folder, train, data, device):
     (common.TRAIN). Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
-    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"], vae=vae)
+    training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
+                               vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
@@ -131,7 +137,8 @@ def train_refiner(folder, train, variant, vae_state, data, device):
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
     vae = common.frozen(common.build_vae(train), vae_state["vae"], device) if variant != "uncond" else None
-    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], unet=unet)
+    training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
+                               unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim) if vae else None  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -139,11 +146,14 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         with training.autocast():
             with torch.no_grad():  # as published, x_hat comes from a fresh sample of z in every step
                 x_hat = vae(x0, z_noise)[0] if vae else None
+            if variant == "augmented":  # with noise of another strength for every image
+                sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
+                x_hat = x_hat + sd * training.normal(*x0.shape[1:])
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
-        training.step(loss, {f"{train['objective']}_mse": loss})
+        training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
-    return training.finish(vae=vae_state["vae"], gmm=vae_state["gmm"])
+    return training.finish(vae_state["seconds"], vae=vae_state["vae"], gmm=vae_state["gmm"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -163,8 +173,10 @@ def load_model(state, variant, device):
         model.networks += (unet,)
     if variant == "guided":
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
-        model.denoiser = lambda x_hat, z: guide_away(denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant))
+        model.denoiser = lambda x_hat, z: guide_away(denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant),
+                                                     state["guidance"])
         model.networks += (guide,)
+        model.evaluations = 2
     common.check_reduced_precision(model)
     return model
 
@@ -172,8 +184,8 @@ def load_model(state, variant, device):
 def with_guide(form1, guide):
     """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. Its log
     is the guide's; the refiner's is part of the results of form1."""
-    return form1 | {"guide": guide["unet"], "seconds": form1["seconds"] + guide["seconds"], "log": guide["log"],
-                    "run_id": f"{form1['run_id']}+{guide['run_id']}"}
+    return form1 | {"guide": guide["unet"], "guidance": guide["train"]["guidance"], "log": guide["log"],
+                    "seconds": form1["seconds"] + guide["seconds"], "run_id": f"{form1['run_id']}+{guide['run_id']}"}
 
 
 def draw_pretrained(args, evaluation, device):
@@ -211,8 +223,8 @@ def read_flags(argv):
                         help="train and score nothing: samples of `guided`, from weights that come with the project")
     args = parser.parse_args(argv)
     if args.pretrained:
-        for flag in ("variant", "budget", "image_size", "steps", "batch_size", "eval_samples", "features", "weights",
-                     "compile"):
+        for flag in ("variant", "budget", "image_size", "steps", "batch_size", "set", "eval_samples", "features",
+                     "weights", "compile"):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
                             "and scores nothing; leave it out")
@@ -229,6 +241,7 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
+        train |= args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
@@ -242,21 +255,24 @@ def main(argv=None):
     states, all_metrics = {}, {}  # checkpoints by variant, metrics by folder
 
     if args.variant != ["uncond"]:
-        folder = setup.home / f"stage1-vae-s{args.seed}"
-        states["vae"] = (common.finished(folder, setup.train, args.resume)
-                         or train_vae(folder, setup.train, setup.data, device))
+        folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
+        states["vae"] = (common.finished(folder, settings, args.resume)
+                         or train_vae(folder, settings, setup.data, device))
     for variant in args.variant:
-        folder = setup.home / f"stage1-{variant}-s{args.seed}"
+        without = {"vae": common.OF_UNET, "guided": ()}.get(variant, ("guidance",))  # settings that change nothing
+        folder, settings = setup.run(f"stage1-{variant}", without)
+        if variant == "guided":  # its folder holds the guide
+            settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
         if variant != "vae":
-            settings = setup.train
-            if variant == "guided":  # its folder holds the guide, and results that depend on GUIDANCE
-                settings = setup.train | {"steps": math.ceil(setup.train["steps"] / 10), "guidance": GUIDANCE}
             states[variant] = (common.finished(folder, settings, args.resume) or
                                train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))
         state = with_guide(states["form1"], states["guided"]) if variant == "guided" else states[variant]
         model = load_model(state, variant, device)
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
-        all_metrics[folder] = fid.evaluate(folder, setup, state, model)
+        metrics = all_metrics[folder] = fid.evaluate(folder, setup, state, model)
+        if variant == "vae" and "components" not in metrics["tables"]:
+            metrics["tables"]["components"] = fid.by_components(model, setup, settings)
+            common.write_json(folder / "metrics.json", metrics)
         common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 

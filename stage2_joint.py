@@ -39,6 +39,7 @@ The log shows both: `kl_nats`, `active_units`, `gradient_share` (the diffusion t
 and `*_mse_shuffled` (M when x_hat belongs to another image; if it equals `*_mse_own`, the refiner ignores x_hat).
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
+        python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
         shapes the samples have about stage 1's Frechet distance, more of them are real shapes (a higher precision), and
@@ -88,7 +89,7 @@ def diffusion_weight(train, step):
     weight = train["diffusion_weight"]
     if train["loss"] != "anneal" or weight == 0:
         return weight
-    low, progress = min(0.01, weight), min(1.0, step / (0.6 * train["steps"]))
+    low, progress = min(0.01, weight), min(1.0, step / (0.6 * train["unet_steps"]))
     return math.exp((1 - progress) * math.log(low) + progress * math.log(weight))
 
 
@@ -158,16 +159,20 @@ def watch_training(vae, unet, diffusion, images):
     return numbers
 
 
-def train_joint(folder, train, data, device):
-    """Train VAE and refiner together. Returns the finished checkpoint, which looks like one of stage 1's refiner.
+def train_joint(folder, train, data, device, vae_state=None):
+    """Train VAE and refiner together, the VAE from scratch or from the checkpoint `vae_state` of stage 1. Returns the
+    finished checkpoint, which looks like one of stage 1's refiner.
     (tests/test_stage2.py: test_one_backward_pass_is_two)"""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
+    if vae_state:
+        vae.load_state_dict(vae_state["vae"])
     torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
     unet, balance = common.build_unet(train, 6), Balance()
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], **networks)
+    training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
+                               **networks)
     watched_images = training.images[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
     unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"  # its name in the log
@@ -196,16 +201,20 @@ def train_joint(folder, train, data, device):
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
                 unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / size  # (B,), nats per dimension
+                unet_mse = unet_loss
             else:
-                unet_loss = diffusion.simple_loss(denoise, x0, diffusion.draw_t(u), eps)  # (B,)
+                t = diffusion.draw_t(u)  # (B,), in 1..start
+                unet_mse = diffusion.simple_loss(denoise, x0, t, eps)  # (B,)
+                unet_loss = training.even_levels(unet_mse, t, diffusion)  # (B,)
             if train["loss"] == "kendall":
                 vae_loss = balance(vae_loss, size * unet_loss)  # (B,)
         training.step(vae_loss + unet_loss,
-                      {"sse": sse, "kl_nats": kl, unet_term: unet_loss, "weight": weight,
+                      {"sse": sse, "kl_nats": kl, unet_term: unet_mse, "weight": weight,
                        "gradient_share": gradient_share},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
-    return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
+    return training.finish(vae_state["seconds"] if vae_state else 0.0,
+                           gmm=common.fit_mixture(vae, data.images, train, device))
 
 
 def load_model(state, device):
@@ -316,6 +325,8 @@ def read_flags(argv):
                         help="how far the diffusion term's gradient goes into the VAE (default: %(default)s)")
     parser.add_argument("--diffusion-weight", type=float,
                         help=f"lambda of sum, and the final one of anneal (default: {WEIGHT:g})")
+    parser.add_argument("--from-vae", action="store_true",
+                        help="begin with stage 1's finished VAE, which has to be there, in place of a random one")
     args = parser.parse_args(argv)
     if args.loss in ("kendall", "bound") and args.diffusion_weight is not None:
         common.fail(f"--diffusion-weight: --loss {args.loss} has no weight to choose; leave it out")
@@ -326,7 +337,7 @@ def read_flags(argv):
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
-    own = {"loss": args.loss, "gradient": args.gradient,
+    own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
         own |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
@@ -335,6 +346,8 @@ def read_flags(argv):
         name += f"-w{weight:g}"
     if args.gradient != "full":
         name += f"-grad-{args.gradient}"
+    if args.from_vae:
+        name += "-from-vae"
     return args, own, name
 
 
@@ -343,13 +356,16 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     train |= own
     if args.dry_run:
+        train |= args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
-    folder = setup.home / f"{name}-s{args.seed}"
-    state = (common.finished(folder, setup.train, args.resume)
-             or train_joint(folder, setup.train, setup.data, device))
+    folder, settings = setup.run(name)
+    vae_folder, _ = setup.run("stage1-vae", without=common.OF_UNET)
+    vae_state = common.load_checkpoint(vae_folder / "checkpoint.pt") if args.from_vae else None
+    state = (common.finished(folder, settings, args.resume)
+             or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
@@ -357,6 +373,7 @@ def main(argv=None):
     tables = metrics["tables"]
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder, model, setup)
+        tables["components"] = fid.by_components(model, setup, settings)
         common.write_json(folder / "metrics.json", metrics)
 
     # Stage 1, if it was run here with as many training images: its scores beside ours, and its latent space measured.

@@ -324,11 +324,12 @@ def train_vae(folder, train, data, device):
     codes. For a VAE with a flow, also do what fit_ex_post does. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
-    training = common.Training(folder, train, device, data.images, flip=train["vae_flip"], vae=vae)
+    training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
+                               vae=vae)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
-            loss, terms = vae_loss(vae, x0, noise, train["beta"], joint=training.steps >= 0.6 * train["steps"])
+            loss, terms = vae_loss(vae, x0, noise, train["beta"], joint=training.steps >= 0.6 * train["vae_steps"])
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     parts = {"gmm": common.fit_mixture(vae, data.images, train, device)}
@@ -356,11 +357,13 @@ def get_vae(folder, train, setup, resume):
         return state
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
-    stage1_folder = setup.home / f"stage1-vae-s{train['seed']}"
-    state = (common.finished(stage1_folder, setup.train, resume)
-             or train_vae(stage1_folder, setup.train, setup.data, setup.device))
-    vae = common.frozen(build_vae(train), state["vae"], setup.device)
-    return common.save_finished(folder, state | {"train": train} | fit_ex_post(vae, train, setup.data, setup.device))
+    stage1_folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
+    state = (common.finished(stage1_folder, settings, resume)
+             or train_vae(stage1_folder, settings, setup.data, setup.device))
+    vae, clock = common.frozen(build_vae(train), state["vae"], setup.device), time.time()
+    fitted = fit_ex_post(vae, train, setup.data, setup.device)
+    return common.save_finished(folder, state | fitted | {"train": train,
+                                                          "seconds": state["seconds"] + time.time() - clock})
 
 
 def build_refiner(train, d):
@@ -377,7 +380,8 @@ def train_refiner(folder, train, vae_state, data, device):
     refiner = build_refiner(train, vae.latent_dim)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     stats, kind = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}, train["uncertainty"]
-    training = common.Training(folder, train, device, data.images, flip=train["unet_flip"], refiner=refiner)
+    training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
+                               refiner=refiner)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -392,8 +396,9 @@ def train_refiner(folder, train, vae_state, data, device):
                 elif train["conditioning"] != "fixed":
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
-        training.step(loss, {f"{train['objective']}_mse": loss})
-    return training.finish(**{key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty")})
+        training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
+    return training.finish(vae_state["seconds"],
+                           **{key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -494,7 +499,24 @@ def adaptivity(folder, state, model, setup):
     controls = {"true": scores_against_originals(refined, real_features, setup),
                 "shuffled": scores_against_originals(refined_control, real_features, setup)}
     return {"terciles": terciles, "controls": controls,
-            "adaptive_refinement": adaptive_refinement(model, uncertainty, setup)}
+            "adaptive_refinement": adaptive_refinement(model, uncertainty, setup), "cost": cost(model, setup)}
+
+
+def cost(model, setup):
+    """What the conditioning costs in sampling: seconds and GFLOPs of refining an image with it and without it
+    (`fixed`), with the same U-Net. The two are timed in turn, on this machine."""
+    unet, steps = model.networks[-1]["unet"], setup.evaluation["sample_steps"]
+    plain = dataclasses.replace(model, denoiser=lambda x_hat, z: lambda x, t: unet(torch.cat([x, x_hat], 1), t))
+    models, count = {"fixed": plain, "this": model}, min(50, setup.evaluation["batch"])
+    z = common.randn((count, model.vae.latent_dim), common.generator(0)).to(model.device)
+    x_hat = model.vae.decoder(z)
+
+    def refine(name, n):
+        common.refine(models[name], x_hat[:n], z[:n], common.generator(0), "dpm", steps)
+
+    seconds = common.time_in_turn({name: partial(refine, name, count) for name in models}, model.device)
+    return {name: {"seconds_per_image": seconds[name] / count, "gflops": common.count_gflops(partial(refine, name, 1))}
+            for name in models}
 
 
 MEAN_STEPS = 2  # in adaptive_refinement: so few that one step more or less can be seen in the scores
@@ -574,9 +596,9 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
-    own |= common.settings_for(train, "refiner", like="unet")
+    own |= common.settings_for(train | args.changes, "refiner", like="unet")
     if args.dry_run:
-        train |= own
+        train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             vae = build_vae(train)
             refiner = build_refiner(train, vae.latent_dim)
@@ -584,8 +606,8 @@ def main(argv=None):
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.
-    folder = setup.home / f"stage3-vae-{vae_prior}-s{args.seed}"
-    vae_state = get_vae(folder, setup.train | {"vae_prior": vae_prior}, setup, args.resume)
+    folder, settings = setup.run(f"stage3-vae-{vae_prior}", without=common.OF_UNET)
+    vae_state = get_vae(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
     vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     vae_setup = copy.copy(setup)  # the first row of its scores is of the prior under which it was trained
@@ -594,6 +616,7 @@ def main(argv=None):
     if "uncertainty" not in vae_metrics["tables"]:
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
+        vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup, settings)
         common.write_json(folder / "metrics.json", vae_metrics)
     ranks = vae_metrics["tables"]["uncertainty"]
     for kind, facts in ranks.items():
@@ -605,9 +628,9 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
-    folder = setup.home / f"{name}-s{args.seed}"
-    state = (common.finished(folder, setup.train | own, args.resume)
-             or train_refiner(folder, setup.train | own, vae_state, setup.data, device))
+    folder, settings = setup.run(name)
+    state = (common.finished(folder, settings | own, args.resume)
+             or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]
     all_metrics[folder] = fid.evaluate(folder, setup, state, model)
