@@ -278,7 +278,7 @@ def ceiling(folder, model, setup):
         parts.append(to_uint8(autoencoder.decode(mu)).cpu())
     x_hat = torch.cat(parts)
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
-    return setup.score(x_hat) | {"hf_energy": fid.hf_energy(x_hat, setup.test.images),
+    return setup.score(x_hat) | {"images": len(real), "hf_energy": fid.hf_energy(x_hat, setup.test.images),
                                  "psnr_db": fid.psnr_db(x_hat, real)}
 
 

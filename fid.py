@@ -664,7 +664,8 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
     common.save_grid(folder / "robustness.png", pictures)
     clean, *noisy = [row[fd]["value"] for row in scores_by_noise.values()]
     mean = sum(noisy) / len(noisy)
-    return {"steps": steps, "scores": scores_by_noise, "mean": mean, "rise": mean - clean}
+    return {"steps": steps, "images": evaluation["grid_count"], "scores": scores_by_noise, "mean": mean,
+            "rise": mean - clean}
 
 
 def copies(folder, images, setup):
@@ -676,7 +677,7 @@ def copies(folder, images, setup):
     If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
     generated images that are closest in the features, with their nearest training images."""
     train, count = shuffle(setup.data.images), min(len(images), len(setup.test.images))  # in the order of the reference
-    sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {}
+    sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {"images": count}
     nearest = {}  # (kind of distance, side): distances and indices, each (N,)
     for side, chosen in sides.items():
         both = torch.cat([chosen, chosen.flip(3)] if setup.train["unet_flip"] else [chosen])
@@ -709,7 +710,8 @@ def by_components(model, setup, train):
     gen = generator(common.SEEDS["held_out_codes"] + train["seed"])
     held_out = common.reparameterise(mu, logvar, randn(mu.shape, gen))
     _, sampler, steps = common.headline(model, setup.evaluation)
-    count, table = setup.evaluation["count" if model.denoiser is None else "grid_count"], {}
+    count = setup.evaluation["count" if model.denoiser is None else "grid_count"]
+    table = {"images": count}
     for components in COMPONENTS:
         mixture = common.GaussianMixture.fit(z, components, train["seed"], tied=True)
         trial = replace(model, priors={f"mixture of {components}": mixture})

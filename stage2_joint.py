@@ -287,6 +287,7 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         x_hat, refined = (torch.cat([part[i] for part in parts]) for i in range(2))
         return {"vae": setup.score(x_hat)[setup.fd], "refined": setup.score(refined)[setup.fd]}
 
+    result["images"] = count
     result["posterior"] = score(a)  # codes of real images: no prior is involved
     along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
     midpoints = score(slerp(a, b, 0.5))

@@ -482,7 +482,7 @@ def adaptivity(folder, state, model, setup):
     spread_over_seeds = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
     error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
 
-    terciles = {}
+    terciles = {"images": per_third}
     by_s = s.argsort()  # from the surest image on
     for name, index in zip(("sure", "middle", "unsure"), by_s.tensor_split(3), strict=True):
         terciles[name] = {"sse": float(error[index].mean()),
@@ -496,7 +496,7 @@ def adaptivity(folder, state, model, setup):
     control = load_model(state, model.device, shuffled=True)
     control.temperature = model.temperature
     refined_control = refine_all(control, uncertainty, mu, steps, seed)[1]
-    controls = {"true": scores_against_originals(refined, real_features, setup),
+    controls = {"images": len(real), "true": scores_against_originals(refined, real_features, setup),
                 "shuffled": scores_against_originals(refined_control, real_features, setup)}
     return {"terciles": terciles, "controls": controls,
             "adaptive_refinement": adaptive_refinement(model, uncertainty, setup), "cost": cost(model, setup)}
@@ -564,7 +564,7 @@ def adaptive_refinement(model, uncertainty, setup):
         return runs[steps, start]
 
     _, s, _ = run(MEAN_STEPS, model.diffusion.start)
-    result = {"mean_steps": MEAN_STEPS}
+    result = {"mean_steps": MEAN_STEPS, "images": count}
     for name, thirds in steps_and_starts_by_tercile(s, MEAN_STEPS, model.diffusion.start).items():
         images, seconds = torch.empty(count, *model.shape, dtype=torch.uint8), 0.0
         for index, steps, start in thirds:

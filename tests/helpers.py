@@ -17,9 +17,10 @@ def small_shapes(count, seed):
     return draw_all(count // 20, seed)
 
 
-def settings(**changes):
-    """The training settings of the smoke budget on shapes, with some of them changed."""
+def settings(steps=8, **changes):
+    """The training settings of the smoke budget on shapes, with some of them changed. `steps`: of every network."""
     train, _ = common.budget("smoke", "shapes", 32)
+    train |= {"vae_steps": steps, "unet_steps": steps}
     return {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 0} | train | changes
 
 

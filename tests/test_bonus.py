@@ -15,7 +15,7 @@ import fid
 def tiny(**changes):
     """The settings of the smoke budget for the autoencoder and the U-Net on latents."""
     own = {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | common.settings_for(settings(), "autoencoder", like="vae")
-    return settings(**own) | changes
+    return settings(**own | changes)
 
 
 def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses.append((loss, training.flip))
                         or step(training, loss, terms))
     row, = bonus.train_autoencoder(tmp_path / "ae", train, data, CPU)["log"]
-    training = common.Training(tmp_path / "again", train, CPU, data.images, False)
+    training = common.Training(tmp_path / "again", train, CPU, data.images, 1, False)
     torch.manual_seed(0)
     x0, autoencoder = training.batch(), bonus.Autoencoder(16)
     with torch.no_grad():

@@ -18,7 +18,8 @@ import stage2_joint as stage2
 
 def joint(**changes):
     rates = {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
-    return settings() | rates | {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0} | changes
+    own = {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0, "from_vae": False}
+    return settings(**rates | own | changes)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     vae = common.build_vae(train)
     torch.manual_seed(0)
     unet, diffusion = build_unet(train, 6), common.Diffusion(train["objective"], start=train["start"])
-    training = common.Training(tmp_path / "again", train, CPU, data.images, False, vae=vae, unet=unet)
+    training = common.Training(tmp_path / "again", train, CPU, data.images, 1, False, vae=vae, unet=unet)
     x0, z_noise = training.batch(), training.normal(vae.latent_dim)
     u, eps = training.uniform(), training.normal(3, 32, 32)
     x_hat, mu, logvar = vae(x0, z_noise)
@@ -158,7 +159,7 @@ def test_bound_is_the_sum_of_its_parts(start):
 
 def test_anneal_raises_the_weight(tmp_path):
     """lambda rises log-linearly from 0.01 over the first 60% of the steps. The log holds it."""
-    train = {"loss": "anneal", "diffusion_weight": 1.0, "steps": 100}
+    train = {"loss": "anneal", "diffusion_weight": 1.0, "unet_steps": 100}
     weights = [stage2.diffusion_weight(train, step) for step in range(101)]
     assert weights[0] == pytest.approx(0.01) and weights[30] == pytest.approx(0.1)
     assert weights[60:] == pytest.approx([1.0] * 41) and weights == sorted(weights)

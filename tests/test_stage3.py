@@ -418,9 +418,10 @@ def test_adaptive_refinement(monkeypatch):
 
 def joint(**changes):
     """The settings of a VAE and of a refiner."""
-    vae = settings(vae_prior="flow", steps=2) | changes
+    vae = settings(**{"vae_prior": "flow", "steps": 2} | changes)
     own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_for(vae, "refiner", like="unet")
-    return vae, vae | own | changes
+    own |= {key: value for key, value in changes.items() if key in own}
+    return vae, vae | own
 
 
 def test_vae_and_refiner_have_their_own_settings_for_mirroring(tmp_path, monkeypatch):
@@ -441,7 +442,7 @@ def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, i
     monkeypatch.setattr(stage3, "vae_loss", lambda *args, joint: calls.append((args[3], joint)) or loss(*args, joint))
     log = stage3.train_vae(tmp_path, train, images_of(60), CPU)["log"]
     assert calls == [(0.3, False)] * 6 + [(0.3, True)] * 4
-    training = common.Training(tmp_path / "again", train, CPU, images_of(60).images, False)
+    training = common.Training(tmp_path / "again", train, CPU, images_of(60).images, 10, False)
     torch.manual_seed(0)
     x0, vae = training.batch(), stage3.build_vae(train)
     _, terms = loss(vae, x0, training.normal(8), 0.3, False)

@@ -289,8 +289,8 @@ def train_weights(folder, loss, watch=dict, names=("net",), **changes):
         nn.init.ones_(network.weight)
     rates = {"lr": 0.1, "muon_lr": 0.0, "clip": 0.0, "ema": 0.9}
     rates = {f"{name}_{key}": value for name in names for key, value in rates.items()}
-    train = settings(batch=2, **rates) | changes
-    training = common.Training(folder, train, CPU, torch.zeros(9, 1, 1, 1), False, **networks)
+    train = settings(**{"batch": 2} | rates | changes)
+    training = common.Training(folder, train, CPU, torch.zeros(9, 1, 1, 1), train["unet_steps"], False, **networks)
     training.reduced = False
     for _ in training:
         weights = {name: network.weight.sum() for name, network in networks.items()}
@@ -401,7 +401,7 @@ def test_muon_by_hand(tmp_path):
     expected = {name: p.detach().clone() for name, p in net.named_parameters()}
     gradients = [{name: common.randn(p.shape, common.generator(i)) for name, p in expected.items()} for i in range(2)]
     train = settings(steps=2, batch=2, warmup=0.0, decay=False, net_lr=0.01, net_muon_lr=0.1, net_clip=0.0, net_ema=0.0)
-    training = common.Training(tmp_path, train, CPU, torch.zeros(9, 1, 1, 1), False, net=net)
+    training = common.Training(tmp_path, train, CPU, torch.zeros(9, 1, 1, 1), 2, False, net=net)
     training.reduced = False
     for _ in training:
         loss = sum((gradients[training.steps][name] * p).sum() for name, p in net.named_parameters())
@@ -460,7 +460,7 @@ def test_compile_reaches_the_networks_that_were_asked_for(tmp_path, monkeypatch)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     for flag in (False, True):
         assert compiled == []
-        training = common.Training(tmp_path, settings(compile=flag), CPU, images_of(20).images, False,
+        training = common.Training(tmp_path, settings(compile=flag), CPU, images_of(20).images, 8, False,
                                    vae=common.build_vae(settings()), unet=refiner)
         next(iter(training))
     assert compiled == ["Encoder", "Decoder", "UNet"]
@@ -609,7 +609,7 @@ def test_draws_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     def drawn(rank, ranks):
         with monkeypatch.context() as patch:
             act_as(patch, rank, ranks)
-            training = common.Training(tmp_path, settings(batch=6), CPU, images_of(20).images, True)
+            training = common.Training(tmp_path, settings(batch=6), CPU, images_of(20).images, 8, True)
             return [torch.cat([training.batch().flatten(1), training.normal(3), training.uniform(2)], 1)
                     for _ in range(3)]
 
