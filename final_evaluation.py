@@ -1,8 +1,9 @@
 """Final evaluation: reads results, writes tables and charts, and tests the claims. It trains nothing.
 
 Every run of a stage leaves a file metrics.json. `NUMBERS` gives names to the numbers in it, `TABLES` says which numbers
-of which runs make a table, and `CLAIMS` says which two numbers answer a question. A text has a table wherever it says
-<!-- table NAME --> and <!-- end -->; what stands between the two is written anew.
+of which runs make a table, and `CLAIMS` says which two numbers answer a question. A text marks the place of a table by
+two lines, <!-- table NAME --> and <!-- end -->. This program replaces what stands between them. README.md has a
+glossary of the words used here.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
@@ -25,111 +26,126 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-# The order of data sets and variants in tables: by the first of these with which their name begins. The empty word at
-# the end stands for all others.
+# The order of data sets and of variants in tables: by the first of these beginnings that a name has, then by the
+# alphabet. Every name begins with the empty one, which is the last.
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
-# For `stage1_baseline.py --pretrained`. Run: the name of the file of weights, and the parts of the checkpoint in it.
+# The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`. After the name of the run come the
+# name of its file of weights and the parts of the checkpoint that this file holds.
 WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}
-SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")  # only copied for shapes
-# The variants in DATASET-sheet.png, one picture with samples of each.
+# Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
+SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
+# The variants in DATASET-sheet.png, one picture that has samples of each.
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 
 # The variants of the tables below:
 #   stage1-vae          the VAE alone
 #   stage1-uncond       a diffusion model without a VAE
-#   stage1-form1        refines the VAE's images; form2 is the other formulation of DiffuseVAE
+#   stage1-form1        a refiner (a diffusion model that is shown the VAE's image, x_hat); form2 is the other
+#                       formulation of DiffuseVAE
 #   stage1-guided       form1 with guidance by a refiner that was trained for a shorter time
-#   stage1-augmented    form1, trained with noise on the VAE's images
-#   stage2-anneal       VAE and refiner trained together; with grad-none the refiner's loss does not reach the VAE
-#   stage3-vae-flow     a VAE and a flow over its codes; stage3-vae-gaussian is stage1-vae with a flow fitted afterwards
-#   stage3-flow-fixed   refines the images of stage3-vae-flow, as form1 does
-#   stage3-flow-film    the same, but the refiner is also shown how sure the VAE is (s); so are `fade` and `coupling`
-#   bonus-latent        diffuses the latent of an autoencoder
-# A name that ends in KEY=VALUE is a run with --set KEY=VALUE: the same variant, but for this setting.
+#   stage1-augmented    form1, but its refiner was trained with noise on x_hat
+#   stage2-anneal       VAE and refiner trained together; in stage2-anneal-grad-none the refiner's loss does not reach
+#                       the VAE
+#   stage3-vae-flow     a VAE trained together with a flow, which is the prior over its codes
+#   stage3-vae-gaussian stage1-vae with a flow that was fitted afterwards
+#   stage3-flow-fixed   a refiner for the images of stage3-vae-flow, as form1 is for those of stage1-vae
+#   stage3-flow-film    the same, but the refiner is also shown s, how large the VAE's error is expected to be. The
+#                       variants `fade` and `coupling` use s in other ways
+#   bonus-latent        a diffusion model of the latent of an autoencoder
+# The name of a run with --set KEY=VALUE ends in -KEY=VALUE: it is the same variant, except for this setting.
 
-# The numbers of a run: the name that tables use, and the place in the metrics, where a slash leads into a dictionary.
-# Beside what metrics.json holds, `load_all` adds `headline`, the first row of scores, and two dictionaries of further
-# rows: `steps`, by sampler and number of steps, and `priors`, by the prior. Further rows and probes have fewer images
-# than the headline (the evaluation setting grid_count).
+# The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
+# "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` adds three entries to what metrics.json holds:
+#   headline   the first row of scores
+#   steps      further rows, each by its sampler and its number of sampling steps: "dpm 6" is DPM-Solver++ with 6 steps
+#   priors     further rows, each by the prior from which it draws its codes
+# Further rows, and probes such as the one with noise, rest on fewer images than the headline.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
-    "floor": "headline/floor",  # the fd of equally many held-out real images
-    "is": "headline/is",  # Inception Score, by the classes that the feature network knows
+    "floor": "headline/floor",  # the fd of as many held-out real images: no model can be expected to be lower
+    "is": "headline/is",  # Inception Score, of the classes that the feature network knows; higher is better
     "precision": "headline/precision",  # share of samples that look like real images
     "recall": "headline/recall",  # share of real images that samples look like
-    "diversity": "headline/diversity",  # feature distance of two samples over that of two real images
+    "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
-    "seconds": "headline/seconds_per_image",  # of sampling
-    "evaluations": "headline/nfe",  # of U-Nets, for one image
+    "seconds": "headline/seconds_per_image",  # that sampling takes
+    "evaluations": "headline/nfe",  # of a U-Net, for one image; a guided step takes two
     "fd, 6 steps": "steps/dpm 6/fd",
     "fd, 10 steps": "steps/dpm 10/fd",
     "fd, 25 steps": "steps/dpm 25/fd",
-    "fd, ddim 100": "steps/ddim 100/fd",  # a hundred steps of DDIM, all others are of DPM-Solver++
+    "fd, ddim 25": "steps/ddim 25/fd",  # 25 steps of DDIM; all others are of DPM-Solver++
     "hf_energy, 6 steps": "steps/dpm 6/hf_energy",
-    "fd, gaussian": "priors/gaussian/fd",  # codes from N(0, I)
-    "fd, mixture": "priors/gmm/fd",  # codes from the mixture that is fitted after training
-    "fd, flow": "priors/flow/fd",  # codes from the flow
+    "fd, gaussian": "priors/gaussian/fd",  # with codes from N(0, I)
+    "fd, mixture": "priors/gmm/fd",  # with codes from the Gaussian mixture that is fitted after training
+    "fd, flow": "priors/flow/fd",  # with codes from the flow
     "train minutes": "run/train_minutes",  # of all networks that the run needs, and of fitting priors
-    "fd of the VAE": "tables/before_refinement/fd",  # of the images before they are refined
-    "bits/dim": "tables/bits_per_dim/bound",  # bound on -log2 p(image), per pixel value
-    "kl_nats": "tables/reconstruction/kl_nats",  # how much the code holds
-    "noise fd": "tables/robustness/mean",  # mean fd with noise of sd 0.1, 0.2 and 0.4 on x_hat
-    "noise rise": "tables/robustness/rise",  # by how much that is above the fd without noise
+    "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
+    "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
+    "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
+    "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
-    "fd of real codes": "tables/latent_space/posterior/refined",  # codes of held-out images, not of a prior
-    # The length of a path between two images, in features, over the distance of its ends; 1 is straight
+    "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
+    # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
+    # 1 is straight.
     "path / ends": "tables/latent_space/slerp/refined/path_over_distance",
-    "log p, gaussian": "tables/prior_log_density/gaussian",  # log-density of codes of held-out images, in nats
+    "log p, gaussian": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
-    "log p by flow of mixture's": "tables/density_of_samples/flow/gmm",  # by the flow, of samples of the mixture
+    "log p by flow of mixture's": "tables/density_of_samples/flow/gmm",  # of codes that the mixture draws
     "log p by mixture of flow's": "tables/density_of_samples/gmm/flow",
-    "fd, 30 components": "tables/components/30/fd",  # of a mixture with that many components
+    "fd, 30 components": "tables/components/30/fd",  # with codes from a mixture of 30 Gaussians
     "fd, 300 components": "tables/components/300/fd",
     "fd, 3000 components": "tables/components/3000/fd",
-    # s is how large the VAE's error is expected to be. Rank correlation of s with the error, over held-out images
+    # The rank correlation, over held-out images, of the VAE's error with two kinds of s: the error that a regression
+    # predicts, and the mean log-variance that the encoder gives for x_hat.
     "rank, regressed": "tables/uncertainty/regressed/correlation",
     "rank, variance": "tables/uncertainty/variance/correlation",
-    # fd of reconstructions to their originals: of the third of the images with the lowest s, and with the highest
+    # The fd of reconstructed images to their originals, for the third of the images with the lowest s (sure) and for
+    # the third with the highest (unsure): of the VAE's images, and of the refined ones.
     "sure, VAE": "tables/uncertainty/terciles/sure/vae/fd_to_these",
     "unsure, VAE": "tables/uncertainty/terciles/unsure/vae/fd_to_these",
     "sure, refined": "tables/uncertainty/terciles/sure/refined/fd_to_these",
     "unsure, refined": "tables/uncertainty/terciles/unsure/refined/fd_to_these",
-    # The same of all images: refined with their own s, and with another image's
+    # The same for all images, refined with their own s and with the s of another image.
     "own s": "tables/uncertainty/controls/true/fd_to_these",
     "other s": "tables/uncertainty/controls/shuffled/fd_to_these",
-    # fd with two steps for every image; with more for unsure and fewer for sure ones; the same by another image's s
+    # The fd of samples with two sampling steps for every image; with one step for the surest third of the images, two
+    # for the next and three for the last; and the same, but by the s of another image.
     "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
     "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
     "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
-    # Seconds and GFLOPs of refining an image, with the conditioning and with `fixed`
+    # What it costs to refine an image with this run's conditioning, and with that of `fixed`: seconds, which are taken
+    # in turn, so that other work slows both; and GFLOPs.
     "seconds, this": "tables/uncertainty/cost/this/seconds_per_image",
     "seconds, fixed": "tables/uncertainty/cost/fixed/seconds_per_image",
     "gflops, this": "tables/uncertainty/cost/this/gflops",
     "gflops, fixed": "tables/uncertainty/cost/fixed/gflops",
-    # Distance to the nearest training image, of generated images and of held-out ones. `closer` is the share of
-    # generated images that are closer to one than 99% of the held-out images: 0.01 if nothing is copied
+    # The mean distance, in features, of generated images and of held-out ones to the nearest training image. `closer`
+    # is the share of generated images that are closer to one than 99% of the held-out images are: about 0.01 if nothing
+    # is copied.
     "nearest, samples": "tables/copies/features/generated",
     "nearest, held out": "tables/copies/features/held_out",
     "closer": "tables/copies/features/closer",
     "closer, pixels": "tables/copies/pixels/closer",
-    "ceiling": "tables/ceiling/fd",  # of the autoencoder's reconstructions: what latent diffusion could reach
-    # What latent diffusion saves against pixel space, in percent
+    "ceiling": "tables/ceiling/fd",  # of the autoencoder's reconstructions: the best that latent diffusion could reach
+    # How much less latent diffusion costs than diffusion of pixels, in percent, for each image of a batch or alone.
     "% GFLOPs": "tables/savings/saved_percent/gflops_per_image",
     "% seconds": "tables/savings/saved_percent/seconds_per_image",
     "% seconds, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
     "% memory": "tables/savings/saved_percent/peak_memory_mb",
 }
-NOTE = ("a ± b: mean and sd over seeds; [a, b]: one run, 95% over the draw of images; (n): from n images, fewer than "
-        "the fd of samples; times: first seed")
+# Stands below every table of numbers.
+NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over the draw of images; (n): measured on n "
+        "images, not on as many as fd; times: first seed")
 
-# Table: the runs in it, and its columns. A run is in it if DATASET/VARIANT ends in one of the patterns. Runs with a
-# changed setting have an equals sign in their names, and are only in tables whose pattern has one.
+# The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
+# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. The names of runs with a changed
+# setting contain an equals sign; only patterns that contain one fit them.
 TABLES = {
     "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
-              "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 100; hf_energy, 6 steps; evaluations; seconds"),
+              "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("shapes/stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
     "joint": ("stage1-form1 stage1-augmented stage2-anneal stage2-anneal-grad-none",
               "fd; precision; hf_energy; kl_nats; fd, mixture; fd, gaussian; fd of real codes; noise fd"),
@@ -149,8 +165,9 @@ TABLES = {
     "latent diffusion": ("bonus-latent",
                          "fd; is; diversity; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
 
-# A claim: a question, a number of a variant, and what it is compared with. Lower is better for every number here.
-# These four are the guiding questions. They are tested together on each data set (see `holm`).
+# A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
+# in a claim. These four are the guiding questions of this project. They are tested together on each data set, so that
+# chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
     ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
@@ -159,7 +176,7 @@ PRIMARY_CLAIMS = [
      "noise fd of stage1-form1"),
     ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1")]
 
-CLAIMS = [  # the most important of all others
+CLAIMS = [  # of all others, the most important ones
     ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
     ("Do `x_hat` and a `start` below T help?", "fd of stage1-form1", "fd of stage1-uncond"),
     ("Does guidance by a worse refiner help?", "fd of stage1-guided", "fd of stage1-form1"),
@@ -173,8 +190,9 @@ CLAIMS = [  # the most important of all others
     ("Do steps by each image's `s` help?", "steps by s of stage3-flow-film", "steps by other s of stage3-flow-film"),
     ("Does refinement help against noise?", "noise fd of stage1-form1", "noise fd of stage1-vae"),
     ("Does training with noise help against it?", "noise fd of stage1-augmented", "noise fd of stage1-form1"),
-    ("Does it help more than joint training?", "noise fd of stage1-augmented", "noise fd of stage2-anneal"),
-    ("What does it cost without noise?", "fd of stage1-augmented", "fd of stage1-form1"),
+    ("Does training with noise help more than joint training?", "noise fd of stage1-augmented",
+     "noise fd of stage2-anneal"),
+    ("What does training with noise cost without noise?", "fd of stage1-augmented", "fd of stage1-form1"),
     ("Does joint training help against noise without its gradient?", "noise fd of stage2-anneal-grad-none",
      "noise fd of stage1-form1"),
     ("Does `film` help against noise?", "noise fd of stage3-flow-film", "noise fd of stage3-flow-fixed"),
@@ -182,7 +200,8 @@ CLAIMS = [  # the most important of all others
 
 FURTHER_CLAIMS = [  # only in TABLES.md
     ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
-    ("Does the loss's division by noise level help?", "fd of stage1-form1", "fd of stage1-form1-even_levels=False"),
+    ("Does dividing the loss by its mean at each noise level help?", "fd of stage1-form1",
+     "fd of stage1-form1-even_levels=False"),
     ("Does guidance help against noise on `x_hat`?", "noise fd of stage1-guided", "noise fd of stage1-form1"),
     ("Does a fitted prior help unrefined samples?", "fd, mixture of stage1-vae", "fd, gaussian of stage1-vae"),
     ("Given a mixture, does a flow-trained VAE help?", "fd, mixture of stage3-flow-fixed",
@@ -193,13 +212,13 @@ FURTHER_CLAIMS = [  # only in TABLES.md
     ("Does `fade` help against noise on `x_hat`?", "noise fd of stage3-flow-fade", "noise fd of stage3-flow-fixed"),
     ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
     ("Does `film` need the image's own `s`?", "own s of stage3-flow-film", "other s of stage3-flow-film"),
-    ("Does it reconstruct better than `fixed`?", "own s of stage3-flow-film", "own s of stage3-flow-fixed"),
+    ("Does `film` reconstruct better than `fixed`?", "own s of stage3-flow-film", "own s of stage3-flow-fixed"),
     ("Does `film` help against strong noise?", "noise 0.4 fd of stage3-flow-film", "noise 0.4 fd of stage3-flow-fixed"),
     ("Are steps by `s` better than even ones?", "steps by s of stage3-flow-film", "steps evenly of stage3-flow-film")]
 
-# Chart: title of its x axis, the variants that have a line in it, and the number at each x.
+# The charts: after the title of the x axis come patterns for the variants that have a line, and the number at each x.
 CHARTS = [
-    ("steps", "*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-*",
+    ("steps", "*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-latent",
      {n: f"steps/dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
     ("sd of noise on x_hat", "*-vae *-form1 *-guided *-augmented *-anneal *-flow-fixed *-flow-fade *-flow-film",
      {0.0: "tables/robustness/scores/clean/fd"}
@@ -223,7 +242,9 @@ def plain_names(part):
 
 
 def name_rows(metrics):
-    """Add `headline`, `steps` and `priors` to metrics: the rows of scores by name (see NUMBERS)."""
+    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors` (see NUMBERS)."""
+    for row in metrics["rows"]:
+        row.setdefault("steps", row["nfe"])  # for results of the former version, whose rows had no `steps`
     headline, *others = metrics["rows"]
     steps, priors = {}, {}
     for row in reversed(others):  # if two rows have the same name, the first one stays
@@ -231,90 +252,115 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # The headline's own prior belongs to `priors`, too: with the row that has as few images as those of other priors.
-    # (A VAE alone has equally many under all priors: there it is the headline itself.)
-    own = steps.get(f"{headline['sampler']} {headline['steps']}", headline if headline["sampler"] == "none" else None)
-    metrics |= {"headline": headline, "steps": steps, "priors": priors | ({headline["prior"]: own} if own else {})}
+    # The headline's own prior belongs to `priors`, too. It is represented by the row with the headline's sampler and
+    # steps, which has as few images as the rows of other priors. A VAE alone has no such row; there the headline itself
+    # has as many images as the rows of other priors.
+    same_steps = f"{headline['sampler']} {headline['steps']}"
+    if same_steps in steps:
+        priors[headline["prior"]] = steps[same_steps]
+    elif headline["sampler"] == "none":
+        priors[headline["prior"]] = headline
+    metrics |= {"headline": headline, "steps": steps, "priors": priors}
     metrics["run"]["train_minutes"] = metrics["run"]["train_seconds"] / 60
 
 
-def number(metrics, name):
-    """The number of this name in metrics (see NUMBERS), or of this place if it has no name. It is a plain number, a
-    score {"value", "low", "high"}, or None if the run does not have it."""
-    part = metrics
-    for key in NUMBERS.get(name, name).split("/"):
+def at_place(part, place):
+    """What stands at a place in nested dictionaries, or None if they do not have this place."""
+    for key in place.split("/"):
         part = part.get(key) if isinstance(part, dict) else None
     return part
 
 
+def number(metrics, name):
+    """The number in metrics that has this name in NUMBERS. If NUMBERS has no such name, it is a place. The number is a
+    plain one, or a score {"value", "low", "high"}, or None if the run does not have it."""
+    return at_place(metrics, NUMBERS.get(name, name))
+
+
 def images_behind(metrics, name):
-    """The number of images that a number rests on, as the dictionaries around it say, or None if none does."""
+    """How many images a number rests on. The innermost dictionary around it that says so decides. None if none does."""
     part, images = metrics, None
     for key in NUMBERS.get(name, name).split("/"):
-        images = part.get("n_generated", part.get("images", images)) if isinstance(part, dict) else images
-        part = part.get(key) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            images = part.get("n_generated", part.get("images", images))
+            part = part.get(key)
     return images
 
 
 def all_places(part, place=""):
-    """The places of all numbers and scores in nested dictionaries: ["headline/fd", ...]. Texts and lists are left out.
-    """
-    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:
+    """The places of all numbers and scores in nested dictionaries, as in ["headline/fd", ...]. `place` is where `part`
+    itself stands. Texts, truth values and lists are left out."""
+    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:  # it is no score
         return [found for key, value in part.items() for found in all_places(value, f"{place}/{key}".strip("/"))]
     return [place] if isinstance(part, (int, float, dict)) and not isinstance(part, bool) else []
 
 
 def shared_settings(metrics):
-    """The settings that all results of a data set must share to be compared. Of training and evaluation: all, except
-    those that a run changes on purpose (its name tells), the seed, the folder of the data, and what changes no score.
-    """
+    """The settings that all results of a data set must share, or they could not be compared. Of the evaluation: all
+    that change a score. Of the training: all of common.TRAIN, except those that this run changes on purpose, which
+    stand in the name of its variant."""
     run = metrics["run"]
-    on_purpose = re.findall(r"-(\w+)=", run["variant"])
     settings = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
-    settings |= {"n_generated": metrics["rows"][0]["n_generated"]}
+    settings["n_generated"] = metrics["rows"][0]["n_generated"]
     settings |= {key: value for key, value in run["eval"].items() if key not in ("prior", "grid", "batch")}
-    train = run.get("train", {})
+    on_purpose = re.findall(r"-(\w+)=", run["variant"])
+    train = run.get("train", {})  # results of the former version have none
     return settings | {key: train[key] for key in common.TRAIN if key in train and key not in on_purpose}
+
+
+def settings_of_variant(metrics):
+    """What all seeds of a variant must share: the sizes of the networks, and all train settings except the seed."""
+    run = metrics["run"]
+    train = {key: value for key, value in run.get("train", {}).items() if key not in ("seed", "data_dir")}
+    return {"parameters": run["parameters"]} | train
 
 
 def load_all(paths):
     """{dataset: {variant: {seed: metrics}}} of result files, in the order of tables. Exits if results of a data set
-    cannot be compared, or if seeds of a variant differ in any setting."""
-    def place(name):  # by the first word of ORDER with which it begins, then by the alphabet
-        return [name.startswith(beginning) for beginning in ORDER].index(True), name
-
+    cannot be compared, or if seeds of a variant differ in a setting."""
     found = {}
-    first_of_dataset, first_of_variant = {}, {}  # the path and the settings of the first result
+    first = {}  # {(data set or variant, setting): (path, value) of the first result that has this setting}
     for path in sorted(map(Path, paths)):
         metrics = plain_names(load_metrics(path))
         run = metrics["run"]
-        own = {"parameters": run["parameters"]} | {  # what all seeds of a variant share
-            key: value for key, value in run.get("train", {}).items() if key not in ("seed", "data_dir")}
-        for firsts, name, settings in ((first_of_dataset, run["dataset"], shared_settings(metrics)),
-                                       (first_of_variant, (run["dataset"], run["variant"]), own)):
-            first_path, first_settings = firsts.setdefault(name, (path, settings))
-            both = first_settings.keys() & settings.keys()  # a setting that a run changes is not compared
-            difference = common.first_difference({key: first_settings[key] for key in both},
-                                                 {key: settings[key] for key in both})
-            if difference:
-                common.fail(f"{path} cannot be compared with {first_path}: {difference}; remove one of them")
+        for group, settings in ((run["dataset"], shared_settings(metrics)),
+                                ((run["dataset"], run["variant"]), settings_of_variant(metrics))):
+            for key, value in settings.items():
+                first_path, first_value = first.setdefault((group, key), (path, value))
+                if value != first_value:
+                    common.fail(f"{path} cannot be compared with {first_path}: {key} was {first_value}, "
+                                f"is now {value}; remove one of them")
         name_rows(metrics)
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
-    for results in found.values():  # stage 2 measures the latent space of stage 1's form1 beside its own
-        for variant, seeds in results.items():
-            for seed, metrics in seeds.items():
-                table = metrics["tables"].pop("latent_space_stage1", None)
-                if table and variant != "stage1-form1" and seed in results.get("stage1-form1", {}):
-                    results["stage1-form1"][seed]["tables"].setdefault("latent_space", table)
-    return {name: {v: found[name][v] for v in sorted(found[name], key=place)} for name in sorted(found, key=place)}
+    for results in found.values():
+        share_latent_space(results)
+
+    def place(name):  # in ORDER
+        return [name.startswith(beginning) for beginning in ORDER].index(True), name
+
+    return {dataset: {variant: found[dataset][variant] for variant in sorted(found[dataset], key=place)}
+            for dataset in sorted(found, key=place)}
+
+
+def share_latent_space(results):
+    """Stage 2 measures the latent space of stage1-form1 beside its own. Move that table from the metrics of stage 2 to
+    those of stage1-form1 of the same seed."""
+    form1 = results.get("stage1-form1", {})
+    for seeds in results.values():
+        for seed, metrics in seeds.items():
+            table = metrics["tables"].pop("latent_space_stage1", None)
+            if table and seed in form1:
+                form1[seed]["tables"].setdefault("latent_space", table)
 
 
 # --- Numbers as text -------------------------------------------------------------------------------------------------
 
 def values_by_seed(seeds, name):
-    """{seed: value} of a number in {seed: metrics}. Of times, and of what depends on them, only the first seed, because
-    the other seeds may have shared the machine with other work."""
-    if re.search("seconds$|seconds_per_image|minutes|% seconds", name):
+    """{seed: value} of a number in {seed: metrics}. Of times, and of what depends on them, only the first seed counts,
+    because the other seeds may have shared the machine with other work. The times of `cost` count for all seeds: those
+    two were taken in turn, so that other work slowed both."""
+    place = NUMBERS.get(name, name)
+    if re.search("seconds|minutes", place) and "/cost/" not in place:
         seeds = {seed: seeds[seed] for seed in sorted(seeds)[:1]}
     found = {seed: number(metrics, name) for seed, metrics in seeds.items()}
     return {seed: x["value"] if isinstance(x, dict) else x for seed, x in found.items() if x is not None}
@@ -324,43 +370,48 @@ def mean_and_sd(values):
     """Numbers as text: their mean and, if they differ, their standard deviation."""
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
-    texts = (f"{mean:,.0f}", f"{sd:,.0f}") if abs(mean) >= 1000 else (f"{mean:.3g}", f"{sd:.2g}")
-    return " ± ".join(texts) if sd > 1e-9 * abs(mean) else texts[0]
+    if abs(mean) >= 1000:
+        mean_text, sd_text = f"{mean:,.0f}", f"{sd:,.0f}"
+    else:
+        mean_text, sd_text = f"{mean:.3g}", f"{sd:.2g}"
+    differ = sd > 1e-9 * abs(mean)  # more than by rounding
+    return f"{mean_text} ± {sd_text}" if differ else mean_text
 
 
 def cell(seeds, name):
-    """A number as text: of one seed with its interval, of several with their standard deviation. If it rests on fewer
-    images than the headline, their number follows in brackets."""
+    """A number in {seed: metrics} as text: of one seed with its interval, of several with their standard deviation. If
+    it does not rest on as many images as the headline, their number follows in brackets."""
     found = values_by_seed(seeds, name)
     if not found:
         return ""
     first = seeds[min(found)]
-    one_score = len(found) == 1 and isinstance(number(first, name), dict)
-    text = fid.show(number(first, name)) if one_score else mean_and_sd(list(found.values()))
+    text = mean_and_sd(list(found.values()))
+    if len(found) == 1 and isinstance(number(first, name), dict):
+        text = fid.show(number(first, name))
     images = images_behind(first, name)
-    return text if images in (None, first["headline"]["n_generated"]) else f"{text} ({images})"
+    return text if images in (None, first["headline"]["n_generated"]) else f"{text} ({images:,})"
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
 
 def compare(ours, theirs):
-    """Compare positive numbers of the same seeds. Returns the change of `ours` against `theirs` (the mean log ratio),
-    Student's 95% interval of it, and the p-value of its difference from 0; of fewer than three seeds only the change.
-    """
+    """Compare positive numbers of the same seeds. Returns the change of `ours` against `theirs`, which is the mean log
+    ratio. From three seeds on, also Student's 95% interval of it, and the p-value of the hypothesis that it is 0."""
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
     count, mean = len(log_ratios), statistics.mean(log_ratios)
     if count < 3:
         return {"seeds": count, "change": mean, "low": None, "high": None, "p": None}
-    standard_error = max(statistics.stdev(log_ratios), 1e-12) / count**0.5  # never 0, as a divisor
+    standard_error = max(statistics.stdev(log_ratios), 1e-12) / math.sqrt(count)  # never 0, since it is a divisor
     margin = student.ppf(0.975, count - 1) * standard_error
-    return {"seeds": count, "change": mean, "low": mean - margin, "high": mean + margin,
-            "p": 2 * student.sf(abs(mean) / standard_error, count - 1)}
+    p = 2 * student.sf(abs(mean) / standard_error, count - 1)  # two-sided
+    return {"seeds": count, "change": mean, "low": mean - margin, "high": mean + margin, "p": p}
 
 
 def holm(p_values):
-    """Adjust p-values for being tested together (Holm 1979): the smallest of m counts m times, the next m - 1 times,
-    and so on, and none becomes smaller than the one before."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    """Adjust p-values for being tested together (Holm 1979). Of m p-values, the smallest is multiplied by m, the next
+    one by m - 1, and so on; but none becomes smaller than the one before, or larger than 1. If those below 5% count as
+    significant, the probability that chance alone makes any of the m significant is at most 5%."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])  # indices, from the smallest p-value on
     adjusted, highest = {}, 0.0
     for rank, i in enumerate(order):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -368,21 +419,28 @@ def holm(p_values):
     return [adjusted[i] for i in range(len(p_values))]
 
 
+def percent(log_ratio):
+    """A log ratio as a change in percent: log(0.8) becomes -20%."""
+    return f"{100 * math.expm1(log_ratio):+.0f}%"
+
+
 def describe_change(change):
-    """A comparison as text. It is significant if its p-value (the adjusted one, if it has one) is below 5%."""
-    percent = lambda log_ratio: f"{100 * math.expm1(log_ratio):+.0f}%"  # noqa: E731
+    """A comparison as text. It is significant if its p-value is below 5%: the adjusted one, if there is one."""
     if change["p"] is None:
         return f"{percent(change['change'])} ({'one run' if change['seeds'] == 1 else 'two runs'})"
-    p = change.get("adjusted", change["p"])
-    text = f"{'lower' if change['change'] < 0 else 'higher'} by {percent(change['change'])[1:]}"
-    note = f", adjusted p = {p:.2g}" if "adjusted" in change else ""
-    return (f"{text if p < 0.05 else 'not significant'} ({change['seeds']} seeds: {percent(change['low'])} to "
-            f"{percent(change['high'])}{note})")
+    p, note = change["p"], ""
+    if "adjusted" in change:
+        p = change["adjusted"]
+        note = f", adjusted p = {p:.2g}"
+    text = "not significant"
+    if p < 0.05:
+        text = f"{'lower' if change['change'] < 0 else 'higher'} by {percent(change['change']).lstrip('+-')}"
+    return f"{text} ({change['seeds']} seeds: {percent(change['low'])} to {percent(change['high'])}{note})"
 
 
 def compare_sides(results, claim):
-    """Both sides of a claim on a data set, over the seeds that both have: their numbers and their comparison; or None
-    if no seed has both."""
+    """Both sides of a claim on a data set, over the seeds that both have: their numbers, `ours` and `theirs`, and what
+    `compare` says of them. None if no seed has both."""
     _, *sides = claim
     values = []  # {seed: value} of the first side and of the second
     for side in sides:
@@ -396,22 +454,23 @@ def compare_sides(results, claim):
 
 
 def table_claims(everything, claims, adjust=False):
-    """A line for each claim and, for each data set, the means of both sides and the change. `adjust`: the claims of a
-    data set are tested together."""
-    cells = {claim: [] for claim in claims}
+    """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
+    whether the claims of a data set are tested together."""
+    rows = [list(claim) for claim in claims]
     for results in everything.values():
-        compared = {claim: compare_sides(results, claim) for claim in claims}
-        tested = [one for one in compared.values() if one and one["p"] is not None]
+        compared = [compare_sides(results, claim) for claim in claims]
         if adjust:
+            tested = [one for one in compared if one and one["p"] is not None]
             for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
                 one["adjusted"] = p
-        for claim, one in compared.items():
-            cells[claim].append("not run" if one is None else f"{mean_and_sd(one['ours'])} / "
-                                f"{mean_and_sd(one['theirs'])}: {describe_change(one)}")
-    table = markdown(["question", "first", "second", *everything], [[*claim, *cells[claim]] for claim in claims])
-    note = ("Mean of first / of second: change by paired ratios, in brackets its 95% interval over seeds. " +
-            ("Tested together (Holm's adjustment within a data set, 5%)." if adjust else
-             "Exploratory: each is tested alone, without adjustment for their number."))
+        for row, one in zip(rows, compared, strict=True):
+            row.append(f"{mean_and_sd(one['ours'])} / {mean_and_sd(one['theirs'])}: {describe_change(one)}" if one else
+                       "not run")
+    table = markdown(["question", "first", "second", *everything], rows)
+    note = ("Mean of first / mean of second: how much lower or higher the first is, by the ratios of the same seeds. "
+            "In brackets the 95% interval over seeds. ")
+    note += ("The questions of a data set are tested together (Holm's adjustment, 5%)." if adjust else
+             "Exploratory: each question is tested alone, without adjustment for their number.")
     return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
 
 
@@ -424,7 +483,8 @@ def markdown(header, rows):
 
 def describe_data(dataset, results):
     """The settings that all numbers of a data set share, in a sentence."""
-    metrics = next(iter(next(iter(results.values())).values()))
+    variant = min(results, key=lambda name: "=" in name)  # the first one without a changed setting, if there is one
+    metrics = next(iter(results[variant].values()))  # of any seed
     run, evaluation = metrics["run"], metrics["run"]["eval"]
     start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
     return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({run['train_images']:,} images per network), "
@@ -433,67 +493,87 @@ def describe_data(dataset, results):
 
 
 def table_of(everything, variants, columns):
-    """A line for each variant that fits one of the patterns and has a number in one of the columns."""
+    """One of TABLES. It has a line for each variant that fits one of the patterns and has a number in one of the
+    columns."""
     rows, notes, columns = [], {}, columns.split("; ")
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            patterns = [pattern for pattern in variants.split() if ("=" in pattern) == ("=" in variant)]
+            patterns = [f"*{pattern}" for pattern in variants.split() if ("=" in pattern) == ("=" in variant)]
+            if not any(fnmatch(f"{dataset}/{variant}", pattern) for pattern in patterns):
+                continue
             cells = [cell(seeds, column) for column in columns]
-            if any(fnmatch(f"{dataset}/{variant}", f"*{pattern}") for pattern in patterns) and any(cells):
+            if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 notes[dataset] = describe_data(dataset, results)
     return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
 
 
 def table_numbers(columns):
-    """A line for each number in {column: {seed: metrics}}, by its place."""
-    all_metrics = [metrics for seeds in columns.values() for metrics in seeds.values()]
-    shown = ("headline", "priors", "steps", "tables", "run")
-    places = {place: None for metrics in all_metrics  # each once, in order
-              for place in all_places({key: metrics[key] for key in shown if key in metrics})
-              if not place.startswith(("run/eval", "run/train/", "run/seed"))}
+    """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/"."""
+    places = {}  # all that occur, each once, in order; a dictionary keeps the order, and its values do not matter
+    for seeds in columns.values():
+        for metrics in seeds.values():
+            shown = {key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")}
+            for place in all_places(shown):
+                if not place.startswith(("run/eval/", "run/train/", "run/seed")):  # settings are not numbers of a run
+                    places[place] = None
     rows = [[place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())] for place in places]
     return markdown(["", *columns], rows)
 
 
 def table_reproduced(new, committed):
-    """New numbers of each variant beside the committed ones. They are reproduced if they lie in the 99% prediction
-    interval of one more run of the committed seeds, or within 25% where fewer than three seeds are committed."""
+    """New numbers of each variant beside the committed ones, and whether the two agree."""
     rows = []
     for variant, seeds in new.items():
         committed_seeds = committed.get(variant, {})
         for name in ("fd", "hf_energy"):
-            conclusion = "nothing committed"
-            if theirs := list(values_by_seed(committed_seeds, name).values()):
-                mean, count = statistics.mean(theirs), len(theirs)
-                allowed = 0.25 * mean  # about what two seeds of one variant have differed by
-                if count >= 3:  # the new run varies by sd, and the mean of the committed ones by sd / sqrt(count)
-                    allowed = student.ppf(0.995, count - 1) * statistics.stdev(theirs) * math.sqrt(1 + 1 / count)
-                error = max(abs(value - mean) for value in values_by_seed(seeds, name).values())
-                conclusion = f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
-                first_old, first_new = next(iter(committed_seeds.values())), next(iter(seeds.values()))
-                if difference := common.first_difference(shared_settings(first_old), shared_settings(first_new)):
-                    conclusion = f"not comparable: {difference}"
-            rows.append([variant, name, cell(seeds, name), cell(committed_seeds, name), conclusion])
+            rows.append([variant, name, cell(seeds, name), cell(committed_seeds, name),
+                         conclude(seeds, committed_seeds, name)])
     return markdown(["variant", "score", "new", "committed", "conclusion"], rows)
 
 
+def conclude(new_seeds, committed_seeds, name):
+    """Whether a number of new runs reproduces that of the committed ones, as text. Each new run should lie in the 99%
+    prediction interval for one more run of the committed seeds, or, if fewer than three seeds are committed, within 25%
+    of their mean."""
+    committed = list(values_by_seed(committed_seeds, name).values())
+    if not committed:
+        return "nothing committed"
+    first_old, first_new = next(iter(committed_seeds.values())), next(iter(new_seeds.values()))
+    difference = common.first_difference(shared_settings(first_old), shared_settings(first_new))
+    if difference:
+        return f"not comparable: {difference}"
+    mean, count = statistics.mean(committed), len(committed)
+    allowed = 0.25 * mean  # about what two seeds of one variant have differed by
+    if count >= 3:  # a new run varies by the sd of the committed ones, and their mean by sd / sqrt(count)
+        allowed = student.ppf(0.995, count - 1) * statistics.stdev(committed) * math.sqrt(1 + 1 / count)
+    error = max(abs(value - mean) for value in values_by_seed(new_seeds, name).values())  # of the worst of the new runs
+    return f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
+
+
 def table_of_features(folder):
-    """A column for each local feature network: its accuracy, and which damage to real images it notices."""
+    """A column for each feature network that was trained here: its accuracy, and how much its Frechet distance grows
+    with damage to real images."""
     columns = {}
     for dataset in sorted(common.DATASETS):
         for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
             columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
-    places = {place: None for column in columns.values() for place in all_places(column)}
-    text = lambda x: "" if x is None else fid.show(x) if isinstance(x, dict) else mean_and_sd([x])  # noqa: E731
-    return markdown(["", *columns], [[place, *(text(number(column, place)) for column in columns.values())]
-                                     for place in places])
+    places = {place: None for column in columns.values() for place in all_places(column)}  # each once, in order
+    rows = []
+    for place in places:
+        row = [place]
+        for column in columns.values():
+            found = at_place(column, place)  # not `number`: a place may be called like one of NUMBERS
+            row.append("" if found is None else mean_and_sd([found]))
+        rows.append(row)
+    return markdown(["", *columns], rows)
 
 
 def long_tables(everything, folder):
     """The whole text of TABLES.md: every number of every variant, further claims, feature networks, the benchmark."""
-    parts = ["# Long tables", f"Written by `python final_evaluation.py`. {NOTE}. A number's name is its place in "
-             "metrics.json. README.md and final_evaluation.py (`NUMBERS`) explain the words."]
+    parts = ["# Long tables", "Written by `python final_evaluation.py`. The name of a number is its place in "
+             "metrics.json; README.md and `NUMBERS` in final_evaluation.py explain the words. In the cells: "
+             f"{NOTE}."]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
@@ -508,13 +588,14 @@ def long_tables(everything, folder):
 # --- Charts, texts and collecting ------------------------------------------------------------------------------------
 
 def draw_charts(path, dataset, results):
-    """Save a chart for each of CHARTS. Each variant with two of its points or more gets a line of means over seeds."""
+    """Save the CHARTS of a data set as one picture. A variant has a line, of means over seeds, if it has two points or
+    more."""
     panels = []
     for x_axis, patterns, points in CHARTS:
         lines = {}
         for variant, seeds in results.items():
             values = {x: values_by_seed(seeds, name).values() for x, name in points.items()}
-            means = {x: statistics.mean(fds) for x, fds in values.items() if fds}
+            means = {x: statistics.mean(fds) for x, fds in values.items() if fds}  # only of points that were measured
             if any(fnmatch(variant, pattern) for pattern in patterns.split()) and len(means) > 1:
                 lines[variant] = tuple(means), tuple(means.values())
         if lines:
@@ -524,7 +605,7 @@ def draw_charts(path, dataset, results):
 
 
 def fill(text, tables):
-    """The text with its marked tables written anew. Exits, naming the table, if one is not known."""
+    """The text, with its marked tables replaced by those of {name: table}. Exits if a table is not known."""
     if unknown := [name for name in re.findall("<!-- table (.+?) -->", text) if name not in tables]:
         common.fail(f"table '{unknown[0]}' is not known; known are {', '.join(tables)}")
     return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)",
@@ -532,7 +613,8 @@ def fill(text, tables):
 
 
 def draw_sheet(path, home):
-    """One picture of all stages: the top third of samples.png of each run of SHEET in `home`, under the run's name."""
+    """One picture of all stages: of each variant in SHEET, the top third of samples.png of its run with seed 0 in the
+    folder `home`, below the variant's name."""
     images = {name: Image.open(file) for name in SHEET if (file := home / f"{name}-s0" / "samples.png").is_file()}
     heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
     page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
@@ -544,10 +626,10 @@ def draw_sheet(path, home):
 
 
 def collect(runs, folder):
-    """Copy metrics, and the figures that a text shows, from run folders into FOLDER/DATASET. For the runs in WEIGHTS,
-    at the cpu budget, also write weights: 6 MB each at most, without the encoder, matrices in half precision."""
+    """Copy metrics, and the figures that README.md or REPORT.md shows, from run folders into FOLDER/DATASET. Of the
+    runs in WEIGHTS, at the cpu budget, also keep the weights."""
     chosen = {}  # {the file that metrics will be copied to: (run folder, facts about the run)}
-    for run in map(Path, runs):  # all runs are checked before anything is written
+    for run in map(Path, runs):  # check all runs before anything is written
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
         if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":  # a user's folder may be named cifar10
@@ -566,15 +648,7 @@ def collect(runs, folder):
         home, name = target.parent, target.stem  # FOLDER/DATASET, VARIANT-sSEED
         common.write(target, (run / "metrics.json").read_bytes())
         if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
-            file_name, *parts = WEIGHTS[name]  # parts: those that the file keeps
-            state = common.load_checkpoint(run / "checkpoint.pt")
-            state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-            kept = {"train": state["train"], "seconds": state["seconds"]}
-            kept |= {part: common.half(state[part]) for part in parts}
-            written.append(common.save_state(home / f"{file_name}-*.pt", kept))
-            for older in {*common.find_hashed(home, file_name)} - {written[-1]}:
-                older.unlink()
-                print(f"removed: {older}")
+            written.append(collect_weights(run / "checkpoint.pt", home, *WEIGHTS[name]))
         for figure in run.glob("*.png"):
             public = facts["dataset"] == "shapes" or figure.stem not in SHOW_REAL_IMAGES
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
@@ -585,6 +659,21 @@ def collect(runs, folder):
             draw_sheet(written[-1], run.parent)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")
+
+
+def collect_weights(checkpoint, home, name, *parts):
+    """Write these parts of a checkpoint to HOME/NAME-HASH.pt, and remove older files of that name. It has 6 MB at most,
+    because the encoder, which sampling does not need, is left out, and matrices have half precision. Returns its path.
+    """
+    state = common.load_checkpoint(checkpoint)
+    state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
+    kept = {"train": state["train"], "seconds": state["seconds"]}
+    kept |= {part: common.half(state[part]) for part in parts}
+    path = common.save_state(home / f"{name}-*.pt", kept)
+    for older in {*common.find_hashed(home, name)} - {path}:
+        older.unlink()
+        print(f"removed: {older}")
+    return path
 
 
 def main(argv=None):

@@ -7,23 +7,24 @@ become better, and the latent space smoother?
 The loss has two terms. D is the number of pixel values of an image.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
-    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t; D M is its sum over pixels
+    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t, divided by its running mean
+                    at this noise level (common.Training.even_levels). So M is about 1 on average.
 
 `--loss` says how they are balanced:
 
     sum             E + lambda D M, with one fixed weight lambda.
-    anneal          The same, but lambda rises log-linearly from 0.01 to its final value over the first 60% of steps.
+    anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The best a is
                     log E, so each term is divided by its own size.
     bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
                     and common.diffusion_nats for a process that begins at x_start, made of x_hat and noise.
 
-Which lambda would make `sum` most like `bound`? In the bound, an error of the predicted v at time t counts with a
-weight w_t that depends on t. By common.kl_step,
-    w_t = x0_factor^2 (1 - abar_t) / (2 variance),
-with the factor of x0 and the variance of DDPM's posterior at t. If errors were equally large at all times, lambda would
-have to be the sum of w_t over t = 2..start. For v-prediction with start = 400 this is 4.2. (For eps-prediction w_t is
-larger by 1 / abar_t, and the sum up to 1000 is 9.4.) Our default is smaller, 1: large weights harm the VAE (REPORT.md).
+Which lambda would make `sum` most like `bound`? Let m_t be the mean squared error at time t before the division. In
+the bound, an error at time t counts with a weight w_t: its terms add up to sum_t w_t m_t nats per pixel value. In `sum`
+it counts with the weight lambda / (start m_t). If w_t m_t were the same at all times, the two would agree for
+    lambda = sum_t w_t m_t.
+That is the `diffusion` part of the bound, which fid.bits_per_dim measures: some 0.8 nats per pixel value on shapes. Our
+default is far smaller, 0.03, because large weights harm the VAE (REPORT.md).
 
 One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
 gradient. To this end the U-Net sees a copy of x_hat with the same values, through which gradients pass back multiplied
@@ -57,7 +58,7 @@ import common
 import fid
 from common import to_float, to_uint8
 
-WEIGHT = 1.0  # lambda if --diffusion-weight is not given; see above
+WEIGHT = 0.03  # lambda if --diffusion-weight is not given; see above
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -84,13 +85,13 @@ def scale_gradient(x_hat, scale, sse_norm):
 
 
 def diffusion_weight(train, step):
-    """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from 0.01 (or from its final value,
-    if that is smaller) over the first 60% of the steps."""
+    """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from a tenth of its final value over
+    the first 60% of the steps."""
     weight = train["diffusion_weight"]
-    if train["loss"] != "anneal" or weight == 0:
+    if train["loss"] != "anneal":
         return weight
-    low, progress = min(0.01, weight), min(1.0, step / (0.6 * train["unet_steps"]))
-    return math.exp((1 - progress) * math.log(low) + progress * math.log(weight))
+    progress = min(1.0, step / (0.6 * train["unet_steps"]))
+    return weight * 0.1 ** (1 - progress)
 
 
 class Balance(nn.Module):
@@ -262,11 +263,11 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 
 @torch.no_grad()
-def latent_space(folder, model, setup, pairs=32, points=9):
+def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images: the score of images decoded from their own codes, paths between
     codes (`pairs` paths of `points` images), the score of the paths' midpoints, and what a linear probe reads off a
     code. Everything is measured on the VAE's images and on refined ones; along a path the refiner's noise stays the
-    same. Writes interpolation.png into `folder`, unless that is None."""
+    same. The first three paths are drawn in the file `picture`."""
     data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for each score
@@ -297,10 +298,9 @@ def latent_space(folder, model, setup, pairs=32, points=9):
         features = fid.extract(setup.extractor, strips[name].flatten(0, 1))[0]  # (pairs * points, f)
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
         result["slerp"][name][f"midpoint_{setup.fd}"] = midpoints[name]
-    if folder:
-        rows = {f"{label} {i + 1}": strips[name][i] for i in range(min(3, len(a)))
-                for label, name in (("VAE", "vae"), ("refined", "refined"))}
-        common.save_grid(folder / "interpolation.png", rows)
+    rows = {f"{label} {i + 1}": strips[name][i] for i in range(min(3, len(a)))
+            for label, name in (("VAE", "vae"), ("refined", "refined"))}
+    common.save_grid(picture, rows)
 
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
     train_mu = common.encode(model.vae, data.images[chosen], model.device)[0]
@@ -373,7 +373,7 @@ def main(argv=None):
     common.export(args, folder, state, model, setup.evaluation)
     tables = metrics["tables"]
     if "latent_space" not in tables:
-        tables["latent_space"] = latent_space(folder, model, setup)
+        tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
         tables["components"] = fid.by_components(model, setup, settings)
         common.write_json(folder / "metrics.json", metrics)
 
@@ -386,7 +386,7 @@ def main(argv=None):
     if len(stage1) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
         form1 = load_model(common.load_checkpoint(checkpoint), device)
         form1.temperature = setup.evaluation["temperature"]
-        tables["latent_space_stage1"] = latent_space(None, form1, setup)
+        tables["latent_space_stage1"] = latent_space(folder / "interpolation-stage1.png", form1, setup)
         common.write_json(folder / "metrics.json", metrics)
     fid.print_results(stage1 | {folder: metrics}, setup)
     for label, key in (("stage 1", "latent_space_stage1"), (name, "latent_space")):

@@ -163,6 +163,7 @@ class RoundTrip(NamedTuple):
 
     z: torch.Tensor  # (N, d), a sample of q(z | x)
     mu: torch.Tensor  # (N, d), the mean of q(z | x)
+    logvar: torch.Tensor  # (N, d), the log-variances of q(z | x)
     logvar_of_x_hat: torch.Tensor  # (N, d), the log-variances of Enc(x_hat)
     sse: torch.Tensor  # (N,), the squared error of x_hat
 
@@ -177,7 +178,7 @@ def round_trip(vae, images, seed, device):
         x_hat = vae.decoder(z_part.to(device))
         logvars.append(vae.encoder(x_hat)[1].cpu())
         errors.append(common.squared_error(x_hat, to_float(image_part.to(device))).cpu())
-    return RoundTrip(z, mu, torch.cat(logvars), torch.cat(errors))
+    return RoundTrip(z, mu, logvar, torch.cat(logvars), torch.cat(errors))
 
 
 def standardise(logvar, stats):
@@ -224,12 +225,13 @@ def fit_uncertainty(trip):
 
 
 def rank_errors(trip, stats):
-    """Does s rank the errors of held-out images? For both kinds of uncertainty, Spearman's rank correlation of s with
+    """Does s rank the errors of held-out images? For each kind of uncertainty, Spearman's rank correlation of s with
     the squared error of x_hat, and a conclusion: yes, if it is significant (5%) and at least 0.1, the usual bound for a
     weak correlation."""
-    facts = {}
-    for kind in ("variance", "regressed"):
-        s = s_from(trip.z, trip.logvar_of_x_hat, stats, kind)[1]
+    facts, log_variances = {}, {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat,
+                                "posterior": trip.logvar}
+    for kind, logvar in log_variances.items():
+        s = s_from(trip.z, logvar, stats, kind)[1]
         correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
         ranks = correlation >= 0.1 and p_value <= 0.05
         facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if ranks else

@@ -7,9 +7,7 @@ Each row is the median over several rounds. A round times every way once, so tha
 of them. The shapes are those of CIFAR-10 at the `cpu` budget. Nothing here is a test: no number can fail.
 """
 
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,18 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 CPU = torch.device("cpu")
-
-
-def time_in_turn(functions, rounds=15, warm_up=2):
-    """The median seconds of each of {name: function}. They are called in turn, first `warm_up` rounds untimed."""
-    seconds = {name: [] for name in functions}
-    for i in range(warm_up + rounds):
-        for name, run in functions.items():
-            start = time.perf_counter()
-            run()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def training_step(table, batch, reduced=False, channels_last=False, fused=False):
@@ -78,7 +64,7 @@ def main():
         steps["bfloat16"] = training_step(table, batch, reduced=True)
     steps["all of them: the default"] = training_step(table, batch, **default)
     steps[f"all, but one width ({width}), as many parameters"] = training_step(flat_tables[width], batch, **default)
-    seconds = time_in_turn(steps)
+    seconds = common.time_in_turn(steps, CPU, repeats=15)
     print(f"\ntraining step, batch {batch}")
     for name, value in seconds.items():
         print(f"  {name:44} {1000 * value:9.2f} ms   {value / seconds[plain]:5.2f}")

@@ -2,14 +2,17 @@
 
 import argparse
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
+import fid
 
 CPU = torch.device("cpu")
-draw_all = common.draw_shapes
+draw_all, run_of_setup = common.draw_shapes, fid.Setup.run
 
 
 def small_shapes(count, seed):
@@ -30,12 +33,31 @@ def images_of(count, seed=1):
     return common.ImageData(images, labels, factors, "shapes", "none", "")
 
 
+def planted_setup(home, train, **parts):
+    """What a stage needs of a fid.Setup. `changes`: by --set, none if they are not given."""
+    setup = SimpleNamespace(**{"home": home, "train": train, "changes": {}} | parts)
+    setup.run = partial(run_of_setup, setup)
+    return setup
+
+
+def evened(losses, times, start):
+    """What Training.even_levels makes of the losses of a first step, number by number: each is divided by 1, moved by
+    a twentieth towards the mean of those losses whose times are in the same twentieth of 1..start."""
+    levels = [(time - 1) * 20 // start for time in times.tolist()]
+    of_level = {level: [loss for loss, other in zip(losses.tolist(), levels, strict=True) if other == level]
+                for level in levels}
+    means = [0.95 + 0.05 * sum(of_level[level]) / len(of_level[level]) for level in levels]
+    return losses / torch.tensor(means)
+
+
 def same(a, b):
-    """Whether two nested structures hold the same bits. Left out: `seconds` (the clock) and `run_id` (random)."""
+    """Whether two nested structures hold the same bits. Left out: `seconds`, `seconds_before` and `run_id`, which are
+    other ones each time."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "run_id"))
+        return a.keys() == b.keys() and all(
+            same(a[k], b[k]) for k in a if k not in ("seconds", "seconds_before", "run_id"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b or a != a and b != b
@@ -75,7 +97,7 @@ def plant_wrong_bfloat16(monkeypatch, network=None):
 
 
 def flags(*argv):
-    """The shared flags of all stages, parsed."""
+    """The shared flags of all stages, parsed. `changes` are none until read_settings has read them."""
     parser = argparse.ArgumentParser()
     common.add_flags(parser, ("gaussian", "gmm"), "gmm")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(changes={}))

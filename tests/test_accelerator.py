@@ -23,7 +23,7 @@ ALL_COMMANDS = [
     (stage1, ["--variant", "all", "--export", "2"]),
     (stage2, ["--loss", "anneal"]),
     (stage2, ["--loss", "kendall", "--gradient", "decoder", "--sampler", "ddpm"]),
-    (stage2, ["--loss", "bound"]),
+    (stage2, ["--loss", "bound", "--from-vae"]),
     (stage3, ["--prior", "flow", "--conditioning", "film"]),
     (stage3, ["--prior", "gmm", "--conditioning", "coupling", "--uncertainty", "posterior"]),
     (bonus, []),
@@ -35,8 +35,9 @@ smoke_budget, whole_step = common.budget, common.Training.step
 
 def smaller_budget(*args):
     train, evaluation = smoke_budget(*args)
-    return train | {"steps": 2, "every": 1, "batch": 8, "flow_steps": 2, "dropout": 0.1}, evaluation | {
-        "count": 40, "batch": 20, "grid_count": 20, "grid": [["ddim", 2]], "sample_steps": 2, "bits_draws": 2}
+    return train | {"vae_steps": 2, "unet_steps": 2, "every": 1, "batch": 8, "flow_steps": 2, "dropout": 0.1}, (
+        evaluation | {"count": 40, "batch": 20, "grid_count": 20, "grid": [["ddim", 2]], "sample_steps": 2,
+                      "bits_draws": 2})
 
 
 def step_and_stop(training, *args, **options):
@@ -52,6 +53,7 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", lambda count, seed: draw_all(count // 100, seed))
     monkeypatch.setattr(common, "budget", smaller_budget)
+    monkeypatch.setattr(fid, "COMPONENTS", (2, 4))
     monkeypatch.setattr(common, "native_bfloat16", lambda device: float64)
     with pretend.device(float64):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -64,7 +66,7 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
         fid.main(["shapes", "runs/shapes-smoke/stage1-form1-s0/samples", "--device", pretend.NAME, "--json"])
     assert json.loads(capsys.readouterr().out)["n_generated"] == 2
     metrics = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("metrics.json")}
-    assert len(metrics) == (4 if float64 else 13)
+    assert len(metrics) == (4 if float64 else 14)
     assert all(found["run"]["device"].startswith(pretend.NAME) for found in metrics.values())
     if not float64:
         assert metrics["stage2-anneal-s0"]["tables"]["latent_space_stage1"]["posterior"]
@@ -118,6 +120,8 @@ FAULTS = {  # what is planted: a function, what is replaced in its source, by wh
     "images": (common, "encode", "chunk.to(device)", "chunk", "same device"),
     "draws": (common.Training, "normal", "device=self.device", "device='cpu'", "generator"),
     "generator": (common.Training, "uniform", "generator=self.gen", "generator=generator(0)", "generator"),
+    "noise levels": (common.Training, "__init__", "torch.ones(NOISE_LEVELS, device=device)",
+                     "torch.ones(NOISE_LEVELS)", "same device"),
     "float64": (common.Diffusion, "q_sample", "a * x0", "a.double() * x0", "float64"),
     "numpy": (common, "encode", "torch.cat(mu).cpu()", "torch.from_numpy(torch.cat(mu).numpy())", "numpy"),
 }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, images_of, same, settings
+from helpers import CPU, evened, images_of, same, settings
 
 import bonus_latent as bonus
 import common
@@ -19,9 +19,9 @@ def tiny(**changes):
 
 
 def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
-    """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. Images are mirrored as
-    `vae_flip` says."""
-    losses, step, train, data = [], common.Training.step, tiny(steps=1), images_of(60)
+    """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. There are `vae_steps` steps. Images
+    are mirrored as `vae_flip` says."""
+    losses, step, train, data = [], common.Training.step, tiny(vae_steps=1), images_of(60)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses.append((loss, training.flip))
                         or step(training, loss, terms))
@@ -43,20 +43,27 @@ def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
 
 def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypatch):
     """z ~ q(z|x) of all images, and what the U-Net is trained on, have mean 0 and variance 1 in each channel. This is
-    undone before decoding. While the U-Net is trained, the autoencoder keeps its bits and needs no gradient. The log
-    holds the loss."""
-    data, seen, built = images_of(150), [], []
+    undone before decoding. While the U-Net is trained, for `unet_steps` steps, the autoencoder keeps its bits and needs
+    no gradient. The loss of each noise level is divided by its mean over all 1,000 times; the log holds the undivided
+    one. The autoencoder's seconds are the U-Net's seconds before."""
+    data, seen, built, losses_of_steps, step = images_of(150), [], [], [], common.Training.step
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     simple_loss, frozen = common.Diffusion.simple_loss, common.frozen
     monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(
-        (args[2], simple_loss(*args))) or seen[-1][1])
+        (args[2], simple_loss(*args), args[3])) or seen[-1][1])
     monkeypatch.setattr(common, "frozen", lambda *args: built.append(frozen(*args)) or built[-1])
-    ae_state = bonus.train_autoencoder(tmp_path / "ae", tiny(), data, CPU)
-    state = bonus.train_latent(tmp_path / "latent", tiny(every=8), ae_state, data, CPU)
+    monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses_of_steps.append(loss) or step(
+        training, loss, terms))
+    ae_state = bonus.train_autoencoder(tmp_path / "ae", tiny(vae_steps=7), data, CPU)
+    losses_of_steps.clear()
+    state = bonus.train_latent(tmp_path / "latent", tiny(vae_steps=7, every=8), ae_state, data, CPU)
+    assert [found["seconds_before"] for found in (ae_state, state)] == [0, ae_state["seconds"]]
     assert len(built) == 2 and all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
     assert same(dict(built[-1].state_dict()), ae_state["autoencoder"])
     assert same(state["autoencoder"], ae_state["autoencoder"]) and same(state["scale"], ae_state["scale"])
-    latents, losses = zip(*seen, strict=True)
+    latents, losses, times = zip(*seen, strict=True)
+    assert len(losses_of_steps) == 8 and torch.allclose(losses_of_steps[0], evened(losses[0], times[0], 1000))
+    assert not torch.allclose(losses_of_steps[0], losses[0], rtol=1e-3)
     assert state["log"] == [pytest.approx({"step": 8, "v_mse": float(torch.stack(losses).detach().mean())})]
 
     model, stats = bonus.load_model(state, CPU), ae_state["scale"]
@@ -80,7 +87,8 @@ def test_latents_of_mirrored_images(mirrored, tmp_path, monkeypatch):
     """The U-Net is trained on the latents of the images and, if they are mirrored at all, of their mirror images."""
     data, given, training = images_of(10), [], common.Training
     autoencoder = bonus.Autoencoder(16)
-    state = {"autoencoder": autoencoder.state_dict(), "scale": {"mean": torch.zeros(1), "sd": torch.ones(1)}}
+    state = {"autoencoder": autoencoder.state_dict(), "scale": {"mean": torch.zeros(1), "sd": torch.ones(1)},
+             "seconds": 1.0}
     monkeypatch.setattr(common, "Training", lambda folder, train, device, images, **how: given.append(images)
                         or training(folder, train, device, images, **how))
     bonus.train_latent(tmp_path, tiny(unet_flip=mirrored, steps=1), state, data, CPU)
@@ -106,86 +114,129 @@ def test_what_is_decoded():
     assert noise.shape == (20, 4, 8, 8) and float(noise.std()) == pytest.approx(0.4, abs=0.02)
 
 
-def test_measurements(monkeypatch):
-    """The peak memory is that of tensors that exist at once, not of all. The median of the seconds leaves out the first
-    two runs and ignores a slow one."""
+def test_peak_memory():
+    """It is that of tensors that exist at once, not of all."""
     def run():
         a, b = torch.ones(2 * 2**20), torch.ones(2 * 2**20)
         del a, b
         torch.ones(2 * 2**20)
 
     assert bonus.peak_memory(run, CPU) == pytest.approx(16, rel=0.02)
-    clock = iter([0, 9, 9, 18, 18, 19, 19, 20, 20, 80, 80, 82, 82, 85])  # the runs take 9, 9, 1, 1, 60, 2 and 3
-    monkeypatch.setattr(bonus.time, "perf_counter", lambda: next(clock))
-    assert bonus.median_seconds(lambda: None, CPU, repeats=5) == 2
 
 
-def test_sampling_cost_by_hand(tmp_path, monkeypatch):
-    """With planted times for a pass of the U-Net, for decoding and for a training step: seconds per image are those of
-    all steps and of decoding, over the size of the batch. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9
-    x 25 FLOPs; decoding is another one, of 3 to 1 channels."""
-    seen, counts = [], []
+class Network(torch.nn.Conv2d):
+    """A 3x3 convolution, as a U-Net or as a decoder, and a list of what its calls are for, and of how many images."""
 
-    class Network(torch.nn.Conv2d):
-        def forward(self, x, t=None):
-            kind = "decode" if t is None else "train" if torch.is_grad_enabled() else "unet"
-            seen.append((kind, len(x)))
-            counts.append(seen[-1])
-            return super().forward(x)
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.calls = []
 
-    def planted_seconds(run, device, repeats=7):
-        seen.clear()
+    def forward(self, x, t=None):
+        assert t is None or t.tolist() == [500] * len(x)
+        kind = "decode" if t is None else "train" if torch.is_grad_enabled() else "unet"
+        self.calls.append((kind, len(x), torch.is_autocast_enabled("cpu")))
+        return super().forward(x)
+
+
+def planted_sampler(inputs, outputs, channels, reduced=False):
+    """A Sampler of 6 images of 5x5, with a frozen U-Net of so many input and output channels, whose decoding makes
+    `channels` from 3, and a list of the calls of both."""
+    unet, decode = Network(inputs, outputs).requires_grad_(False), Network(3, channels)
+    decode.calls = unet.calls
+    return bonus.Sampler(unet, (inputs, 5, 5), decode, torch.zeros(6, 3, 5, 5), reduced), unet.calls
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_parts_of_sampling(reduced, tmp_path):
+    """A pass of the U-Net, decoding, and a training step, of so many images, in the precision of the model. A training
+    step leaves no gradient behind. The profile shows a pass."""
+    sampler, calls = planted_sampler(2, 4, 1, reduced)
+    sampler.evaluate_unet(4)
+    sampler.decode_codes(5)
+    sampler.train_step(3)
+    assert calls == [("unet", 4, reduced), ("decode", 5, reduced), ("train", 3, reduced)]
+    assert all(p.requires_grad and p.grad is None for p in sampler.unet.parameters()) and len(sampler.x.unique()) == 300
+    bonus.write_profile(tmp_path / "profile.txt", sampler, 6)
+    assert calls[3:] == [("unet", 6, reduced)] and "conv2d" in (tmp_path / "profile.txt").read_text()
+
+
+def test_sampling_costs_by_hand(monkeypatch):
+    """With planted times for a pass of each U-Net, for decoding and for a training step, in which both samplers are
+    timed together. Seconds per image are those of all steps and of decoding, over the size of the batch. A 3x3
+    convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1 channels. The
+    second sampler has other channels, and takes ten times as long."""
+    planted = {name: planted_sampler(*channels) for name, channels in (("pixel", (2, 4, 1)), ("latent", (1, 2, 5)))}
+    samplers = {name: sampler for name, (sampler, _) in planted.items()}
+    trained = []
+
+    def what(run, calls):  # what a function calls, with how many images
+        calls.clear()
         run()
-        (kind, count), = seen
-        return {"unet": 1 + 2 * count, "decode": 30 + count, "train": 7 * count}[kind]
+        (kind, count, _), = calls
+        return kind, count
+
+    def planted_seconds(runs, device, repeats=7):
+        seconds = {}
+        for name, run in runs.items():
+            kind, count = what(run, planted[name][1])
+            trained.extend([count] if kind == "train" else [])
+            seconds[name] = {"unet": 1 + 2 * count, "decode": 30 + count, "train": 7 * count}[kind]
+        assert list(runs) == ["pixel", "latent"]
+        return {"pixel": seconds["pixel"], "latent": 10 * seconds["latent"]}
 
     def planted_memory(run, device):
-        seen.clear()
-        run()
-        return 100.0 * seen[0][1] if seen[0][0] == "unet" else None
+        (name, (kind, count)), = ((name, what(run, calls)) for name, (sampler, calls) in planted.items()
+                                  if run.func == sampler.evaluate_unet)
+        return {"pixel": 100.0, "latent": 7.0}[name] * count if kind == "unet" else None
 
-    monkeypatch.setattr(bonus, "median_seconds", planted_seconds)
+    monkeypatch.setattr(common, "time_in_turn", planted_seconds)
     monkeypatch.setattr(bonus, "peak_memory", planted_memory)
-    model, code = SimpleNamespace(reduced=False), torch.zeros(6, 3, 5, 5)
     for train_batch, used in ((4, 4), (10, 6)):  # a training step cannot use more images than there are
-        unet, decode = Network(2, 4, 3, padding=1).requires_grad_(False), Network(3, 1, 3, padding=1)
-        cost = bonus.sampling_cost("toy", model, unet, (2, 5, 5), decode, code, 20, train_batch, tmp_path)
-        assert cost == pytest.approx({
+        costs = bonus.sampling_costs(samplers, 20, 6, train_batch)
+        assert costs["pixel"] == pytest.approx({
             "seconds_per_image_batch_1": 20 * 3 + 31, "seconds_per_image": (20 * 13 + 36) / 6, "peak_memory_mb": 600,
             "train_seconds_per_image": 7, "gflops_per_pass": 3600e-9, "gflops_per_image": (20 * 3600 + 1350) * 1e-9})
-        assert [count for kind, count in counts if kind == "train"] == [used]
-        counts.clear()
-    assert "conv2d" in (tmp_path / "profile-toy.txt").read_text()
+        assert costs["latent"] == pytest.approx({
+            "seconds_per_image_batch_1": 10 * (20 * 3 + 31), "seconds_per_image": 10 * (20 * 13 + 36) / 6,
+            "peak_memory_mb": 42, "train_seconds_per_image": 70, "gflops_per_pass": 900e-9,
+            "gflops_per_image": (20 * 900 + 6750) * 1e-9})
+        assert trained == [used, used]
+        trained.clear()
 
 
 def test_savings_by_hand(tmp_path, monkeypatch):
-    """Both costs are of the same steps, batches and settings: of stage 1's U-Net, which has 6 channels, with its VAE's
-    decoder, and of this stage's U-Net and decoder. The saving is 100 (1 - latent / pixel) percent. A cost that
-    the device does not show, 0, has none."""
-    train, calls = tiny(batch=7), {}
+    """Both costs are of the same steps, batches, settings and precision: of stage 1's U-Net, which has 6 channels, with
+    its VAE's decoder, and of this stage's U-Net and decoder. The saving is 100 (1 - latent / pixel) percent. A cost
+    that the device does not show, 0, has none. Each U-Net has a profile, of a whole batch."""
+    train, calls, profiles = tiny(batch=7), [], []
     keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "train_seconds_per_image",
             "gflops_per_pass", "gflops_per_image")
 
-    def planted(name, **given):
-        calls[name] = given
-        return dict(zip(keys, (8, 4, 0, 10, 5, 1) if name == "pixel" else (4, 3, 0, 1, 10, 0.25), strict=True))
+    def planted(samplers, steps, batch, train_batch):
+        calls.append((samplers, steps, batch, train_batch))
+        return {name: dict(zip(keys, values, strict=True)) for name, values in (
+            ("pixel", (8, 4, 0, 10, 5, 1)), ("latent", (4, 3, 0, 1, 10, 0.25)))}
 
     unet = bonus.build_unet(train)
-    model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z)
+    model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z,
+                         reduced=True)
     setup = SimpleNamespace(evaluation={"sample_steps": 9, "batch": 5})
-    monkeypatch.setattr(bonus, "sampling_cost", planted)
+    monkeypatch.setattr(bonus, "sampling_costs", planted)
+    monkeypatch.setattr(bonus, "write_profile", lambda *args: profiles.append(args))
     result = bonus.savings(tmp_path, model, train, setup)
     saved = dict(zip(keys[:2] + keys[3:], (50, 25, 90, -100, 75), strict=True))
     assert result["saved_percent"] == pytest.approx(saved) and (tmp_path / "savings.png").is_file()
     assert list(result["pixel"].values()) == [8, 4, 0, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
     assert (result["device"], result["sampler_steps"], result["batch"]) == ("cpu", 9, 5)
+    (samplers, *numbers), = calls
+    assert list(samplers) == ["pixel", "latent"] and numbers == [9, 5, 7]
+    assert profiles == [(tmp_path / f"profile-{name}.txt", samplers[name], 5) for name in samplers]
     for name, shape, code in (("pixel", (6, 32, 32), (5, 8)), ("latent", (4, 8, 8), (5, 4, 8, 8))):
-        given = calls[name]
-        assert given["model"] is model and given["unet_shape"] == shape and given["code"].shape == code
-        assert (given["steps"], given["train_batch"], given["folder"]) == (9, 7, tmp_path)
-        assert given["unet"].stem.in_channels == shape[0] and given["decode"](given["code"]).shape[0] == 5
-    assert calls["latent"]["unet"] is unet and calls["latent"]["decode"] is model.decode
-    assert isinstance(calls["pixel"]["decode"], common.Decoder)
+        sampler = samplers[name]
+        assert sampler.x.shape == (5, *shape) and sampler.code.shape == code and sampler.reduced
+        assert sampler.unet.stem.in_channels == shape[0] and sampler.decode(sampler.code).shape[0] == 5
+    assert samplers["latent"].unet is unet and samplers["latent"].decode is model.decode
+    assert isinstance(samplers["pixel"].decode, common.Decoder)
 
 
 def test_ceiling_by_hand(tmp_path, monkeypatch):
@@ -202,7 +253,7 @@ def test_ceiling_by_hand(tmp_path, monkeypatch):
         x_hat = common.to_uint8(model.networks[0].decode(model.networks[0].encode(common.to_float(real))[0]))
     mse = ((x_hat.double() - real) / 255).square().mean((1, 2, 3))
     assert result == {"fd": x_hat.double().square().mean(), "psnr_db": pytest.approx(float(-10 * mse.log10().mean())),
-                      "hf_energy": pytest.approx(fid.hf_energy(x_hat, test.images))}
+                      "images": 20, "hf_energy": pytest.approx(fid.hf_energy(x_hat, test.images))}
     (path, rows), = saved
     assert path == tmp_path / "reconstructions.png"
     assert torch.equal(rows["real"], real[:12]) and torch.equal(rows["autoencoder"], x_hat[:12])

@@ -30,11 +30,11 @@ import stage1_baseline as stage1
 
 FLAGS = {"stage1": ["--variant", "all"], "stage2": [], "stage3": [], "bonus": []}
 BASE = {"samples", "training"}
-VAE, DIFFUSION = BASE | {"robustness", "reconstructions"}, BASE | {"steps"}
+VAE, DIFFUSION = BASE | {"robustness", "reconstructions"}, BASE | {"steps", "copies"}
 REFINER = VAE | DIFFUSION | {"trajectory"}
 FIGURES = {  # of each variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": DIFFUSION, "stage1-form1": REFINER, "stage1-form2": REFINER,
-               "stage1-guided": REFINER},
+               "stage1-guided": REFINER, "stage1-augmented": REFINER},
     "stage2": {"stage2-anneal": REFINER | {"interpolation"}},
     "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": REFINER | {"uncertainty"}},
     "bonus": {"bonus-latent": VAE | DIFFUSION | {"savings"}}}
@@ -44,9 +44,10 @@ few_shapes, smoke_budget = functools.cache(small_shapes), common.budget
 
 
 def enter(patch, home, training=None):
-    """From here on, commands run in the folder `home`, on few images, and draw few samples. They train with `training`.
-    Without it, training fails the test."""
+    """From here on, commands run in the folder `home`, on few images, draw few samples, and compare small mixtures.
+    They train with `training`. Without it, training fails the test."""
     patch.chdir(home)
+    patch.setattr(fid, "COMPONENTS", (2, 3))
     patch.setattr(common, "draw_shapes", few_shapes)
     patch.setattr(common, "budget", lambda *args: (smoke_budget(*args)[0], smoke_budget(*args)[1] | SMALLEST))
     patch.setattr(common, "Training", training or refuse)
@@ -108,9 +109,13 @@ def test_smoke_writes_and_prints_everything(name, smoke):
         assert run["variant"] == variant and run["n_real"] == 1000
         assert run["train_images"] == 8 * 32 and run["features"].startswith("local-shapes-") and run["gflops"] > 0
         assert {row["n_generated"] for row in rows} == {16} and all(map(math.isfinite, tables["training"].values()))
-        shown = [(row["sampler"], row["nfe"]) for row in rows]
+        shown, networks = [(row["sampler"], row["steps"]) for row in rows], 2 if "guided" in variant else 1
         assert shown[0] == ("none", 0) if "vae" in variant else [shown[0], *shown[-2:]] == [
             ("dpm", 4), ("dpm", 2), ("dpm", 4)]
+        assert all(row["nfe"] == networks * row["steps"] for row in rows)
+        assert ("copies" in tables) == ("vae" not in variant) and ("vae" in variant or tables["copies"]["images"] == 16)
+        sized = "vae" in variant or name == "stage2"  # stages whose VAE it is
+        assert ("components" in tables) == sized and (not sized or set(tables["components"]) == {"images", "2", "3"})
         assert {path.stem for path in folder.glob("*.png")} == figures
         for path in (*folder.glob("*.png"), folder / "metrics.json"):
             assert str(path.relative_to(home)) in printed
@@ -148,7 +153,7 @@ def test_the_same_command_again(name, smoke, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt) as stop:
             COMMANDS[name]([*SMOKE, *FLAGS[name], flag, str(value)])
         assert stop.value.args[0][key] == value
-    refused(["--steps", "9"], "steps was 8, is now 9", "--out")
+    refused(["--steps", "9"], "(vae_steps was 8, is now 9)", "--out")
     refused(["--resume", "--batch-size", "2"], "batch was 32, is now 2", "--out")
     monkeypatch.setattr(common, "RANKS", 3)
     refused([], "--batch-size 32", "multiple of the 3")
@@ -182,7 +187,14 @@ def test_stage1_variants(smoke):
         priors, tables = [row["prior"] for row in metrics["rows"]], metrics["tables"]
         assert priors[:2] == (["none", "none"] if variant == "uncond" else ["gmm", "gaussian"])
         assert ("latent" in tables) == ("reconstruction" in tables) == (variant != "uncond")
-        assert ("before_refinement" in tables) == (variant in ("form1", "form2", "guided"))
+        assert ("before_refinement" in tables) == (variant in ("form1", "form2", "guided", "augmented"))
+        assert ("density_of_samples" in tables) == (variant != "uncond")
+        assert variant == "uncond" or {name: set(of) for name, of in tables["density_of_samples"].items()} == {
+            name: {"gaussian", "gmm"} for name in ("gaussian", "gmm")}
+        before = 0.0 if variant in ("vae", "uncond") else common.load_checkpoint(
+            folder_of("stage1-vae", home) / "checkpoint.pt")["seconds"]
+        assert state["seconds_before"] == before
+        assert variant == "guided" or metrics["run"]["train_seconds"] == state["seconds"] + before
         unets = 2 if variant == "guided" else 1  # its guide's, too
         weights = [*state.get("vae", {}).values(), *unets * list(state.get("unet", {}).values())]
         assert metrics["run"]["parameters"] == sum(value.numel() for value in weights)
@@ -196,14 +208,16 @@ def test_stage1_variants(smoke):
 
 
 def test_guided_extrapolates_from_its_guide(smoke, tmp_path, monkeypatch):
-    """Its prediction is that of form1, plus GUIDANCE times what form1 differs from the guide. Its run_id names both
-    trainings: with another time of training its metrics are kept, with another training of either they are not."""
+    """Its prediction is that of form1, plus half of what form1 differs from the guide. Its training took as long as
+    those of the VAE, of form1 and of the guide. Its run_id names both trainings: with another time of training its
+    metrics are kept, with another training of either they are not."""
     enter(monkeypatch, copy_of(smoke("stage1")[0], tmp_path))
     form1, guide = states = [common.load_checkpoint(folder_of(name) / "checkpoint.pt") for name in
                              ("stage1-form1", "stage1-guided")]
     run = load(Path(), "stage1-guided")["run"]
-    assert guide["train"] == form1["train"] | {"steps": 1, "guidance": stage1.GUIDANCE}
-    assert run["train_seconds"] == form1["seconds"] + guide["seconds"]
+    assert guide["train"] == form1["train"] | {"unet_steps": 1} and guide["train"]["guidance"] == 0.5
+    vae = common.load_checkpoint(folder_of("stage1-vae") / "checkpoint.pt")
+    assert run["train_seconds"] == pytest.approx(vae["seconds"] + form1["seconds"] + guide["seconds"])
     assert run["run_id"] == f"{form1['run_id']}+{guide['run_id']}" and form1["run_id"] != guide["run_id"]
 
     def measured(folder, model, setup):
@@ -223,7 +237,7 @@ def test_guided_extrapolates_from_its_guide(smoke, tmp_path, monkeypatch):
     models = [*(stage1.load_model(state, "form1", torch.device("cpu")) for state in states), model]
     (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([200])
     better, worse, guided = (model.denoiser(x_hat, None)(x, t) for model in models)
-    assert torch.equal(guided, better + stage1.GUIDANCE * (better - worse)) and not torch.equal(better, worse)
+    assert torch.equal(guided, better + 0.5 * (better - worse)) and not torch.equal(better, worse)
 
 
 def test_trajectory_has_six_columns(smoke):
@@ -238,7 +252,7 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
     home, printed = smoke("stage2")
     assert "python stage1_baseline.py --dataset shapes --budget smoke --seed 0" in printed
     latent = load(home, "stage2-anneal")["tables"]["latent_space"]
-    assert set(latent) == {"posterior", "slerp", "probe_class_accuracy", "probe_r2"}
+    assert set(latent) == {"images", "posterior", "slerp", "probe_class_accuracy", "probe_r2"}
     assert set(latent["probe_r2"]) == set(common.FACTORS) and latent["slerp"]["refined"]["path_over_distance"] >= 1
     enter(monkeypatch, copy_of(home, tmp_path, smoke("stage1")[0]))
     monkeypatch.setattr(fid, "measure_samples", refuse)
@@ -284,12 +298,16 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert set(tables["prior_log_density"]) == {"gaussian", "gmm", "flow"}
         if "vae" in variant:
             continue
-        assert set(tables["uncertainty"]["controls"]) == {"true", "shuffled"}
-        assert set(tables["uncertainty"]["terciles"]) == {"sure", "middle", "unsure"}
+        controls, costs = tables["uncertainty"]["controls"], tables["uncertainty"]["cost"]
+        assert set(controls) == {"images", "true", "shuffled"}
+        assert set(tables["uncertainty"]["terciles"]) == {"images", "sure", "middle", "unsure"}
         assert tables["uncertainty"]["adaptive_refinement"]["mean_steps"] == 2
         assert (tables["bits_per_dim"] is None) == ("posterior" in variant)
-        controls = tables["uncertainty"]["controls"]
-        assert variant != "stage3-gmm-fixed" or all(controls[name] == controls["true"] for name in controls)
+        assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
+        if variant == "stage3-gmm-fixed":
+            assert controls["shuffled"] == controls["true"] and costs["this"]["gflops"] == costs["fixed"]["gflops"]
+        else:
+            assert costs["this"]["gflops"] > costs["fixed"]["gflops"]
 
 
 def test_bonus_savings(smoke):
@@ -507,7 +525,8 @@ def test_pretrained_refuses(pretrained, capsys):
                          ("--variant vae form1", ["--variant", "guided", "leave"]),
                          ("--image-size 64", ["--image-size", "leave"]), ("--budget gpu", ["--budget", "cpu"]),
                          ("--steps 9", ["--steps", "trains", "leave"]), ("--compile", ["--compile", "leave"]),
-                         ("--weights x.pt", ["--weights", "scores nothing", "leave"])):
+                         ("--weights x.pt", ["--weights", "scores nothing", "leave"]),
+                         ("--set guidance=1", ["--set", "trains", "leave"])):
         expect_error(capsys, lambda flags=flags: stage1.main(["--pretrained", *flags.split()]), *words)
     for path, name in zip(reversed(pretrained), ("guide", "form1"), strict=True):
         data = path.read_bytes()
@@ -537,21 +556,25 @@ def test_collect_keeps_one_file_of_weights_each(pretrained, smoke, tmp_path):
     for path in runs.glob("*/metrics.json"):
         path.write_text(path.read_text().replace('"budget": "smoke"', '"budget": "gpu"'))
     final.main(["--collect", *map(str, runs.iterdir()), "--results", str(tmp_path / "none")])
-    assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 5
+    assert not [*tmp_path.glob("none/*/*.pt")] and len([*tmp_path.glob("none/*/*.json")]) == 6
 
 
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
 def test_committed_weights(dataset, size):
-    """Two files of at most 6 MB hold the networks that the cpu budget trains today. The guide was trained for a tenth
-    of the refiner's steps, with its other settings."""
+    """Two files of at most 6 MB hold the networks that the cpu budget trains today, for as many steps. The guide was
+    trained for a tenth of the refiner's steps, with its other settings. (Files of former days name one number of steps
+    for all networks.)"""
     (path,), (guide_path,) = (common.find_hashed(stage1.PRETRAINED / dataset, name) for name in ("form1", "guide"))
     state, guide = (common.load_hashed([found], "", "") for found in (path, guide_path))
     train = common.budget("cpu", dataset, size)[0]
     assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "seconds", "unet"}
     assert set(state) == {"train", "seconds", "vae", "unet", "gmm"}
-    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components", "steps"))
-    expected = state["train"] | {"steps": train["steps"] // 10, "guidance": stage1.GUIDANCE}
-    assert all(guide["train"][key] == expected[key] for key in expected.keys() & (*train, "seed", "guidance"))
+    steps = "unet_steps" if "unet_steps" in state["train"] else "steps"
+    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components"))
+    assert state["train"][steps] == train["unet_steps"] and state["train"].get("vae_steps", train["vae_steps"]) == (
+        train["vae_steps"])
+    expected = state["train"] | {steps: train["unet_steps"] // 10, "guidance": train["guidance"]}
+    assert all(guide["train"][key] == expected[key] for key in expected.keys() & (*train, "seed", steps))
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
     states = (pack | {"log": [], "run_id": ""} for pack in (state, guide))
     stage1.load_model(stage1.with_guide(*states), "guided", torch.device("cpu"))
@@ -579,6 +602,9 @@ def test_committed_weights(dataset, size):
         f"no images of {dataset}", "nowhere", "no network", "--data-dir", "use shapes", layout])
       for dataset, layout in (
         ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
+    *((name, f"--set {text}", [f"--set {text}: ", word]) for name in COMMANDS for text, word in (
+        ("guidance=much", "number"), ("start=1001", "from 1 to 1,000"), ("steps=5", "no such setting"))),
+    ("stage2", "--from-vae", ["stage1-vae-s0", "no such checkpoint"]),
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
     ("stage2", "--gradient none --diffusion-weight 2", ["--gradient none", "--diffusion-weight"]),
@@ -625,9 +651,24 @@ def test_dry_run(name, small, monkeypatch, capsys):
                 "bonus": {"autoencoder", "unet"}}
     assert set(printed["parameters"]) == networks[name]
     train, own = printed["settings"]["train"], {"stage2": ("loss", "anneal"), "stage3": ("conditioning", "film")}
-    assert train["steps"] == 5 and train["image_size"] == 64 and own.get(name, ("seed", 0)) in train.items()
+    assert train["vae_steps"] == train["unet_steps"] == 5 and train["image_size"] == 64
+    assert own.get(name, ("seed", 0)) in train.items()
     assert all(count > 1000 for count in printed["parameters"].values())
     assert name != "stage1" or subprocess.check_output([sys.executable, *argv], text=True) == text
     assert not list(small.iterdir())
 
 
+@every_stage
+def test_dry_run_of_changed_settings(name, small, capsys):
+    """It shows them, and what follows from them: the rates of networks that have a U-Net's or a VAE's, and the sizes of
+    the networks. All else is as without --set."""
+    printed = []
+    for changes in ([], ["--set", "unet_lr=0.5", "vae_lr=0.25", "start=300", "batch=7", "pool=true"]):
+        COMMANDS[name]([*SMOKE, "--dry-run", *changes])
+        printed.append(json.loads(capsys.readouterr().out))
+    plain, changed = (found["settings"]["train"] for found in printed)
+    expected = {"unet_lr": 0.5, "vae_lr": 0.25, "start": 300, "batch": 7, "pool": True}
+    expected |= {"stage3": {"refiner_lr": 0.5}, "bonus": {"autoencoder_lr": 0.25}}.get(name, {})
+    assert changed == plain | expected and all(plain[key] != value for key, value in expected.items())
+    assert printed[0]["settings"]["eval"] == printed[1]["settings"]["eval"] and not list(small.iterdir())
+    assert (printed[0]["parameters"] != printed[1]["parameters"]) == (name != "bonus")  # its autoencoder never pools

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -443,6 +444,26 @@ def test_attention_and_costs_by_hand():
             "parameters": parameters, "gflops": pytest.approx(gflops)}
 
 
+def test_time_in_turn(monkeypatch):
+    """The functions are called in turn, twice before any second counts. The median ignores a slow run. Seconds end when
+    the device has done its work."""
+    now, order = [0], []
+    seconds = {"a": iter([90, 90, 1, 1, 60, 2, 3, 5, 1, 5, 1]), "b": iter([7, 7, 20, 20, 21, 25, 30, 2, 2, 2, 2])}
+
+    def run(name):
+        order.append(name)
+        now[0] += next(seconds[name])
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    runs = {name: partial(run, name) for name in seconds}
+    assert common.time_in_turn(runs, CPU, repeats=5) == {"a": 2, "b": 21} and order == 7 * ["a", "b"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: now.insert(0, now[0] + 100))
+    assert common.time_in_turn(runs, torch.device("cuda"), repeats=2) == {"a": 103, "b": 102}
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: now.insert(0, now[0] + 10))
+    runs = {"a": lambda: order.append("c")}
+    assert common.time_in_turn(runs, torch.device("mps")) == {"a": 10} and order.count("c") == 9
+
+
 @pytest.mark.parametrize("dataset,size,blocks,millions", [("cifar10", 32, (25, 28), (9.24, 35.75)),
                                                           ("celeba64", 64, (31, 31), (14.01, 78.70))])
 def test_published_networks(dataset, size, blocks, millions):
@@ -465,12 +486,12 @@ def test_published_networks(dataset, size, blocks, millions):
                  "vae_flip": False, "unet_flip": True, "batch": 128,
                  "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
                  "decay": False, "vae_clip": 0.0, "unet_clip": 1.0, "vae_ema": 0.0, "unet_ema": 0.9999,
-                 "steps": 1_110_000, "dropout": 0.3, "components": 50, "tied": False, "attention": [16],
-                 "flow_steps": 5000}
+                 "vae_steps": 1_110_000, "unet_steps": 1_110_000, "even_levels": False, "dropout": 0.3,
+                 "components": 50, "tied": False, "attention": [16], "flow_steps": 5000}
     if size == 64:
-        published |= {"batch": 32, "steps": 2_535_000, "dropout": 0.1, "components": 75}
+        published |= {"batch": 32, "vae_steps": 2_535_000, "unet_steps": 2_535_000, "dropout": 0.1, "components": 75}
     assert {key: train[key] for key in published} == published
-    assert set(train) - set(published) == {"encoder", "decoder", "unet", "every", "compile"}
+    assert set(train) - set(published) == {"encoder", "decoder", "unet", "every", "compile", "guidance"}
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "gpu", "paper"])
@@ -856,14 +877,14 @@ def test_ctrl_c_ends_in_one_line(capsys):
 # ---- Budgets, flags, runs --------------------------------------------------------------------------------------------
 
 def test_flags_replace_the_budget():
-    """A flag changes its own setting and nothing else. The last prior is the default. Each data set has its size and
-    its features."""
+    """A flag changes its own setting and nothing else; --steps, those of all networks. The last prior is the default.
+    Each data set has its size and its features."""
     train, evaluation, device = common.read_settings(flags(
         *"--budget smoke --steps 5 --batch-size 3 --seed 7 --sampler ddim --sample-steps 999 --eval-samples 50".split(),
         *"--temperature 0.8 --prior gaussian --device cpu --compile".split()))
     plain, measured = common.budget("smoke", "shapes", 32)
-    assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "steps": 5,
-                             "batch": 3, "compile": True}
+    assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "vae_steps": 5,
+                             "unet_steps": 5, "batch": 3, "compile": True}
     assert evaluation == measured | {"sampler": "ddim", "sample_steps": 999, "count": 50, "grid_count": 50,
                                      "temperature": 0.8, "features": "local", "prior": "gaussian"} and device == CPU
     for argv, size, features in ((["folder"], 64, "inception"), (["folder", "--image-size", "32"], 32, "inception"),
@@ -883,6 +904,51 @@ def test_flags_that_are_refused(capsys):
                         *((["--image-size", "64", "--dataset", name], "--image-size 64: for --dataset folder alone; "
                            f"{name} has its own size") for name in common.DATASETS)):
         expect_error(capsys, lambda argv=argv: common.read_settings(flags(*argv, "--device", "cpu")), words)
+
+
+def test_settings_that_are_changed(capsys):
+    """Every value has its setting's type, and of two the last one counts. The changes are kept apart from the settings,
+    which are the budget's and the flags'. In the name they come in the order in which they are given."""
+    argv = "--device cpu --budget smoke --batch-size 3".split()
+    given = flags(*argv, "--set", "beta=2", "start=300", "tied=true", "even_levels=FALSE", "objective=eps",
+                  "vae_lr=1e-5", "unet_steps=12", "batch=6", "beta=1")
+    train, _, _ = common.read_settings(given)
+    changes = {"beta": 1.0, "start": 300, "tied": True, "even_levels": False, "objective": "eps", "vae_lr": 1e-5,
+               "unet_steps": 12, "batch": 6}
+    assert given.changes == changes and [type(value) for value in given.changes.values()] == [
+        float, int, bool, bool, str, float, int, int]
+    assert train == common.read_settings(flags(*argv))[0] and train["batch"] == 3
+    assert common.name_changes(given.changes) == (
+        "-beta=1-start=300-tied=True-even_levels=False-objective=eps-vae_lr=1e-05-unet_steps=12-batch=6")
+    assert common.name_changes({}) == "" and common.name_changes({"beta": 0.25}) == "-beta=0.25"
+
+
+SET_ERRORS = [
+    (["steps=5", "unet=[]", "attention=16", "encoder=1", "seed=1", "image_size=64", "dataset=cifar10", "=3", "Beta=1"],
+     ["no such setting", "vae_steps, unet_steps", "beta, pool"]),
+    (["beta", "beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],
+     ["must be a number from 0 to 1,000,000,000"]),
+    (["vae_steps=1.5", "vae_steps=1e3", "batch=-1", "components=many"],
+     ["must be a whole number from", "to 1,000,000,000"]),
+    (["start=0", "start=1001", "start=12.5"], ["must be a whole number from 1 to 1,000"]),
+    (["tied=1", "even_levels=yes", "pool=", "decay"], ["must be true or false"]),
+    (["objective=x0", "objective=EPS", "objective"], ["must be eps or v"])]
+
+
+@pytest.mark.parametrize("text,words", [(text, words) for texts, words in SET_ERRORS for text in texts])
+def test_changes_that_are_refused(text, words, capsys):
+    """One line names the change, and says what is allowed: other settings, or values. Settings that have flags, and
+    those that are lists, cannot be set."""
+    argv = ["--device", "cpu", "--budget", "smoke", "--set", "tied=true", text]
+    expect_error(capsys, lambda: common.read_settings(flags(*argv)), f"--set {text}: ", *words)
+
+
+@pytest.mark.parametrize("text", ["batch=0", "every=0", "vae_steps=0", "unet_steps=0", "components=0", "heads=0"])
+def test_numbers_that_nothing_can_be_made_of(text, capsys):
+    """Most settings may be 0, which often means that something is left out. These may not: there is no batch of no
+    image, no training of no step, no row of the log after no step, no mixture without components."""
+    argv = ["--device", "cpu", "--budget", "smoke", "--set", text]
+    expect_error(capsys, lambda: common.read_settings(flags(*argv)), f"--set {text}: must be a whole number from 1 to")
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
@@ -919,7 +985,7 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
 def test_where_training_begins(tmp_path, capsys):
     """A new folder, or one without a checkpoint: None. A finished run: its checkpoint. An unfinished one: None with
     --resume, else an error."""
-    train, folder = {"steps": 8, "seed": 0, "unet": [[32, 8, 1, 1]]}, tmp_path / "run"
+    train, folder = {"unet_steps": 8, "seed": 0, "unet": [[32, 8, 1, 1]]}, tmp_path / "run"
     checkpoint = folder / "checkpoint.pt"
     for resume in (False, True):
         common.write_json(folder / "metrics.json", {})  # of a damaged checkpoint, removed as the message says
@@ -932,8 +998,8 @@ def test_where_training_begins(tmp_path, capsys):
     for resume in (False, True):
         common.save_state(checkpoint, {"train": train, "finished": True, "steps": 8})
         assert common.finished(folder, train, resume)["steps"] == 8
-        common.save_state(checkpoint, {"train": train | {"steps": 9}, "finished": True})
-        expect_error(capsys, lambda r=resume: common.finished(folder, train, r), "steps was 9, is now 8", "--out")
+        common.save_state(checkpoint, {"train": train | {"unet_steps": 9}, "finished": True})
+        expect_error(capsys, lambda r=resume: common.finished(folder, train, r), "unet_steps was 9, is now 8", "--out")
         checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
         expect_error(capsys, lambda r=resume: common.finished(folder, train, r), str(checkpoint), "remove")
 
@@ -941,7 +1007,7 @@ def test_where_training_begins(tmp_path, capsys):
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
     """The lock is free again when its file is closed. While it is held, the message gives no advice that would harm the
     run that holds it."""
-    train, folder = {"steps": 8}, tmp_path / "run"
+    train, folder = {"unet_steps": 8}, tmp_path / "run"
     common.save_state(folder / "checkpoint.pt", {"train": train, "finished": False})
     held = common.lock(folder)
     for call in (lambda: common.lock(folder), *(lambda r=r: common.finished(folder, train, r) for r in (False, True))):
@@ -959,6 +1025,10 @@ def test_first_difference():
         "image_size was 32, is now 64")
     assert common.first_difference(old, old | {"n_train": 8, "encoder": []}) == "encoder was [[32, 8, 0]], is now []"
     assert common.first_difference({"a": 1}, {"a": 1, "c": 0}) == "c was None, is now 0"
+    steps = {"a": 1, "seed": 0, "unet_steps": 5, "vae_steps": 5}  # those come before the seed, and that before all else
+    assert common.first_difference(steps, {"a": 2, "seed": 1, "unet_steps": 6, "vae_steps": 7}) == (
+        "vae_steps was 5, is now 7")
+    assert common.first_difference(steps, steps | {"a": 2, "seed": 1, "unet_steps": 6}) == "unet_steps was 5, is now 6"
 
 
 # ---- A model ---------------------------------------------------------------------------------------------------------
@@ -992,15 +1062,18 @@ def test_encode_and_fit_mixture(tiny, monkeypatch, capsys):
     one = common.GaussianMixture.fit(z[:200], 2, 0)
     assert float(many.log_prob(held_out).mean()) > float(one.log_prob(held_out).mean())
     fitted = []
-    monkeypatch.setattr(common.GaussianMixture, "fit", lambda z, *a: fitted.append(z) or one)
+    monkeypatch.setattr(common.GaussianMixture, "fit", lambda *how: fitted.append(how) or one)
     for count, draws in ((200, 10), (20_000, 3), (70_000, 1)):
         monkeypatch.setattr(common, "encode", lambda *a, n=count: torch.zeros(2, n, 1))
-        common.fit_mixture(None, None, settings(), CPU)
-        assert len(fitted[-1]) == draws * count and float(fitted[-1].std()) == pytest.approx(1, abs=0.06)
-        assert len(fitted[-1].unique()) > 0.99 * draws * count  # every draw has its own noise
+        codes = common.draw_codes(None, None, settings(), CPU)
+        assert len(codes) == draws * count and float(codes.std()) == pytest.approx(1, abs=0.06)
+        assert len(codes.unique()) > 0.99 * draws * count  # every draw has its own noise
+    common.fit_mixture(None, None, settings(components=7, tied=True), CPU)
+    assert torch.equal(fitted[0][0], codes) and fitted[0][1:] == (7, 0, True)
+    assert not torch.equal(common.draw_codes(None, None, settings(seed=1), CPU), codes)
     for value in (101.0, math.nan):
         monkeypatch.setattr(common, "encode", lambda *a, value=value: (torch.full((9, 1), value), torch.zeros(9, 1)))
-        expect_error(capsys, lambda: common.fit_mixture(None, None, settings(), CPU), "the VAE diverged", "beyond 100")
+        expect_error(capsys, lambda: common.draw_codes(None, None, settings(), CPU), "the VAE diverged", "beyond 100")
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, flags, images_of, oracle, settings
+from helpers import CPU, flags, images_of, oracle, planted_setup, settings
 from PIL import Image
 
 import common
@@ -66,6 +66,28 @@ def test_setup(small, monkeypatch):
     assert two.cache == Path(".jpg/cache")
 
 
+def test_name_and_settings_of_a_run(small, monkeypatch):
+    """What --set changes is part of both, but for what does not matter to the run. The processes share the batch that
+    it sets."""
+    joined = []
+    monkeypatch.setattr(fid, "load_extractor", lambda *how: SimpleNamespace(name="stub", suffix="_local"))
+    monkeypatch.setattr(common, "join_processes", lambda device, batch: joined.append(batch))
+    args = flags("--device", "cpu", "--budget", "smoke", "--seed", "7", "--set", "start=300", "beta=0.5", "batch=6",
+                 "unet_ema=0", "guidance=1")
+    train, evaluation, device = common.read_settings(args)
+    setup, plain = fid.Setup(args, train, evaluation, device), settings()
+    assert joined == [6]
+    for name, without, part, changed in (
+            ("stage1-guided", (), "-start=300-beta=0.5-batch=6-unet_ema=0-guidance=1",
+             {"start": 300, "beta": 0.5, "batch": 6, "unet_ema": 0.0, "guidance": 1.0}),
+            ("stage1-form1", ("guidance",), "-start=300-beta=0.5-batch=6-unet_ema=0",
+             {"start": 300, "beta": 0.5, "batch": 6, "unet_ema": 0.0}),
+            ("stage1-vae", common.OF_UNET, "-beta=0.5-batch=6", {"beta": 0.5, "batch": 6})):
+        folder, found = setup.run(name, without)
+        assert folder == setup.home / f"{name}{part}-s7" and setup.home == Path("runs/shapes-smoke")
+        assert found == setup.train | changed and setup.train["start"] == plain["start"] != 300
+
+
 def test_setup_of_several_processes(small, monkeypatch):
     """The first process decodes the data before all others. It computes scores alone and hands them on."""
     monkeypatch.setattr(fid, "load_extractor", lambda *how: SimpleNamespace(name="stub", suffix="_local"))
@@ -117,15 +139,16 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "draw_training", lambda folder, log: {"last": log[-1]})
     monkeypatch.setattr(common, "count_cost", lambda model: {"parameters": 7, "gflops": 8.0})
     folder, data = tmp_path / "form1-s3", images_of(30)
-    train = {"budget": "cpu", "seed": 3, "steps": 20, "batch": 5}
-    state = {"train": train, "run_id": "a", "seconds": 12.5, "log": [{"step": 1}, {"step": 20}]}
+    train = {"budget": "cpu", "seed": 3, "vae_steps": 7, "unet_steps": 20, "batch": 5}
+    state = {"train": train, "run_id": "a", "seconds": 12.5, "seconds_before": 30.25,
+             "log": [{"step": 1}, {"step": 20}]}
     setup = SimpleNamespace(data=dataclasses.replace(data, name="toy", crop="box", note="JPEG copies"),
                             evaluation={"count": 50}, extractor=SimpleNamespace(name="stub"))
     metrics = fid.evaluate(folder, setup, state, tiny)
     run = metrics["run"]
     expected = {"dataset": "toy", "crop": "box", "data_note": "JPEG copies", "variant": "form1", "budget": "cpu",
                 "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 7, "gflops": 8.0,
-                "train_images": 100, "train_seconds": 12.5, "torch": torch.__version__, "train": train,
+                "train_images": 100, "train_seconds": 42.75, "torch": torch.__version__, "train": train,
                 "eval": {"count": 50}}
     assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device", "commit"}
     assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)") and run["commit"]
@@ -201,7 +224,8 @@ def test_psnr_of_perfect_images_is_finite():
 
 
 def test_measure(tiny, monkeypatch):
-    """Scores and sharpness are those of the refined images. Sharpness is compared with held-out images."""
+    """Scores and sharpness are those of the refined images. Sharpness is compared with held-out images. A sampling step
+    may evaluate two networks."""
     asked, (x_hat, images, test) = [], images_of(30).images.split(10)
     monkeypatch.setattr(common, "generate", lambda *how: asked.append(how) or (x_hat, images, 0.25))
     setup = SimpleNamespace(train={"seed": 5}, evaluation={"batch": 7}, score=brightness, data=None,
@@ -209,9 +233,12 @@ def test_measure(tiny, monkeypatch):
     tiny.diffusion = common.Diffusion("v", start=400)
     row, before, after = fid.measure(tiny, setup, "gaussian", "dpm", 500, 10, 0.1)
     assert asked == [(tiny, 10, "gaussian", "dpm", 500, 5, 7, 0.1)] and before is x_hat and after is images
-    assert row == {"prior": "gaussian", "sampler": "dpm", "nfe": 400, "n_generated": 10, "seconds_per_image": 0.25,
-                   **brightness(images), "hf_energy": fid.hf_energy(images, test)}
-    assert fid.measure(tiny, setup, "gaussian", "dpm", 4, 10, 0.0)[0]["nfe"] == 4
+    assert row == {"prior": "gaussian", "sampler": "dpm", "steps": 400, "nfe": 400, "n_generated": 10,
+                   "seconds_per_image": 0.25, **brightness(images), "hf_energy": fid.hf_energy(images, test)}
+    tiny.evaluations = 2
+    for steps, taken, nfe in ((4, 4, 8), (500, 400, 800), (0, 0, 0)):
+        row, _, _ = fid.measure(tiny, setup, "gaussian", "dpm", steps, 10, 0.0)
+        assert (row["steps"], row["nfe"]) == (taken, nfe)
 
 
 def dotted(count, level):
@@ -220,9 +247,10 @@ def dotted(count, level):
     return images
 
 
-def stub_samples(monkeypatch, evaluation, **changes):
+def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     """A model, a setup and a list of the rows that measure_samples asks for. `measure` returns, for the n-th of them, a
-    score of n, and images with dots: x_hat of grey level n and refined images of grey level 100 + n."""
+    score of n, and images with dots: x_hat of grey level n and refined images of grey level 100 + n. `copies` returns
+    the number of its images and their grey level."""
     drawn = []
 
     def measure(model, setup, *how):
@@ -231,6 +259,8 @@ def stub_samples(monkeypatch, evaluation, **changes):
             dotted(how[3], level) for level in (len(drawn), 100 + len(drawn)))
 
     monkeypatch.setattr(fid, "measure", measure)
+    if stub_copies:
+        monkeypatch.setattr(fid, "copies", lambda folder, images, setup: (len(images), images[0, 0, 0, 0].item()))
     model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion("v"), vae=object(), denoiser=object(),
                          priors={"gaussian": None, "gmm": None})
     setup = SimpleNamespace(evaluation=common.EVAL | {"prior": "gmm", "count": 40, "grid_count": 40} | evaluation,
@@ -252,7 +282,8 @@ def test_no_row_is_drawn_twice(monkeypatch, tmp_path):
 
 def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     """The headline comes first. Before refinement, the headline's x_hat are scored. Other priors get the headline's
-    count if they are cheap, which they are for a VAE alone."""
+    count if they are cheap, which they are for a VAE alone. Copies are looked for among the first of the headline's
+    images, but not of a VAE alone, whose images are blurred."""
     pictures = {}
     monkeypatch.setattr(common, "save_grid", lambda path, rows, *_: pictures.update({path.name: {
         label: images[0, 0, 0, 0].item() for label, images in rows.items()}}))
@@ -260,7 +291,8 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     model, setup, drawn = stub_samples(monkeypatch, changes)
     rows, tables = fid.measure_samples(tmp_path, model, setup)
     assert drawn[:3] == [("gmm", "ddim", 8, 50, 0.0), ("gaussian", "ddim", 8, 20, 0.0), ("gmm", "dpm", 2, 20, 0.0)]
-    assert [row["fd"]["value"] for row in rows] == [1, 2, 3] and tables.keys() == {"before_refinement", "robustness"}
+    assert [row["fd"]["value"] for row in rows] == [1, 2, 3] and tables["copies"] == (20, 101)
+    assert tables.keys() == {"before_refinement", "robustness", "copies"}
     x_hat = dotted(50, 1)
     assert tables["before_refinement"] == brightness(x_hat) | {"hf_energy": fid.hf_energy(x_hat, setup.test.images)}
     assert pictures["samples.png"] == {f"{name} {i}": level for i in range(3) for name, level in (
@@ -272,14 +304,15 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     assert len(rows) == 2 and tables.keys() == {"robustness"} and pictures["samples.png"]["form1 0"] == 101
     model, setup, drawn = stub_samples(monkeypatch, changes, vae=None, priors={})  # diffusion alone
     rows, tables = fid.measure_samples(tmp_path, model, setup)
-    assert [how[:4] for how in drawn] == [("none", "ddim", 8, 50), ("none", "dpm", 2, 20)] and tables == {}
+    assert [how[:4] for how in drawn] == [("none", "ddim", 8, 50), ("none", "dpm", 2, 20)]
+    assert tables == {"copies": (20, 101)}
     model, setup, drawn = stub_samples(monkeypatch, changes, vae=None, priors={}, decode=len)  # of a latent
-    assert fid.measure_samples(tmp_path, model, setup)[1].keys() == {"robustness"}
+    assert fid.measure_samples(tmp_path, model, setup)[1].keys() == {"robustness", "copies"}
 
 
 @pytest.mark.parametrize("refined", [True, False])
-def test_robustness_area_by_hand(refined, tmp_path, monkeypatch):
-    """Scores 10, 12, 20, 50 at noise sd 0, 0.1, 0.2, 0.4: the area over 0.4 is (0.11 + 0.16 + 0.7) / 0.4."""
+def test_robustness_by_hand(refined, tmp_path, monkeypatch):
+    """Scores 10, 12, 20, 50 at noise sd 0, 0.1, 0.2, 0.4: with noise they are 82 / 3 on average, and without it 10."""
     values, sds, asked = [10.0, 12.0, 20.0, 50.0], [], set()
 
     def draw(prior, sampler, steps, count, damage):
@@ -289,13 +322,81 @@ def test_robustness_area_by_hand(refined, tmp_path, monkeypatch):
         return {"fid": {"value": values[len(sds) - 1]}, "hf_energy": {"value": 1.0 - damage}}, image, 10 * image
 
     table = fid.robustness(tmp_path, draw, "gmm", {"probe_steps": 7, "grid_count": 2}, "fid", refined)
-    assert table["area"] == pytest.approx(0.97 / 0.4) and sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03)
-    assert asked == {("gmm", "dpm", 7, 2) if refined else ("gmm", "none", 0, 2)} and table["nfe"] == 7 * refined
+    assert table["mean"] == pytest.approx(82 / 3) and table["rise"] == pytest.approx(52 / 3)
+    assert sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03) and (table["steps"], table["images"]) == (7 * refined, 2)
+    assert asked == {("gmm", "dpm", 7, 2) if refined else ("gmm", "none", 0, 2)}
     assert [row["fid"]["value"] for row in table["scores"].values()] == values
     assert [row["hf_energy"]["value"] for row in table["scores"].values()] == [1 - sd for sd in sds]
     picture = np.asarray(Image.open(tmp_path / "robustness.png"))
     levels = [1, 10, 2, 20, 3, 30, 4, 40] if refined else [1, 2, 3, 4]
     assert picture[49::98, -49, 0].tolist() == levels
+
+
+def grey_levels(images):
+    return images.flatten(1).double().numpy()
+
+
+def brute_force(images, train, mirrored, features):
+    """The distance of each image to the nearest training image, and the index of that, one by one."""
+    sides = [images, images.flip(3)] if mirrored else [images]
+    distances = np.array([[min(np.linalg.norm(features(side)[i] - row) for side in sides) for row in features(train)]
+                          for i in range(len(images))])
+    return distances.min(1), distances.argmin(1)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("count", [30, 60])
+def test_copies_by_hand(mirrored, count, tmp_path, monkeypatch):
+    """Three of the random images are planted: a training image, a mirrored one with a pixel that is off by a level, and
+    one with all pixels off by 3 levels. The nearest training images are found one by one, in grey levels and in planted
+    features, random sums over pixels. The mirrored one is close only if training mirrors images. There are as many
+    held-out images as generated ones, or all if those are more."""
+    def noise(count, seed):
+        return torch.randint(0, 250, (count, 3, 8, 8), generator=common.generator(seed)).to(torch.uint8)
+
+    def sums(images):
+        return grey_levels(images) @ common.randn((192, 5), common.generator(9)).double().numpy() / 100
+
+    train, test, images, pictures = noise(300, 1), noise(50, 2), noise(count, 3), {}
+    images[:3] = torch.stack([train[17], train[5].flip(2), train[100] + 3])
+    images[1, 0, 0, 0] += 1
+    monkeypatch.setattr(fid, "extract", lambda extractor, images: (torch.tensor(sums(images)).float(), None))
+    monkeypatch.setattr(common, "save_grid", lambda path, rows: pictures.update({path: rows}))
+    setup = SimpleNamespace(data=SimpleNamespace(images=train), test=SimpleNamespace(images=test), extractor=None,
+                            train={"unet_flip": mirrored},
+                            reference=SimpleNamespace(features=fid.extract(None, fid.shuffle(train))[0]))
+    table, used = fid.copies(tmp_path, images, setup), min(count, 50)
+    assert table.keys() == {"images", "pixels", "features"} and table["images"] == used
+    for kind, features, unit in (("pixels", grey_levels, 192**0.5), ("features", sums, 1.0)):
+        (generated, index), (held_out, _) = (brute_force(some[:used], train, mirrored, features)
+                                             for some in (images, test))
+        closer = generated < np.quantile(held_out, 0.01)
+        assert closer[:3].tolist() == [True, mirrored, True] and closer.mean() < 0.3
+        assert table[kind] == {"generated": pytest.approx(generated.mean() / unit, rel=1e-3),
+                               "held_out": pytest.approx(held_out.mean() / unit, rel=1e-4),
+                               "closer": pytest.approx(closer.mean())}
+    closest = generated.argsort()[:5]  # in the features
+    rows, = pictures.values()
+    assert list(pictures) == [tmp_path / "copies.png"] and list(rows) == ["generated", "nearest in training"]
+    assert torch.equal(rows["generated"], images[closest])
+    assert torch.equal(rows["nearest in training"], train[index[closest]]) and index[0] == 17
+
+
+def test_copies_of_a_run_that_mirrors_its_images(tmp_path, monkeypatch):
+    """Whether mirror images count is a setting of the run, which --set may have changed."""
+    model, setup, _ = stub_samples(monkeypatch, {}, vae=None, priors={}, decode=len, stub_copies=False)
+    seen, data, train = [], images_of(20), settings(unet_flip=False)
+    monkeypatch.setattr(fid, "extract", lambda extractor, images: seen.append(len(images)) or (
+        torch.zeros(len(images), 2), None))
+    for name in ("draw_training", "count_cost"):
+        monkeypatch.setattr(common, name, lambda *how: {})
+    reference = SimpleNamespace(features=torch.zeros(20, 2))
+    setup = planted_setup(tmp_path, train, changes={"unet_flip": True}, **vars(setup) | {
+        "data": data, "test": data, "reference": reference, "extractor": SimpleNamespace(name="")})
+    folder, settings_of_run = setup.run("bonus-latent")
+    state = {"train": settings_of_run, "run_id": "", "seconds": 1.0, "seconds_before": 0.0, "log": []}
+    fid.evaluate(folder, setup, state, model)
+    assert seen == [40, 40]  # 20 images and their mirror images: of generated and of held-out ones
 
 
 # ---- Tables of a VAE -------------------------------------------------------------------------------------------------
@@ -377,7 +478,8 @@ def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "refine", lambda *how: reconstructed.append(len(how[1])) or refine(*how))
 
     def prior(name, density):
-        return SimpleNamespace(log_prob=lambda z: codes.update({name: z}) or torch.full((len(z),), density))
+        return SimpleNamespace(log_prob=lambda z: codes.setdefault(name, z) is None or torch.full((len(z),), density),
+                               sample=lambda count, gen: torch.zeros(count, 8))
 
     tiny.priors, tiny.denoiser = {"gaussian": prior("gaussian", -3.0), "gmm": prior("gmm", -2.0)}, None
     setup = SimpleNamespace(test=images_of(1001), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
@@ -388,6 +490,69 @@ def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
     noise = common.randn((1001, 8), common.generator(common.SEEDS["held_out_codes"] + 4))
     assert torch.allclose(codes["gmm"], mu + (0.5 * logvar).exp() * noise, atol=1e-4)
     assert torch.equal(codes["gmm"], codes["gaussian"]) and reconstructed == [500, 500]
+
+
+def test_density_of_samples(tiny, tmp_path):
+    """By every prior, of samples of every prior. With N(0, I) and N(m, s^2 I) all four have closed forms. 1,000 samples
+    are drawn of each, by a generator of its own."""
+    m, s, asked = torch.arange(8.0) / 4, 0.5, []
+
+    class Far(common.GaussianMixture):
+        def sample(self, count, gen):
+            asked.append((count, gen.initial_seed()))
+            return super().sample(count, gen)
+
+    tiny.priors["far"], tiny.denoiser = Far(torch.ones(1), m[None], s * torch.eye(8)[None]), None
+    setup = SimpleNamespace(test=images_of(50), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
+                            evaluation={"grid_count": 20, "sample_steps": 3, "batch": 20})
+    table = fid.measure_vae(tmp_path, tiny, setup)["density_of_samples"]
+    assert asked == [(1000, common.SEEDS["held_out_codes"] + 4)]
+    unit, length = 8 * math.log(2 * math.pi), float(m @ m)
+    expected = {("gaussian", "gaussian"): unit + 8, ("gaussian", "far"): unit + 8 * s**2 + length,
+                ("far", "far"): unit + 16 * math.log(s) + 8,
+                ("far", "gaussian"): unit + 16 * math.log(s) + (8 + length) / s**2}
+    assert {(by, of) for by in table for of in table[by]} == expected.keys()
+    for (by, of), value in expected.items():
+        found = table[by][of]
+        assert found["low"] < found["value"] < found["high"]
+        assert abs(found["value"] + value / 2) < 2 * (found["high"] - found["value"]), (by, of)  # four standard errors
+    assert table["far"]["gaussian"]["value"] < table["gaussian"]["far"]["value"] - 10  # they differ
+
+
+@pytest.mark.parametrize("refined", [True, False])
+def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
+    """For every size a mixture with one covariance is fitted to codes of training images. Samples from it alone are
+    scored, as many as for other rows beside the headline, and held-out codes have their density under it."""
+    measured, data, test = [], images_of(60), images_of(50, seed=2)
+
+    def measure(model, setup, prior, *how, damage):
+        measured.append((model, prior, how, damage))
+        return {"fd": score(float(len(measured))), "kid": score(7.0)}, None, None
+
+    monkeypatch.setattr(fid, "measure", measure)
+    monkeypatch.setattr(fid, "COMPONENTS", (2, 5))
+    tiny.temperature, tiny.denoiser = 0.7, tiny.denoiser if refined else None
+    setup = SimpleNamespace(data=data, test=test, fd="fd", train=None, evaluation=common.EVAL | {
+        "prior": "gaussian", "count": 40, "grid_count": 30, "sampler": "ddim", "sample_steps": 9})
+    train = settings(seed=3, components=7, tied=False)
+    table = fid.by_components(tiny, setup, train)
+    count, how = (30, ("ddim", 9, 30)) if refined else (40, ("none", 0, 40))
+    assert table.keys() == {"images", "2", "5"} and table["images"] == count
+    codes = common.draw_codes(tiny.vae, data.images, train, CPU)
+    mu, logvar = common.encode(tiny.vae, test.images, CPU)
+    noise = common.randn((50, 8), common.generator(common.SEEDS["held_out_codes"] + 3))
+    held_out = mu + (0.5 * logvar).exp() * noise
+    for i, components in enumerate((2, 5)):
+        model, prior, asked, damage = measured[i]
+        mixture, = model.priors.values()
+        expected = common.GaussianMixture.fit(codes, components, 3, tied=True)
+        assert prior in model.priors and (asked, damage) == (how, 0.0)
+        assert model.vae is tiny.vae and model.denoiser is tiny.denoiser and model.temperature == 0.7
+        assert torch.equal(mixture.means, expected.means) and torch.equal(mixture.factors, expected.factors)
+        assert mixture.means.shape == (components, 8) and mixture.factors.shape == (1, 8, 8)
+        density = fid.mean_score(expected.log_prob(held_out))
+        assert table[str(components)] == {"fd": score(i + 1.0), "log_density": pytest.approx(density, rel=1e-4)}
+    assert tiny.priors.keys() == {"gaussian"}  # it was copied, not changed
 
 
 def test_where_refinement_should_begin():
@@ -477,8 +642,9 @@ def test_bits_per_dim_by_hand(with_vae, tiny, monkeypatch):
 def test_no_row_is_printed_twice(tmp_path, capsys):
     """The headline may be a row of the grid, too. Every column has its own number; paths and notes follow."""
     def row(steps, fd):
-        return {"prior": "gmm", "sampler": "dpm", "nfe": steps, "n_generated": 60 + steps, "seconds_per_image": 0.125,
-                "fd_local": score(fd), "floor_local": {"value": 0.5, "low": None, "high": None},
+        return {"prior": "gmm", "sampler": "dpm", "steps": steps, "nfe": 2 * steps, "n_generated": 60 + steps,
+                "seconds_per_image": 0.125, "fd_local": score(fd),
+                "floor_local": {"value": 0.5, "low": None, "high": None},
                 "is_local": score(6.0), "precision_local": score(0.7), "recall_local": score(0.3),
                 "hf_energy": score(0.9), "kid_local": score(9.0)}
 

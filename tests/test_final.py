@@ -1,5 +1,6 @@
-"""Final evaluation: claims about planted results, which results may be compared, tables, charts, collecting. And the
-texts of this repository agree with its results: no number was typed, no picture is missing or left over."""
+"""Final evaluation, numbers first. Metrics are planted in which every number is another one, and what tables, claims
+and charts must show of them is typed here by hand or computed by SciPy. Then: which results may be compared, what is
+collected, and that the texts of this repository agree with its results: no number was typed, no picture is missing."""
 
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import pytest
 from helpers import expect_error
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 import common
 import final_evaluation as final
@@ -18,27 +20,41 @@ PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
         "grid": [["dpm", 5], ["dpm", 25]], "probe_steps": 10, "bits_images": 128, "bits_draws": 40}
+TRAIN = common.TRAIN | {"vae_steps": 220, "unet_steps": 220, "dataset": "shapes", "image_size": 32}
+VARIANTS = [*(f"stage1-{name}" for name in ("vae", "uncond", "form1", "form2", "guided", "augmented")),
+            *(f"stage2-{name}" for name in ("anneal", "anneal-grad-none", "sum-w10")), "stage3-vae-flow",
+            "stage3-vae-gaussian", *(f"stage3-flow-{name}" for name in ("fixed", "fade", "film", "coupling")),
+            "bonus-latent"]
+SCORES = ("fd_local", "floor_local", "is_local", "kid_local", "precision_local", "recall_local", "diversity_local",
+          "hf_energy")
 
 
 def score(value):
     return {"value": float(value), "low": value - 1.0, "high": value + 1.0}
 
 
-def metrics(variant="stage1-form1", seed=0, distance=10.0, **run):
-    """Metrics with a headline row, one row of another prior and two of other steps. The fd of every row differs."""
-    names = [f"{name}_local" for name in ("floor", "is", "kid", "precision", "recall", "diversity")] + ["hf_energy"]
-    row = {"prior": "gmm", "sampler": "dpm", "nfe": 25, "n_generated": 100, "seconds_per_image": 0.5,
-           "peak_memory_mb": None, "fd_local": score(distance)} | {name: score(0.5) for name in names}
-    facts = {"dataset": "shapes", "crop": "none", "data_note": "drawn", "variant": variant, "stage": variant[:6],
-             "budget": "cpu", "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5,
-             "train_images": 7100, "train_seconds": 90.0, "device": "cpu", "commit": "c", "torch": "2", "eval": EVAL}
-    grid = [row | {"nfe": n, "n_generated": 50, "fd_local": score(distance + 50 / n)} for n in (5, 25)]
-    rows = [row, row | {"prior": "gaussian", "fd_local": score(3 * distance)}, *grid]
+def row(prior, sampler, steps, images, fd):
+    """A row of scores. Beside fd they are fd + 1 (floor), fd + 2 (is), ... in the order of SCORES."""
+    return {"prior": prior, "sampler": sampler, "steps": steps, "nfe": 2 * steps, "n_generated": images,
+            "seconds_per_image": fd + 0.5, "peak_memory_mb": None} | {
+                name: score(fd + k) for k, name in enumerate(SCORES)}
+
+
+def metrics(variant="stage1-form1", seed=0, distance=10.0, train=(), **run):
+    """Metrics with a headline of 100 images, and rows of 50: one of another prior and two of other steps. The fd of
+    every row differs. `train`: changed train settings, or None if the metrics shall have none."""
+    facts = {"dataset": "shapes", "crop": "none", "data_note": "drawn", "variant": variant, "budget": "cpu",
+             "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5, "train_images": 7040,
+             "train_seconds": 90.0, "device": "cpu", "commit": "c", "torch": "2", "eval": EVAL}
+    if train is not None:
+        facts["train"] = TRAIN | {"seed": seed} | dict(train)
+    rows = [row("gmm", "dpm", 25, 100, distance), row("gaussian", "dpm", 25, 50, 3 * distance),
+            row("gmm", "dpm", 5, 50, distance + 10), row("gmm", "dpm", 25, 50, distance + 2)]
+    noise = {"clean": distance, "noise 0.1": 1.1 * distance, "noise 0.4": 4 * distance}
+    robustness = {"steps": 10, "images": 50, "mean": 2 * distance, "rise": distance,
+                  "scores": {name: {"fd_local": score(fd)} for name, fd in noise.items()}}
     return {"schema": 1, "run": facts | run, "rows": rows, "tables": {
-        "bits_per_dim": {"bound": score(3)},
-        "robustness": {"area": 1.25, "scores": {"clean": {"fd_local": score(distance)},
-                                                "noise 0.1": {"fd_local": score(1.1 * distance)},
-                                                "noise 0.4": {"fd_local": score(4 * distance)}}}}}
+        "bits_per_dim": {"bound": score(3), "images": 128}, "robustness": robustness}}
 
 
 def save(folder, *many):
@@ -54,111 +70,241 @@ def load(folder, *many):
     return final.load_all(save(folder, *many))
 
 
-def test_changes_between_planted_results():
-    """A clear gain, a clear loss, a tie, one and two seeds. The interval is Student's over the pairs."""
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+def measured(seed=0):
+    """Metrics of a run that measured everything that a stage can measure, and each number is another one."""
+    found = metrics("stage2-anneal", seed, eval=EVAL | {"count": 1000, "grid_count": 200, "sample_steps": 10})
+    found["run"] |= {"train_seconds": 6600.0, "parameters": 8, "gflops": 9}
+    found["rows"] = [row("gmm", "dpm", 10, 1000, 100), row("gaussian", "dpm", 10, 200, 110),
+                     row("flow", "dpm", 10, 200, 120), row("gmm", "ddim", 6, 200, 130),
+                     row("gmm", "ddim", 25, 200, 140), row("gmm", "dpm", 6, 200, 150), row("gmm", "dpm", 10, 200, 160),
+                     row("gmm", "dpm", 25, 200, 170)]
+    noise = {"clean": 240, "noise 0.1": 241, "noise 0.2": 242, "noise 0.4": 243}
+    found["tables"] = {
+        "before_refinement": {name: score(200 + k) for k, name in enumerate(SCORES)},
+        "bits_per_dim": {"bound": score(210), "images": 128, "latent_prior": "gmm", "kl": 211.0},
+        "reconstruction": {"psnr_db": 220.0, "kl_nats": 221.0, "hf_energy_vae": score(222)},
+        "robustness": {"steps": 10, "images": 201, "mean": 230.0, "rise": 231.0, "scores": {
+            name: {"fd_local": score(fd), "hf_energy": score(fd + 10)} for name, fd in noise.items()}},
+        "latent_space": {"images": 202, "posterior": {"vae": score(260), "refined": score(261)}, "slerp": {
+            "vae": {"path_over_distance": 262.0}, "refined": {"path_over_distance": 263.0, "end_distance": 264.0}}},
+        "prior_log_density": {"gaussian": score(-270), "gmm": score(-271), "flow": score(-272)},
+        "density_of_samples": {"gmm": {"gmm": score(-280), "flow": score(-281)},
+                               "flow": {"gmm": score(-282), "flow": score(-283)}},
+        "components": {"images": 203, "30": {"fd_local": score(290), "log_density": score(-291)},
+                       "300": {"fd_local": score(292), "log_density": score(-293)},
+                       "3000": {"fd_local": score(294), "log_density": score(-295)}},
+        "uncertainty": {
+            "variance": {"correlation": 300.0, "conclusion": "s ranks"}, "regressed": {"correlation": 301.0},
+            "terciles": {"images": 101, **{name: {"sse": 1.0, "vae": {"fd_to_these": fd, "hf_energy": 2.0},
+                                                  "refined": {"fd_to_these": fd + 1, "hf_energy": 3.0}}
+                                           for name, fd in (("sure", 310.0), ("middle", 312.0), ("unsure", 314.0))}},
+            "controls": {"images": 301, "true": {"fd_to_these": 320.0}, "shuffled": {"fd_to_these": 321.0}},
+            "adaptive_refinement": {"mean_steps": 2, "images": 999, **{
+                name: {"fd_local": score(fd), "hf_energy": score(1), "seconds_per_image": 0.1} for name, fd in
+                (("even", 330), ("even_middle_start", 331), ("adaptive_steps", 332), ("shuffled_steps", 333),
+                 ("adaptive_start", 334), ("shuffled_start", 335))}},
+            "cost": {"fixed": {"seconds_per_image": 340.0, "gflops": 341.0},
+                     "this": {"seconds_per_image": 342.0, "gflops": 343.0}}},
+        "copies": {"images": 204, "pixels": {"generated": 350.0, "held_out": 351.0, "closer": 352.0},
+                   "features": {"generated": 353.0, "held_out": 354.0, "closer": 355.0}},
+        "ceiling": {"images": 205, "fd_local": score(360), "hf_energy": score(361), "psnr_db": 362.0},
+        "savings": {"device": "cpu", "sampler_steps": 10, "batch": 100,
+                    "pixel": {"seconds_per_image": 1.0}, "latent": {"seconds_per_image": 2.0},
+                    "saved_percent": {"seconds_per_image_batch_1": 370.0, "seconds_per_image": 371.0,
+                                      "peak_memory_mb": 372.0, "train_seconds_per_image": 373.0,
+                                      "gflops_per_pass": 374.0, "gflops_per_image": 375.0}}}
+    return found
+
+
+# Of each name: the number in `measured`, and the number of images that it rests on.
+EXPECTED = {
+    "fd": (100, 1000), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000), "recall": (105, 1000),
+    "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000), "evaluations": (20, 1000),
+    "fd, 6 steps": (150, 200), "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
+    "hf_energy, 6 steps": (157, 200), "fd, gaussian": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
+    "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "noise fd": (230, 201),
+    "noise rise": (231, 201), "noise 0.4 fd": (243, 201), "fd of real codes": (261, 202), "path / ends": (263, 202),
+    "log p, gaussian": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
+    "log p by flow of mixture's": (-282, None), "log p by mixture of flow's": (-281, None),
+    "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
+    "rank, regressed": (301, None), "rank, variance": (300, None), "sure, VAE": (310, 101), "unsure, VAE": (314, 101),
+    "sure, refined": (311, 101), "unsure, refined": (315, 101), "own s": (320, 301), "other s": (321, 301),
+    "steps evenly": (330, 999), "steps by s": (332, 999), "steps by other s": (333, 999),
+    "seconds, this": (342, None), "seconds, fixed": (340, None), "gflops, this": (343, None),
+    "gflops, fixed": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
+    "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205), "% GFLOPs": (375, None),
+    "% seconds": (371, None), "% seconds, batch 1": (370, None), "% memory": (372, None)}
+
+
+def test_every_number_comes_from_its_place(tmp_path):
+    """Every name finds the number that was planted for it, in the features of the local network and of Inception."""
+    local = load(tmp_path / "local", measured())["shapes"]["stage2-anneal"]
+    text = json.dumps(measured()).replace('"fd_local"', '"fid"').replace("_local", "")
+    inception = load(tmp_path / "inception", json.loads(text))["shapes"]["stage2-anneal"]
+    for seeds in (local, inception):
+        assert {name: (*final.values_by_seed(seeds, name).values(), final.images_behind(seeds[0], name))
+                for name in final.NUMBERS} == EXPECTED
+    assert final.number(local[0], "no such") is None and final.number(local[0], "headline/no/such") is None
+    assert final.number(local[0], "tables/components/300/log_density") == score(-293)  # a place that has no name
+
+
+def test_every_number_of_tables_and_claims_has_a_name():
+    """Columns and claims use each name of NUMBERS, and no other one. A variant is one that a command makes, and may end
+    in train settings that --set changes."""
+    columns = {column for _, columns in final.TABLES.values() for column in columns.split("; ")}
+    claims = final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS
+    sides = [side.rsplit(" of ", 1) for _, *both in claims for side in both]
+    assert columns | {name for name, _ in sides} == set(final.NUMBERS)
+    for _, variant in sides:
+        assert {*re.findall(r"-(\w+)=", variant)} <= common.TRAIN.keys()
+    assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} | {*final.SHEET} <= {*VARIANTS}
+    assert len({question for question, *_ in claims}) == len(claims)
+    assert all(first != second for _, first, second in claims)
+    for question, first, _ in claims:  # what the question is about comes first
+        for name in re.findall("`(film|fade|coupling)`", question):
+            assert first.endswith(f"-flow-{name}")
+
+
+def test_times_are_those_of_the_first_seed(tmp_path):
+    """So are the savings in time. The two times of `cost` were taken in turn, and count for all seeds."""
+    seeds = load(tmp_path, measured(2), measured(1))["shapes"]["stage2-anneal"]
+    counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
+    assert {name for name, found in counted.items() if found == [1]} == {
+        "seconds", "train minutes", "% seconds", "% seconds, batch 1"}
+    assert {tuple(found) for found in counted.values()} == {(1,), (1, 2)}
+    places = final.all_places(seeds[1])
+    assert {place for place in places if len(final.values_by_seed(seeds, place)) == 1} == {
+        place for place in places if "seconds" in place and "cost" not in place or "minutes" in place}
+
+
+def test_rows_by_name(tmp_path):
+    """A row that comes twice counts once: the first. The headline's prior is among the priors, with as few images as
+    the others, or not at all. A VAE alone has as many images under every prior, so there it is the headline."""
+    twice, without, vae = metrics(), metrics("stage1-guided"), metrics("stage1-vae")
+    twice["rows"] += [twice["rows"][-1] | {"fd_local": score(99)}, twice["rows"][1] | {"fd_local": score(98)}]
+    without["rows"] = without["rows"][:3]
+    vae["rows"] = [row("gmm", "none", 0, 100, 10), row("gaussian", "none", 0, 100, 30)]
+    found = {variant: seeds[0] for variant, seeds in load(tmp_path, twice, without, vae)["shapes"].items()}
+    fds = {variant: {f"{kind} {name}": row["fd"]["value"] for kind in ("steps", "priors")
+                     for name, row in m[kind].items()} for variant, m in found.items()}
+    assert fds == {"stage1-vae": {"priors gmm": 10, "priors gaussian": 30},
+                   "stage1-form1": {"steps dpm 5": 20, "steps dpm 25": 12, "priors gaussian": 30, "priors gmm": 12},
+                   "stage1-guided": {"steps dpm 5": 20, "priors gaussian": 30}}
+    assert all(m["headline"]["fd"] == score(10) and m["run"]["train_minutes"] == 1.5 for m in found.values())
+
+
+def test_results_of_the_former_version_are_read(tmp_path):
+    """Their rows have no `steps`, and their runs no `train`. To be removed when all results are remade."""
+    former = metrics(train=None)
+    for r in former["rows"]:
+        r["nfe"] = r.pop("steps")
+    seeds = load(tmp_path, former, metrics(seed=1))["shapes"]["stage1-form1"]
+    assert [final.number(m, "steps/dpm 5/fd") for m in seeds.values()] == [score(20), score(20)]
+    assert [final.number(m, "priors/gmm/fd") for m in seeds.values()] == [score(12), score(12)]
+
+
+def test_all_places():
+    """Numbers and scores have a place. Texts, truth values, lists and missing numbers have none."""
+    part = {"a": 1, "b": {"c": 2.5, "d": score(1), "e": {"value": 3, "low": None, "high": None}}, "f": "text",
+            "g": [1, 2], "h": True, "i": None, "j": {"value": 4, "low": 5}, "k": {}}
+    assert final.all_places(part) == ["a", "b/c", "b/d", "b/e", "j/value", "j/low"]
+    assert final.all_places(part["b"], "b") == ["b/c", "b/d", "b/e"] and final.all_places(7, "x") == ["x"]
+
+
+def test_numbers_as_text():
+    """Three digits and, from a thousand on, all before the point. The standard deviation is that of a sample, with two
+    digits, and is left out where nothing differs by more than rounding."""
+    texts = {(2.0,): "2", (1234.5,): "1,234", (0.012345,): "0.0123", (999.9,): "1e+03", (-1234.5,): "-1,234",
+             (1.0, 2.0, 3.0): "2 ± 1", (1.0, 1.0, 4.0): "2 ± 1.7", (1000.0, 3000.0): "2,000 ± 1,414",
+             (-45.0, -46.0, -47.0): "-46 ± 1", (0.3, 0.3): "0.3", (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0",
+             (1.0, 1.0 + 1e-6): "1 ± 7.1e-07"}
+    assert {values: final.mean_and_sd(list(values)) for values in texts} == texts
+
+
+def test_cells(tmp_path):
+    """One score has its interval, several seeds have their standard deviation, plain numbers have neither if they are
+    alone. What rests on another number of images than the headline says so."""
+    slow = metrics(seed=1, distance=13.0, train_seconds=600.0)
+    slow["tables"]["components"] = {"images": 1500, "30": {"fd_local": score(7)}}
+    del slow["tables"]["bits_per_dim"]
+    seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
+    names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, gaussian", "fd, mixture", "bits/dim",
+             "noise fd", "noise 0.4 fd", "fd, 30 components", "% memory", "steps/dpm 5/fd")
+    cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
+             for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
+    assert cells == {
+        (): [""] * len(names),
+        (0,): ["10 [9, 11]", "12 [11, 13]", "10.5", "50", "1.5", "30 [29, 31] (50)", "12 [11, 13] (50)",
+               "3 [2, 4] (128)", "20 (50)", "40 [39, 41] (50)", "", "", "20 [19, 21] (50)"],
+        (1,): ["13 [12, 14]", "15 [14, 16]", "13.5", "50", "10", "39 [38, 40] (50)", "15 [14, 16] (50)", "", "26 (50)",
+               "52 [51, 53] (50)", "7 [6, 8] (1,500)", "", "23 [22, 24] (50)"],
+        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.5", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
+                 "3 [2, 4] (128)", "23 ± 4.2 (50)", "46 ± 8.5 (50)", "7 [6, 8] (1,500)", "", "21.5 ± 2.1 (50)"]}
+
+
+# --- Comparisons -----------------------------------------------------------------------------------------------------
+
+def test_compare_is_students_paired_test():
+    """Of log ratios, two-sided, as SciPy computes it. Fewer than three seeds have a change alone."""
+    for ours, theirs in (([9.0, 9.9, 9.6], [10.0, 11.0, 12.0]), ([8.0, 8.0, 9.0, 9.0], [10.0] * 4),
+                         ([3.0, 2.0, 4.0, 5.0, 7.0], [1.0, 1.5, 3.5, 5.5, 2.0])):
+        expected = ttest_1samp([math.log(a / b) for a, b in zip(ours, theirs, strict=True)], 0)
+        low, high = expected.confidence_interval(0.95)
+        found = final.compare(ours, theirs)
+        assert found.pop("seeds") == len(ours)
+        assert found == pytest.approx({"change": (low + high) / 2, "low": low, "high": high, "p": expected.pvalue})
+    for ours, theirs, change in (([8.0], [10.0], math.log(0.8)), ([2.0, 3.0], [1.0, 1.0], math.log(6) / 2)):
+        assert final.compare(ours, theirs) == {"seeds": len(ours), "change": pytest.approx(change), "low": None,
+                                               "high": None, "p": None}
+    with pytest.raises(ValueError):
+        final.compare([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_compare_equal_ratios():
+    """Nothing is divided by zero: the same on both sides is no change, and half of it is one beyond doubt."""
+    same, half = final.compare([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), final.compare([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+    assert same["change"] == 0 and same["p"] == pytest.approx(1)
+    assert half["p"] < 1e-20 and half["low"] == pytest.approx(half["high"]) == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("p,adjusted", [
+    ([], []), ([0.03], [0.03]), ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 3, 1, 2 and 4 times
+    ([0.02, 0.02], [0.04, 0.04]), ([0.6, 0.9], [1.0, 1.0]), ([0.5, 0.001, 0.3], [0.6, 0.003, 0.6]),
+    ([0.024, 0.001, 0.013], [0.026, 0.003, 0.026])])
+def test_holm(p, adjusted):
+    assert final.holm(p) == pytest.approx(adjusted)
+
+
+def test_changes_as_text():
+    """A clear gain, a clear loss, a tie, one and two seeds. The adjusted p-value decides, where there is one."""
     base = [10.0, 11.0, 12.0]
-    assert final.describe_change([0.5 * v for v in base], base).startswith("lower by 50%")
-    assert final.describe_change([2 * v for v in base], base).startswith("higher by 100%")
-    assert final.describe_change([12.0, 9.5, 12.5], base).startswith("not significant (3 seeds: ")
-    assert final.describe_change([8.0], [10.0]) == "-20% (one run)"
-    assert final.describe_change([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
-    text = final.describe_change([9.0, 9.9, 9.6], base)  # ratios 0.9, 0.9, 0.8; t(0.975, 2) = 4.3027
+    describe = lambda ours, theirs: final.describe_change(final.compare(ours, theirs))  # noqa: E731
+    assert describe([5.0, 5.5, 6.6], base) == "lower by 48% (3 seeds: -55% to -41%)"  # ratios 0.5, 0.5, 0.55
+    assert describe([20.0, 22.0, 26.4], base) == "higher by 106% (3 seeds: +80% to +137%)"  # ratios 2, 2, 2.2
+    assert describe([12.0, 9.5, 12.5], base).startswith("not significant (3 seeds: ")
+    assert describe([8.0], [10.0]) == "-20% (one run)"
+    assert describe([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
+    text = describe([9.0, 9.9, 9.6], base)  # ratios 0.9, 0.9, 0.8; t(0.975, 2) = 4.3027
     a, b = math.log(0.9), math.log(0.8)
     mean, half = (2 * a + b) / 3, 4.302653 * (a - b) / 3  # their sd is (a - b) / sqrt(3)
     low, high = (100 * (math.exp(mean + side) - 1) for side in (-half, half))
     assert text == f"not significant (3 seeds: {low:+.0f}% to {high:+.0f}%)"
     # ratios 0.8, 0.8, 0.9 and 0.9: their geometric mean is the root of 0.72, their interval 0.761 to 0.945
-    assert final.describe_change([8.0, 8.0, 9.0, 9.0], [10.0] * 4) == "lower by 15% (4 seeds: -24% to -5%)"
+    change = final.compare([8.0, 8.0, 9.0, 9.0], [10.0] * 4)
+    assert final.describe_change(change) == "lower by 15% (4 seeds: -24% to -5%)"
+    assert final.describe_change(change | {"adjusted": 0.0499}) == (
+        "lower by 15% (4 seeds: -24% to -5%, adjusted p = 0.05)")
+    assert final.describe_change(change | {"adjusted": 0.1234}) == (
+        "not significant (4 seeds: -24% to -5%, adjusted p = 0.12)")
+    assert [final.percent(math.log(x)) for x in (0.8, 1.0, 3.5, 0.004)] == ["-20%", "+0%", "+250%", "-100%"]
 
 
-def test_names_do_not_depend_on_the_order_of_replacements(monkeypatch):
-    """Numbers whose names are alike are told apart, and a dictionary in reverse order gives the same names."""
-    places = {"fid": "fd", "is_local": "is", "robustness/scores/noise 0.1/fd_local": "noise 0.1/fd",
-              "before_refinement/hf_energy": "VAE hf_energy", "latent_space/probe_r2/x": "probe_r2/x",
-              "latent_space/slerp/refined/path_over_distance": "path / ends",
-              "latent_space/slerp/vae/path_over_distance": "VAE path / ends",
-              "latent_space/posterior/refined": "real codes/refined", "prior_log_density/flow": "log p(z) flow",
-              "uncertainty/terciles/sure/refined/fd_to_these": "sure/refined",
-              "uncertainty/controls/shuffled/fd_to_these": "s shuffled",
-              "uncertainty/controls/true/fd_to_these": "s true", "uncertainty/variance/correlation":
-              "variance/correlation", "uncertainty/regressed/correlation": "regressed/correlation",
-              "uncertainty/adaptive_refinement/even/fd_local": "evenly/fd",
-              "uncertainty/adaptive_refinement/even_middle_start/fd_local": "middle start/fd",
-              "uncertainty/adaptive_refinement/adaptive_steps/fd_local": "thirds/fd",
-              "uncertainty/adaptive_refinement/shuffled_steps/fd_local": "thirds shuffled/fd",
-              "uncertainty/adaptive_refinement/adaptive_start/fd_local": "start by thirds/fd",
-              "uncertainty/adaptive_refinement/shuffled_start/fd_local": "start shuffled/fd",
-              "savings/saved_percent/seconds_per_image": "% saved, s/image", "training/v_mse": "training/v_mse"}
-    for shorter in (final.SHORT, dict(reversed(final.SHORT.items()))):
-        monkeypatch.setattr(final, "SHORT", shorter)
-        assert {place: [*final.named_numbers(1.0, f"/{place}")] for place in places} == {
-            place: [name] for place, name in places.items()}
-
-
-def test_cells(tmp_path):
-    """A single score has its interval, several seeds have their standard deviation. Times are those of the first seed.
-    `own prior` is the row with the headline's settings and as few images as other priors had."""
-    slow = metrics(seed=1, distance=13.0, train_seconds=600.0)
-    slow["rows"][0]["seconds_per_image"] *= 3
-    slow["tables"]["savings"] = {"saved_percent": {"peak_memory_mb": 40}}
-    seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
-    one = {0: seeds[0]}
-    assert [final.cell(one, name) for name in ("fd", "gaussian/fd", "dpm 5/fd", "own prior/fd", "noise 0.4/fd")] == [
-        "10 [9, 11]", "30 [29, 31]", "20 [19, 21]", "12 [11, 13]", "40 [39, 41]"]
-    assert [final.cell(one, name) for name in ("noise area", "train minutes", "no such")] == ["1.25", "1.5", ""]
-    assert final.cell(seeds, "fd") == "11.5 ± 2.1" and final.cell(seeds, "noise area") == "1.25"
-    assert final.values_by_seed(seeds, "s/image") == {0: 0.5}
-    assert final.values_by_seed(seeds, "fd") == {0: 10.0, 1: 13.0}
-    assert final.cell(seeds, "% saved, peak_memory_mb") == "" and final.cell(seeds, "train minutes") == "1.5"
-    assert final.cell({1: seeds[1]}, "train minutes") == "10"
-    assert final.mean_and_sd([1234.5]) == "1,234" and final.mean_and_sd([1000.0, 3000.0]) == "2,000 ± 1,414"
-    assert final.mean_and_sd([1.0, 2.0, 3.0]) == "2 ± 1" and final.mean_and_sd([1.0, 1.0, 4.0]) == "2 ± 1.7"
-
-
-def test_the_headline_of_a_vae_stands_beside_other_priors(tmp_path):
-    """A VAE alone has as many images under every prior, so its headline is that of its prior. A row that comes twice
-    counts once: the first."""
-    vae = metrics("stage1-vae")
-    for row in vae["rows"]:
-        row |= {"sampler": "none", "nfe": 0}
-    vae["rows"] = vae["rows"][:2]
-    twice = metrics()
-    twice["rows"].append(twice["rows"][-1] | {"fd_local": score(99)})
-    found = load(tmp_path, vae, twice)["shapes"]
-    assert final.cell(found["stage1-vae"], "gmm/fd") == final.cell(found["stage1-vae"], "fd") == "10 [9, 11]"
-    assert final.cell(found["stage1-vae"], "gaussian/fd") == "30 [29, 31]"
-    assert [final.cell(found["stage1-form1"], name) for name in ("gmm/fd", "dpm 25/fd")] == ["", "12 [11, 13]"]
-
-
-@pytest.mark.parametrize("change,key", [
-    ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
-    ({"n_real": 6}, "n_real"), ({"train_images": 99}, "train_images"), ({"budget": "smoke"}, "budget"),
-    ({}, "n_generated"), *(({"eval": EVAL | {key: 7}}, key) for key in (
-        "temperature", "sampler", "sample_steps", "count", "grid_count", "probe_steps", "bits_images", "bits_draws"))])
-def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
-    """The file and the key are named."""
-    other = metrics("stage1-vae", **change)
-    other["rows"][0]["n_generated"] += not change
-    expect_error(capsys, lambda: load(tmp_path, metrics(), other), f" {key} was ", "stage1-vae-s0.json")
-
-
-def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
-    """Their networks and, where the metrics have them, their train settings agree. Variants may differ in them, and
-    their evaluation in what does not matter."""
-    train = {"seed": 0, "beta": 0.08, "data_dir": "/a"}  # of which seeds and folders may differ
-    same = [metrics(train=train), metrics(seed=1, train=train | {"seed": 1, "data_dir": "/b"}), metrics(seed=2),
-            metrics("stage2-sum", train=train | {"beta": 1.0}, parameters=7, eval=EVAL | {"prior": "none", "grid": []})]
-    assert [*load(tmp_path, *same)["shapes"]["stage1-form1"]] == [0, 1, 2]
-    for change, key in (({"train": train | {"beta": 1.0}}, "beta"), ({"parameters": 7}, "parameters")):
-        expect_error(capsys, lambda change=change: load(tmp_path, metrics(seed=3, **change)),
-                     f" {key} was ", "stage1-form1-s3.json")
-
-
-def test_a_damaged_file_is_named(tmp_path, capsys):
-    path, = save(tmp_path, metrics())
-    for text in (path.read_text()[:100], "{}", json.dumps(metrics() | {"rows": []})):
-        path.write_text(text)
-        expect_error(capsys, lambda: final.load_all([path]), "stage1-form1-s0.json: damaged")
+def cells_of(table, question):
+    """The cells of the one line that begins with a question."""
+    line, = [line for line in table.splitlines() if line.startswith(f"| {question} | ")]
+    return line.strip("| ").split(" | ")[1:]
 
 
 def test_claims(tmp_path):
@@ -170,15 +316,31 @@ def test_claims(tmp_path):
         joint["tables"]["latent_space_stage1"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
         many.append(joint)
     everything = load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0))
-    table = final.table_claims(everything, final.CLAIMS)
-    quality, = [line.split(" | ") for line in table.splitlines() if "**Quality**" in line]
-    assert quality[1:3] == ["fd of stage2-anneal", "fd of stage1-form1"]
-    assert quality[3].startswith("5.5 ± 0.5 / 11 ± 1: lower by 50% (3 seeds: ") and quality[4] == "not run |"
-    assert "| 1.2 / 1.6 ± 0.1: lower by 25% (3 seeds: " in table  # as stage 2 measured it
-    assert table.count("/ 40: -75% (one run)") == 1  # VAE and refiner
-    assert len(re.findall(r"`film`.* \| not run \| not run \|", table)) == 2
-    assert "| 12 / 30: -60% (one run) |" in table  # own prior of the second data set
-    assert "budget `cpu` (7,100 images per network), 100 samples (50 in probes" in table and "`local-a`" in table
+    primary = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
+    assert primary.splitlines()[:2] == ["| question | first | second | shapes | cifar10 |",
+                                        "| --- | --- | --- | --- | --- |"]
+    quality = cells_of(primary, "**Quality**: does joint training help?")
+    assert quality[:2] == ["fd of stage2-anneal", "fd of stage1-form1"]
+    assert quality[2].startswith("5.5 ± 0.5 / 11 ± 1: lower by 50% (3 seeds: ") and quality[3] == "not run"
+    noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
+    assert noise[2].startswith("11 ± 1 / 22 ± 2: lower by 50% (3 seeds: ")
+    path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
+    assert path[2].startswith("1.2 / 1.6 ± 0.1: lower by 25% (3 seeds: ")
+    claims = final.table_claims(everything, final.CLAIMS)
+    assert cells_of(claims, "Does refinement improve the VAE's samples?")[2] == "10 / 40: -75% (one run)"
+    assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[2:] == ["not run", "not run"]
+    assert cells_of(claims, "Does a fitted prior help?")[3] == "12 / 30: -60% (one run)"
+    for table, note in ((primary, "tested together (Holm's adjustment, 5%)"), (claims, "without adjustment")):
+        assert f"{note}" in table and "budget `cpu` (7,040 images per network), 100 samples (50 in probes" in table
+
+
+def test_guiding_questions():
+    """What the four questions compare. The first side is what the question asks about."""
+    assert {question.split("**")[1]: sides for question, *sides in final.PRIMARY_CLAIMS} == {
+        "Quality": ["fd of stage2-anneal", "fd of stage1-form1"],
+        "Efficiency": ["seconds, this of stage3-flow-film", "seconds, fixed of stage3-flow-film"],
+        "Robustness": ["noise fd of stage2-anneal", "noise fd of stage1-form1"],
+        "Latent space": ["path / ends of stage2-anneal", "path / ends of stage1-form1"]}
 
 
 def test_claims_pair_by_seed(tmp_path):
@@ -189,26 +351,206 @@ def test_claims_pair_by_seed(tmp_path):
     assert "| 23.3 ± 15 / 46.7 ± 31: lower by 50% (3 seeds: -50% to -50%) |" in table
 
 
-def test_tables(tmp_path):
-    """A short table has a line for each variant that fits and has a number, then the settings. The long tables have
-    every number of each stage."""
-    many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), metrics("bonus-latent")
+def test_questions_of_a_data_set_are_tested_together(tmp_path):
+    """Of shapes, two claims have three seeds or more, so their p-values count twice and once. The one with two seeds
+    and the one that was not run count for nothing, and neither does the other data set, which tests one claim."""
+    factors = {"stage2-anneal": (0.8, 0.86, 0.9), "stage1-guided": (0.7, 0.8, 0.9), "stage1-vae": (2.0, 3.0)}
+    many = [metrics(seed=seed, dataset=dataset) for seed in range(3) for dataset in ("shapes", "cifar10")]
+    many += [metrics(variant, seed, 10 * factor) for variant, all_factors in factors.items()
+             for seed, factor in enumerate(all_factors)]
+    many += [metrics("stage2-anneal", seed, 10 * factor, dataset="cifar10")
+             for seed, factor in enumerate(factors["stage2-anneal"])]
+    p = {variant: ttest_1samp([math.log(factor) for factor in all_factors], 0).pvalue
+         for variant, all_factors in factors.items()}
+    assert p["stage2-anneal"] < 0.05 < 2 * p["stage2-anneal"] < p["stage1-guided"]
+    claims = [(variant, f"fd of {variant}", "fd of stage1-form1") for variant in (*factors, "bonus-latent")]
     everything = load(tmp_path, *many)
-    table = final.table_of(everything, "stage1-*", "fd; bits/dim; no such").splitlines()
-    assert table[2] == "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] |  |"
-    assert table[3] == "| shapes stage1-form1 | 11.5 ± 2.1 | 3 |  |"
-    assert "| shapes stage1-form1 | 13 [" in final.table_of(everything, "stage1-*", "fd", 1)  # of seed 1 alone
-    assert len(table) == 6 and table[5].startswith("*shapes: drawn, budget `cpu`") and final.NOTE in table[5]
-    assert len(final.table_of(everything, "*", "no such").splitlines()) == 4
-    cold = load(tmp_path / "cold", metrics(eval=EVAL | {"temperature": 0.9}))["shapes"]
-    assert final.describe_data("shapes", cold) == (
-        "shapes: drawn, budget `cpu` (7,100 images per network), 100 samples from noise of sd 0.9 (50 in probes), "
-        "features `local-a`.")
+    together = final.table_claims(everything, claims, adjust=True)
+    alone = final.table_claims(everything, claims)
+    interval = "(3 seeds: -26% to -1%"
+    assert cells_of(alone, "stage2-anneal")[2:] == [f"8.53 ± 0.5 / 10: lower by 15% {interval})"] * 2
+    assert cells_of(together, "stage2-anneal")[2:] == [
+        f"8.53 ± 0.5 / 10: not significant {interval}, adjusted p = {2 * p['stage2-anneal']:.2g})",
+        f"8.53 ± 0.5 / 10: lower by 15% {interval}, adjusted p = {p['stage2-anneal']:.2g})"]
+    assert cells_of(together, "stage1-guided")[2].endswith(f", adjusted p = {p['stage1-guided']:.2g})")
+    for table in (alone, together):
+        assert cells_of(table, "stage1-vae")[2:] == ["25 ± 7.1 / 10: +145% (two runs)", "not run"]
+        assert cells_of(table, "bonus-latent")[2:] == ["not run", "not run"]
+
+
+# --- Which results may be compared -----------------------------------------------------------------------------------
+
+def other(key, value):
+    """A train setting of the same type, but with another value."""
+    return {bool: lambda: not value, str: lambda: "eps", list: lambda: [16]}.get(type(value), lambda: value + 3)()
+
+
+@pytest.mark.parametrize("change,key", [
+    ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
+    ({"n_real": 6}, "n_real"), ({"budget": "smoke"}, "budget"), ({}, "n_generated"),
+    *(({"eval": EVAL | {key: 7}}, key) for key in ("temperature", "sampler", "sample_steps", "count", "grid_count",
+                                                   "probe_steps", "bits_images", "bits_draws")),
+    *(({"train": {key: other(key, value)}}, key) for key, value in common.TRAIN.items())])
+def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
+    """Another variant with one setting changed. The files, the key and both values are named."""
+    one, two = metrics(), metrics("stage1-vae", **change)
+    two["rows"][0]["n_generated"] += not change
+    expect_error(capsys, lambda: load(tmp_path, one, two), f": {key} was ", "stage1-vae-s0.json cannot be compared",
+                 "with ", "stage1-form1-s0.json")
+
+
+def test_what_a_run_changes_on_purpose_is_not_compared(tmp_path, capsys):
+    """The name of a run tells what --set changed. All else is compared, with the first result that has the setting,
+    even if a run that changes it comes first, or one of the former version, which has no settings."""
+    train = {"beta": 0.25, "start": 300, "even_levels": False, "unet_lr": 1e-5}
+    name = "bonus-latent-beta=0.25-start=300-even_levels=False-unet_lr=1e-05"
+    former = metrics("bonus-a", train=None)
+    fine = [former, metrics(name, train=train), metrics(), metrics("stage2-anneal-unet_lr=1e-05", train={
+        "unet_lr": 1e-5}), metrics("stage2-sum-start=300", dataset="cifar10", train={"start": 300})]
+    assert len(load(tmp_path / "fine", *fine)["shapes"]) == 4
+    for key, value in (("dropout", 0.5), ("beta", 0.5), ("start", 301), ("unet_lr", 1.0)):
+        expect_error(capsys, lambda key=key, value=value: load(tmp_path / key, *fine, metrics("stage3-x", train={
+            key: value})), f": {key} was {common.TRAIN[key]}, is now {value}; remove", "stage3-x-s0.json",
+                     "stage1-form1-s0.json" if key not in ("dropout",) else f"{name}-s0.json")
+    expect_error(capsys, lambda: load(tmp_path / "two", *fine, metrics("stage3-dropout=0.5", train={
+        "dropout": 0.5, "beta": 7})), ": beta was 1.0, is now 7", "stage3-dropout=0.5-s0.json")
+
+
+def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
+    """Their networks and all their train settings agree, even those that their name says. Variants may differ in
+    networks and in settings of their stage, and their evaluation in what does not matter."""
+    train = {"loss": "sum", "data_dir": "/a"}  # folders may differ, and so may seeds
+    name = "stage2-sum-beta=0.5"
+    same = [metrics(name, seed, train=train | {"beta": 0.5, "data_dir": f"/{seed}"}) for seed in (0, 1, 2)]
+    same += [metrics(train={"loss": "anneal"}, parameters=7, eval=EVAL | {"prior": "none", "grid": [], "batch": 1})]
+    assert [*load(tmp_path, *same)["shapes"][name]] == [0, 1, 2]
+    for change, key in (({"train": train | {"beta": 0.6}}, "beta"), ({"train": {"loss": "bound", "beta": 0.5}}, "loss"),
+                        ({"parameters": 7, "train": train | {"beta": 0.5}}, "parameters")):
+        expect_error(capsys, lambda change=change: load(tmp_path, *same, metrics(name, seed=3, **change)),
+                     f": {key} was ", f"{name}-s3.json cannot be compared", f"{name}-s0.json")
+
+
+def test_the_order_of_tables(tmp_path):
+    """Data sets and variants in the order of ORDER, then by the alphabet."""
+    variants = ["stage1-vae", "stage1-vae-beta=1", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal",
+                "stage2-sum", "stage3-flow-film", "bonus-latent"]
+    many = [metrics(variant, dataset=dataset) for variant in reversed(variants)
+            for dataset in ("a-folder", "celeba64", "cifar10", "shapes")]
+    found = load(tmp_path, *many)
+    assert [*found] == ["shapes", "cifar10", "celeba64", "a-folder"]
+    assert all([*results] == variants for results in found.values())
+
+
+def test_stage_2_measures_the_latent_space_of_stage_1(tmp_path):
+    """Its table moves to form1 of the same seed, if there is one, and stays there if form1 has one of its own."""
+    table = {"images": 40, "posterior": {"refined": score(5)}}
+    joint = [metrics("stage2-anneal", seed) for seed in (0, 1)]
+    for seed, m in enumerate(joint):
+        m["tables"] |= {"latent_space_stage1": table | {"n": seed}, "latent_space": table | {"n": 10}}
+    own = metrics(seed=3)
+    own["tables"]["latent_space"] = table | {"n": 20}
+    joint_3 = metrics("stage2-sum", seed=3)
+    joint_3["tables"]["latent_space_stage1"] = table | {"n": 30}
+    found = load(tmp_path, *joint, metrics(), own, joint_3)["shapes"]
+    assert {seed: m["tables"]["latent_space"]["n"] for seed, m in found["stage1-form1"].items()} == {0: 0, 3: 20}
+    assert {seed: m["tables"]["latent_space"]["n"] for seed, m in found["stage2-anneal"].items()} == {0: 10, 1: 10}
+    assert not any("latent_space_stage1" in m["tables"] for seeds in found.values() for m in seeds.values())
+    assert final.cell({0: found["stage1-form1"][0]}, "fd of real codes") == "5 [4, 6] (40)"
+
+
+def test_a_damaged_file_is_named(tmp_path, capsys):
+    path, = save(tmp_path, metrics())
+    for text in (path.read_text()[:100], "{}", json.dumps(metrics() | {"rows": []})):
+        path.write_text(text)
+        expect_error(capsys, lambda: final.load_all([path]), "stage1-form1-s0.json: damaged")
+
+
+# --- Tables and charts -----------------------------------------------------------------------------------------------
+
+def test_tables(tmp_path):
+    """A table has a line for each variant that fits and has a number, then the settings. Runs with a changed setting
+    are only where a pattern has an equals sign."""
+    changed = metrics("stage1-vae-beta=0.25", train={"beta": 0.25}, distance=20.0)
+    many = [metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), changed, metrics("bonus-latent"),
+            metrics(dataset="cifar10", distance=7.0)]
+    everything = load(tmp_path, *many)
+    assert final.table_of(everything, "stage1-*", "fd; bits/dim; % memory").splitlines()[:5] == [
+        "| variant | fd | bits/dim | % memory |", "| --- | --- | --- | --- |",
+        "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] (128) |  |",
+        "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |", "| cifar10 stage1-form1 | 7 [6, 8] | 3 [2, 4] (128) |  |"]
+    rows = lambda variants, columns="fd": [  # noqa: E731
+        line.split(" | ")[0].removeprefix("| ")
+        for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
+    assert rows("*=*") == rows("*-beta=*") == ["shapes stage1-vae-beta=0.25"] and rows("*-beta*") == []
+    assert rows("cifar10/stage1-* *-latent") == ["shapes bonus-latent", "cifar10 stage1-form1"]
+    assert rows("stage1-v") == rows("tage2-*") == rows("*", "% memory") == []
+    assert rows("shapes/*-form1 *-form1") == ["shapes stage1-form1", "cifar10 stage1-form1"]
+    note = final.table_of(everything, "cifar10/*", "fd").splitlines()[-1]
+    assert note == f"*{final.describe_data('cifar10', everything['cifar10'])} {final.NOTE}.*"
+    shown = {name for name, arguments in final.TABLES.items() if "beta=0.25" in final.table_of(everything, *arguments)}
+    assert shown == {"recipe"}
+
+
+def test_every_pattern_fits_a_variant(tmp_path):
+    """Of tables and of charts. A misspelt one would leave lines out."""
+    changed = [metrics(f"{variant}-beta=0.5", train={"beta": 0.5}) for variant in VARIANTS]
+    everything = load(tmp_path, *map(metrics, VARIANTS), *changed)
+    for variants, _ in final.TABLES.values():
+        for pattern in variants.split():
+            assert len(final.table_of(everything, pattern, "fd").splitlines()) > 4, pattern
+    for _, patterns, _ in final.CHARTS:
+        for pattern in patterns.split():
+            fitting = {variant for variant in everything["shapes"] if final.fnmatch(variant, pattern)}
+            assert fitting and fitting <= {*VARIANTS}, pattern  # none with a changed setting
+
+
+def test_the_sentence_about_the_data(tmp_path):
+    """It describes a run without changed settings, if there is one, and all numbers come from the metrics."""
+    few = metrics("stage1-vae-batch=8", train={"batch": 8}, train_images=1760)
+    results = load(tmp_path / "a", few, metrics("stage2-sum"))["shapes"]
+    assert final.describe_data("shapes", results) == (
+        "shapes: drawn, budget `cpu` (7,040 images per network), 100 samples (50 in probes), features `local-a`.")
+    assert "(1,760 images" in final.describe_data("shapes", load(tmp_path / "b", few)["shapes"])
+    cold = load(tmp_path / "c", metrics(eval=EVAL | {"temperature": 0.9, "grid_count": 33}))["shapes"]
+    assert ", 100 samples from noise of sd 0.9 (33 in probes), " in final.describe_data("shapes", cold)
+
+
+def test_long_tables(tmp_path):
+    """Every number of every stage by its place, with one line for each; settings are none. Then the further claims,
+    the feature networks and the benchmark."""
+    many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
+    many[3]["run"]["dataset"] = "cifar10"
+    everything = load(tmp_path, *many)
+    (tmp_path / "features").mkdir()
+    for name, value in (("shapes-0123abcd", 0.5), ("cifar10-0123abcd", 0.25), ("cifar10-nohashxx", 9),
+                        ("photos-0123abcd", 9)):
+        report = {"accuracy": value, "floor": value / 5, "noise": {"0.1": 76.5}, "note": "x"}
+        (tmp_path / "features" / f"{name}.json").write_text(json.dumps(
+            report if "shapes" in name else report | {"size": 64}))
+    (tmp_path / "benchmark.txt").write_text("fast\n")
     text = final.long_tables(everything, tmp_path)
-    assert "## shapes, stage1" in text and "## shapes, bonus" in text and "## shapes, stage2" not in text
-    assert "|  | stage1-vae | stage1-form1 |" in text and "| dpm 5/fd | 20 [19, 21] | 21.5 ± 2.1 |" in text
-    for name in final.named_numbers(metrics()["rows"][0] | metrics()["tables"]):
-        assert f"\n| {name} | " in text
+    assert re.findall("## (.*)", text) == ["shapes, stage1", "shapes, bonus", "cifar10, stage2", "further claims",
+                                           "features", "benchmark"]
+    stage1, stage2 = (text.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("shapes, stage1", "cifar10, stage2"))
+    for line in ("|  | stage1-vae | stage1-form1 |", "| headline/fd | 10 [9, 11] | 11.5 ± 2.1 |",
+                 "| steps/dpm 5/fd | 20 [19, 21] (50) | 21.5 ± 2.1 (50) |",
+                 "| priors/gaussian/hf_energy | 37 [36, 38] (50) | 41.5 ± 6.4 (50) |",
+                 "| robustness/scores/noise 0.1/fd | 11 [10, 12] (50) | 12.7 ± 2.3 (50) |",
+                 "| run/train_minutes | 1.5 | 1.5 |", "| run/gflops | 0.5 | 0.5 |"):
+        assert stage1.count(f"\n{line}\n") == 1
+    places = [line.split(" | ")[0].removeprefix("| ") for line in stage2.split("| --- |")[1].splitlines()[1:] if line]
+    assert sorted({*places}) == sorted(places)  # no place comes twice
+    assert not [place for place in places if re.match("run/(seed|eval|train/)|.*_local", place)]
+    numbers = everything["cifar10"]["stage2-anneal"][0]
+    for name, place in final.NUMBERS.items():
+        assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
+    assert final.describe_data("cifar10", everything["cifar10"]) in stage2
+    features = text.split("## features\n")[1].split("\n## ")[0].strip().splitlines()
+    assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
+                        "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
+                        "| size | 64 |  |"]
+    assert text.endswith("## benchmark\n\n```\nfast\n```\n")
+    assert "| Does `fade` help? | fd of stage3-flow-fade | fd of stage3-flow-fixed | not run | not run |" in text
 
 
 def test_reproduced(tmp_path):
@@ -217,19 +559,28 @@ def test_reproduced(tmp_path):
     fresh = load(tmp_path / "fresh", metrics(distance=12.4), metrics("stage1-vae", 0, 40.0), metrics("bonus-latent"))
     one = load(tmp_path / "one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
     lines = final.table_reproduced(fresh["shapes"], one["shapes"]).splitlines()
-    conclusions = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1] for line in lines[2:]}
-    assert conclusions["| stage1-form1", "fd"] == "reproduced (off by 24%) |"
-    assert conclusions["| stage1-vae", "fd"] == "NOT reproduced (off by 33%) |"
-    assert conclusions["| bonus-latent", "fd"] == "nothing committed |"
+    assert lines[0] == "| variant | score | new | committed | conclusion |"
+    conclusions = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in lines[2:]}
+    assert conclusions == {
+        ("| stage1-form1", "fd"): ["12.4 [11.4, 13.4]", "10 [9, 11]", "reproduced (off by 24%) |"],
+        ("| stage1-form1", "hf_energy"): ["19.4 [18.4, 20.4]", "17 [16, 18]", "reproduced (off by 14%) |"],
+        ("| stage1-vae", "fd"): ["40 [39, 41]", "30 [29, 31]", "NOT reproduced (off by 33%) |"],
+        ("| stage1-vae", "hf_energy"): ["47 [46, 48]", "37 [36, 38]", "NOT reproduced (off by 27%) |"],
+        ("| bonus-latent", "fd"): ["10 [9, 11]", "", "nothing committed |"],
+        ("| bonus-latent", "hf_energy"): ["17 [16, 18]", "", "nothing committed |"]}
     two = load(tmp_path / "two", metrics(distance=10.0), metrics(seed=1, distance=13.0))["shapes"]
     assert "| NOT reproduced (off by 30%)" in final.table_reproduced(two, one["shapes"])  # of its seeds the farthest
     assert "| 12.4 [11.4, 13.4] | 11.5 ± 2.1 | reproduced (off by 8%)" in final.table_reproduced(fresh["shapes"], two)
-    far = load(tmp_path / "far", metrics(distance=14.5))["shapes"]
-    assert "| NOT reproduced (off by 26%)" in final.table_reproduced(far, two)
-    few = load(tmp_path / "few", metrics(eval=EVAL | {"count": 40}))["shapes"]
-    assert "| not comparable: count was 100, is now 40 |" in final.table_reproduced(few, one["shapes"])
+    for k, distance in enumerate((8.7, 8.6, 14.5)):  # 24.3% below 11.5, 25.2% below, 26% above
+        far = load(tmp_path / f"far{k}", metrics(distance=distance))["shapes"]
+        assert ("NOT" in final.table_reproduced(far, two).splitlines()[2]) == (k > 0)
+    for change, text in (({"eval": EVAL | {"count": 40}}, "count was 100, is now 40"),
+                         ({"train": {"beta": 9.0}}, "beta was 1.0, is now 9.0")):
+        few = load(tmp_path / text, metrics(**change))["shapes"]
+        assert f"| not comparable: {text} |" in final.table_reproduced(few, one["shapes"])
     three = load(tmp_path / "three", *(metrics(seed=s, distance=10 + 0.1 * s) for s in (0, 1, 2)))
-    assert "NOT reproduced (off by 23%)" in final.table_reproduced(fresh["shapes"], three["shapes"]).splitlines()[4]
+    table = final.table_reproduced(fresh["shapes"], three["shapes"])
+    assert "| stage1-form1 | fd | 12.4 [11.4, 13.4] | 10.1 ± 0.1 | NOT reproduced (off by 23%) |" in table
     for k, distance in enumerate((11.24, 11.25)):  # t(0.995; 2) = 9.925, times 0.1 and the root of 4/3: 1.146 from 10.1
         near = load(tmp_path / f"near{k}", metrics(distance=distance))["shapes"]
         line = final.table_reproduced(near, three["shapes"]).splitlines()[2]  # of fd
@@ -238,39 +589,53 @@ def test_reproduced(tmp_path):
 
 def test_charts(tmp_path, monkeypatch):
     """Means over seeds against steps and against noise, for variants with two points. The latent model's noise is in
-    the latent, so it is not compared."""
+    the latent, so it is not compared. Runs with a changed setting have no line."""
     drawn = []
-    monkeypatch.setattr(common, "save_chart", lambda path, panels: drawn.append(panels))
+    monkeypatch.setattr(common, "save_chart", lambda *arguments: drawn.append(arguments))
     form1 = [metrics(), metrics(seed=1, distance=10.0), metrics(seed=2, distance=14.5)]
     one_point = metrics("stage1-guided")
     del one_point["rows"][3:], one_point["tables"]["robustness"]
-    results = load(tmp_path, *form1, one_point, metrics("bonus-latent"), metrics("stage2-sum"))
+    changed = [metrics(f"{variant}-beta=0.5", train={"beta": 0.5}) for variant in ("stage1-form1", "bonus-latent")]
+    results = load(tmp_path, *form1, one_point, metrics("bonus-latent"), metrics("stage2-sum"), *changed)
     final.draw_charts(tmp_path / "x.png", "shapes", results["shapes"])
-    (steps, noise), = drawn
-    assert steps["lines"]["stage1-form1"] == ((5, 25), (21.5, 13.5)) and noise["lines"].keys() == {"stage1-form1"}
-    assert noise["lines"]["stage1-form1"] == ((0.0, 0.1, 0.4), (11.5, pytest.approx(12.65), 46.0))
-    assert (steps["x"], noise["x"], steps["y"]) == ("steps", "sd of noise on x_hat", "fd") and steps["log_y"]
-    assert steps["lines"].keys() == {"stage1-form1", "bonus-latent"}
+    (path, (steps, noise)), = drawn
+    assert path == tmp_path / "x.png"
+    assert noise["lines"] == {"stage1-form1": ((0.0, 0.1, 0.4), (11.5, pytest.approx(12.65), 46.0))}
+    assert steps["lines"] == {"stage1-form1": ((5, 25), (21.5, 13.5)),
+                              "bonus-latent": ((5, 25), (20, 12))}
+    for panel, x in ((steps, "steps"), (noise, "sd of noise on x_hat")):
+        assert (panel["title"], panel["x"], panel["y"], panel["log_y"]) == ("shapes", x, "fd", True)
+    final.draw_charts(tmp_path / "y.png", "shapes", {"stage1-guided": results["shapes"]["stage1-guided"]})
+    assert len(drawn) == 1  # without lines there is no picture
+    results = load(tmp_path / "all", measured())["shapes"]
+    final.draw_charts(tmp_path / "z.png", "shapes", results)
+    assert [panel["lines"]["stage2-anneal"] for panel in drawn[1][1]] == [
+        ((6, 10, 25), (150, 160, 170)), ((0.0, 0.1, 0.2, 0.4), (240, 241, 242, 243))]
+
+
+# --- Collecting -------------------------------------------------------------------------------------------------------
+
+REAL = ("reconstructions", "uncertainty", "interpolation", "copies")  # figures that show real images
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """An empty project, whose texts show samples and reconstructions of two data sets."""
+    """An empty project, whose texts show samples and real images of two data sets."""
     monkeypatch.setattr(final, "ROOT", tmp_path)
     shown = [f"{dataset}/stage1-form1-s0-{part}" for dataset in ("shapes", "cifar10") for part in
-             ("reconstructions", "samples")]  # the reconstructions of cifar10 must not be copied all the same
+             ("samples", *REAL)]  # real images of cifar10 must not be copied all the same
     for text, names in (("README.md", shown[:1]), ("REPORT.md", shown[1:])):
         (tmp_path / text).write_text("".join(f"![](results/{name}.png)" for name in names))
     return tmp_path
 
 
 def save_run(project, variant="stage1-form1", colour="red", **facts):
-    """A run's folder with metrics and three pictures whose upper half has a colour. Returns it as text."""
+    """A run's folder with metrics and pictures whose upper half has a colour. Returns it as text."""
     found = metrics(variant, **facts)
     run = project / "runs" / f"{found['run']['dataset']}-{found['run']['budget']}" / f"{variant}-s0"
     run.mkdir(parents=True)
     (run / "metrics.json").write_text(json.dumps(found))
-    for name in ("samples", "reconstructions", "training"):
+    for name in ("samples", "training", *REAL):
         image = Image.new("RGB", (30, 60), "black")
         image.paste(colour, (0, 0, 30, 30))
         image.save(run / f"{name}.png")
@@ -286,7 +651,7 @@ def test_collect_and_runs(project, capsys):
     stacks the samples of all stages, and says what it wrote and replaced. --runs writes a report."""
     final.main(["--collect", *(save_run(project, dataset=dataset) for dataset in ("shapes", "cifar10"))])
     found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in project.glob("results/*/*")}
-    assert found == {("shapes", ".json"), ("shapes", "-samples.png"), ("shapes", "-reconstructions.png"),
+    assert found == {("shapes", ".json"), ("shapes", "-samples.png"), *(("shapes", f"-{name}.png") for name in REAL),
                      ("cifar10", ".json"), ("cifar10", "-samples.png"), ("figures", "shapes-sheet.png"),
                      ("figures", "cifar10-sheet.png")}
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"written: {path}" for path in content(
@@ -297,14 +662,22 @@ def test_collect_and_runs(project, capsys):
     lines = capsys.readouterr().out.splitlines()
     home = project / "results"
     assert [line for line in lines if "written" in line] == [f"written: {home / 'shapes' / 'stage1-uncond-s0.json'}"]
-    assert f"replaced: {home / 'shapes' / 'stage1-form1-s0.json'}" in lines and len(lines) == 5
+    assert f"replaced: {home / 'shapes' / 'stage1-form1-s0.json'}" in lines and len(lines) == 8
     sheet = Image.open(home / "figures" / "shapes-sheet.png")  # 20 pixels of name above each third
     assert sheet.size == (30, 80)
     assert [sheet.getpixel((15, y)) for y in (25, 58, 65)] == [(0, 0, 255), (255, 255, 255), (255, 0, 0)]
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
-    assert "reproduced: cifar10" in report and "reproduced (off by 0%)" in report and "## claims" in report
+    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "questions", "claims",
+                                             *final.TABLES]
+    parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
+    assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
+    everything = load(home)
+    assert parts["questions"].strip() == final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
+    assert parts["claims"].strip() == final.table_claims(everything, final.CLAIMS)
+    for name, arguments in final.TABLES.items():
+        assert parts[name].strip() == final.table_of(everything, *arguments)
     assert (project / "runs" / "cifar10-comparison.png").is_file()
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
@@ -342,12 +715,11 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{run}: of a user's own images, not collected" for run in runs]
     assert not (project / "results").exists()
     save(project / "results", metrics(), metrics(dataset="photos", crop="centre"))
-    for name in ("features/shapes-0123abcd", "features/photos-0123abcd", "photos/recipe", "photos/pairs"):
-        path = project / "results" / f"{name}.json"
+    for name in ("shapes-0123abcd", "photos-0123abcd"):
+        path = project / "results" / "features" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"counts by sd of x_T": {"a": {"b": 1}}}))
-    (project / "README.md").write_text("<!-- table stage 1 -->\n<!-- end -->\n<!-- table features -->\n<!-- end -->\n"
-                                       "<!-- table claims -->\n<!-- end -->")
+        path.write_text(json.dumps({"accuracy": 0.5}))
+    (project / "README.md").write_text("<!-- table stage 1 -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes-0123abcd" in text and "shapes stage1-form1" in text and "photos" not in text
@@ -356,8 +728,12 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     assert "photos stage1-form1" in (project / "runs" / "REPORT.md").read_text()
 
 
+# --- The texts -------------------------------------------------------------------------------------------------------
+
 def test_fill(capsys):
     """A marked table is replaced, as often as one likes, and the rest stays. An unknown table is an error."""
+    two = final.fill("<!-- table a -->\n1\n<!-- end -->\n2\n<!-- table b c -->\n<!-- end -->\n", {"a": "A", "b c": "B"})
+    assert two == "<!-- table a -->\nA\n<!-- end -->\n2\n<!-- table b c -->\nB\n<!-- end -->\n"
     once = final.fill("a\n<!-- table t -->\nold\n<!-- end -->\nb", {"t": "| new |"})
     assert once == "a\n<!-- table t -->\n| new |\n<!-- end -->\nb" == final.fill(once, {"t": "| new |"})
     expect_error(capsys, lambda: final.fill("<!-- table u -->\n<!-- end -->", {"t": ""}),
@@ -406,17 +782,26 @@ def test_sizes():
     """The README is read in three minutes, and tables are no wider than a page."""
     assert README.count("\n") <= 200 and len(README.encode()) <= 14_000
     header = [line for line in REPORT.splitlines() if line.startswith("|")]
-    assert max(line.replace(r"\|", "").count("|") - 1 for line in header) <= 8
+    assert max(line.replace(r"\|", "").count("|") - 1 for line in header) <= 9
+
+
+# Numbers and variants that the results of the former version lack. To be emptied when all results are remade.
+NOT_YET = {"fd, ddim 25", "noise fd", "noise rise", "log p by flow of mixture's", "log p by mixture of flow's",
+           "fd, 30 components", "fd, 300 components", "fd, 3000 components", "seconds, this", "seconds, fixed",
+           "gflops, this", "gflops, fixed", "nearest, samples", "nearest, held out", "closer", "closer, pixels",
+           "stage1-augmented", "stage1-form1-even_levels=False"}
 
 
 def test_every_claim_and_column_has_numbers():
     """A misspelt variant or column would show as "not run" or as an empty column."""
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
-    for line in final.table_claims(everything, final.CLAIMS + final.FURTHER_CLAIMS).splitlines()[2:-2]:
-        assert "not run" not in line.split(" | ")[3], line  # of shapes, every claim is tested
-    for name, arguments in final.TABLES.items():
-        rows = [line.split("|")[2:-1] for line in final.table_of(everything, *arguments).splitlines()[2:-2]]
-        assert all(any(cell.strip() for cell in column) for column in zip(*rows, strict=True)), name
+    for claim in final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS:
+        needed = {word for side in claim[1:] for word in side.rsplit(" of ", 1)}
+        assert needed & NOT_YET or final.compare_sides(everything["shapes"], claim), claim  # of shapes, all are tested
+    for name, (variants, columns) in final.TABLES.items():
+        rows = [line.split("|")[2:-1] for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
+        empty = [column for k, column in enumerate(columns.split("; ")) if not any(cells[k].strip() for cells in rows)]
+        assert {*empty} <= NOT_YET, name
 
 
 def test_every_line_of_a_chart_has_a_colour_of_its_own(monkeypatch, tmp_path):

@@ -1,11 +1,11 @@
-"""Stage 1: the losses, the two formulations, training and its log, guidance, models of checkpoints, sampling."""
+"""Stage 1: the losses, the formulations, training and its log, augmentation, guidance, checkpoints, sampling."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, draw_all, images_of, same, settings
+from helpers import CPU, draw_all, evened, images_of, same, settings
 from torch import nn
 
 import common
@@ -24,14 +24,16 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Trainings in float32, with record of their images, flips, batches and random draws, and of what `step` gets."""
-    record = SimpleNamespace(images=[], flips=[], batches=[], draws=[], losses=[])
+    """Trainings in float32, with record of their images, steps, flips, batches and random draws, and of what `step`
+    gets."""
+    record = SimpleNamespace(images=[], steps=[], flips=[], batches=[], draws=[], losses=[])
 
     class Recorded(common.Training):
-        def __init__(self, folder, train, device, images, flip, **networks):
+        def __init__(self, folder, train, device, images, steps, flip, **networks):
             record.images.append(images)
+            record.steps.append(steps)
             record.flips.append(flip)
-            super().__init__(folder, train, device, images, flip, **networks)
+            super().__init__(folder, train, device, images, steps, flip, **networks)
 
         def batch(self):
             record.batches.append(super().batch())
@@ -67,8 +69,9 @@ def test_vae_loss():
 
 def test_vae_training_by_hand(recorded, tmp_path):
     """The first step minimises vae_loss with the settings' beta. The log holds its two terms. The mixture is fitted to
-    codes of the training images under the averaged weights. Images are mirrored as `vae_flip` says."""
-    train, data = settings(steps=2, every=1, beta=0.3), images_of(60)
+    codes of the training images under the averaged weights. There are `vae_steps` steps. Images are mirrored as
+    `vae_flip` says."""
+    train, data = settings(vae_steps=2, every=1, beta=0.3), images_of(60)
     state = stage1.train_vae(tmp_path, train, data, CPU)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -78,25 +81,29 @@ def test_vae_training_by_hand(recorded, tmp_path):
     averaged = common.frozen(common.build_vae(train), state["vae"], CPU)
     assert same(state["gmm"], common.fit_mixture(averaged, data.images, train, CPU))
     for flip in (False, True):
-        stage1.train_vae(tmp_path / str(flip), train | {"vae_flip": flip, "steps": 1}, data, CPU)
-    assert recorded.flips == [False, False, True]
+        stage1.train_vae(tmp_path / str(flip), train | {"vae_flip": flip, "vae_steps": 1}, data, CPU)
+    assert recorded.flips == [False, False, True] and recorded.steps == [2, 1, 1] and train["unet_steps"] == 8
 
 
-@pytest.mark.parametrize("variant,objective", [("uncond", "v"), ("form1", "v"), ("form2", "v"), ("form1", "eps")])
+@pytest.mark.parametrize("variant,objective", [("uncond", "v"), ("form1", "v"), ("form2", "v"), ("form1", "eps"),
+                                               ("augmented", "v")])
 def test_refiner_training_by_hand(variant, objective, recorded, trained, tmp_path, monkeypatch):
-    """The first step minimises the mean squared error of v (or eps) at x_t = a x0 + s eps, at times in 1..start. x_hat
-    is decoded from a sample of q(z|x), not from its mean. The log holds the loss, the checkpoint the VAE."""
+    """The first step minimises the mean squared error of v (or eps) at x_t = a x0 + s eps, at times in 1..start. Each
+    image's is divided by the mean of its noise level. x_hat is decoded from a sample of q(z|x), not from its mean.
+    `augmented` adds noise to it, of another strength for each image. The log holds the undivided loss, the checkpoint
+    the VAE and its seconds."""
     def build_unet(*args):  # the last layer of a new U-Net is zero; then no input would matter
         unet = build(*args)
         nn.init.normal_(unet.out.weight, std=0.1)
         return unet
 
-    build, train, data = common.build_unet, settings(steps=1, objective=objective, unet_flip=True), images_of(60)
+    build, train, data = common.build_unet, settings(unet_steps=1, objective=objective, unet_flip=True), images_of(60)
     monkeypatch.setattr(common, "build_unet", build_unet)
     state = stage1.train_refiner(tmp_path, train, variant, trained["vae"], data, CPU)
     torch.manual_seed(0)
     unet, x0, conditioned = build_unet(train, 3 if variant == "uncond" else 6), recorded.batches[0], variant != "uncond"
-    u, eps = recorded.draws[-2:]
+    draws = recorded.draws[1:]  # the first one decides what is mirrored
+    z_noise, u, eps, *augmentation = draws if conditioned else [None, *draws]
     t = ((400 if conditioned else 1000) * u.flatten()).long() + 1
     bar = common.Diffusion("v").alpha_bar.float()[t][:, None, None, None]
     a, s = bar.sqrt(), (1 - bar).sqrt()
@@ -105,14 +112,20 @@ def test_refiner_training_by_hand(variant, objective, recorded, trained, tmp_pat
         if conditioned:
             vae = common.frozen(common.build_vae(train), trained["vae"]["vae"], CPU)
             mu, logvar = vae.encoder(x0)
-            x_hat = vae.decoder(mu + (0.5 * logvar).exp() * recorded.draws[-3])
+            x_hat = vae.decoder(mu + (0.5 * logvar).exp() * z_noise)
+            if variant == "augmented":
+                share, noise = augmentation
+                assert share.shape == (32, 1, 1, 1) and len(share.unique()) == 32 and 0 <= share.min() < share.max() < 1
+                x_hat = x_hat + 0.4 * share * noise
             predicted = unet(torch.cat([xt + x_hat if variant == "form2" else xt, x_hat], 1), t)
         else:
             predicted = unet(xt, t)
     loss = (predicted - (eps if objective == "eps" else a * eps - s * x0)).square().mean((1, 2, 3))
-    assert torch.allclose(recorded.losses[0], loss, rtol=1e-4)
+    assert torch.allclose(recorded.losses[0], evened(loss, t, 400 if conditioned else 1000), rtol=1e-4)
+    assert len(augmentation) == (2 if variant == "augmented" else 0)
     assert state["log"] == [pytest.approx({"step": 1, f"{objective}_mse": float(loss.mean())}, rel=1e-4)]
-    assert recorded.images[0] is data.images and recorded.flips == [True]
+    assert recorded.images[0] is data.images and recorded.flips == [True] and recorded.steps == [1]
+    assert state["seconds_before"] == (trained["vae"]["seconds"] if conditioned else 0) and train["vae_steps"] == 8
     assert not conditioned or same([state["vae"], state["gmm"]], [trained["vae"]["vae"], trained["vae"]["gmm"]])
     assert conditioned or not state.keys() & {"vae", "gmm"}
 
@@ -176,7 +189,8 @@ def test_overfits_one_batch(variant):
 
 @pytest.mark.parametrize("variant", stage1.CHANNELS)
 def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
-    """The weights of U-Net, guide and VAE, the mixture, the objective and the size come from the checkpoint."""
+    """The weights of U-Net, guide and VAE, the mixture, the objective, the size and the guidance come from the
+    checkpoint. `guided` evaluates two networks in each step, all others one."""
     networks, restore, state = [], common.frozen, trained[variant]
     monkeypatch.setattr(common, "frozen", lambda *given: networks.append(restore(*given)) or networks[-1])
     model = stage1.load_model(state, variant, CPU)
@@ -184,7 +198,7 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
     assert [type(network).__name__ for network in networks] == expected
     assert model.networks == tuple(networks) and model.shape == (3, 32, 32)
     assert model.vae is (networks[0] if variant != "uncond" else None)
-    assert (model.denoiser is None) == (variant == "vae")
+    assert (model.denoiser is None) == (variant == "vae") and model.evaluations == (2 if variant == "guided" else 1)
     assert not any(n.training or p.requires_grad for n in networks for p in n.parameters())
     if model.vae is not None:
         assert same(dict(model.vae.state_dict()), trained["vae"]["vae"]) and set(model.priors) == {"gaussian", "gmm"}
@@ -198,34 +212,62 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
         expected = stage1.denoiser(unet, x_hat, variant)
         if variant == "guided":
             assert same(dict(networks[-1].state_dict()), state["guide"]) and not same(state["guide"], state["unet"])
-            expected = stage1.guide_away(expected, stage1.denoiser(networks[-1], x_hat, variant))
+            expected = stage1.guide_away(expected, stage1.denoiser(networks[-1], x_hat, variant), 0.5)
         assert torch.equal(model.denoiser(x_hat, None)(x, t), expected(x, t))
 
 
 def test_guided_prediction():
-    """It extrapolates from the guide's prediction to the refiner's and beyond. Each network is evaluated once a
-    step."""
+    """It extrapolates from the guide's prediction to the refiner's and beyond, by the share that it is given. Each
+    network is evaluated once a step."""
     x, t, calls = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]), []
 
     def predicts(number):
         return lambda xt, t: calls.append((number, xt, t)) or torch.full_like(xt, number)
 
-    assert torch.equal(stage1.guide_away(predicts(2.0), predicts(1.0))(x, t), x + 2 + stage1.GUIDANCE)
-    assert calls == [(2.0, x, t), (1.0, x, t)]
+    assert torch.equal(stage1.guide_away(predicts(5.0), predicts(1.0), 0.75)(x, t), x + 5 + 0.75 * 4)
+    assert calls == [(5.0, x, t), (1.0, x, t)]
 
 
 def test_a_guided_checkpoint_contains_its_guide(trained):
-    """Weights and log of the guide, the seconds of both trainings, a run_id that changes with either; all else is
-    form1's. Its cost counts both networks."""
+    """Weights, log and guidance of the guide, the seconds of both trainings, a run_id that changes with either. The
+    rest is form1's, and so the seconds of the VAE count once. Its cost counts both networks."""
     form1, guide = trained["form1"] | {"seconds": 5.0}, trained["form2"] | {"seconds": 2.0}
+    guide |= {"train": guide["train"] | {"guidance": 0.3}}
     state = stage1.with_guide(form1, guide)
-    assert state["guide"] is guide["unet"] and state["log"] is guide["log"] and state["seconds"] == 7
+    assert state["guide"] is guide["unet"] and state["log"] is guide["log"] and state["guidance"] == 0.3
+    assert state["seconds"] == 7 and state["seconds_before"] == trained["vae"]["seconds"] > 0
     assert form1["run_id"] != guide["run_id"] and state["run_id"] == f"{form1['run_id']}+{guide['run_id']}"
     assert all(state[key] is form1[key] for key in form1.keys() - {"log", "seconds", "run_id"})
     vae, plain, guided = (common.count_cost(stage1.load_model(trained[name], name, CPU))
                           for name in ("vae", "form1", "guided"))
     for key in ("parameters", "gflops"):
         assert guided[key] - plain[key] == pytest.approx(plain[key] - vae[key]) and plain[key] > vae[key] > 0
+
+
+def test_augmentation_is_for_training_alone(trained, tmp_path, monkeypatch):
+    """In sampling, the U-Net of `augmented` sees x_hat without noise: it is form1 with other weights. The strengths of
+    the noise in training are uniform, from 0 to 0.4."""
+    state, (x, x_hat), t = trained["augmented"], torch.randn(2, 3, 3, 32, 32), torch.tensor([1, 100, 400])
+    ours, form1 = (stage1.load_model(state, variant, CPU) for variant in ("augmented", "form1"))
+    for unet in (ours.networks[-1], form1.networks[-1]):  # a new U-Net is nearly zero
+        nn.init.constant_(unet.out.bias, 0.5)
+        nn.init.constant_(unet.out.weight, 0.1)
+    predicted = ours.denoiser(x_hat, None)(x, t)
+    assert torch.equal(predicted, form1.denoiser(x_hat, None)(x, t))
+    assert torch.equal(predicted, ours.networks[-1](torch.cat([x, x_hat], 1), t))
+    assert torch.equal(common.generate(ours, 4, "gmm", "dpm", 2, 0, 4)[1],
+                       common.generate(form1, 4, "gmm", "dpm", 2, 0, 4)[1])
+
+    shown = []
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common.VAE, "forward", lambda vae, x0, noise: (torch.zeros_like(x0), None, None))
+    monkeypatch.setattr(stage1, "denoiser", lambda unet, x_hat, variant: shown.append(x_hat) or 1 / 0)
+    for variant in ("augmented", "form1"):
+        with pytest.raises(ZeroDivisionError):  # before any step
+            stage1.train_refiner(tmp_path, settings(batch=1000), variant, trained["vae"], images_of(60), CPU)
+    sds = shown[0].flatten(1).std(1).sort().values / 0.4  # of one image each
+    assert torch.allclose(sds, (torch.arange(1000) + 0.5) / 1000, atol=0.06)  # the distribution function of U(0, 1)
+    assert shown[0].mean().abs() < 0.001 and torch.equal(shown[1], torch.zeros(1000, 3, 32, 32))
 
 
 @pytest.mark.parametrize("first", [1000, 300])
@@ -257,7 +299,8 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
 
 @pytest.mark.parametrize("flags,variants", [
     ("", "vae form1"), ("--variant guided", "form1 guided"), ("--variant form2 vae", "vae form2"),
-    ("--variant uncond", "uncond"), ("--variant all", "vae uncond form1 form2 guided")])
+    ("--variant uncond", "uncond"), ("--variant augmented", "augmented"),
+    ("--variant all", "vae uncond form1 form2 guided augmented")])
 def test_variants_and_what_they_build_on(flags, variants):
     assert stage1.read_flags(flags.split()).variant == variants.split()
 

@@ -1,13 +1,14 @@
 """Stage 2: where the gradients go in one backward pass, the four losses, the log, what is measured of the latent space.
 """
 
+import copy
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, images_of, oracle, same, settings
+from helpers import CPU, evened, expect_error, images_of, oracle, planted_setup, same, settings
 from torch import nn
 
 import common
@@ -17,6 +18,7 @@ import stage2_joint as stage2
 
 
 def joint(**changes):
+    """The settings of a joint training."""
     rates = {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     own = {"loss": "sum", "gradient": "full", "diffusion_weight": 1.0, "from_vae": False}
     return settings(**rates | own | changes)
@@ -40,7 +42,7 @@ def test_no_gradient_has_no_share():
     ({"diffusion_weight": 7.0, "gradient": "none"}, 1, 0),  # with this and the next the VAE is trained by E alone
     ({"diffusion_weight": 0.0}, 1, 0),
     ({"diffusion_weight": 7.0, "objective": "eps", "start": 1000}, 1, 7),
-    ({"loss": "anneal"}, 1, 0.01),
+    ({"loss": "anneal"}, 1, 0.1),
     ({"loss": "kendall"}, math.exp(-0.5), math.e),
     ({"loss": "kendall", "gradient": "decoder"}, math.exp(-0.5), math.e),
     ({"loss": "bound"}, 1, 1),
@@ -48,8 +50,10 @@ def test_no_gradient_has_no_share():
 ])
 def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch, in_float32):
     """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets the gradient of E and, as
-    far as `--gradient` says, that of lambda D M. Under `bound` the VAE gets that of the KL and of the nats of the
-    process, including its start, and no reconstruction term. Separate passes of autograd must give the same."""
+    far as `--gradient` says, that of lambda D M. In M each image's error is divided by the mean of its noise level. The
+    log holds the undivided one. Under `bound` nothing is divided, and the VAE gets the gradient of the KL and of the
+    nats of the process, including its start, and no reconstruction term. Separate passes of autograd must give the
+    same."""
     train, data = joint(steps=1, vae_clip=0.0, unet_clip=0.0, **changes), images_of(60)
     gradients, given, size = {}, [], 3 * 32 * 32
     build, step = common.build_unet, common.Training.step
@@ -88,17 +92,19 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     sse, kl = ((x_hat - x0) / 2).square().flatten(1).sum(1), common.gaussian_kl(mu, logvar)
     elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl
 
-    def terms(x_hat):  # the loss of the U-Net, and the diffusion term in that of the VAE: each (B,)
+    def terms(x_hat):  # the U-Net's error in the log, and the diffusion term in the loss of the VAE: each (B,)
         denoise, t = stage2.denoiser(unet, x_hat), diffusion.draw_t(u)
         if train["loss"] == "bound":
-            squares = stage2.bound_loss(diffusion, denoise, x_hat, x0, u, eps)
-        else:
-            error = denoise(diffusion.q_sample(x0, t, eps), t) - diffusion.target(x0, t, eps)
-            squares = error.square().flatten(1).sum(1)
-        return squares / size, squares
+            nats = stage2.bound_loss(diffusion, denoise, x_hat, x0, u, eps)
+            return nats / size, nats
+        error = denoise(diffusion.q_sample(x0, t, eps), t) - diffusion.target(x0, t, eps)
+        mse = error.square().flatten(1).mean(1)
+        return mse, size * evened(mse, t, train["start"])
 
-    assert close(gradients["unet"], torch.autograd.grad(terms(x_hat.detach())[0].mean(), list(unet.parameters())))
-    squares, names = terms(x_hat)[1], [name.split(".")[0] for name, _ in vae.named_parameters()]
+    of_unet = terms(x_hat.detach())[1].mean() / size
+    assert close(gradients["unet"], torch.autograd.grad(of_unet, list(unet.parameters())))
+    mse, squares = terms(x_hat)
+    names = [name.split(".")[0] for name, _ in vae.named_parameters()]
     at_x_hat, = torch.autograd.grad(weight * squares.mean(), x_hat, retain_graph=True)
     of_elbo = torch.autograd.grad(elbo_weight * elbo.mean(), list(vae.parameters()), retain_graph=True,
                                 materialize_grads=True)
@@ -122,8 +128,9 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{train['objective']}_mse"
     expected = {"gradient_share": diffusion_norm / (diffusion_norm + sse_norm), "weight": weight,
                 "sse": float(sse.detach().mean()), "kl_nats": float(kl.detach().mean()),
-                unet_term: float(squares.detach().mean()) / size}
+                unet_term: float(mse.detach().mean())}
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert train["loss"] == "bound" or float(squares.detach().mean()) / size != pytest.approx(row[unet_term], rel=2e-3)
 
 
 def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
@@ -131,7 +138,7 @@ def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
     data, train = images_of(60), joint(gradient="none", vae_lr=0.0, vae_muon_lr=0.0, steps=5, every=1)
     ours = stage2.train_joint(tmp_path / "joint", train, data, CPU)
     torch.manual_seed(train["seed"])
-    frozen = {"vae": common.build_vae(train).state_dict(), "gmm": {}}
+    frozen = {"vae": common.build_vae(train).state_dict(), "gmm": {}, "seconds": 1.0}
     theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", frozen, data, CPU)
     a, b = ([row["v_mse"] for row in state["log"]] for state in (ours, theirs))
     assert len(a) == 5 and a == pytest.approx(b, rel=1e-6)
@@ -158,25 +165,76 @@ def test_bound_is_the_sum_of_its_parts(start):
 
 
 def test_anneal_raises_the_weight(tmp_path):
-    """lambda rises log-linearly from 0.01 over the first 60% of the steps. The log holds it."""
-    train = {"loss": "anneal", "diffusion_weight": 1.0, "unet_steps": 100}
+    """lambda rises log-linearly from a tenth over the first 60% of the steps. The log holds it."""
+    train = {"loss": "anneal", "diffusion_weight": 3.0, "vae_steps": 7, "unet_steps": 100}
     weights = [stage2.diffusion_weight(train, step) for step in range(101)]
-    assert weights[0] == pytest.approx(0.01) and weights[30] == pytest.approx(0.1)
-    assert weights[60:] == pytest.approx([1.0] * 41) and weights == sorted(weights)
-    assert stage2.diffusion_weight(train | {"loss": "sum"}, 0) == 1.0
-    assert stage2.diffusion_weight(train | {"diffusion_weight": 0.001}, 0) == pytest.approx(0.001)
+    assert weights[0] == pytest.approx(0.3) and weights[30] == pytest.approx(3 * 0.1**0.5)
+    assert weights[60:] == pytest.approx([3.0] * 41) and weights == sorted(weights)
+    assert stage2.diffusion_weight(train | {"loss": "sum"}, 0) == 3
+    assert stage2.diffusion_weight(train | {"diffusion_weight": 0.0}, 30) == 0
     train = joint(loss="anneal", every=1)
     log = stage2.train_joint(tmp_path, train, images_of(60), CPU)["log"]
     assert [row["weight"] for row in log] == pytest.approx([stage2.diffusion_weight(train, step) for step in range(8)])
 
 
-def test_images_are_mirrored_as_the_refiners_setting_says(tmp_path, monkeypatch):
-    flips = []
-    monkeypatch.setattr(common, "Training", lambda *args, flip, **networks: flips.append(flip) or 1 / 0)
+def test_the_refiners_settings_say_how_long_and_whether_images_are_mirrored(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "Training", lambda *args, steps, flip, **networks: asked.append((steps, flip)) or 1 / 0)
     for flip in (False, True):
         with pytest.raises(ZeroDivisionError):  # before any step
-            stage2.train_joint(tmp_path, joint(unet_flip=flip, vae_flip=not flip), images_of(2), CPU)
-    assert flips == [False, True]
+            stage2.train_joint(tmp_path, joint(unet_flip=flip, vae_flip=not flip, unet_steps=5), images_of(2), CPU)
+    assert asked == [(5, False), (5, True)]
+
+
+def test_the_vae_may_come_from_stage_1(tmp_path, monkeypatch, in_float32):
+    """Its weights are those of stage 1 when the first step begins, and the refiner's are the same as without. The
+    seconds of stage 1 count as seconds before."""
+    begun, step, data = [], common.Training.step, images_of(60)
+    vae_state = stage1.train_vae(tmp_path / "vae", settings(), data, CPU)
+    monkeypatch.setattr(common.Training, "step", lambda training, *args, **how: begun.append(
+        {name: copy.deepcopy(net.state_dict()) for name, net in training.networks.items()}) or step(
+            training, *args, **how))
+    states = [stage2.train_joint(tmp_path / str(i), joint(steps=1), data, CPU, given)
+              for i, given in enumerate((None, vae_state))]
+    torch.manual_seed(0)
+    new = common.build_vae(settings()).state_dict()
+    assert same([dict(weights["vae"]) for weights in begun], [dict(new), vae_state["vae"]])
+    assert not same(dict(new), vae_state["vae"]) and same(dict(begun[0]["unet"]), dict(begun[1]["unet"]))
+    assert [state["seconds_before"] for state in states] == [0, vae_state["seconds"]] and vae_state["seconds"] > 0
+
+
+def command_from_vae(tmp_path, monkeypatch, *changes):
+    """The command with --from-vae and --set, on no data, and a list of what train_joint is given, which ends it."""
+    given = []
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
+        tmp_path, train, changes=args.changes, evaluation=evaluation, device=device, data=None, test=None))
+    monkeypatch.setattr(stage2, "train_joint", lambda *args: given.append(args) or 1 / 0)
+    argv = ["--budget", "smoke", "--device", "cpu", "--from-vae", *changes]
+    return lambda: stage2.main(argv), given
+
+
+@pytest.mark.parametrize("change,vae_settings,name", [
+    ([], {}, "stage1-vae-s0"), (["--set", "start=300"], {}, "stage1-vae-s0"),
+    (["--set", "beta=0.5"], {"beta": 0.5}, "stage1-vae-beta=0.5-s0")])
+def test_from_vae_finds_the_vae_of_stage_1(change, vae_settings, name, tmp_path, monkeypatch, capsys):
+    """It is the one that stage 1 trains with the same --set. If it is not there, one line says so."""
+    command, given = command_from_vae(tmp_path, monkeypatch, *change)
+    path = tmp_path / name / "checkpoint.pt"
+    expect_error(capsys, command, str(path), "no such checkpoint")
+    common.save_state(path, {"train": settings(**vae_settings), "finished": True, "vae": {}})
+    with pytest.raises(ZeroDivisionError):
+        command()
+    (folder, train, _, _, vae_state), = given
+    assert vae_state["vae"] == {} and folder.name.startswith("stage2-anneal-from-vae") and train["from_vae"] is True
+
+
+def test_from_vae_needs_a_finished_vae(tmp_path, monkeypatch, capsys):
+    """One line names the folder of an unfinished training."""
+    command, given = command_from_vae(tmp_path, monkeypatch)
+    path = tmp_path / "stage1-vae-s0" / "checkpoint.pt"
+    common.save_state(path, {"train": settings(), "finished": False, "weights": {"vae": {}}})
+    expect_error(capsys, command, str(path.parent), "unfinished")
+    assert not given
 
 
 def test_kendall_learns_the_balance(tmp_path):
@@ -310,13 +368,14 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
     saved = {}
     monkeypatch.setattr(fid, "extract", pixels)
     monkeypatch.setattr(common, "save_grid", lambda path, rows: saved.update({path: rows}))
-    result = stage2.latent_space(tmp_path, model, setup, pairs=4, points=5)
+    result = stage2.latent_space(tmp_path / "paths.png", model, setup, pairs=4, points=5)
 
     def decode(z):
         refined = common.refine(model, ROW.decoder(z), z, common.generator(91_005), "dpm", 3)
         return {"vae": common.to_uint8(ROW.decoder(z)), "refined": common.to_uint8(refined)}
 
-    a, b, rows = code[:20], code[20:40], saved[tmp_path / "interpolation.png"]
+    assert result["images"] == 20
+    a, b, rows = code[:20], code[20:40], saved[tmp_path / "paths.png"]
     for name, label in (("vae", "VAE"), ("refined", "refined")):
         assert result["posterior"][name] == score(decode(a)[name])["fd"]
         paths = torch.stack([decode(stage2.slerp(a[:4], b[:4], w))[name] for w in (0, 0.25, 0.5, 0.75, 1)], 1)
@@ -330,15 +389,17 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
     _, predicted = stage2.linear_probe(train_code, torch.eye(2)[train.labels], code, torch.eye(2)[test.labels])
     right = (predicted.argmax(1) == test.labels).float().mean()
     assert result["probe_class_accuracy"] == pytest.approx(float(right)) and 0.5 < right < 0.8
-    stage2.latent_space(None, model, setup)
-    assert len(saved) == 1
+    setup.evaluation["grid_count"] = 50  # there are 90 held-out images, and a path takes two
+    assert stage2.latent_space(tmp_path / "more.png", model, setup)["images"] == 45
 
 
 def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
-    """Its own and that of stage 1's checkpoint, each with its own networks and at the flag's temperature."""
-    data, measured = images_of(60), []
-    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: SimpleNamespace(
-        home=tmp_path, train=train, evaluation=evaluation, device=device, data=data, test=data))
+    """Its own and that of stage 1's checkpoint, each with its own networks and at the flag's temperature. It compares
+    mixtures fitted to its own codes."""
+    data, measured, mixtures = images_of(60), [], []
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
+        tmp_path, train, evaluation=evaluation, device=device, data=data, test=data))
+    monkeypatch.setattr(fid, "by_components", lambda model, setup, train: mixtures.append((model, train)) or "by size")
     monkeypatch.setattr(fid, "evaluate", lambda *args: {"run": {"train_images": 1}, "tables": {}})
     monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train_images": 1}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
@@ -348,11 +409,13 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     form1 = stage1.train_refiner(tmp_path / "stage1-form1-s0", settings(steps=2), "form1", vae_state, data, CPU)
     stage2.main("--budget smoke --device cpu --temperature 0.8 --steps 1".split())
     own = common.load_checkpoint(tmp_path / "stage2-anneal-s0" / "checkpoint.pt")
+    assert mixtures == [(measured[0][1], own["train"])] and own["seconds_before"] == 0
     assert [folder for folder, _ in measured] == [tmp_path / "stage2-anneal-s0", None]
     for (_, model), state in zip(measured, (own, form1), strict=True):
         assert same(dict(model.networks[0].state_dict()), state["vae"]) and model.temperature == 0.8
         assert same(dict(model.networks[1].state_dict()), state["unet"])
     tables = json.loads((tmp_path / "stage2-anneal-s0" / "metrics.json").read_text())["tables"]
+    assert tables.pop("components") == "by size"
     assert {key: value["slerp"]["refined"]["path_over_distance"] for key, value in tables.items()} == {
         "latent_space": 1, "latent_space_stage1": 2}
     printed = capsys.readouterr().out
@@ -361,16 +424,18 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags,name,weight", [
-    ("", "stage2-anneal", 1.0),
+    ("", "stage2-anneal", stage2.WEIGHT),
     ("--loss sum --diffusion-weight 0.1", "stage2-sum-w0.1", 0.1),
-    ("--gradient none", "stage2-anneal-grad-none", 1.0),
+    ("--gradient none", "stage2-anneal-grad-none", stage2.WEIGHT),
     ("--loss sum --diffusion-weight 2 --gradient decoder", "stage2-sum-w2-grad-decoder", 2.0),
     ("--loss kendall", "stage2-kendall", None),
     ("--loss bound", "stage2-bound", None),
+    ("--loss sum --gradient decoder --from-vae", "stage2-sum-grad-decoder-from-vae", stage2.WEIGHT),
 ])
 def test_names(flags, name, weight):
     """The name leaves out what is the default. A loss without lambda has none in its settings."""
     _, own, variant = stage2.read_flags(flags.split())
     assert (variant, own["diffusion_weight"]) == (name, weight)
     rates = {"balance_lr", "balance_muon_lr", "balance_clip", "balance_ema"}
-    assert own.keys() == {"loss", "gradient", "diffusion_weight"} | (rates if "kendall" in name else set())
+    assert own.keys() == {"loss", "gradient", "diffusion_weight", "from_vae"} | (rates if "kendall" in name else set())
+    assert own["from_vae"] == ("from-vae" in name)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, images_of, same, settings
+from helpers import CPU, images_of, planted_setup, same, settings
 
 import common
 import fid
@@ -194,7 +194,7 @@ def test_conclusions_about_s():
 
     def ranked(error, sign=1.0):  # s of `regressed` is z times `sign`
         z = torch.arange(float(len(error)))[:, None]
-        facts = stage3.rank_errors(stage3.RoundTrip(z, z, 0 * z, error), stats | {
+        facts = stage3.rank_errors(stage3.RoundTrip(z, z, 0 * z, 0 * z, error), stats | {
             "regressed_weight": torch.tensor([sign, 0, 0])})
         assert facts["variance"]["correlation"] == 0 and "no information" in facts["variance"]["conclusion"]
         return facts["regressed"]["correlation"], "no information" not in facts["regressed"]["conclusion"]
@@ -340,6 +340,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
         z, z[:, 0] * stats["mean"] if (vae, kind) == (PLANTED, "variance") else None))
     monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append((args, how)) or other)
     monkeypatch.setattr(stage3, "adaptive_refinement", lambda *args: args)
+    monkeypatch.setattr(stage3, "cost", lambda *args: ("cost", *args))
     tables = stage3.adaptivity(tmp_path, state, model, setup)
 
     real = test.images[:66]  # 3 (44 // 2)
@@ -368,6 +369,8 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
     sse = [tables["terciles"][name]["sse"] for name in ("sure", "middle", "unsure")]
     assert 0 < 2 * sse[0] < sse[1] < sse[2]
     everything = torch.arange(66)
+    assert tables["terciles"]["images"] == 22 and tables["controls"]["images"] == 66
+    assert tables["cost"] == ("cost", model, setup)
     other.temperature = 1.0  # it was set for the control
     assert tables["controls"]["true"] == pytest.approx(against_originals(refined, everything))
     assert tables["controls"]["shuffled"] == pytest.approx(
@@ -399,7 +402,7 @@ def test_adaptive_refinement(monkeypatch):
     table = stage3.adaptive_refinement(model, first_of_z, setup)
     z = common.StandardNormal(8).sample(249, common.generator(85_003))
     ways = stage3.steps_and_starts_by_tercile(z[:, 0], 4, 400)
-    assert list(table) == ["mean_steps", *ways] and table["mean_steps"] == 4
+    assert list(table) == ["mean_steps", "images", *ways] and (table["mean_steps"], table["images"]) == (4, 249)
     assert not any(map(torch.equal, scored, scored[1:])) and all(images is real for images in of_real)
     for images, (name, thirds) in zip(scored, ways.items(), strict=True):
         for index, steps, start in thirds:
@@ -416,6 +419,38 @@ def test_adaptive_refinement(monkeypatch):
     assert torch.equal(*scored[-2:])
 
 
+def test_cost_by_hand(monkeypatch):
+    """With planted seconds: those of a batch over its images, of at most 50. FLOPs are those of one image: of as many
+    steps as the headline has, and, with the conditioning, of it and of the uncertainty, once. `fixed` has the same
+    U-Net, which sees x_hat as it is."""
+    class UNet(torch.nn.Conv2d):
+        def forward(self, x, t, extra=None):
+            seen.append(x)
+            return super().forward(x)
+
+    def refined(run):  # the number of images, the steps, and whether the U-Net saw x_hat as it is
+        seen.clear()
+        run()
+        return len(seen[0]), len(seen), torch.equal(seen[0][:, 3:], PLANTED.decoder(first)[: len(seen[0])])
+
+    def planted_seconds(runs, device):
+        timed.append({name: refined(run) for name, run in runs.items()})
+        return {"fixed": 20.0, "this": 30.0}
+
+    seen, timed, unet, uncertainty = [], [], UNet(6, 3, 3, padding=1), torch.nn.Conv2d(3, 1, 3, padding=1)
+    first = common.randn((50, 8), common.generator(0))
+    model = planted_model(networks=(None, {"unet": unet}), denoiser=lambda x_hat, z: (
+        uncertainty(x_hat), lambda x, t: unet(torch.cat([x, 0.5 * x_hat], 1), t))[1])
+    monkeypatch.setattr(common, "time_in_turn", planted_seconds)
+    for batch, count in ((80, 50), (20, 20)):
+        first = first[:count]
+        table = stage3.cost(model, SimpleNamespace(evaluation={"batch": batch, "sample_steps": 4}))
+        assert timed.pop() == {"fixed": (count, 4, True), "this": (count, 4, False)}
+        steps, once = 4 * 2 * 3 * 54 * 64 / 1e9, 2 * 27 * 64 / 1e9  # of 3 x 3 convolutions at 8 x 8
+        assert table == {"fixed": {"seconds_per_image": 20 / count, "gflops": pytest.approx(steps)},
+                         "this": {"seconds_per_image": 30 / count, "gflops": pytest.approx(steps + once)}}
+
+
 def joint(**changes):
     """The settings of a VAE and of a refiner."""
     vae = settings(**{"vae_prior": "flow", "steps": 2} | changes)
@@ -424,21 +459,21 @@ def joint(**changes):
     return vae, vae | own
 
 
-def test_vae_and_refiner_have_their_own_settings_for_mirroring(tmp_path, monkeypatch):
-    flips, vae = [], stage3.build_vae(joint()[0]).state_dict()
-    monkeypatch.setattr(common, "Training", lambda *args, flip, **networks: flips.append(flip) or 1 / 0)
+def test_vae_and_refiner_have_their_own_steps_and_mirroring(tmp_path, monkeypatch):
+    asked, vae = [], stage3.build_vae(joint()[0]).state_dict()
+    monkeypatch.setattr(common, "Training", lambda *args, steps, flip, **networks: asked.append((steps, flip)) or 1 / 0)
     for flip in (False, True):
-        vae_train, train = joint(vae_flip=flip, unet_flip=not flip)
+        vae_train, train = joint(vae_flip=flip, unet_flip=not flip, vae_steps=5, unet_steps=7)
         with pytest.raises(ZeroDivisionError):  # before any step
             stage3.train_vae(tmp_path, vae_train, images_of(2), CPU)
         with pytest.raises(ZeroDivisionError):
             stage3.train_refiner(tmp_path, train, {"vae": vae, "uncertainty": {}}, images_of(2), CPU)
-    assert flips == [False, True, True, False]
+    assert asked == [(5, False), (7, True), (5, True), (7, False)]
 
 
 def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, in_float32):
     """The first step's loss is vae_loss with the settings' beta. The log holds the terms of the loss."""
-    (train, _), calls, loss = joint(steps=10, every=1, beta=0.3), [], stage3.vae_loss
+    (train, _), calls, loss = joint(vae_steps=10, unet_steps=3, every=1, beta=0.3), [], stage3.vae_loss
     monkeypatch.setattr(stage3, "vae_loss", lambda *args, joint: calls.append((args[3], joint)) or loss(*args, joint))
     log = stage3.train_vae(tmp_path, train, images_of(60), CPU)["log"]
     assert calls == [(0.3, False)] * 6 + [(0.3, True)] * 4
@@ -469,8 +504,9 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     the flag names, at its temperature, and each image with its own s. With `posterior` there is no bound."""
     data, test, evaluated, loaded, load_model = images_of(100), images_of(80, seed=2), [], [], stage3.load_model
     monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append(how) or load_model(*args, **how))
-    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: SimpleNamespace(
-        home=tmp_path, train=train, evaluation=evaluation, device=device, data=data, test=test))
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
+        tmp_path, train, evaluation=evaluation, device=device, data=data, test=test))
+    monkeypatch.setattr(fid, "by_components", lambda model, setup, train: [model.name, train["budget"]])
     monkeypatch.setattr(fid, "evaluate", lambda folder, setup, state, model: evaluated.append(
         (folder.name, setup.evaluation["prior"], model.temperature)) or {"tables": {"bits_per_dim": 1}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
@@ -483,7 +519,7 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     vae = common.frozen(stage3.build_vae(state["train"]), state["vae"], CPU)
     ranks, of_training = (stage3.rank_errors(stage3.round_trip(vae, images, 75_002, CPU), state["uncertainty"])
                           for images in (test.images, data.images))
-    assert of_vae == {"bits_per_dim": 1, "uncertainty": ranks} and ranks != of_training
+    assert of_vae == {"bits_per_dim": 1, "uncertainty": ranks, "components": ["vae", "smoke"]} and ranks != of_training
     assert of_refiner == {"bits_per_dim": None, "uncertainty": ranks | {"of": names[1], "by": "film"}}
     assert f"regressed: rank correlation with held-out squared errors {ranks['regressed']['correlation']:.3f}" in (
         capsys.readouterr().out)
@@ -498,7 +534,7 @@ def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float
         if trained_under == "flow":
             vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU)
         else:
-            setup = SimpleNamespace(home=home, train=settings(steps=2), data=data, device=CPU)
+            setup = planted_setup(home, settings(steps=2), data=data, device=CPU)
             vae_state = stage3.get_vae(home / "vae", vae_train, setup, False)
         model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU), CPU)
         shaken(model.priors["flow"], 0.3)
@@ -515,17 +551,22 @@ def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float
         assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # they differ
 
 
-def test_fixed_is_stage_1(tmp_path):
+def test_fixed_is_stage_1(tmp_path, monkeypatch):
     """With the same VAE and seed, `fixed` trains stage 1's refiner, to the same bits. Without a flow the VAE itself is
-    stage 1's, trained once in stage 1's folder."""
+    stage 1's, trained once in stage 1's folder, and its seconds are those of stage 1 and of fitting ex post. Those of
+    the VAE are a refiner's seconds before."""
     vae_train, train = joint(vae_prior="gaussian", steps=8)
     train, data = train | {"conditioning": "fixed"}, images_of(60)
-    setup = SimpleNamespace(home=tmp_path, train=settings(steps=8), data=data, device=CPU)
+    setup, fit, clock = planted_setup(tmp_path, settings(steps=8), data=data, device=CPU), stage3.fit_ex_post, [0]
+    monkeypatch.setattr(stage3, "time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(stage3, "fit_ex_post", lambda *args: clock.insert(0, 50) or fit(*args))
     vae_state = stage3.get_vae(tmp_path / "vae", vae_train, setup, False)
     theirs = stage1.train_vae(tmp_path / "again", setup.train, data, CPU)
     stored = common.load_checkpoint(tmp_path / "stage1-vae-s0" / "checkpoint.pt")
-    assert same(stored, theirs) and all(same(vae_state[key], stored[key]) for key in stored.keys() - {"train"})
+    unchanged = stored.keys() - {"train", "seconds"}
+    assert same(stored, theirs) and all(same(vae_state[key], stored[key]) for key in unchanged)
     assert vae_state["train"] == vae_train and vae_state.keys() - stored.keys() == {"flow", "uncertainty"}
+    assert vae_state["seconds"] == stored["seconds"] + 50 and vae_state["seconds_before"] == 0
     vae = common.frozen(common.build_vae(train), stored["vae"], CPU)
     vae.flow = None
     assert same(stage3.fit_ex_post(vae, train, data, CPU), {key: vae_state[key] for key in ("flow", "uncertainty")})
@@ -535,7 +576,7 @@ def test_fixed_is_stage_1(tmp_path):
     ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU)
     theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU)
     assert same({name.removeprefix("unet."): value for name, value in ours["refiner"].items()}, theirs["unet"])
-    assert ours["log"] == theirs["log"]
+    assert ours["log"] == theirs["log"] and ours["seconds_before"] == vae_state["seconds"]
 
 
 @pytest.mark.parametrize("source", ["regressed", "variance", "posterior"])

@@ -50,7 +50,7 @@ def simplify(change, train=None, scores=False):
     Without `scores`, nothing is evaluated, there are 100 images, and a checkpoint is saved every tenth step."""
     smoke, savings = common.budget, {"device": "", "sampler_steps": 0, "batch": 0, "saved_percent": {}}
     path = {"path_over_distance": 1.0, "end_distance": 1.0}
-    tables = {"savings": savings, "uncertainty": {}, "latent_space": {"slerp": {"refined": path}}}
+    tables = {"savings": savings, "uncertainty": {}, "components": {}, "latent_space": {"slerp": {"refined": path}}}
     change(common, "draw_shapes", small_shapes)
     if not scores:
         change(common, "budget", lambda *args: (smoke(*args)[0] | (train or {}), smoke(*args)[1]))
@@ -110,6 +110,13 @@ def whole(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         simplify(patch.setattr, DRAWING)
         return request.param, run(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_seconds_of_what_a_run_builds_on(whole):
+    """Seconds before are those of the VAE for a refiner, and of the autoencoder for its U-Net. Others have none."""
+    _, ((first, _), *others) = whole
+    assert first["seconds"] > 0 == first["seconds_before"]
+    assert [state["seconds_before"] for state, _ in others] == [first["seconds"]] * len(others)
 
 
 def test_another_seed_agrees_in_no_network(whole, few, tmp_path):
@@ -279,6 +286,63 @@ def test_stage3_without_a_flow_uses_the_vae_of_stage1(few, tmp_path, monkeypatch
     assert all(same(states[2][part], states[0][part]) for part in ("vae", "gmm"))
 
 
+def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch):
+    """What matters to the U-Net alone leaves the VAE as it is, which is then not trained again; so with the autoencoder
+    and with stage 3's VAE. Other changes make another VAE. `guidance` makes another `guided`, and nothing else. The
+    same command with the same --set trains nothing, and other values are other runs."""
+    trained = []
+    after_each_step(monkeypatch, lambda training: trained.append((training.folder.name, training.all_steps)))
+
+    def runs(name, *flags):
+        trained.clear()
+        COMMANDS[name]([*SMOKE, "--steps", "2", "--out", str(tmp_path), *flags])
+        return {folder: steps for folder, steps in trained}
+
+    def train_of(name):
+        return common.load_checkpoint(tmp_path / "shapes-smoke" / name / "checkpoint.pt")["train"]
+
+    assert runs("stage1") == {"stage1-vae-s0": 2, "stage1-form1-s0": 2}
+    assert runs("stage1", "--set", "start=300") == {"stage1-form1-start=300-s0": 2}
+    assert train_of("stage1-form1-start=300-s0") == train_of("stage1-form1-s0") | {"start": 300}
+    assert runs("stage1", "--set", "start=300") == {}
+    assert runs("stage1", "--set", "beta=0.5", "unet_steps=3", "vae_steps=1") == {
+        "stage1-vae-beta=0.5-vae_steps=1-s0": 1, "stage1-form1-beta=0.5-unet_steps=3-vae_steps=1-s0": 3}
+    assert train_of("stage1-vae-beta=0.5-vae_steps=1-s0") == train_of("stage1-vae-s0") | {"beta": 0.5, "vae_steps": 1}
+    assert runs("stage1", "--variant", "guided", "--set", "guidance=0.9", "unet_steps=15") == {
+        "stage1-form1-unet_steps=15-s0": 15, "stage1-guided-guidance=0.9-unet_steps=15-s0": 2}
+    assert runs("stage1", "--variant", "guided", "--set", "unet_steps=15") == {"stage1-guided-unet_steps=15-s0": 2}
+    assert train_of("stage1-guided-guidance=0.9-unet_steps=15-s0") == train_of("stage1-form1-s0") | {
+        "unet_steps": 2, "guidance": 0.9}
+    assert runs("stage2", "--from-vae", "--set", "start=300") == {"stage2-anneal-from-vae-start=300-s0": 2}
+    assert runs("stage3", "--set", "unet_lr=0.001") == {
+        "stage3-vae-flow-s0": 2, "stage3-flow-film-unet_lr=0.001-s0": 2}
+    refiner, vae = train_of("stage3-flow-film-unet_lr=0.001-s0"), train_of("stage3-vae-flow-s0")
+    assert refiner["refiner_lr"] == refiner["unet_lr"] == 0.001 and "refiner_lr" not in vae and vae["unet_lr"] == 2e-3
+    assert runs("stage3", "--prior", "gmm", "--set", "start=300") == {"stage3-gmm-film-start=300-s0": 2}
+    assert runs("stage3", "--prior", "gmm", "--set", "flow_steps=3") == {
+        "stage1-vae-flow_steps=3-s0": 2, "stage3-gmm-film-flow_steps=3-s0": 2}
+    assert runs("bonus", "--set", "vae_lr=0.001", "even_levels=false") == {
+        "bonus-ae-vae_lr=0.001-s0": 2, "bonus-latent-vae_lr=0.001-even_levels=False-s0": 2}
+    assert train_of("bonus-ae-vae_lr=0.001-s0")["autoencoder_lr"] == 0.001
+    assert runs("bonus", "--set", "vae_lr=0.001", "objective=eps") == {
+        "bonus-latent-vae_lr=0.001-objective=eps-s0": 2}
+
+
+@pytest.mark.parametrize("train_vae", [stage1.train_vae, stage3.train_vae, bonus.train_autoencoder])
+def test_what_matters_to_the_unet_alone_changes_no_bit_of_the_vae(train_vae, tmp_path):
+    """All settings that count as such are changed."""
+    own = {"vae_prior": "flow", "ae_width": 16} | common.settings_for(settings(), "autoencoder", like="vae")
+    others = {"unet_muon_lr": 0.0, "unet_lr": 1.0, "unet_clip": 9.0, "unet_steps": 2, "unet_ema": 0.0,
+              "unet_flip": True, "unet": [[32, 8, 0, 1]], "objective": "eps", "even_levels": False, "start": 9,
+              "dropout": 0.3, "heads": 2, "attention": [8], "guidance": 3.0}
+    plain = settings(vae_steps=3, dropout=0.0, **own)
+    assert others.keys() == {key for key in plain if key.startswith(common.OF_UNET)}
+    assert all(plain[key] != value for key, value in others.items())
+    a, b = (train_vae(tmp_path / str(len(train)), train, images_of(60), CPU)
+            for train in (plain, plain | others | {"another": 0}))
+    assert same(a | {"train": None}, b | {"train": None}) and a["train"] == plain
+
+
 # --- The loop by hand -------------------------------------------------------------------------------------------------
 
 def train_weights(folder, loss, watch=dict, names=("net",), **changes):
@@ -366,6 +430,144 @@ def test_learning_rate_end_points():
     assert rate(99, 100, 0.1) == pytest.approx(2 / 90) and rate(99, 100, 0.1, decay=False) == 2
     assert rate(0, 100, 20) == pytest.approx(0.1) and rate(19, 100, 20) == 2
     assert rate(0, 1, 0.1) == 2 and all(0 < rate(s, n, 0.1) <= 2 for n in range(1, 9) for s in range(n))
+
+
+def test_seconds_by_hand(tmp_path, monkeypatch):
+    """A run has the seconds of its training, before it was stopped and after, and of what comes after the last step.
+    The time in between does not count."""
+    now = [1000.0]
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def loss(i, w):
+        now[0] += 7
+        return w
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_after(patch, 3)
+        train_weights(tmp_path, loss, steps=5)
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["seconds"] == 21
+    now[0] += 10_000
+    training = train_weights(tmp_path, loss, steps=5)
+    now[0] += 100
+    state = training.finish(4000.0, mixture="fitted")
+    assert (state["seconds"], state["seconds_before"], state["mixture"]) == (35 + 100, 4000, "fitted")
+
+
+# --- Losses of noise levels -------------------------------------------------------------------------------------------
+
+def levels_of(folder, **changes):
+    """A Training of two images in a step, in float32, and a Diffusion for it."""
+    train = settings(**{"batch": 2} | changes)
+    training = common.Training(folder, train, CPU, torch.zeros(9, 1, 1, 1), 8, False)
+    training.reduced = False
+    return training, common.Diffusion("v", start=train["start"])
+
+
+def test_even_levels_by_hand(tmp_path):
+    """Each level's mean begins at 1 and moves by a twentieth towards the mean loss of the step's images at that level.
+    A level without images keeps its mean. An image's loss is divided by the mean of its own level, and so is its
+    gradient: the mean counts as a constant."""
+    training, diffusion = levels_of(tmp_path, start=400)
+    expected = torch.ones(20)
+    for losses, times, moved in (([4.0, 8.0, 3.0], [1, 20, 21], {0: 6.0, 1: 3.0}),  # a level has 20 of the 400 times
+                                 ([2.0, 5.0, 7.0], [19, 381, 400], {0: 2.0, 19: 6.0}),
+                                 ([9.0, 0.0, 1.0], [380, 200, 201], {18: 9.0, 9: 0.0, 10: 1.0})):
+        loss, t = torch.tensor(losses, requires_grad=True), torch.tensor(times)
+        found = training.even_levels(loss, t, diffusion)
+        for level, mean in moved.items():
+            expected[level] = 0.95 * expected[level] + 0.05 * mean
+        assert torch.allclose(training.level_means, expected) and not training.level_means.requires_grad
+        own = expected[torch.tensor([(time - 1) // 20 for time in times])]
+        assert torch.allclose(found, torch.tensor(losses) / own)
+        found.sum().backward()
+        assert torch.allclose(loss.grad, 1 / own)
+    assert float(expected[0]) == pytest.approx(0.95 * 1.25 + 0.1) and expected[2:9].tolist() == [1.0] * 7
+
+
+@pytest.mark.parametrize("start,bounds", [
+    (400, {0: (1, 20), 1: (21, 40), 19: (381, 400)}), (1000, {0: (1, 50), 9: (451, 500), 19: (951, 1000)}),
+    (290, {0: (1, 15), 1: (16, 29), 2: (30, 44), 19: (277, 290)}), (20, {0: (1, 1), 7: (8, 8), 19: (20, 20)}),
+    (7, {0: (1, 1), 2: (2, 2), 5: (3, 3), 17: (7, 7)}), (1, {0: (1, 1)})])
+def test_bounds_of_noise_levels(start, bounds, tmp_path):
+    """First and last time of a level, from t = 1 to t = start. Each of the 20 has a twentieth of the times, as nearly
+    as whole times allow. (With fewer times than levels, some have none.)"""
+    training, diffusion = levels_of(tmp_path, start=start)
+    levels = {}
+    for t in range(1, start + 1):
+        training.level_means = torch.ones(20)
+        training.even_levels(torch.tensor([21.0]), torch.tensor([t]), diffusion)
+        assert sorted(training.level_means.tolist()) == [1.0] * 19 + [2.0]
+        levels.setdefault(int(training.level_means.argmax()), []).append(t)
+    assert {level: (levels[level][0], levels[level][-1]) for level in bounds} == bounds
+    assert len(levels) == min(start, 20)
+    assert {len(times) for times in levels.values()} <= {start // 20, math.ceil(start / 20)}
+
+
+def test_what_leaves_the_levels_alone(tmp_path, monkeypatch):
+    """With the setting off the loss comes back as it is. A trial in float32 and in bfloat16 divides by the means, and
+    moves none. A checkpoint keeps them, a finished one does not need them."""
+    loss, t = torch.tensor([4.0, 8.0]), torch.tensor([1, 390])
+    training, diffusion = levels_of(tmp_path / "off", even_levels=False)
+    assert training.even_levels(loss, t, diffusion) is loss and torch.equal(training.level_means, torch.ones(20))
+
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
+    net, seen = nn.Linear(1, 1, bias=False), []
+    train = settings(batch=2, net_lr=0.0, net_muon_lr=0.0, net_clip=0.0, net_ema=0.0)
+    training = common.Training(tmp_path / "on", train, CPU, torch.zeros(9, 1, 1, 1), 3, False, net=net)
+    means = training.level_means = torch.arange(1.0, 21.0)
+    for _ in training:
+        value = training.even_levels(loss + 0 * net.weight.sum(), t, diffusion)
+        seen.append((training.trial is not None, value.tolist(), training.level_means))
+        training.step(value, {})
+    assert [trial for trial, *_ in seen] == [True, True, False, False, False]
+    assert all(value == pytest.approx([4.0, 8 / 20]) and found is means for _, value, found in seen[:2])
+    assert seen[2][1] == pytest.approx([4 / 1.15, 8 / 19.4]) and float(means[0]) == 1
+    stored = common.load_checkpoint(tmp_path / "on" / "checkpoint.pt")["level_means"]
+    assert torch.equal(stored, training.level_means) and float(stored[0]) == pytest.approx(4 - 3 * 0.95**3)
+    assert "level_means" not in training.finish()
+
+
+@pytest.mark.parametrize("name,flags,evened", [
+    ("stage1", ["--variant", "all"], {"stage1-uncond", "stage1-form1", "stage1-form2", "stage1-guided",
+                                      "stage1-augmented"}),
+    ("stage2", ["--loss", "sum"], {"stage2-sum"}), ("stage2", ["--loss", "kendall"], {"stage2-kendall"}),
+    ("stage2", ["--loss", "bound"], set()), ("stage3", [], {"stage3-flow-film"}), ("bonus", [], {"bonus-latent"})])
+def test_whose_losses_are_divided(name, flags, evened, few, tmp_path, monkeypatch):
+    """Those of every U-Net but under `bound`, in each step, at the times that were drawn, and of no VAE. What is
+    minimised is the divided loss, here a planted third, to which stage 2 adds the VAE's. The log has the undivided
+    one."""
+    given, step, drawn, divided = [], common.Training.step, [], set()
+    simple_loss = common.Diffusion.simple_loss
+
+    def even_levels(training, loss, t, diffusion):
+        given.append((loss, t, diffusion))
+        return loss / 3
+
+    def check(training, loss, terms, watch=None):
+        run = training.folder.name.removesuffix("-s0")
+        if given:
+            (undivided, t, diffusion), (own_loss, own_diffusion, own_t) = given.pop(), drawn.pop()
+            assert undivided is own_loss and t is own_t and diffusion is own_diffusion and terms["v_mse"] is undivided
+            rest = loss - undivided / 3
+            if name == "stage2" and "sum" in flags:
+                assert torch.allclose(rest, terms["sse"] + terms["kl_nats"], rtol=1e-3)
+            elif name != "stage2":
+                assert torch.equal(loss, undivided / 3)
+            divided.add(run)
+        assert not given and not drawn and (run in divided) == (run in evened)
+        step(training, loss, terms)  # without `watch`, which computes losses, too
+
+    def record(*how):
+        loss = simple_loss(*how)
+        drawn.append((loss, how[0], how[3]))
+        return loss
+
+    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common.Training, "even_levels", even_levels)
+    monkeypatch.setattr(common.Training, "step", check)
+    monkeypatch.setattr(common.Diffusion, "simple_loss", record)
+    COMMANDS[name]([*SMOKE, *flags, "--steps", "2", "--out", str(tmp_path)])
+    assert divided == evened
 
 
 # --- Muon -------------------------------------------------------------------------------------------------------------
@@ -604,6 +806,34 @@ def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
     assert common.gather("bd") == list("abcde")
 
 
+def test_noise_levels_of_all_processes(tmp_path, monkeypatch):
+    """The means of two processes are those of one that has the images of both. Here the first process has two images of
+    level 0 and one of level 2, and the second one of level 0 and two of level 1."""
+    losses = [torch.tensor([2.0, 4.0, 5.0]), torch.tensor([12.0, 1.0, 2.0])]
+    times = [torch.tensor([1, 20, 41]), torch.tensor([3, 21, 40])]
+    training, diffusion = levels_of(tmp_path, start=400)
+    whole = training.even_levels(torch.cat(losses), torch.cat(times), diffusion)
+    means = torch.ones(20)
+    means[:3] = torch.tensor([0.95 + 0.05 * 6.0, 0.95 + 0.05 * 1.5, 0.95 + 0.05 * 5.0])
+    assert torch.allclose(training.level_means, means)
+    for rank in (0, 1):
+        # Counts and sums of both processes; this one's must be what it sends.
+        counts = [torch.tensor([2.0, 0, 1]), torch.tensor([1.0, 2, 0])]
+        sums = [torch.tensor([6.0, 0, 5]), torch.tensor([12.0, 3, 0])]
+
+        def all_reduce(flat, rank=rank, counts=counts, sums=sums):
+            count, total = flat.view(2, 20)
+            assert torch.equal(count[:3], counts[rank]) and torch.equal(total[:3], sums[rank])
+            count[:3], total[:3] = sum(counts), sum(sums)
+
+        with monkeypatch.context() as patch:
+            act_as(patch, rank)
+            patch.setattr(distributed, "all_reduce", all_reduce)
+            training, _ = levels_of(tmp_path, start=400)
+            found = training.even_levels(losses[rank], times[rank], diffusion)
+        assert torch.allclose(training.level_means, means) and torch.allclose(found, whole.chunk(2)[rank])
+
+
 def test_draws_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     """Batches, mirroring and noise of two processes, put together, are those of one process, in every step."""
     def drawn(rank, ranks):
@@ -638,7 +868,7 @@ def test_every_process_gets_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without git the commit is unknown, and nothing else changes
     for rank in (1, 0):
         act_as(monkeypatch, rank)
-        state = {"train": settings(), "log": [], "seconds": 1.0, "run_id": "a"}
+        state = {"train": settings(), "log": [], "seconds": 1.0, "seconds_before": 0.0, "run_id": "a"}
         metrics = fid.evaluate(tmp_path / "none-s0", setup, state,
                                common.Model("none", CPU, (3, 32, 32), common.Diffusion("v")))
         assert metrics["rows"][0]["fd_local"]["value"] == 1.0 and metrics["run"]["commit"] == "unknown"

@@ -1,0 +1,68 @@
+#!/bin/sh
+# Every run of a data set and a seed that results/ holds. It can be stopped, and goes on where it was when started again.
+#
+#     sh results/runs.sh shapes 0            # data set and seed; the committed runs had OMP_NUM_THREADS=1, two at a time
+#     python final_evaluation.py --collect runs/shapes-cpu/*
+set -e
+dataset=$1 seed=$2
+cd "$(dirname "$0")/.."
+run() { echo "== $*"; "${PYTHON:-python}" "$@" --dataset "$dataset" --seed "$seed" --budget cpu --resume; }
+
+if [ "$dataset" = shapes ] || [ "$seed" = 0 ]; then
+    run stage1_baseline.py --variant all
+else
+    run stage1_baseline.py --variant vae form1 guided augmented
+fi
+run stage2_joint.py
+run stage2_joint.py --gradient none
+run stage3_adaptive.py --conditioning fixed
+run stage3_adaptive.py --conditioning film
+if [ "$dataset" = shapes ] || [ "$seed" = 0 ]; then
+    run bonus_latent.py
+fi
+if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
+    run stage3_adaptive.py --conditioning fade
+    run stage3_adaptive.py --conditioning coupling
+    run stage1_baseline.py --variant form1 --set even_levels=false
+fi
+case $dataset$seed in shapes[012])
+    run stage1_baseline.py --variant form1 --set unet_steps=525 ;;  # how much sooner is the score of the plain loss had?
+celeba64[01])
+    run stage1_baseline.py --variant form1 --set even_levels=false
+    run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000 ;;
+esac
+
+# The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
+[ "$seed" = 0 ] || exit 0
+run stage2_joint.py --from-vae
+case $dataset in
+shapes)
+    run stage2_joint.py --set unet_steps=1400  # twice as many
+    for weight in 0.01 0.1 1; do
+        run stage2_joint.py --diffusion-weight $weight
+    done
+    run stage2_joint.py --loss sum
+    run stage2_joint.py --loss kendall
+    run stage2_joint.py --loss bound
+    run stage2_joint.py --gradient decoder
+    run stage3_adaptive.py --uncertainty variance
+    run stage3_adaptive.py --uncertainty posterior
+    for beta in 0.04 0.16; do
+        run stage1_baseline.py --variant form1 --set beta=$beta
+        run stage2_joint.py --set beta=$beta
+    done
+    for change in start=300 start=500 unet_steps=1400 vae_steps=1400 unet_muon_lr=0.005 \
+                  unet_muon_lr=0.02 unet_muon_lr=0 objective=eps; do
+        run stage1_baseline.py --variant form1 --set $change
+    done
+    for guidance in 0.25 1; do
+        run stage1_baseline.py --variant guided --set guidance=$guidance
+    done ;;
+cifar10)
+    for beta in 0.125 0.5; do
+        run stage1_baseline.py --variant form1 --set beta=$beta
+        run stage2_joint.py --set beta=$beta
+    done ;;
+celeba64)
+    run stage2_joint.py --set unet_steps=4600 ;;  # twice as many
+esac
