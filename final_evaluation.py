@@ -7,7 +7,7 @@ glossary of the words used here.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
-        python final_evaluation.py --runs runs         new runs -> runs/REPORT.md, beside the committed numbers
+        python final_evaluation.py --runs runs         new runs -> runs/REPORT.md, beside the numbers in results/
         python final_evaluation.py --collect RUN ...   copies metrics, figures and weights of run folders into results/
 """
 
@@ -26,14 +26,14 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-# The order of data sets and of variants in tables: by the first of these beginnings that a name has, then by the
-# alphabet. Every name begins with the empty one, which is the last.
+# The order of data sets and of variants in tables: by the first of these with which a name begins, then by the
+# alphabet. The empty text at the end stands for all other names.
 ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
-# The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`. After the name of the run come the
-# name of its file of weights and the parts of the checkpoint that this file holds.
-WEIGHTS = {"stage1-form1-s0": ("form1", "vae", "unet", "gmm"), "stage1-guided-s0": ("guide", "unet")}
+# The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
+# file of weights, and the parts of the checkpoint that this file holds.
+WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
-SHOW_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
+FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
 # The variants in DATASET-sheet.png, one picture that has samples of each.
 SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
 
@@ -47,29 +47,30 @@ SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "sta
 #   stage2-anneal       VAE and refiner trained together; in stage2-anneal-grad-none the refiner's loss does not reach
 #                       the VAE
 #   stage3-vae-flow     a VAE trained together with a flow, which is the prior over its codes
-#   stage3-vae-gaussian stage1-vae with a flow that was fitted afterwards
+#   stage3-vae-gaussian stage1-vae (whose prior in training is N(0, I)), with a flow that was fitted afterwards
 #   stage3-flow-fixed   a refiner for the images of stage3-vae-flow, as form1 is for those of stage1-vae
-#   stage3-flow-film    the same, but the refiner is also shown s, how large the VAE's error is expected to be. The
-#                       variants `fade` and `coupling` use s in other ways
+#   stage3-flow-film    the same, but s, how large the VAE's error is expected to be, shifts the refiner's features.
+#                       With `fade` x_hat fades where s is high; with `coupling` an invertible network driven by s
+#                       changes it
 #   bonus-latent        a diffusion model of the latent of an autoencoder
 # The name of a run with --set KEY=VALUE ends in -KEY=VALUE: it is the same variant, except for this setting.
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
 # "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` adds three entries to what metrics.json holds:
-#   headline   the first row of scores
-#   steps      further rows, each by its sampler and its number of sampling steps: "dpm 6" is DPM-Solver++ with 6 steps
-#   priors     further rows, each by the prior from which it draws its codes
-# Further rows, and probes such as the one with noise, rest on fewer images than the headline.
+#   headline   the scores of the run's samples, from its own prior, sampler and number of steps
+#   steps      scores of samples with other samplers and steps, by their names: "dpm 6" is DPM-Solver++ with 6 steps
+#   priors     scores of samples whose codes come from other priors, by the prior's name
+# All but the headline, and also probes (measurements on the side, such as the one with noise), rest on fewer images.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
-    "floor": "headline/floor",  # the fd of as many held-out real images: no model can be expected to be lower
+    "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
     "is": "headline/is",  # Inception Score, of the classes that the feature network knows; higher is better
     "precision": "headline/precision",  # share of samples that look like real images
     "recall": "headline/recall",  # share of real images that samples look like
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
-    "seconds": "headline/seconds_per_image",  # that sampling takes
-    "evaluations": "headline/nfe",  # of a U-Net, for one image; a guided step takes two
+    "seconds": "headline/seconds_per_image",  # the time of sampling one image
+    "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
     "fd, 6 steps": "steps/dpm 6/fd",
     "fd, 10 steps": "steps/dpm 10/fd",
     "fd, 25 steps": "steps/dpm 25/fd",
@@ -78,7 +79,7 @@ NUMBERS = {
     "fd, gaussian": "priors/gaussian/fd",  # with codes from N(0, I)
     "fd, mixture": "priors/gmm/fd",  # with codes from the Gaussian mixture that is fitted after training
     "fd, flow": "priors/flow/fd",  # with codes from the flow
-    "train minutes": "run/train_minutes",  # of all networks that the run needs, and of fitting priors
+    "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
     "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
     "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
     "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
@@ -91,15 +92,17 @@ NUMBERS = {
     "log p, gaussian": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
-    "log p by flow of mixture's": "tables/density_of_samples/flow/gmm",  # of codes that the mixture draws
-    "log p by mixture of flow's": "tables/density_of_samples/gmm/flow",
+    # Does one prior find the codes likely that the other one draws?
+    "flow's log p of mixture samples": "tables/density_of_samples/flow/gmm",
+    "mixture's log p of flow samples": "tables/density_of_samples/gmm/flow",
     "fd, 30 components": "tables/components/30/fd",  # with codes from a mixture of 30 Gaussians
     "fd, 300 components": "tables/components/300/fd",
     "fd, 3000 components": "tables/components/3000/fd",
-    # The rank correlation, over held-out images, of the VAE's error with two kinds of s: the error that a regression
-    # predicts, and the mean log-variance that the encoder gives for x_hat.
+    # The rank correlation, over held-out images, of the VAE's error with three kinds of s: the error that a regression
+    # predicts; the mean log-variance that the encoder gives when it is shown x_hat; and when it is shown the image.
     "rank, regressed": "tables/uncertainty/regressed/correlation",
     "rank, variance": "tables/uncertainty/variance/correlation",
+    "rank, posterior": "tables/uncertainty/posterior/correlation",
     # The fd of reconstructed images to their originals, for the third of the images with the lowest s (sure) and for
     # the third with the highest (unsure): of the VAE's images, and of the refined ones.
     "sure, VAE": "tables/uncertainty/terciles/sure/vae/fd_to_these",
@@ -109,38 +112,40 @@ NUMBERS = {
     # The same for all images, refined with their own s and with the s of another image.
     "own s": "tables/uncertainty/controls/true/fd_to_these",
     "other s": "tables/uncertainty/controls/shuffled/fd_to_these",
-    # The fd of samples with two sampling steps for every image; with one step for the surest third of the images, two
-    # for the next and three for the last; and the same, but by the s of another image.
+    # The fd of samples with two sampling steps for every image (so few that one more or less shows); with one step for
+    # the surest third of the images, two for the next and three for the last; and the same, by the s of another image.
     "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
     "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
     "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
-    # What it costs to refine an image with this run's conditioning, and with that of `fixed`: seconds, which are taken
-    # in turn, so that other work slows both; and GFLOPs.
+    # What it costs to refine an image with this run's conditioning and with that of `fixed`, in seconds and in GFLOPs.
+    # The two were timed alternately, so that other work on the machine slows both.
     "seconds, this": "tables/uncertainty/cost/this/seconds_per_image",
     "seconds, fixed": "tables/uncertainty/cost/fixed/seconds_per_image",
     "gflops, this": "tables/uncertainty/cost/this/gflops",
     "gflops, fixed": "tables/uncertainty/cost/fixed/gflops",
-    # The mean distance, in features, of generated images and of held-out ones to the nearest training image. `closer`
-    # is the share of generated images that are closer to one than 99% of the held-out images are: about 0.01 if nothing
-    # is copied.
+    # The mean distance, in features, of generated images and of held-out ones to the nearest training image. The
+    # closest 1% of the held-out images lie within some distance; `closer` is the share of the generated ones that do.
+    # It is about 0.01 if nothing is copied.
     "nearest, samples": "tables/copies/features/generated",
     "nearest, held out": "tables/copies/features/held_out",
     "closer": "tables/copies/features/closer",
     "closer, pixels": "tables/copies/pixels/closer",
     "ceiling": "tables/ceiling/fd",  # of the autoencoder's reconstructions: the best that latent diffusion could reach
-    # How much less latent diffusion costs than diffusion of pixels, in percent, for each image of a batch or alone.
+    # How much less latent diffusion costs than diffusion of pixels, in percent of the latter. Images are sampled in
+    # batches or, where it says "batch 1", one by one.
     "% GFLOPs": "tables/savings/saved_percent/gflops_per_image",
     "% seconds": "tables/savings/saved_percent/seconds_per_image",
     "% seconds, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
     "% memory": "tables/savings/saved_percent/peak_memory_mb",
 }
 # Stands below every table of numbers.
-NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over the draw of images; (n): measured on n "
-        "images, not on as many as fd; times: first seed")
+NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over the draw of images; (n): the number of "
+        "images, where it is not that of fd; times: first seed")
 
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. The names of runs with a changed
-# setting contain an equals sign; only patterns that contain one fit them.
+# setting contain an equals sign; only patterns that contain one fit them. `recipe` and `losses` show what one changed
+# setting does, with the unchanged run of shapes in the first line.
 TABLES = {
     "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
     "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
@@ -152,11 +157,12 @@ TABLES = {
     "losses": ("shapes/*-form1 shapes/stage2-* stage2-*=*",
                "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
-               "log p by flow of mixture's; log p by mixture of flow's"),
+               "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-vae stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components"),
     "uncertainty": ("stage3-flow-fixed",
-                    "rank, regressed; rank, variance; sure, VAE; unsure, VAE; sure, refined; unsure, refined"),
+                    "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
+                    "unsure, refined"),
     "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
                      "fd; is; noise fd; steps evenly; steps by s; steps by other s; gflops, this; gflops, fixed"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
@@ -229,7 +235,10 @@ CHARTS = [
 
 def load_metrics(path):
     """The metrics in a file. Exits, naming the file, if they cannot be read."""
-    return fid.read_metrics(path) or common.fail(f"{path}: damaged or missing; restore it, or run again with --resume")
+    metrics = fid.read_metrics(path)
+    if metrics is None:
+        common.fail(f"{path}: damaged or missing; restore it, or run again with --resume")
+    return metrics
 
 
 def plain_names(part):
@@ -252,9 +261,9 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # The headline's own prior belongs to `priors`, too. It is represented by the row with the headline's sampler and
-    # steps, which has as few images as the rows of other priors. A VAE alone has no such row; there the headline itself
-    # has as many images as the rows of other priors.
+    # The headline's own prior belongs to `priors`, too, but with as few images as the other priors have. Say that the
+    # headline is "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is the row of
+    # steps["dpm 10"], which has 200. A VAE alone has no steps, and all of its rows have as many images.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
         priors[headline["prior"]] = steps[same_steps]
@@ -278,11 +287,13 @@ def number(metrics, name):
 
 
 def images_behind(metrics, name):
-    """How many images a number rests on. The innermost dictionary around it that says so decides. None if none does."""
+    """How many images a number rests on, or None if it is not said. The dictionaries around the number say so, under
+    `n_generated` or `images`. The innermost one counts."""
     part, images = metrics, None
     for key in NUMBERS.get(name, name).split("/"):
         if isinstance(part, dict):
-            images = part.get("n_generated", part.get("images", images))
+            images = part.get("images", images)
+            images = part.get("n_generated", images)
             part = part.get(key)
     return images
 
@@ -290,15 +301,22 @@ def images_behind(metrics, name):
 def all_places(part, place=""):
     """The places of all numbers and scores in nested dictionaries, as in ["headline/fd", ...]. `place` is where `part`
     itself stands. Texts, truth values and lists are left out."""
-    if isinstance(part, dict) and set(part) != {"value", "low", "high"}:  # it is no score
-        return [found for key, value in part.items() for found in all_places(value, f"{place}/{key}".strip("/"))]
-    return [place] if isinstance(part, (int, float, dict)) and not isinstance(part, bool) else []
+    is_score = isinstance(part, dict) and set(part) == {"value", "low", "high"}
+    is_number = isinstance(part, (int, float)) and not isinstance(part, bool)  # in Python, True is an int
+    if is_score or is_number:
+        return [place]
+    found = []
+    if isinstance(part, dict):
+        for key, value in part.items():
+            found += all_places(value, f"{place}/{key}".strip("/"))
+    return found
 
 
 def shared_settings(metrics):
     """The settings that all results of a data set must share, or they could not be compared. Of the evaluation: all
-    that change a score. Of the training: all of common.TRAIN, except those that this run changes on purpose, which
-    stand in the name of its variant."""
+    but the prior, which belongs to a variant, and the further rows and the batch, which change no score of the
+    headline. Of the training: all that common.TRAIN lists, except those that this run changes on purpose. Its name
+    tells which."""
     run = metrics["run"]
     settings = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
     settings["n_generated"] = metrics["rows"][0]["n_generated"]
@@ -323,9 +341,11 @@ def load_all(paths):
     for path in sorted(map(Path, paths)):
         metrics = plain_names(load_metrics(path))
         run = metrics["run"]
-        for group, settings in ((run["dataset"], shared_settings(metrics)),
-                                ((run["dataset"], run["variant"]), settings_of_variant(metrics))):
+        to_compare = {run["dataset"]: shared_settings(metrics),
+                      f"{run['dataset']} {run['variant']}": settings_of_variant(metrics)}
+        for group, settings in to_compare.items():
             for key, value in settings.items():
+                # The first result that has this setting is remembered; all later ones must have the same value.
                 first_path, first_value = first.setdefault((group, key), (path, value))
                 if value != first_value:
                     common.fail(f"{path} cannot be compared with {first_path}: {key} was {first_value}, "
@@ -335,11 +355,12 @@ def load_all(paths):
     for results in found.values():
         share_latent_space(results)
 
-    def place(name):  # in ORDER
-        return [name.startswith(beginning) for beginning in ORDER].index(True), name
+    def rank(name):  # its rank in ORDER, and the name itself for the alphabet
+        fits = [name.startswith(beginning) for beginning in ORDER]
+        return (fits.index(True), name)
 
-    return {dataset: {variant: found[dataset][variant] for variant in sorted(found[dataset], key=place)}
-            for dataset in sorted(found, key=place)}
+    return {dataset: {variant: found[dataset][variant] for variant in sorted(found[dataset], key=rank)}
+            for dataset in sorted(found, key=rank)}
 
 
 def share_latent_space(results):
@@ -444,7 +465,7 @@ def compare_sides(results, claim):
     _, *sides = claim
     values = []  # {seed: value} of the first side and of the second
     for side in sides:
-        name, variant = side.rsplit(" of ", 1)
+        name, variant = side.rsplit(" of ", 1)  # at the last " of ", because names may contain one, too
         values.append(values_by_seed(results.get(variant, {}), name))
     shared_seeds = sorted(values[0].keys() & values[1].keys())
     if not shared_seeds:
@@ -458,17 +479,18 @@ def table_claims(everything, claims, adjust=False):
     whether the claims of a data set are tested together."""
     rows = [list(claim) for claim in claims]
     for results in everything.values():
-        compared = [compare_sides(results, claim) for claim in claims]
+        changes = [compare_sides(results, claim) for claim in claims]
         if adjust:
-            tested = [one for one in compared if one and one["p"] is not None]
-            for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
-                one["adjusted"] = p
-        for row, one in zip(rows, compared, strict=True):
-            row.append(f"{mean_and_sd(one['ours'])} / {mean_and_sd(one['theirs'])}: {describe_change(one)}" if one else
-                       "not run")
+            tested = [change for change in changes if change and change["p"] is not None]
+            adjusted = holm([change["p"] for change in tested])
+            for change, p in zip(tested, adjusted, strict=True):
+                change["adjusted"] = p
+        for row, change in zip(rows, changes, strict=True):
+            row.append("not run" if change is None else f"{mean_and_sd(change['ours'])} / "
+                       f"{mean_and_sd(change['theirs'])}: {describe_change(change)}")
     table = markdown(["question", "first", "second", *everything], rows)
-    note = ("Mean of first / mean of second: how much lower or higher the first is, by the ratios of the same seeds. "
-            "In brackets the 95% interval over seeds. ")
+    note = ("Mean of first / mean of second: how much lower or higher the first is (the geometric mean of the ratios "
+            "of runs with the same seed). In brackets the 95% interval over seeds. ")
     note += ("The questions of a data set are tested together (Holm's adjustment, 5%)." if adjust else
              "Exploratory: each question is tested alone, without adjustment for their number.")
     return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
@@ -483,7 +505,8 @@ def markdown(header, rows):
 
 def describe_data(dataset, results):
     """The settings that all numbers of a data set share, in a sentence."""
-    variant = min(results, key=lambda name: "=" in name)  # the first one without a changed setting, if there is one
+    unchanged = [variant for variant in results if "=" not in variant]  # without a changed setting
+    variant = (unchanged or list(results))[0]
     metrics = next(iter(results[variant].values()))  # of any seed
     run, evaluation = metrics["run"], metrics["run"]["eval"]
     start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
@@ -534,8 +557,8 @@ def table_reproduced(new, committed):
 
 def conclude(new_seeds, committed_seeds, name):
     """Whether a number of new runs reproduces that of the committed ones, as text. Each new run should lie in the 99%
-    prediction interval for one more run of the committed seeds, or, if fewer than three seeds are committed, within 25%
-    of their mean."""
+    prediction interval for one more run like the committed ones, or, if fewer than three are committed, within 25% of
+    their mean."""
     committed = list(values_by_seed(committed_seeds, name).values())
     if not committed:
         return "nothing committed"
@@ -556,7 +579,8 @@ def table_of_features(folder):
     with damage to real images."""
     columns = {}
     for dataset in sorted(common.DATASETS):
-        for path in sorted(Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")):
+        network_files = Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")  # with the hash of a network
+        for path in sorted(network_files):
             columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
     places = {place: None for column in columns.values() for place in all_places(column)}  # each once, in order
     rows = []
@@ -581,7 +605,9 @@ def long_tables(everything, folder):
                 parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
     parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
     parts += ["## features", table_of_features(folder)]
-    parts += [f"## benchmark\n\n```\n{path.read_text().strip()}\n```" for path in Path(folder).glob("benchmark.txt")]
+    benchmark = Path(folder) / "benchmark.txt"
+    if benchmark.is_file():
+        parts.append(f"## benchmark\n\n```\n{benchmark.read_text().strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -613,8 +639,8 @@ def fill(text, tables):
 
 
 def draw_sheet(path, home):
-    """One picture of all stages: of each variant in SHEET, the top third of samples.png of its run with seed 0 in the
-    folder `home`, below the variant's name."""
+    """One picture of all stages: of each variant in SHEET, the top third of samples.png (12 of the 36 images) of its
+    run with seed 0 in the folder `home`, below the variant's name."""
     images = {name: Image.open(file) for name in SHEET if (file := home / f"{name}-s0" / "samples.png").is_file()}
     heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
     page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
@@ -632,15 +658,16 @@ def collect(runs, folder):
     for run in map(Path, runs):  # check all runs before anything is written
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
-        if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":  # a user's folder may be named cifar10
+        # A user's folder may be named cifar10, but only a user's images are cropped to the centre.
+        if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":
             print(f"{run}: of a user's own images, not collected")
             continue
         if target in chosen:
             common.fail(f"{chosen[target][0]} and {run} would both become {target}; leave one out; nothing was written")
-        budget = load_metrics(target)["run"]["budget"] if target.is_file() else "none yet"
-        if facts["budget"] == "smoke" or budget not in ("none yet", facts["budget"]):  # smoke runs measure nothing
-            common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget {budget}); "
-                        "leave it out; nothing was written")
+        old_budget = load_metrics(target)["run"]["budget"] if target.is_file() else "none yet"
+        if facts["budget"] == "smoke" or old_budget not in ("none yet", facts["budget"]):  # smoke runs measure nothing
+            common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget "
+                        f"{old_budget}); leave it out; nothing was written")
         chosen[target] = run, facts
     texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
     written, before = list(chosen), set(Path(folder).rglob("*"))
@@ -650,7 +677,7 @@ def collect(runs, folder):
         if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
             written.append(collect_weights(run / "checkpoint.pt", home, *WEIGHTS[name]))
         for figure in run.glob("*.png"):
-            public = facts["dataset"] == "shapes" or figure.stem not in SHOW_REAL_IMAGES
+            public = facts["dataset"] == "shapes" or figure.stem not in FIGURES_OF_REAL_IMAGES
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
                 written.append(home / f"{name}-{figure.name}")
                 common.write(written[-1], figure.read_bytes())
@@ -661,15 +688,14 @@ def collect(runs, folder):
         print(f"{'replaced' if path in before else 'written'}: {path}")
 
 
-def collect_weights(checkpoint, home, name, *parts):
-    """Write these parts of a checkpoint to HOME/NAME-HASH.pt, and remove older files of that name. It has 6 MB at most,
-    because the encoder, which sampling does not need, is left out, and matrices have half precision. Returns its path.
-    """
+def collect_weights(checkpoint, home, name, parts):
+    """Write these parts of a checkpoint to HOME/NAME-HASH.pt, and remove older files of that name. To keep the file
+    small, the encoder is left out, which sampling does not need, and matrices have half precision. Returns its path."""
     state = common.load_checkpoint(checkpoint)
     state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
     kept = {"train": state["train"], "seconds": state["seconds"]}
     kept |= {part: common.half(state[part]) for part in parts}
-    path = common.save_state(home / f"{name}-*.pt", kept)
+    path = common.save_state(home / f"{name}-*.pt", kept)  # which puts a hash of the file in place of the star
     for older in {*common.find_hashed(home, name)} - {path}:
         older.unlink()
         print(f"removed: {older}")
@@ -678,7 +704,7 @@ def collect_weights(checkpoint, home, name, *parts):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables, charts and tests of claims from results; trains nothing")
-    parser.error = common.fail
+    parser.error = common.fail  # a wrong flag gets one line, like every other error
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
     parser.add_argument("--runs", help="read new runs from this folder, and write REPORT.md there")
     modes = parser.add_mutually_exclusive_group()
@@ -688,10 +714,13 @@ def main(argv=None):
     if args.collect:
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
-    committed = load_all(path for dataset in common.DATASETS  # results of a user's own images stay among the runs
-                         for path in Path(args.results).glob(f"{dataset}/*-s[0-9]*.json"))
-    new_paths = (path for path in source.glob("*/*/metrics.json") if not path.parts[-3].endswith("-smoke"))
-    everything = load_all(new_paths) if args.runs else committed
+    committed_paths = []
+    for dataset in common.DATASETS:
+        committed_paths += Path(args.results).glob(f"{dataset}/*-s[0-9]*.json")
+    everything = committed = load_all(committed_paths)
+    if args.runs:  # RUNS/DATASET-BUDGET/RUN/metrics.json
+        new_paths = source.glob("*/*/metrics.json")
+        everything = load_all(path for path in new_paths if not path.parent.parent.name.endswith("-smoke"))
     if not everything:
         common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
     tables = {"questions": table_claims(everything, PRIMARY_CLAIMS, adjust=True),

@@ -174,7 +174,7 @@ def load_model(state, variant, device):
     if variant == "guided":
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.denoiser = lambda x_hat, z: guide_away(denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant),
-                                                     state["guidance"])
+                                                     train["guidance"])
         model.networks += (guide,)
         model.evaluations = 2
     common.check_reduced_precision(model)
@@ -184,8 +184,9 @@ def load_model(state, variant, device):
 def with_guide(form1, guide):
     """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. Its log
     is the guide's; the refiner's is part of the results of form1."""
-    return form1 | {"guide": guide["unet"], "guidance": guide["train"]["guidance"], "log": guide["log"],
-                    "seconds": form1["seconds"] + guide["seconds"], "run_id": f"{form1['run_id']}+{guide['run_id']}"}
+    return form1 | {"guide": guide["unet"], "train": form1["train"] | {"guidance": guide["train"]["guidance"]},
+                    "log": guide["log"], "seconds": form1["seconds"] + guide["seconds"],
+                    "run_id": f"{form1['run_id']}+{guide['run_id']}"}
 
 
 def draw_pretrained(args, evaluation, device):

@@ -267,6 +267,8 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
     assert "stage1-vae" in out and "stage1-form1" in out and "stage1_baseline.py" not in out
     assert out.count("path length over end distance") == 2
     assert set(tables["latent_space_stage1"]) == set(latent) and tables["latent_space"] == latent
+    assert {path.stem for path in folder_of("stage2-anneal").glob("inter*.png")} == {
+        "interpolation", "interpolation-stage1"}
     assert tables["latent_space_stage1"]["slerp"] != latent["slerp"]  # the networks differ
     monkeypatch.setattr(fid, "scores", refuse)
     COMMANDS["stage2"](SMOKE)
@@ -562,19 +564,16 @@ def test_collect_keeps_one_file_of_weights_each(pretrained, smoke, tmp_path):
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
 def test_committed_weights(dataset, size):
     """Two files of at most 6 MB hold the networks that the cpu budget trains today, for as many steps. The guide was
-    trained for a tenth of the refiner's steps, with its other settings. (Files of former days name one number of steps
-    for all networks.)"""
+    trained for a tenth of the refiner's steps, with its other settings."""
     (path,), (guide_path,) = (common.find_hashed(stage1.PRETRAINED / dataset, name) for name in ("form1", "guide"))
     state, guide = (common.load_hashed([found], "", "") for found in (path, guide_path))
     train = common.budget("cpu", dataset, size)[0]
     assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "seconds", "unet"}
     assert set(state) == {"train", "seconds", "vae", "unet", "gmm"}
-    steps = "unet_steps" if "unet_steps" in state["train"] else "steps"
-    assert all(state["train"][key] == train[key] for key in ("encoder", "decoder", "unet", "components"))
-    assert state["train"][steps] == train["unet_steps"] and state["train"].get("vae_steps", train["vae_steps"]) == (
-        train["vae_steps"])
-    expected = state["train"] | {steps: train["unet_steps"] // 10, "guidance": train["guidance"]}
-    assert all(guide["train"][key] == expected[key] for key in expected.keys() & (*train, "seed", steps))
+    keys = ("encoder", "decoder", "unet", "components", "vae_steps", "unet_steps", "even_levels")
+    assert {key: state["train"].get(key) for key in keys} == {key: train[key] for key in keys}
+    expected = state["train"] | {"unet_steps": train["unet_steps"] // 10, "guidance": train["guidance"]}
+    assert all(guide["train"][key] == expected[key] for key in expected.keys() & (*train, "seed"))
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
     states = (pack | {"log": [], "run_id": ""} for pack in (state, guide))
     stage1.load_model(stage1.with_guide(*states), "guided", torch.device("cpu"))

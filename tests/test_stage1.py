@@ -234,10 +234,10 @@ def test_a_guided_checkpoint_contains_its_guide(trained):
     form1, guide = trained["form1"] | {"seconds": 5.0}, trained["form2"] | {"seconds": 2.0}
     guide |= {"train": guide["train"] | {"guidance": 0.3}}
     state = stage1.with_guide(form1, guide)
-    assert state["guide"] is guide["unet"] and state["log"] is guide["log"] and state["guidance"] == 0.3
+    assert state["guide"] is guide["unet"] and state["log"] is guide["log"] and state["train"]["guidance"] == 0.3
     assert state["seconds"] == 7 and state["seconds_before"] == trained["vae"]["seconds"] > 0
     assert form1["run_id"] != guide["run_id"] and state["run_id"] == f"{form1['run_id']}+{guide['run_id']}"
-    assert all(state[key] is form1[key] for key in form1.keys() - {"log", "seconds", "run_id"})
+    assert all(state[key] is form1[key] for key in form1.keys() - {"log", "seconds", "run_id", "train"})
     vae, plain, guided = (common.count_cost(stage1.load_model(trained[name], name, CPU))
                           for name in ("vae", "form1", "guided"))
     for key in ("parameters", "gflops"):

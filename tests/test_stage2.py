@@ -403,14 +403,15 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "evaluate", lambda *args: {"run": {"train_images": 1}, "tables": {}})
     monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train_images": 1}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
-    monkeypatch.setattr(stage2, "latent_space", lambda folder, model, setup: measured.append((folder, model)) or {
+    monkeypatch.setattr(stage2, "latent_space", lambda picture, model, setup: measured.append((picture, model)) or {
         "slerp": {"refined": {"path_over_distance": len(measured), "end_distance": 0.5}}})
     vae_state = stage1.train_vae(tmp_path / "vae", settings(steps=1), data, CPU)
     form1 = stage1.train_refiner(tmp_path / "stage1-form1-s0", settings(steps=2), "form1", vae_state, data, CPU)
     stage2.main("--budget smoke --device cpu --temperature 0.8 --steps 1".split())
     own = common.load_checkpoint(tmp_path / "stage2-anneal-s0" / "checkpoint.pt")
     assert mixtures == [(measured[0][1], own["train"])] and own["seconds_before"] == 0
-    assert [folder for folder, _ in measured] == [tmp_path / "stage2-anneal-s0", None]
+    assert [picture for picture, _ in measured] == [
+        tmp_path / "stage2-anneal-s0" / f"{name}.png" for name in ("interpolation", "interpolation-stage1")]
     for (_, model), state in zip(measured, (own, form1), strict=True):
         assert same(dict(model.networks[0].state_dict()), state["vae"]) and model.temperature == 0.8
         assert same(dict(model.networks[1].state_dict()), state["unet"])

@@ -179,8 +179,9 @@ def test_fitted_uncertainty(network):
         assert torch.corrcoef(torch.stack([s, error.log()]))[0, 1] > 0
         alone = stage3.uncertainty_of(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
         assert torch.allclose(alone[0], s_vec[5:6], atol=1e-2) and torch.allclose(alone[1], s[5:6], atol=1e-2)
-        ranks = [v.argsort().argsort().double() for v in
-                 (stage3.s_from(held_out.z, held_out.logvar_of_x_hat, stats, kind)[1], held_out.sse)]
+        logvar = held_out.logvar if kind == "posterior" else held_out.logvar_of_x_hat
+        ranks = [v.argsort().argsort().double() for v in (stage3.s_from(held_out.z, logvar, stats, kind)[1],
+                                                          held_out.sse)]
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
         assert ("no information" in fact["conclusion"]) == (fact["correlation"] < 0.1)
     if network == "planted":
@@ -207,6 +208,12 @@ def test_conclusions_about_s():
     many = torch.arange(20_000.0)
     weak, ranks = ranked(many + 1e5 * torch.randn(20_000, generator=common.generator(1)))
     assert not ranks and 0.03 < weak < 0.1  # significant, but too weak to be of use
+
+    z, half = torch.zeros(400, 1), rising[:, None] / 800  # the log-variances of q(z | x) fall, Enc(x_hat)'s rise
+    stats |= {"variance_weight": torch.tensor([0, 0, 1.0]), "regressed_weight": torch.zeros(3)}
+    facts = stage3.rank_errors(stage3.RoundTrip(z, z, -half, half, rising), stats)
+    assert {kind: fact["correlation"] for kind, fact in facts.items()} == {
+        "variance": pytest.approx(1), "posterior": pytest.approx(-1), "regressed": 0}
 
 
 def batch_of(n=3, d=8, seed=0):
