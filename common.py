@@ -1733,7 +1733,7 @@ def add_flags(parser, priors=(), default_prior=None):
         help="auto, the default: gpu with a GPU, else cpu")
     add("--steps", type=int, help="optimisation steps of each network, in place of the budget's")
     add("--batch-size", type=int, help="images per step, in place of the budget's")
-    add("--set", nargs="+", metavar="KEY=VALUE", default=[],
+    add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[],
         help="override settings that --dry-run shows; the run's name then contains them")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--out", default="runs", help="folder for runs (default: %(default)s)")
@@ -1790,8 +1790,9 @@ OF_UNET = ("unet", "objective", "even_levels", "start", "dropout", "heads", "att
 
 def parse_changes(texts, train):
     """--set KEY=VALUE ... -> {key: value}. Exits if there is no such train setting, or if the value is of another type
-    or negative. Settings that are lists (the tables of the networks) cannot be set."""
-    changes, settable = {}, {key: value for key, value in train.items() if isinstance(value, (bool, int, float, str))}
+    or out of range. What the shapes of the networks consist of (lists, and `heads`) cannot be set."""
+    changes = {}
+    settable = {key: value for key, value in train.items() if not isinstance(value, list) and key != "heads"}
     for text in texts:
         key, _, word = text.partition("=")
         if key not in settable:
@@ -1802,7 +1803,7 @@ def parse_changes(texts, train):
         elif isinstance(old, str):
             allowed, value = "eps or v", word if word in ("eps", "v") else None
         else:
-            low, high = (1, 1000) if key == "start" else (0, 10**9)
+            low, high = {"start": (1, 1000), "dropout": (0, 1)}.get(key, (int(isinstance(old, int)), 10**9))
             allowed, value = f"a {'whole ' if isinstance(old, int) else ''}number from {low} to {high:,}", None
             with contextlib.suppress(ValueError):
                 value = type(old)(word)

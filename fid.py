@@ -597,7 +597,8 @@ def evaluate(folder, setup, state, model):
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
-           **common.count_cost(model), "train_images": train["unet_steps"] * train["batch"],
+           **common.count_cost(model),
+           "train_images": train["vae_steps" if model.denoiser is None else "unet_steps"] * train["batch"],
            "train_seconds": state["seconds"] + state["seconds_before"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}
@@ -677,10 +678,11 @@ def copies(folder, images, setup):
     If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
     generated images that are closest in the features, with their nearest training images."""
     train, count = shuffle(setup.data.images), min(len(images), len(setup.test.images))  # in the order of the reference
+    mirrored = (setup.train | setup.changes)["unet_flip"]
     sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {"images": count}
     nearest = {}  # (kind of distance, side): distances and indices, each (N,)
     for side, chosen in sides.items():
-        both = torch.cat([chosen, chosen.flip(3)] if setup.train["unet_flip"] else [chosen])
+        both = torch.cat([chosen, chosen.flip(3)] if mirrored else [chosen])
         pixels = both.flatten(1).float()
         parts = [torch.cdist(pixels, part.flatten(1).float()) for part in train.split(2000)]
         by_kind = {"pixels": torch.cat(parts, 1) / pixels.shape[1] ** 0.5,

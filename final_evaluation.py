@@ -365,12 +365,12 @@ def load_all(paths):
 
 def share_latent_space(results):
     """Stage 2 measures the latent space of stage1-form1 beside its own. Move that table from the metrics of stage 2 to
-    those of stage1-form1 of the same seed."""
+    those of stage1-form1 of the same seed. (A run with a changed setting has measured another form1.)"""
     form1 = results.get("stage1-form1", {})
-    for seeds in results.values():
+    for variant, seeds in results.items():
         for seed, metrics in seeds.items():
             table = metrics["tables"].pop("latent_space_stage1", None)
-            if table and seed in form1:
+            if table and seed in form1 and "=" not in variant:
                 form1[seed]["tables"].setdefault("latent_space", table)
 
 

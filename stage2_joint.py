@@ -363,8 +363,12 @@ def main(argv=None):
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
     folder, settings = setup.run(name)
-    vae_folder, _ = setup.run("stage1-vae", without=common.OF_UNET)
-    vae_state = common.load_checkpoint(vae_folder / "checkpoint.pt") if args.from_vae else None
+    vae_state = None
+    if args.from_vae:
+        vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)
+        vae_state = common.finished(vae_folder, vae_settings, resume=False)
+        if vae_state is None:
+            common.fail(f"--from-vae: {vae_folder} holds no VAE; run stage1_baseline.py --variant vae first")
     state = (common.finished(folder, settings, args.resume)
              or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)
@@ -378,7 +382,8 @@ def main(argv=None):
         common.write_json(folder / "metrics.json", metrics)
 
     # Stage 1, if it was run here with as many training images: its scores beside ours, and its latent space measured.
-    stage1_folders = [setup.home / f"stage1-{variant}-s{args.seed}" for variant in ("vae", "form1")]
+    stage1_folders = [setup.run("stage1-vae", without=common.OF_UNET)[0],
+                      setup.run("stage1-form1", without=("guidance",))[0]]
     stage1 = {path: fid.read_metrics(path / "metrics.json", setup.evaluation) for path in stage1_folders}
     stage1 = {path: found for path, found in stage1.items()
               if found and found["run"]["train_images"] == metrics["run"]["train_images"]}

@@ -363,7 +363,7 @@ def test_copies_by_hand(mirrored, count, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "extract", lambda extractor, images: (torch.tensor(sums(images)).float(), None))
     monkeypatch.setattr(common, "save_grid", lambda path, rows: pictures.update({path: rows}))
     setup = SimpleNamespace(data=SimpleNamespace(images=train), test=SimpleNamespace(images=test), extractor=None,
-                            train={"unet_flip": mirrored},
+                            train={"unet_flip": mirrored}, changes={},
                             reference=SimpleNamespace(features=fid.extract(None, fid.shuffle(train))[0]))
     table, used = fid.copies(tmp_path, images, setup), min(count, 50)
     assert table.keys() == {"images", "pixels", "features"} and table["images"] == used
