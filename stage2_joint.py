@@ -355,14 +355,14 @@ def read_flags(argv):
 def main(argv=None):
     args, own, name = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
-    train |= own
     if args.dry_run:
-        train |= args.changes
+        train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
     folder, settings = setup.run(name)
+    settings |= own
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)

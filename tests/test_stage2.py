@@ -220,7 +220,7 @@ def test_from_vae_finds_the_vae_of_stage_1(change, vae_settings, name, tmp_path,
     """It is the one that stage 1 trains with the same --set. If it is not there, one line says so."""
     command, given = command_from_vae(tmp_path, monkeypatch, *change)
     path = tmp_path / name / "checkpoint.pt"
-    expect_error(capsys, command, str(path), "no such checkpoint")
+    expect_error(capsys, command, str(path.parent), "no VAE", "--variant vae")
     common.save_state(path, {"train": settings(**vae_settings), "finished": True, "vae": {}})
     with pytest.raises(ZeroDivisionError):
         command()
