@@ -572,8 +572,8 @@ class GaussianMixture:
         mass = torch.full((count,), 1e-9)  # (K,), positive so that it can be divided by
         sums = torch.zeros(count, d)  # of z
         products = torch.zeros(1 if tied else count, d, d)  # of z z'
-        for part in z.split(2000):
-            belongs = self.log_joint(part).softmax(1)  # (n, K), rows add up to 1
+        for part, log_joint in self.log_joints(z):
+            belongs = log_joint.softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
             if tied:  # the shared covariance needs the sum over all components, whose shares of a z add up to 1
                 products[0] += part.T @ part
@@ -590,9 +590,9 @@ class GaussianMixture:
             covariances = products / mass[:, None, None] - means[:, :, None] * means[:, None]
         return GaussianMixture(mass / mass.sum(), means, torch.linalg.cholesky(covariances + self.ridge(z)))
 
-    @torch.autocast("cpu", enabled=False)  # in bfloat16 the density would be wrong by nats
-    def log_joint(self, z):
-        """log(weight_k N(z; mean_k, covariance_k)): (N, d) -> (N, K).
+    def log_joints(self, z):
+        """log(weight_k N(z; mean_k, covariance_k)) for z (N, d). Yields a few rows of z at a time, (n, d), and their
+        logarithms, (n, K).
 
         With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
         multiplied out, so that all distances to all components come from one matrix product."""
@@ -602,18 +602,18 @@ class GaussianMixture:
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
         means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
         constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,), with log det L
-        rows = []
-        for part in z.cpu().split(100):  # 100 rows stay in a processor's cache
+        constant = constant.view(groups, 1, -1) - 0.5 * means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
+        rows = max(100, min(2000, 750_000 // count))  # so that a part and its logarithms stay in a processor's cache
+        for part in z.cpu().split(rows):
             white = (part - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
-            distance = (white.square().sum(2, keepdim=True) - 2 * white @ means.mT
-                        + means.square().sum(2)[:, None])  # squared, (groups, n, K / groups)
-            distance = distance.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
-            rows.append(constant - 0.5 * (distance + d * math.log(2 * math.pi)))
-        return torch.cat(rows)
+            # -1/2 |white - means|^2, multiplied out, and the constant: (groups, n, K / groups)
+            joint = (white @ means.mT).add_(constant).sub_(0.5 * white.square().sum(2, keepdim=True))
+            yield part, joint.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
 
+    @torch.autocast("cpu", enabled=False)  # in bfloat16 the density would be wrong by nats
     def log_prob(self, z):
         """Log density: (N, d) -> (N,) nats."""
-        return self.log_joint(z).logsumexp(1)
+        return torch.cat([log_joint.logsumexp(1) for _, log_joint in self.log_joints(z)])
 
     def sample(self, count, gen):
         """`count` draws (count, d) from a CPU generator. Every row has a random component, so the order is random."""
