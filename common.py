@@ -1030,13 +1030,13 @@ def budget(name, dataset, size):
     tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     # The built-in shapes are judged by their outlines. A small weight of the KL keeps those in the code, and such codes
     # lie in so many clusters that only a mixture of thousands covers them (results/TABLES.md, components).
-    shapes_code = {"beta": 0.08, "components": 3000, "tied": True}
+    shapes_code = {"beta": 0.08, "components": 6000, "tied": True}
     if name == "smoke":  # everything runs, in seconds
         train |= {"vae_steps": 8, "unet_steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4}
     elif tables == "shapes":
-        train |= {"vae_steps": 700, "unet_steps": 700} | shapes_code
+        train |= {"vae_steps": 900, "unet_steps": 600, "unet_muon_lr": 0.02} | shapes_code
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
         steps = 4000 if size == 32 else 2300

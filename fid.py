@@ -701,7 +701,7 @@ def copies(folder, images, setup):
     return table
 
 
-COMPONENTS = (30, 300, 3000)  # of the mixtures that by_components compares
+COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
 
 
 def by_components(model, setup, train):

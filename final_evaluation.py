@@ -98,6 +98,7 @@ NUMBERS = {
     "fd, 30 components": "tables/components/30/fd",  # with codes from a mixture of 30 Gaussians
     "fd, 300 components": "tables/components/300/fd",
     "fd, 3000 components": "tables/components/3000/fd",
+    "fd, 6000 components": "tables/components/6000/fd",
     # The rank correlation, over held-out images, of the VAE's error with three kinds of s: the error that a regression
     # predicts; the mean log-variance that the encoder gives when it is shown x_hat; and when it is shown the image.
     "rank, regressed": "tables/uncertainty/regressed/correlation",
@@ -158,8 +159,8 @@ TABLES = {
                "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
                "flow's log p of mixture samples; mixture's log p of flow samples"),
-    "components": ("stage1-vae stage2-anneal stage3-vae-*",
-                   "fd, 30 components; fd, 300 components; fd, 3000 components"),
+    "components": ("stage1-form1 stage2-anneal stage3-vae-*",
+                   "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
     "uncertainty": ("stage3-flow-fixed",
                     "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
                     "unsure, refined"),
@@ -353,7 +354,7 @@ def load_all(paths):
         name_rows(metrics)
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
     for results in found.values():
-        share_latent_space(results)
+        share_tables_of_stage1(results)
 
     def rank(name):  # its rank in ORDER, and the name itself for the alphabet
         fits = [name.startswith(beginning) for beginning in ORDER]
@@ -363,15 +364,17 @@ def load_all(paths):
             for dataset in sorted(found, key=rank)}
 
 
-def share_latent_space(results):
-    """Stage 2 measures the latent space of stage1-form1 beside its own. Move that table from the metrics of stage 2 to
-    those of stage1-form1 of the same seed. (A run with a changed setting has measured another form1.)"""
+def share_tables_of_stage1(results):
+    """Stage 2 measures the latent space of stage1-form1 beside its own, and mixtures of several sizes. Move these
+    tables from the metrics of stage 2 to those of stage1-form1 of the same seed. (A run with a changed setting has
+    measured another form1.)"""
     form1 = results.get("stage1-form1", {})
     for variant, seeds in results.items():
         for seed, metrics in seeds.items():
-            table = metrics["tables"].pop("latent_space_stage1", None)
-            if table and seed in form1 and "=" not in variant:
-                form1[seed]["tables"].setdefault("latent_space", table)
+            for name in ("latent_space", "components"):
+                table = metrics["tables"].pop(f"{name}_stage1", None)
+                if table and seed in form1 and "=" not in variant:
+                    form1[seed]["tables"].setdefault(name, table)
 
 
 # --- Numbers as text -------------------------------------------------------------------------------------------------
@@ -510,7 +513,10 @@ def describe_data(dataset, results):
     metrics = next(iter(results[variant].values()))  # of any seed
     run, evaluation = metrics["run"], metrics["run"]["eval"]
     start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
-    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({run['train_images']:,} images per network), "
+    train = run.get("train")  # results of the former version have none
+    steps = (f"VAE {train['vae_steps']:,} and refiner {train['unet_steps']:,} steps of {train['batch']} images" if train
+             else f"{run['train_images']:,} images per network")
+    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({steps}), "
             f"{metrics['rows'][0]['n_generated']:,} samples{start_noise} ({evaluation['grid_count']} in probes), "
             f"features `{run['features']}`.")
 

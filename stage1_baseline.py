@@ -271,10 +271,7 @@ def main(argv=None):
         state = with_guide(states["form1"], states["guided"]) if variant == "guided" else states[variant]
         model = load_model(state, variant, device)
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
-        metrics = all_metrics[folder] = fid.evaluate(folder, setup, state, model)
-        if variant == "vae" and "components" not in metrics["tables"]:
-            metrics["tables"]["components"] = fid.by_components(model, setup, settings)
-            common.write_json(folder / "metrics.json", metrics)
+        all_metrics[folder] = fid.evaluate(folder, setup, state, model)
         common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 

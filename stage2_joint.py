@@ -84,13 +84,19 @@ def scale_gradient(x_hat, scale, sse_norm):
     return x_hat_copy, gradient_share
 
 
+def joint_steps(train):
+    """The number of steps of joint training: half of what stage 1 takes for its two networks together. One joint step
+    trains both, so joint training takes about as long as stage 1."""
+    return (train["vae_steps"] + train["unet_steps"]) // 2
+
+
 def diffusion_weight(train, step):
     """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from a tenth of its final value over
     the first 60% of the steps."""
     weight = train["diffusion_weight"]
     if train["loss"] != "anneal":
         return weight
-    progress = min(1.0, step / (0.6 * train["unet_steps"]))
+    progress = min(1.0, step / (0.6 * joint_steps(train)))
     return weight * 0.1 ** (1 - progress)
 
 
@@ -172,7 +178,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     unet, balance = common.build_unet(train, 6), Balance()
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
+    training = common.Training(folder, train, device, data.images, steps=joint_steps(train), flip=train["unet_flip"],
                                **networks)
     watched_images = training.images[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
     size = data.images[0].numel()  # D
@@ -381,7 +387,7 @@ def main(argv=None):
         tables["components"] = fid.by_components(model, setup, settings)
         common.write_json(folder / "metrics.json", metrics)
 
-    # Stage 1, if it was run here with as many training images: its scores beside ours, and its latent space measured.
+    # Stage 1, if it was run here with as many training images: its scores beside ours, and the same measurements.
     stage1_folders = [setup.run("stage1-vae", without=common.OF_UNET)[0],
                       setup.run("stage1-form1", without=("guidance",))[0]]
     stage1 = {path: fid.read_metrics(path / "metrics.json", setup.evaluation) for path in stage1_folders}
@@ -392,6 +398,7 @@ def main(argv=None):
         form1 = load_model(common.load_checkpoint(checkpoint), device)
         form1.temperature = setup.evaluation["temperature"]
         tables["latent_space_stage1"] = latent_space(folder / "interpolation-stage1.png", form1, setup)
+        tables["components_stage1"] = fid.by_components(form1, setup, settings)
         common.write_json(folder / "metrics.json", metrics)
     fid.print_results(stage1 | {folder: metrics}, setup)
     for label, key in (("stage 1", "latent_space_stage1"), (name, "latent_space")):

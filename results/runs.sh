@@ -26,7 +26,7 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage1_baseline.py --variant form1 --set even_levels=false
 fi
 case $dataset$seed in shapes[012])
-    run stage1_baseline.py --variant form1 --set unet_steps=525 ;;  # how much sooner is the score of the plain loss had?
+    run stage1_baseline.py --variant form1 --set unet_steps=450 ;;  # how much sooner is the score of the plain loss had?
 celeba64[01])
     run stage1_baseline.py --variant form1 --set even_levels=false
     run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000 ;;
@@ -37,7 +37,7 @@ esac
 run stage2_joint.py --from-vae
 case $dataset in
 shapes)
-    run stage2_joint.py --set unet_steps=1400  # twice as many
+    run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
     for weight in 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
@@ -51,8 +51,8 @@ shapes)
         run stage1_baseline.py --variant form1 --set beta=$beta
         run stage2_joint.py --set beta=$beta
     done
-    for change in start=300 start=500 unet_steps=1400 vae_steps=1400 unet_muon_lr=0.005 \
-                  unet_muon_lr=0.02 unet_muon_lr=0 objective=eps; do
+    for change in start=300 start=500 unet_steps=1200 vae_steps=1800 unet_muon_lr=0.01 unet_muon_lr=0.04 \
+                  unet_muon_lr=0 objective=eps components=3000; do
         run stage1_baseline.py --variant form1 --set $change
     done
     for guidance in 0.25 1; do
@@ -64,5 +64,5 @@ cifar10)
         run stage2_joint.py --set beta=$beta
     done ;;
 celeba64)
-    run stage2_joint.py --set unet_steps=4600 ;;  # twice as many
+    run stage2_joint.py --set vae_steps=4600 unet_steps=4600 ;;  # twice as many
 esac

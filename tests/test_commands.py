@@ -114,7 +114,7 @@ def test_smoke_writes_and_prints_everything(name, smoke):
             ("dpm", 4), ("dpm", 2), ("dpm", 4)]
         assert all(row["nfe"] == networks * row["steps"] for row in rows)
         assert ("copies" in tables) == ("vae" not in variant) and ("vae" in variant or tables["copies"]["images"] == 16)
-        sized = "vae" in variant or name == "stage2"  # stages whose VAE it is
+        sized = "stage3-vae" in variant or name == "stage2"
         assert ("components" in tables) == sized and (not sized or set(tables["components"]) == {"images", "2", "3"})
         assert {path.stem for path in folder.glob("*.png")} == figures
         for path in (*folder.glob("*.png"), folder / "metrics.json"):

@@ -166,7 +166,7 @@ def test_bound_is_the_sum_of_its_parts(start):
 
 def test_anneal_raises_the_weight(tmp_path):
     """lambda rises log-linearly from a tenth over the first 60% of the steps. The log holds it."""
-    train = {"loss": "anneal", "diffusion_weight": 3.0, "vae_steps": 7, "unet_steps": 100}
+    train = {"loss": "anneal", "diffusion_weight": 3.0, "vae_steps": 81, "unet_steps": 120}
     weights = [stage2.diffusion_weight(train, step) for step in range(101)]
     assert weights[0] == pytest.approx(0.3) and weights[30] == pytest.approx(3 * 0.1**0.5)
     assert weights[60:] == pytest.approx([3.0] * 41) and weights == sorted(weights)
@@ -182,8 +182,9 @@ def test_the_refiners_settings_say_how_long_and_whether_images_are_mirrored(tmp_
     monkeypatch.setattr(common, "Training", lambda *args, steps, flip, **networks: asked.append((steps, flip)) or 1 / 0)
     for flip in (False, True):
         with pytest.raises(ZeroDivisionError):  # before any step
-            stage2.train_joint(tmp_path, joint(unet_flip=flip, vae_flip=not flip, unet_steps=5), images_of(2), CPU)
-    assert asked == [(5, False), (5, True)]
+            train = joint(unet_flip=flip, vae_flip=not flip, unet_steps=5, vae_steps=8)
+            stage2.train_joint(tmp_path, train, images_of(2), CPU)
+    assert asked == [(6, False), (6, True)]  # (8 + 5) / 2, rounded down
 
 
 def test_the_vae_may_come_from_stage_1(tmp_path, monkeypatch, in_float32):
@@ -409,14 +410,14 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     form1 = stage1.train_refiner(tmp_path / "stage1-form1-s0", settings(steps=2), "form1", vae_state, data, CPU)
     stage2.main("--budget smoke --device cpu --temperature 0.8 --steps 1".split())
     own = common.load_checkpoint(tmp_path / "stage2-anneal-s0" / "checkpoint.pt")
-    assert mixtures == [(measured[0][1], own["train"])] and own["seconds_before"] == 0
+    assert mixtures == [(model, own["train"]) for _, model in measured] and own["seconds_before"] == 0
     assert [picture for picture, _ in measured] == [
         tmp_path / "stage2-anneal-s0" / f"{name}.png" for name in ("interpolation", "interpolation-stage1")]
     for (_, model), state in zip(measured, (own, form1), strict=True):
         assert same(dict(model.networks[0].state_dict()), state["vae"]) and model.temperature == 0.8
         assert same(dict(model.networks[1].state_dict()), state["unet"])
     tables = json.loads((tmp_path / "stage2-anneal-s0" / "metrics.json").read_text())["tables"]
-    assert tables.pop("components") == "by size"
+    assert tables.pop("components") == tables.pop("components_stage1") == "by size"
     assert {key: value["slerp"]["refined"]["path_over_distance"] for key, value in tables.items()} == {
         "latent_space": 1, "latent_space_stage1": 2}
     printed = capsys.readouterr().out
