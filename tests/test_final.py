@@ -337,7 +337,7 @@ def test_claims(tmp_path):
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[2:] == ["not run", "not run"]
     assert cells_of(claims, "Does a fitted prior help?")[3] == "12 / 30: -60% (one run)"
     for table, note in ((primary, "tested together (Holm's adjustment, 5%)"), (claims, "without adjustment")):
-        assert f"{note}" in table and "(VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probe" in table
+        assert note in table and "(VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probes" in table
 
 
 def test_guiding_questions():
