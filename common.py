@@ -1030,7 +1030,7 @@ def budget(name, dataset, size):
     tables = "shapes" if (name, dataset) == ("cpu", "shapes") else name
     # The built-in shapes are judged by their outlines. A small weight of the KL keeps those in the code, and such codes
     # lie in so many clusters that only a mixture of thousands covers them (results/TABLES.md, components).
-    shapes_code = {"beta": 0.08, "components": 6000, "tied": True}
+    shapes_code = {"beta": 0.04, "components": 6000, "tied": True}
     if name == "smoke":  # everything runs, in seconds
         train |= {"vae_steps": 8, "unet_steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,

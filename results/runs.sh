@@ -47,7 +47,7 @@ shapes)
     run stage2_joint.py --gradient decoder
     run stage3_adaptive.py --uncertainty variance
     run stage3_adaptive.py --uncertainty posterior
-    for beta in 0.04 0.16; do
+    for beta in 0.02 0.08; do
         run stage1_baseline.py --variant form1 --set beta=$beta
         run stage2_joint.py --set beta=$beta
     done
