@@ -372,9 +372,9 @@ def main(argv=None):
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)
-        vae_state = common.finished(vae_folder, vae_settings, resume=False)
-        if vae_state is None:
+        if not (vae_folder / "checkpoint.pt").is_file():
             common.fail(f"--from-vae: {vae_folder} holds no VAE; run stage1_baseline.py --variant vae first")
+        vae_state = common.finished(vae_folder, vae_settings, resume=False)
     state = (common.finished(folder, settings, args.resume)
              or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)
