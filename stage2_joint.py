@@ -23,7 +23,7 @@ Which lambda would make `sum` most like `bound`? Let m_t be the mean squared err
 the bound, an error at time t counts with a weight w_t: its terms add up to sum_t w_t m_t nats per pixel value. In `sum`
 it counts with the weight lambda / (start m_t). If w_t m_t were the same at all times, the two would agree for
     lambda = sum_t w_t m_t.
-That is the `diffusion` part of the bound, which fid.bits_per_dim measures: some 0.8 nats per pixel value on shapes. Our
+That is the `diffusion` part of the bound, which fid.bits_per_dim measures: some 0.9 nats per pixel value on shapes. Our
 default is far smaller, 0.03, because large weights harm the VAE (REPORT.md).
 
 One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
@@ -44,7 +44,7 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
         shapes the samples have a lower Frechet distance than stage 1's, more of them are real shapes (a higher
-        precision), and the KL is more than twice as large.
+        precision), and the KL is about twice as large.
 """
 
 import argparse
