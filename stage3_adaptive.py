@@ -508,8 +508,12 @@ def cost(model, setup):
     """What the conditioning costs in sampling: seconds and GFLOPs of refining an image with it and without it
     (`fixed`), with the same U-Net. The two are timed in turn, on this machine."""
     unet, steps = model.networks[-1]["unet"], setup.evaluation["sample_steps"]
-    plain = dataclasses.replace(model, denoiser=lambda x_hat, z: lambda x, t: unet(torch.cat([x, x_hat], 1), t))
-    models, count = {"fixed": plain, "this": model}, min(50, setup.evaluation["batch"])
+
+    def fixed_denoiser(x_hat, z):
+        return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
+
+    models = {"fixed": dataclasses.replace(model, denoiser=fixed_denoiser), "this": model}
+    count = min(50, setup.evaluation["batch"])
     z = common.randn((count, model.vae.latent_dim), common.generator(0)).to(model.device)
     x_hat = model.vae.decoder(z)
 
