@@ -1758,7 +1758,7 @@ LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "tem
 
 def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
-    `args.changes` then holds what --set changes in the train settings; what depends on it, `changed` says."""
+    `args.changes` then holds what --set changes in the train settings; fid.Setup.run applies it."""
     sys.excepthook = end_in_a_line
     for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)

@@ -588,7 +588,9 @@ def table_of_features(folder):
         network_files = Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")  # with the hash of a network
         for path in sorted(network_files):
             columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
-    places = {place: None for column in columns.values() for place in all_places(column)}  # each once, in order
+    places = {}  # all that occur, each once, in order, as in table_numbers
+    for column in columns.values():
+        places |= dict.fromkeys(all_places(column))
     rows = []
     for place in places:
         row = [place]
