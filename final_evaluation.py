@@ -1,9 +1,9 @@
 """Final evaluation: reads results, writes tables and charts, and tests the claims. It trains nothing.
 
 Every run of a stage leaves a file metrics.json. `NUMBERS` gives names to the numbers in it, `TABLES` says which numbers
-of which runs make a table, and `CLAIMS` says which two numbers answer a question. A text marks the place of a table by
-two lines, <!-- table NAME --> and <!-- end -->. This program replaces what stands between them. README.md has a
-glossary of the words used here.
+of which runs make a table, `CLAIMS` says which two numbers answer a question, and `CHARTS` lists the charts. A text
+marks the place of a table by two lines, <!-- table NAME --> and <!-- end -->. This program replaces what stands between
+them. README.md has a glossary of the words used here.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
@@ -19,6 +19,8 @@ import statistics
 from fnmatch import fnmatch
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw
 from scipy.stats import t as student
 
@@ -223,13 +225,18 @@ FURTHER_CLAIMS = [  # only in TABLES.md
     ("Does `film` help against strong noise?", "noise 0.4 fd of stage3-flow-film", "noise 0.4 fd of stage3-flow-fixed"),
     ("Are steps by `s` better than even ones?", "steps by s of stage3-flow-film", "steps evenly of stage3-flow-film")]
 
-# The charts: after the title of the x axis come patterns for the variants that have a line, and the number at each x.
-CHARTS = [
-    ("steps", "*-uncond *-form1 *-guided *-anneal *-flow-fixed *-flow-fade *-flow-film bonus-latent",
-     {n: f"steps/dpm {n}/fd" for n in (5, 6, 10, 25, 50)}),
-    ("sd of noise on x_hat", "*-vae *-form1 *-guided *-augmented *-anneal *-flow-fixed *-flow-fade *-flow-film",
-     {0.0: "tables/robustness/scores/clean/fd"}
-     | {sd: f"tables/robustness/scores/noise {sd}/fd" for sd in (0.1, 0.2, 0.4)})]
+# The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
+# are those of Okabe and Ito (2008), "Color Universal Design", with grey and a wine red.
+LOOKS = {
+    "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
+    "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
+    "stage2-anneal-grad-none": ("#E69F00", "^"), "stage3-flow-fixed": ("#009E73", "s"),
+    "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#E69F00", "*")}
+# The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
+# how much a data set's markers stand above or below their line.
+DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
+OTHER_DATASET_LOOKS = ("#999999", "v", 0.4)
+PRIOR_LOOKS = {"gaussian": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 
 
 # --- Reading results -------------------------------------------------------------------------------------------------
@@ -448,16 +455,19 @@ def percent(log_ratio):
     return f"{100 * math.expm1(log_ratio):+.0f}%"
 
 
+def is_significant(change):
+    """Whether the p-value of a comparison is below 5%: the adjusted one, if there is one."""
+    p = change.get("adjusted", change["p"])
+    return p is not None and p < 0.05
+
+
 def describe_change(change):
-    """A comparison as text. It is significant if its p-value is below 5%: the adjusted one, if there is one."""
+    """A comparison as text."""
     if change["p"] is None:
         return f"{percent(change['change'])} ({'one run' if change['seeds'] == 1 else 'two runs'})"
-    p, note = change["p"], ""
-    if "adjusted" in change:
-        p = change["adjusted"]
-        note = f", adjusted p = {p:.2g}"
+    note = f", adjusted p = {change['adjusted']:.2g}" if "adjusted" in change else ""
     text = "not significant"
-    if p < 0.05:
+    if is_significant(change):
         text = f"{'lower' if change['change'] < 0 else 'higher'} by {percent(change['change']).lstrip('+-')}"
     return f"{text} ({change['seeds']} seeds: {percent(change['low'])} to {percent(change['high'])}{note})"
 
@@ -477,17 +487,23 @@ def compare_sides(results, claim):
     return {"ours": ours, "theirs": theirs} | compare(ours, theirs)
 
 
+def test_together(results, claims):
+    """Compare the sides of each claim on a data set, as `compare_sides` does, and adjust their p-values for being
+    tested together."""
+    changes = [compare_sides(results, claim) for claim in claims]
+    tested = [change for change in changes if change and change["p"] is not None]
+    for change, p in zip(tested, holm([change["p"] for change in tested]), strict=True):
+        change["adjusted"] = p
+    return changes
+
+
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
     whether the claims of a data set are tested together."""
     rows = [list(claim) for claim in claims]
     for results in everything.values():
-        changes = [compare_sides(results, claim) for claim in claims]
-        if adjust:
-            tested = [change for change in changes if change and change["p"] is not None]
-            adjusted = holm([change["p"] for change in tested])
-            for change, p in zip(tested, adjusted, strict=True):
-                change["adjusted"] = p
+        changes = (test_together(results, claims) if adjust else
+                   [compare_sides(results, claim) for claim in claims])
         for row, change in zip(rows, changes, strict=True):
             row.append("not run" if change is None else f"{mean_and_sd(change['ours'])} / "
                        f"{mean_and_sd(change['theirs'])}: {describe_change(change)}")
@@ -621,21 +637,173 @@ def long_tables(everything, folder):
 
 # --- Charts, texts and collecting ------------------------------------------------------------------------------------
 
-def draw_charts(path, dataset, results):
-    """Save the CHARTS of a data set as one picture. A variant has a line, of means over seeds, if it has two points or
-    more."""
-    panels = []
-    for x_axis, patterns, points in CHARTS:
-        lines = {}
-        for variant, seeds in results.items():
-            values = {x: values_by_seed(seeds, name).values() for x, name in points.items()}
-            means = {x: statistics.mean(fds) for x, fds in values.items() if fds}  # only of points that were measured
-            if any(fnmatch(variant, pattern) for pattern in patterns.split()) and len(means) > 1:
-                lines[variant] = tuple(means), tuple(means.values())
-        if lines:
-            panels.append({"title": dataset, "x": x_axis, "y": "fd", "lines": lines, "log_y": True})
-    if panels:
-        common.save_chart(path, panels)
+def new_chart(count, height, columns=3):
+    """A figure that is 10 inches wide, and a list of its `count` axes, each `height` inches high, in rows of `columns`.
+    It is saved with 1,500 pixels in its width, which README.md and REPORT.md show at about half of that."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(10, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, min(columns, count), k + 1) for k in range(count)]
+    for axis in axes:
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def log_scale(axis, *names):
+    """Make the x or the y axis logarithmic, or both, with plain numbers in place of powers of ten."""
+    for name in names:
+        axis.set(**{f"{name}scale": "log"})
+        getattr(axis, f"{name}axis").set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+                                         minor_formatter=NullFormatter())
+
+
+def draw_line(axis, variant, points):
+    """Draw a variant's line through points {x: values over seeds}: the means, with bars of one standard deviation."""
+    points = {x: list(values) for x, values in points.items() if values}  # only of points that were measured
+    if len(points) > 1:
+        colour, marker = LOOKS[variant]
+        means = [statistics.mean(values) for values in points.values()]
+        sds = [statistics.stdev(values) if len(values) > 1 else 0 for values in points.values()]
+        axis.errorbar(list(points), means, sds, color=colour, marker=marker, markersize=5, linewidth=1.4, capsize=3,
+                      label=variant)
+
+
+def shared_legend(figure, axes, columns=4):
+    """Put one legend below all axes. What occurs on several axes is listed once."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def chart_claims(everything):
+    """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
+    over seeds. A filled marker means significant. Without an interval there are fewer than three runs."""
+    claims = PRIMARY_CLAIMS + CLAIMS
+    figure, (axis,) = new_chart(1, 0.36 * len(claims) + 1.6)
+    for dataset, results in everything.items():
+        colour, marker, shift = DATASET_LOOKS.get(dataset, OTHER_DATASET_LOOKS)
+        changes = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in CLAIMS]
+        for row, change in enumerate(changes):
+            if change is None:
+                continue
+            ratio = math.exp(change["change"])
+            if change["p"] is not None:
+                axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
+            axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
+                      markerfacecolor=colour if is_significant(change) else "white")
+        axis.plot([], [], marker, color=colour, label=dataset)  # an entry of the legend
+    axis.axvline(1, color="black", linewidth=1)
+    axis.axhspan(-0.6, len(PRIMARY_CLAIMS) - 0.5, color="#f3ecd8", zorder=0)  # the four guiding questions
+    axis.set_yticks(range(len(claims)), [re.sub("[*`]", "", question) for question, _, _ in claims])
+    axis.set_ylim(len(claims) - 0.4, -0.6)  # the first claim is at the top
+    log_scale(axis, "x")
+    axis.set_xlabel("first number / second number; lower is better")
+    shared_legend(figure, [axis])
+    return figure
+
+
+def chart_cost(everything):
+    """fd against what sampling costs, with DPM-Solver++ of 5 to 50 steps: above, by evaluations of the network, below,
+    by seconds per image (of the first seed)."""
+    figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
+    for k, what in enumerate(("nfe", "seconds_per_image")):
+        row = axes[k * len(everything) : (k + 1) * len(everything)]
+        for axis, (dataset, results) in zip(row, everything.items(), strict=True):
+            for variant in ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
+                            "bonus-latent"):
+                seeds, points = results.get(variant, {}), {}
+                for steps in (5, 6, 10, 25, 50):
+                    costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{what}").values())
+                    if costs:
+                        points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd").values()
+                draw_line(axis, variant, points)
+            log_scale(axis, "x", "y")
+            axis.set(title=dataset, xlabel="evaluations" if what == "nfe" else "seconds per image", ylabel="fd")
+    shared_legend(figure, axes, 3)
+    return figure
+
+
+def chart_noise(everything):
+    """fd against the standard deviation of noise on x_hat."""
+    figure, axes = new_chart(len(everything), 3.6)
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
+                        "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film"):
+            seeds = results.get(variant, {})
+            draw_line(axis, variant, {sd: values_by_seed(seeds, f"tables/robustness/scores/{name}/fd").values()
+                                      for sd, name in ((0, "clean"), (0.1, "noise 0.1"), (0.2, "noise 0.2"),
+                                                       (0.4, "noise 0.4"))})
+        log_scale(axis, "y")
+        axis.set(title=dataset, xlabel="sd of the noise on x_hat", ylabel="fd")
+    shared_legend(figure, axes)
+    return figure
+
+
+def chart_steps(everything):
+    """By how many percent fd changes against two sampling steps for every image, if the images get one, two or three
+    steps by the thirds of their own s, or by the s of another image. Bars: means over seeds; lines: one sd."""
+    variants = ["stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling"]
+    figure, axes = new_chart(len(everything), 3)
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
+            for x, variant in enumerate(variants):
+                seeds = results.get(variant, {})
+                even, by_s = values_by_seed(seeds, "steps evenly"), values_by_seed(seeds, name)
+                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in by_s]
+                if changes:
+                    axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
+                             yerr=statistics.stdev(changes) if len(changes) > 1 else 0)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set_xticks(range(len(variants)), [variant.rsplit("-", 1)[1] for variant in variants])
+        axis.set(title=dataset, ylabel="fd against even steps, %")
+    shared_legend(figure, axes)
+    return figure
+
+
+def chart_priors(everything):
+    """What a prior's density says about its samples: fd of unrefined samples against the log-density of held-out codes.
+    One marker for each prior, VAE and run; filled for VAEs that were trained together with their flow."""
+    figure, axes = new_chart(len(everything), 3.4)
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        for prior, (colour, marker) in PRIOR_LOOKS.items():
+            for variant, fill, trained in (("stage3-vae-flow", colour, "trained with a flow"),
+                                           ("stage3-vae-gaussian", "white", "trained with N(0, I)")):
+                seeds = results.get(variant, {})
+                densities, fds = (values_by_seed(seeds, f"{name}, {prior}") for name in ("log p", "fd"))
+                measured = densities.keys() & fds.keys()  # the seeds
+                if measured:
+                    axis.plot([densities[seed] for seed in measured], [fds[seed] for seed in measured], marker,
+                              color=colour, markerfacecolor=fill, label=f"{prior}, VAE {trained}")
+        log_scale(axis, "y")
+        axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
+    shared_legend(figure, axes, 3)
+    return figure
+
+
+def chart_recipe(everything):
+    """What one changed setting does, on shapes with seed 0: fd and hf_energy of runs with --set, as bars beside that of
+    the unchanged run. The band is one standard deviation of the unchanged run over its seeds to either side."""
+    runs = {}  # {label: seeds}
+    for variant, seeds in everything.get("shapes", {}).items():
+        if variant == "stage1-form1" or variant.startswith("stage1-") and "=" in variant:
+            runs[variant.removeprefix("stage1-")] = seeds
+    figure, axes = new_chart(2, 0.24 * len(runs) + 1)
+    for axis, name in zip(axes, ("fd", "hf_energy"), strict=True):
+        values = {label: values_by_seed(seeds, name)[0] for label, seeds in runs.items() if 0 in seeds}
+        axis.barh(list(values), list(values.values()), color=["#D55E00" if "=" not in x else "#0072B2" for x in values])
+        unchanged = values_by_seed(runs.get("form1", {}), name)
+        if len(unchanged) > 1:
+            sd = statistics.stdev(unchanged.values())
+            axis.axvspan(unchanged[0] - sd, unchanged[0] + sd, color="#D55E00", alpha=0.25)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{name} ({'lower is better' if name == 'fd' else '1 is as sharp as real'})")
+    return figure
+
+
+CHARTS = {"claims": chart_claims, "cost": chart_cost, "noise": chart_noise, "steps": chart_steps,
+          "priors": chart_priors, "recipe": chart_recipe}
 
 
 def fill(text, tables):
@@ -747,8 +915,12 @@ def main(argv=None):
         raise SystemExit(bool(changed))
     for path in changed:
         common.write(path, texts[path].encode())
+    for name, chart in CHARTS.items():
+        path = source / ("" if args.runs else "figures") / f"{name}.png"
+        figure = chart(everything)
+        if any(axis.has_data() for axis in figure.axes):
+            common.write_with(path, figure.savefig, format="png", dpi=150)
     for dataset, results in everything.items():
-        draw_charts(source / ("" if args.runs else "figures") / f"{dataset}-comparison.png", dataset, results)
         print(tables.get(f"reproduced: {dataset}", f"{dataset}: {len(results)} variants"))
     print("written:", *(changed or ["nothing, texts agree with the results"]))
 

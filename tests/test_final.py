@@ -498,16 +498,13 @@ def test_tables(tmp_path):
 
 
 def test_every_pattern_fits_a_variant(tmp_path):
-    """Of tables and of charts. A misspelt one would leave lines out."""
+    """A misspelt one would leave lines of a table, or of a chart, out."""
     changed = [metrics(f"{variant}-beta=0.5", train={"beta": 0.5}) for variant in VARIANTS]
     everything = load(tmp_path, *map(metrics, VARIANTS), *changed)
     for variants, _ in final.TABLES.values():
         for pattern in variants.split():
             assert len(final.table_of(everything, pattern, "fd").splitlines()) > 4, pattern
-    for _, patterns, _ in final.CHARTS:
-        for pattern in patterns.split():
-            fitting = {variant for variant in everything["shapes"] if final.fnmatch(variant, pattern)}
-            assert fitting and fitting <= {*VARIANTS}, pattern  # none with a changed setting
+    assert {*final.LOOKS} <= {*VARIANTS}  # of charts, which draw_line looks up by the variant's name
 
 
 def test_the_sentence_about_the_data(tmp_path):
@@ -594,31 +591,138 @@ def test_reproduced(tmp_path):
         assert f"| {'NOT ' * k}reproduced (off by 11%)" in line
 
 
-def test_charts(tmp_path, monkeypatch):
-    """Means over seeds against steps and against noise, for variants with two points. The latent model's noise is in
-    the latent, so it is not compared. Runs with a changed setting have no line."""
-    drawn = []
-    monkeypatch.setattr(common, "save_chart", lambda *arguments: drawn.append(arguments))
+def lines_of(axis):
+    """{label: (xs, means, sds)} of the lines with bars on an axis."""
+    found = {}
+    for line in axis.containers:
+        (xs, means), (bars,) = line.lines[0].get_data(), line.lines[2]
+        found[line.get_label()] = list(xs), list(means), [(top - low) / 2 for (_, low), (_, top) in bars.get_segments()]
+    return found
+
+
+def test_chart_of_noise(tmp_path):
+    """Means and sds over seeds, for variants with two points. The latent model's noise is in the latent, so it is not
+    compared. Runs with a changed setting have no line."""
     form1 = [metrics(), metrics(seed=1, distance=10.0), metrics(seed=2, distance=14.5)]
     one_point = metrics("stage1-guided")
-    del one_point["rows"][3:], one_point["tables"]["robustness"]
-    changed = [metrics(f"{variant}-beta=0.5", train={"beta": 0.5}) for variant in ("stage1-form1", "bonus-latent")]
-    results = load(tmp_path, *form1, one_point, metrics("bonus-latent"), metrics("stage2-sum"), *changed)
-    final.draw_charts(tmp_path / "x.png", "shapes", results["shapes"])
-    (path, (steps, noise)), = drawn
-    assert path == tmp_path / "x.png"
-    assert noise["lines"] == {"stage1-form1": ((0.0, 0.1, 0.4), (11.5, pytest.approx(12.65), 46.0))}
-    assert steps["lines"] == {"stage1-form1": ((5, 25), (21.5, 13.5)),
-                              "bonus-latent": ((5, 25), (20, 12))}
-    for panel, x in ((steps, "steps"), (noise, "sd of noise on x_hat")):
-        assert (panel["title"], panel["x"], panel["y"], panel["log_y"]) == ("shapes", x, "fd", True)
-    final.draw_charts(tmp_path / "y.png", "shapes", {"stage1-guided": results["shapes"]["stage1-guided"]})
-    assert len(drawn) == 1  # without lines there is no picture
-    all_points = measured()
-    all_points["rows"] += [row("gmm", "dpm", 50, 200, 180), row("gmm", "dpm", 5, 200, 190)]
-    final.draw_charts(tmp_path / "z.png", "shapes", load(tmp_path / "all", all_points)["shapes"])
-    assert [panel["lines"]["stage2-anneal"] for panel in drawn[1][1]] == [
-        ((5, 6, 10, 25, 50), (190, 150, 160, 170, 180)), ((0.0, 0.1, 0.2, 0.4), (240, 241, 242, 243))]
+    del one_point["tables"]["robustness"]["scores"]["clean"], one_point["tables"]["robustness"]["scores"]["noise 0.1"]
+    everything = load(tmp_path, *form1, one_point, metrics("bonus-latent"), metrics("stage2-sum"),
+                      metrics("stage1-form1-beta=0.5", train={"beta": 0.5}), metrics("stage1-vae", dataset="cifar10"))
+    shapes, cifar10 = final.chart_noise(everything).axes
+    sd = (13.5 / 2) ** 0.5  # of 10, 10 and 14.5: the squares of what they are off their mean sum to 13.5
+    assert lines_of(shapes) == {"stage1-form1": ([0, 0.1, 0.4], pytest.approx([11.5, 12.65, 46]),
+                                                 pytest.approx([sd, 1.1 * sd, 4 * sd]))}
+    assert lines_of(cifar10) == {"stage1-vae": ([0, 0.1, 0.4], pytest.approx([10, 11, 40]), [0, 0, 0])}
+    assert (shapes.get_title(), cifar10.get_title(), shapes.get_yscale()) == ("shapes", "cifar10", "log")
+
+
+def test_chart_of_costs(tmp_path):
+    """fd of the rows with few images, above by evaluations, below by the seconds of the first seed."""
+    other = measured()
+    other["run"]["dataset"] = "cifar10"
+    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), other)
+    by_evaluations, other_evaluations, by_seconds, other_seconds = final.chart_cost(everything).axes
+    sd = 1.5 * 2**0.5
+    assert lines_of(by_evaluations) == {"stage1-form1": ([10, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
+    assert lines_of(by_seconds) == {"stage1-form1": ([20.5, 12.5], [21.5, 13.5], pytest.approx([sd, sd]))}
+    assert lines_of(other_evaluations) == {"stage2-anneal": ([12, 20, 50], [150, 160, 170], [0, 0, 0])}
+    assert lines_of(other_seconds) == {"stage2-anneal": ([150.5, 160.5, 170.5], [150, 160, 170], [0, 0, 0])}
+    assert by_evaluations.get_xscale() == by_evaluations.get_yscale() == "log"
+
+
+def test_chart_of_claims(tmp_path):
+    """A marker at the ratio of means, filled where the claim is significant, with Student's interval from three seeds
+    on. The guiding questions come first, and are adjusted."""
+    runs = []
+    for seed, ratio in enumerate((0.5, 0.51, 0.49)):  # of anneal to form1, and of guided to form1 the same
+        runs += [metrics(seed=seed), metrics("stage2-anneal", seed, 10 * ratio), metrics("stage1-guided", seed, 5.0)]
+    runs += [metrics("stage1-vae", 0, 40.0), metrics("stage1-form1", dataset="photos"),
+             metrics("stage1-vae", 0, 5.0, dataset="photos")]
+    everything = load(tmp_path, *runs)
+    axis, = final.chart_claims(everything).axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names[0] == "Quality: does joint training help?" and len(names) == len(final.PRIMARY_CLAIMS + final.CLAIMS)
+    marks = {}  # {(row, shift): (ratio, filled)}
+    intervals = {}
+    for line in axis.lines:
+        (xs, ys), dataset_shift = line.get_data(), -0.25
+        if len(xs) == 2 and len({*ys}) == 1:
+            intervals[names[round(ys[0] - dataset_shift)]] = tuple(xs)
+        elif len(xs) == 1:
+            filled = line.get_markerfacecolor() == line.get_color()
+            shift = -0.25 if ys[0] % 1 == 0.75 else 0.4  # of shapes, and of data sets that have no colour of their own
+            marks[names[round(ys[0] - shift)], shift] = pytest.approx(xs[0]), filled
+    quality, refinement = names[0], "Does refinement improve the VAE's samples?"
+    assert marks[quality, -0.25] == ((0.5 * 0.51 * 0.49) ** (1 / 3), True)
+    assert marks[refinement, -0.25] == (0.25, False) and marks[refinement, 0.4] == (2, False)  # one run each
+    assert marks["Does guidance by a worse refiner help?", -0.25] == (0.5, True)
+    log_ratios = [math.log(x) for x in (0.5, 0.51, 0.49)]
+    low, high = ttest_1samp(log_ratios, 0).confidence_interval()
+    assert intervals[quality] == pytest.approx((math.exp(low), math.exp(high)))
+    assert refinement not in intervals
+    p = ttest_1samp(log_ratios, 0).pvalue
+    weak = [metrics("stage2-anneal", seed, 10 * ratio) for seed, ratio in enumerate((0.5, 0.6, 0.7))]
+    axis, = final.chart_claims(load(tmp_path / "weak", *(metrics(seed=seed) for seed in range(3)), *weak)).axes
+    filled = [line.get_markerfacecolor() == line.get_color() for line in axis.lines
+              if list(line.get_ydata()) == [-0.25]]
+    changes = final.test_together(final.load_all((tmp_path / "weak").glob(RESULTS))["shapes"], final.PRIMARY_CLAIMS)
+    assert p < 0.001 and changes[0]["p"] < 0.05 < changes[0]["adjusted"] and filled == [False]
+
+
+def test_chart_of_steps(tmp_path):
+    """The change in percent against even steps, paired by seed: mean and sd over seeds."""
+    runs = []
+    for seed, (even, by_s, by_other) in enumerate(((10, 9, 11), (20, 19, 21))):
+        found = metrics("stage3-flow-film", seed)
+        names = {"even": even, "adaptive_steps": by_s, "shuffled_steps": by_other}
+        found["tables"]["uncertainty"] = {"adaptive_refinement": {
+            name: {"fd_local": score(fd)} for name, fd in names.items()}}
+        runs.append(found)
+    axis, = final.chart_steps(load(tmp_path, *runs, metrics("stage3-flow-fixed"))).axes
+    bars = [box for box in axis.containers if hasattr(box, "patches")]
+    assert [bar.get_label() for bar in bars] == ["steps by s", "steps by other s"]
+    assert [bar.patches[0].get_x() for bar in bars] == pytest.approx([1.6, 2.0])  # at film, the third of the variants
+    assert [bar.patches[0].get_height() for bar in bars] == pytest.approx([-7.5, 7.5])
+    spread = [bar.errorbar.lines[2][0].get_segments()[0] for bar in bars]
+    assert [(top - low) / 2 for (_, low), (_, top) in spread] == pytest.approx([1.25 * 2**0.5 * 2] * 2)
+
+
+def test_chart_of_priors(tmp_path):
+    """A marker for each run that has both numbers; filled, if the VAE was trained together with a flow."""
+    runs = []
+    for variant, seed, fd in (("stage3-vae-flow", 0, 10), ("stage3-vae-flow", 1, 11), ("stage3-vae-gaussian", 0, 9)):
+        found = metrics(variant, seed)
+        found["rows"] = [row(prior, "none", 0, 100, fd + k) for k, prior in enumerate(("flow", "gmm", "gaussian"))]
+        found["tables"]["prior_log_density"] = {prior: score(-fd - 20 * k) for k, prior in
+                                                enumerate(("flow", "gmm", "gaussian"))}
+        runs.append(found)
+    del runs[1]["tables"]["prior_log_density"]["gmm"]
+    axis, = final.chart_priors(load(tmp_path, *runs)).axes
+    points = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axis.lines}
+    assert points == {"flow, VAE trained with a flow": [(-11, 11), (-10, 10)],
+                      "mixture, VAE trained with a flow": [(-30, 11)],
+                      "gaussian, VAE trained with a flow": [(-51, 13), (-50, 12)],
+                      "flow, VAE trained with N(0, I)": [(-9, 9)], "mixture, VAE trained with N(0, I)": [(-29, 10)],
+                      "gaussian, VAE trained with N(0, I)": [(-49, 11)]}
+    assert {line.get_label(): line.get_markerfacecolor() == "white" for line in axis.lines} == {
+        label: "N(0, I)" in label for label in points}
+
+
+def test_chart_of_the_recipe(tmp_path):
+    """Bars of seed 0, of runs with a changed setting beside the unchanged one, whose sd over seeds is a band."""
+    changed = [metrics(f"{variant}-beta={beta}", seed, beta * 10, train={"beta": beta}) for variant, beta, seed in
+               (("stage1-form1", 0.5, 0), ("stage1-form1", 0.5, 1), ("stage2-anneal", 0.25, 0))]
+    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), *changed)
+    fd, hf_energy = final.chart_recipe(everything).axes
+    for axis, shift in ((fd, 0), (hf_energy, SCORES.index("hf_energy"))):
+        box, = axis.containers
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["form1", "form1-beta=0.5"]
+        assert [patch.get_width() for patch in box.patches] == [10 + shift, 5 + shift]
+        band, = (patch for patch in axis.patches if patch not in box.patches)
+        assert band.get_x() == pytest.approx(10 + shift - 1.5 * 2**0.5)
+        assert band.get_width() == pytest.approx(3 * 2**0.5)
+    fd, _ = final.chart_recipe(load(tmp_path / "one", metrics())).axes  # one seed has no band
+    assert len(fd.patches) == 1
 
 
 # --- Collecting -------------------------------------------------------------------------------------------------------
@@ -686,7 +790,8 @@ def test_collect_and_runs(project, capsys):
     assert parts["claims"].strip() == final.table_claims(everything, final.CLAIMS)
     for name, arguments in final.TABLES.items():
         assert parts[name].strip() == final.table_of(everything, *arguments)
-    assert (project / "runs" / "cifar10-comparison.png").is_file()
+    assert Image.open(project / "runs" / "claims.png").width == 1500
+    assert not (project / "runs" / "priors.png").exists()  # there is nothing to show
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
 
@@ -814,13 +919,14 @@ def test_every_claim_and_column_has_numbers():
         assert {*empty} <= NOT_YET, name
 
 
-def test_every_line_of_a_chart_has_a_colour_of_its_own(monkeypatch, tmp_path):
-    """Matplotlib has ten colours, then it begins again."""
-    drawn = []
-    monkeypatch.setattr(common, "save_chart", lambda path, panels: drawn.append(panels))
-    for dataset, results in final.load_all(final.ROOT.glob(f"results/{RESULTS}")).items():
-        final.draw_charts(tmp_path / "x.png", dataset, results)
-    assert len(drawn) == 3 and all(len({line for panel in panels for line in panel["lines"]}) <= 10 for panels in drawn)
+def test_charts_of_the_results():
+    """Each of them shows something of every data set, and no two of its lines look the same."""
+    everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
+    for name, chart in final.CHARTS.items():
+        for axis in chart(everything).axes:
+            assert axis.has_data(), name
+            lines = [line.lines[0] for line in axis.containers if hasattr(line, "lines") and line.lines[0]]
+            assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines), name
 
 
 def test_pictures():
