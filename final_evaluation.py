@@ -36,26 +36,29 @@ ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
-# The variants in DATASET-sheet.png, one picture that has samples of each.
-SHEET = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
+# Pictures DATASET-NAME.png, which have samples of several variants.
+SHEETS = {"sheet": ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
+                    "bonus-latent"),
+          "conditionings": ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")}
 
-# The variants of the tables below:
-#   stage1-vae          the VAE alone
-#   stage1-uncond       a diffusion model without a VAE
-#   stage1-form1        a refiner (a diffusion model that is shown the VAE's image, x_hat); form2 is the other
-#                       formulation of DiffuseVAE
-#   stage1-guided       form1 with guidance by a refiner that was trained for a shorter time
-#   stage1-augmented    form1, but its refiner was trained with noise on x_hat
-#   stage2-anneal       VAE and refiner trained together; in stage2-anneal-grad-none the refiner's loss does not reach
-#                       the VAE
-#   stage3-vae-flow     a VAE trained together with a flow, which is the prior over its codes
-#   stage3-vae-gaussian stage1-vae (whose prior in training is N(0, I)), with a flow that was fitted afterwards
-#   stage3-flow-fixed   a refiner for the images of stage3-vae-flow, as form1 is for those of stage1-vae
-#   stage3-flow-film    the same, but s, how large the VAE's error is expected to be, shifts the refiner's features.
-#                       With `fade` x_hat fades where s is high; with `coupling` an invertible network driven by s
-#                       changes it
-#   bonus-latent        a diffusion model of the latent of an autoencoder
-# The name of a run with --set KEY=VALUE ends in -KEY=VALUE: it is the same variant, except for this setting.
+# What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
+# in -KEY=VALUE: it is the same variant, except for this setting.
+VARIANTS = {
+    "stage1-vae": "the VAE alone",
+    "stage1-uncond": "a diffusion model of the same size, without a VAE",
+    "stage1-form1": "the VAE's image `x_hat`, refined by a diffusion model",
+    "stage1-form2": "the same in the other formulation of DiffuseVAE",
+    "stage1-guided": "`form1`, guided by a refiner that was trained for a tenth of the steps",
+    "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
+    "stage2-anneal": "VAE and refiner trained together, with a weight that grows",
+    "stage2-anneal-grad-none": "the same, but the refiner's loss does not reach the VAE",
+    "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
+    "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
+    "stage3-flow-fixed": "a refiner for `stage3-vae-flow`, as `form1` is for `stage1-vae`",
+    "stage3-flow-fade": "the same, but `x_hat` fades where `s` is high",
+    "stage3-flow-film": "the same, but `s` shifts the features of the refiner",
+    "stage3-flow-coupling": "the same, but an invertible network that is driven by `s` changes `x_hat`",
+    "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
 # "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` adds three entries to what metrics.json holds:
@@ -84,6 +87,7 @@ NUMBERS = {
     "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
     "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
     "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
+    "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
     "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
@@ -126,6 +130,10 @@ NUMBERS = {
     "seconds, fixed": "tables/uncertainty/cost/fixed/seconds_per_image",
     "gflops, this": "tables/uncertainty/cost/this/gflops",
     "gflops, fixed": "tables/uncertainty/cost/fixed/gflops",
+    # The mean distance, in features, of two refined images of the same code, which start from different noise: of the
+    # third of the images with the lowest s, and of that with the highest.
+    "spread, sure": "tables/uncertainty/terciles/sure/consistency",
+    "spread, unsure": "tables/uncertainty/terciles/unsure/consistency",
     # The mean distance, in features, of generated images and of held-out ones to the nearest training image. The
     # closest 1% of the held-out images lie within some distance; `closer` is the share of the generated ones that do.
     # It is about 0.01 if nothing is copied.
@@ -148,15 +156,23 @@ NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over th
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. The names of runs with a changed
 # setting contain an equals sign; only patterns that contain one fit them. `recipe` and `losses` show what one changed
-# setting does, with the unchanged run of shapes in the first line.
+# setting does, with the unchanged run of shapes in the first line. REPORT.md shows the first four tables, TABLES.md
+# shows all of them.
 TABLES = {
-    "results": ("*-vae *-form1 *-guided *-anneal *-flow-film bonus-latent", "fd; hf_energy; train minutes"),
-    "stage 1": ("stage1-*", "fd; floor; is; precision; recall; hf_energy; bits/dim"),
+    "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
+                "fd; is; precision; hf_energy; evaluations; seconds"),
+    "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+              "fd; is; precision; kl_nats; noise fd; seconds"),
+    "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
+                     "fd; is; noise fd; spread, sure; spread, unsure; seconds, this"),
+    "latent diffusion": ("stage1-uncond stage1-form1 bonus-latent",
+                         "fd; is; diversity; % GFLOPs; % seconds; % memory"),
+    "stage 1, all": ("stage1-*", "fd; floor; is; precision; recall; diversity; hf_energy; bits/dim; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("shapes/stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
-    "joint": ("stage1-form1 stage1-augmented stage2-anneal stage2-anneal-grad-none",
-              "fd; precision; hf_energy; kl_nats; fd, mixture; fd, gaussian; fd of real codes; noise fd"),
+    "codes": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+              "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path / ends"),
     "losses": ("shapes/*-form1 shapes/stage2-* stage2-*=*",
                "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
@@ -166,13 +182,16 @@ TABLES = {
     "uncertainty": ("stage3-flow-fixed",
                     "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
                     "unsure, refined"),
-    "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
-                     "fd; is; noise fd; steps evenly; steps by s; steps by other s; gflops, this; gflops, fixed"),
+    "steps by uncertainty": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
+                             "steps evenly; steps by s; steps by other s; own s; other s; gflops, this; gflops, fixed"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
               "fd, mixture; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
-    "latent diffusion": ("bonus-latent",
-                         "fd; is; diversity; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
+    "latent space diffusion": ("bonus-latent",
+                               "fd; precision; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
+# The variants in README.md, in a table with a line for each and columns for each data set.
+OVERVIEW = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
+            "bonus-latent")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in a claim. These four are the guiding questions of this project. They are tested together on each data set, so that
@@ -500,14 +519,14 @@ def test_together(results, claims):
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
     whether the claims of a data set are tested together."""
-    rows = [list(claim) for claim in claims]
+    rows = [[question, f"{first} / {second}"] for question, first, second in claims]
     for results in everything.values():
         changes = (test_together(results, claims) if adjust else
                    [compare_sides(results, claim) for claim in claims])
         for row, change in zip(rows, changes, strict=True):
             row.append("not run" if change is None else f"{mean_and_sd(change['ours'])} / "
                        f"{mean_and_sd(change['theirs'])}: {describe_change(change)}")
-    table = markdown(["question", "first", "second", *everything], rows)
+    table = markdown(["question", "first / second", *everything], rows)
     note = ("Mean of first / mean of second: how much lower or higher the first is (the geometric mean of the ratios "
             "of runs with the same seed). In brackets the 95% interval over seeds. ")
     note += ("The questions of a data set are tested together (Holm's adjustment, 5%)." if adjust else
@@ -550,7 +569,26 @@ def table_of(everything, variants, columns):
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 notes[dataset] = describe_data(dataset, results)
-    return f"{markdown(['variant', *columns], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
+    return f"{markdown(['variant', *map(with_arrow, columns)], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
+
+
+def with_arrow(name):
+    """The name of a number. If it is a score, an arrow says whether lower or higher is better."""
+    if name.startswith(("fd", "floor", "noise", "seconds", "gflops", "bits/dim", "train minutes")):
+        return f"{name} ↓"
+    return f"{name} ↑" if name.startswith(("is", "precision", "recall", "diversity", "%")) else name
+
+
+def table_overview(everything):
+    """A line for each variant in OVERVIEW, with what it is, and its fd and hf_energy on each data set."""
+    columns = [(dataset, name) for dataset in everything for name in ("fd", "hf_energy")]
+    rows = []
+    for variant in OVERVIEW:
+        cells = [cell(everything[dataset].get(variant, {}), name) for dataset, name in columns]
+        rows.append([f"`{variant}`", VARIANTS[variant], *cells])
+    header = ["variant", "what it is", *(f"{dataset} {with_arrow(name)}" for dataset, name in columns)]
+    notes = [describe_data(*item) for item in everything.items()]
+    return f"{markdown(header, rows)}\n\n*{' '.join(notes)} {NOTE}.*"
 
 
 def table_numbers(columns):
@@ -618,16 +656,19 @@ def table_of_features(folder):
 
 
 def long_tables(everything, folder):
-    """The whole text of TABLES.md: every number of every variant, further claims, feature networks, the benchmark."""
+    """The whole text of TABLES.md: TABLES, claims, every number of every variant, feature networks, the benchmark."""
     parts = ["# Long tables", "Written by `python final_evaluation.py`. The name of a number is its place in "
              "metrics.json; README.md and `NUMBERS` in final_evaluation.py explain the words. In the cells: "
              f"{NOTE}."]
+    for name, (variants, columns) in TABLES.items():
+        parts.append(f"## {name}\n\n{table_of(everything, variants, columns)}")
+    parts += ["## claims", table_claims(everything, CLAIMS)]
+    parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
             if columns:
                 parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
-    parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
     parts += ["## features", table_of_features(folder)]
     benchmark = Path(folder) / "benchmark.txt"
     if benchmark.is_file():
@@ -814,10 +855,10 @@ def fill(text, tables):
                   lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
 
 
-def draw_sheet(path, home):
-    """One picture of all stages: of each variant in SHEET, the top third of samples.png (12 of the 36 images) of its
-    run with seed 0 in the folder `home`, below the variant's name."""
-    images = {name: Image.open(file) for name in SHEET if (file := home / f"{name}-s0" / "samples.png").is_file()}
+def draw_sheet(path, home, variants):
+    """One picture of several variants: of each, the top third of samples.png (12 of the 36 images) of its run with
+    seed 0 in the folder `home`, below the variant's name."""
+    images = {name: Image.open(file) for name in variants if (file := home / f"{name}-s0" / "samples.png").is_file()}
     heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
     page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
     for k, (name, image) in enumerate(images.items()):
@@ -857,9 +898,11 @@ def collect(runs, folder):
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
                 written.append(home / f"{name}-{figure.name}")
                 common.write(written[-1], figure.read_bytes())
-        if run.name in (f"{variant}-s0" for variant in SHEET):
-            written.append(Path(folder) / "figures" / f"{facts['dataset']}-sheet.png")
-            draw_sheet(written[-1], run.parent)
+        for sheet, variants in SHEETS.items():
+            path = Path(folder) / "figures" / f"{facts['dataset']}-{sheet}.png"
+            if run.name in (f"{variant}-s0" for variant in variants) and f"(results/figures/{path.name})" in texts:
+                written.append(path)
+                draw_sheet(path, run.parent, variants)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")
 
@@ -899,7 +942,8 @@ def main(argv=None):
         everything = load_all(path for path in new_paths if not path.parent.parent.name.endswith("-smoke"))
     if not everything:
         common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
-    tables = {"questions": table_claims(everything, PRIMARY_CLAIMS, adjust=True),
+    tables = {"overview": table_overview(everything),
+              "questions": table_claims(everything, PRIMARY_CLAIMS, adjust=True),
               "claims": table_claims(everything, CLAIMS)}
     tables |= {name: table_of(everything, *arguments) for name, arguments in TABLES.items()}
     if args.runs:

@@ -21,10 +21,7 @@ RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
         "grid": [["dpm", 5], ["dpm", 25]], "probe_steps": 10, "bits_images": 128, "bits_draws": 40}
 TRAIN = common.TRAIN | {"vae_steps": 2220, "unet_steps": 221, "dataset": "shapes", "image_size": 32}
-VARIANTS = [*(f"stage1-{name}" for name in ("vae", "uncond", "form1", "form2", "guided", "augmented")),
-            *(f"stage2-{name}" for name in ("anneal", "anneal-grad-none", "sum-w10")), "stage3-vae-flow",
-            "stage3-vae-gaussian", *(f"stage3-flow-{name}" for name in ("fixed", "fade", "film", "coupling")),
-            "bonus-latent"]
+VARIANTS = [*final.VARIANTS, "stage2-sum-w10"]
 SCORES = ("fd_local", "floor_local", "is_local", "kid_local", "precision_local", "recall_local", "diversity_local",
           "hf_energy")
 
@@ -85,6 +82,7 @@ def measured(seed=0):
         "before_refinement": {name: score(200 + k) for k, name in enumerate(SCORES)},
         "bits_per_dim": {"bound": score(210), "images": 128, "latent_prior": "gmm", "kl": 211.0},
         "reconstruction": {"psnr_db": 220.0, "kl_nats": 221.0, "hf_energy_vae": score(222)},
+        "latent": {"active_units": 223, "posterior_variance": 224.0},
         "robustness": {"steps": 10, "images": 201, "mean": 230.0, "rise": 231.0, "scores": {
             name: {"fd_local": score(fd), "hf_energy": score(fd + 10)} for name, fd in noise.items()}},
         "latent_space": {"images": 202, "posterior": {"vae": score(260), "refined": score(261)}, "slerp": {
@@ -99,7 +97,7 @@ def measured(seed=0):
         "uncertainty": {
             "variance": {"correlation": 300.0, "conclusion": "s ranks"}, "regressed": {"correlation": 301.0},
             "posterior": {"correlation": 302.0},
-            "terciles": {"images": 101, **{name: {"sse": 1.0, "vae": {"fd_to_these": fd, "hf_energy": 2.0},
+            "terciles": {"images": 101, **{name: {"sse": 1.0, "consistency": fd + 5, "vae": {"fd_to_these": fd, "hf_energy": 2.0},
                                                   "refined": {"fd_to_these": fd + 1, "hf_energy": 3.0}}
                                            for name, fd in (("sure", 310.0), ("middle", 312.0), ("unsure", 314.0))}},
             "controls": {"images": 301, "true": {"fd_to_these": 320.0}, "shuffled": {"fd_to_these": 321.0}},
@@ -126,7 +124,8 @@ EXPECTED = {
     "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000), "evaluations": (20, 1000),
     "fd, 6 steps": (150, 200), "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
     "hf_energy, 6 steps": (157, 200), "fd, gaussian": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
-    "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "noise fd": (230, 201),
+    "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
+    "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
     "noise rise": (231, 201), "noise 0.4 fd": (243, 201), "fd of real codes": (261, 202), "path / ends": (263, 202),
     "log p, gaussian": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
     "flow's log p of mixture samples": (-282, None), "mixture's log p of flow samples": (-281, None),
@@ -165,7 +164,8 @@ def test_every_number_of_tables_and_claims_has_a_name():
     assert columns | {name for name, _ in sides} == set(final.NUMBERS)
     for _, variant in sides:
         assert {*re.findall(r"-(\w+)=", variant)} <= common.TRAIN.keys()
-    assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} | {*final.SHEET} <= {*VARIANTS}
+    assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} <= {*VARIANTS}
+    assert {variant for variants in final.SHEETS.values() for variant in variants} | {*final.OVERVIEW} <= {*VARIANTS}
     assert len({question for question, *_ in claims}) == len(claims)
     assert all(first != second for _, first, second in claims)
     for question, first, _ in claims:  # what the question is about comes first
@@ -323,19 +323,19 @@ def test_claims(tmp_path):
         many.append(joint)
     everything = load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0))
     primary = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
-    assert primary.splitlines()[:2] == ["| question | first | second | shapes | cifar10 |",
-                                        "| --- | --- | --- | --- | --- |"]
+    assert primary.splitlines()[:2] == ["| question | first / second | shapes | cifar10 |",
+                                        "| --- | --- | --- | --- |"]
     quality = cells_of(primary, "**Quality**: does joint training help?")
-    assert quality[:2] == ["fd of stage2-anneal", "fd of stage1-form1"]
-    assert quality[2].startswith("5.5 ± 0.5 / 11 ± 1: lower by 50% (3 seeds: ") and quality[3] == "not run"
+    assert quality[0] == "fd of stage2-anneal / fd of stage1-form1"
+    assert quality[1].startswith("5.5 ± 0.5 / 11 ± 1: lower by 50% (3 seeds: ") and quality[2] == "not run"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
-    assert noise[2].startswith("11 ± 1 / 22 ± 2: lower by 50% (3 seeds: ")
+    assert noise[1].startswith("11 ± 1 / 22 ± 2: lower by 50% (3 seeds: ")
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
-    assert path[2].startswith("1.2 / 1.6 ± 0.1: lower by 25% (3 seeds: ")
+    assert path[1].startswith("1.2 / 1.6 ± 0.1: lower by 25% (3 seeds: ")
     claims = final.table_claims(everything, final.CLAIMS)
-    assert cells_of(claims, "Does refinement improve the VAE's samples?")[2] == "10 / 40: -75% (one run)"
-    assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[2:] == ["not run", "not run"]
-    assert cells_of(claims, "Does a fitted prior help?")[3] == "12 / 30: -60% (one run)"
+    assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
+    assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not run", "not run"]
+    assert cells_of(claims, "Does a fitted prior help?")[2] == "12 / 30: -60% (one run)"
     for table, note in ((primary, "tested together (Holm's adjustment, 5%)"), (claims, "without adjustment")):
         assert note in table and "(VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probes" in table
 
@@ -374,14 +374,14 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
     together = final.table_claims(everything, claims, adjust=True)
     alone = final.table_claims(everything, claims)
     interval = "(3 seeds: -26% to -1%"
-    assert cells_of(alone, "stage2-anneal")[2:] == [f"8.53 ± 0.5 / 10: lower by 15% {interval})"] * 2
-    assert cells_of(together, "stage2-anneal")[2:] == [
+    assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.5 / 10: lower by 15% {interval})"] * 2
+    assert cells_of(together, "stage2-anneal")[1:] == [
         f"8.53 ± 0.5 / 10: not significant {interval}, adjusted p = {2 * p['stage2-anneal']:.2g})",
         f"8.53 ± 0.5 / 10: lower by 15% {interval}, adjusted p = {p['stage2-anneal']:.2g})"]
-    assert cells_of(together, "stage1-guided")[2].endswith(f", adjusted p = {p['stage1-guided']:.2g})")
+    assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g})")
     for table in (alone, together):
-        assert cells_of(table, "stage1-vae")[2:] == ["25 ± 7.1 / 10: +145% (two runs)", "not run"]
-        assert cells_of(table, "bonus-latent")[2:] == ["not run", "not run"]
+        assert cells_of(table, "stage1-vae")[1:] == ["25 ± 7.1 / 10: +145% (two runs)", "not run"]
+        assert cells_of(table, "bonus-latent")[1:] == ["not run", "not run"]
 
 
 # --- Which results may be compared -----------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_tables(tmp_path):
             metrics(dataset="cifar10", distance=7.0)]
     everything = load(tmp_path, *many)
     assert final.table_of(everything, "stage1-*", "fd; bits/dim; % memory").splitlines()[:5] == [
-        "| variant | fd | bits/dim | % memory |", "| --- | --- | --- | --- |",
+        "| variant | fd ↓ | bits/dim ↓ | % memory ↑ |", "| --- | --- | --- | --- |",
         "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] (128) |  |",
         "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |", "| cifar10 stage1-form1 | 7 [6, 8] | 3 [2, 4] (128) |  |"]
     rows = lambda variants, columns="fd": [  # noqa: E731
@@ -533,8 +533,11 @@ def test_long_tables(tmp_path):
             report if "shapes" in name else report | {"size": 64}))
     (tmp_path / "benchmark.txt").write_text("fast\n")
     text = final.long_tables(everything, tmp_path)
-    assert re.findall("## (.*)", text) == ["shapes, stage1", "shapes, bonus", "cifar10, stage2", "further claims",
-                                           "features", "benchmark"]
+    assert re.findall("## (.*)", text) == [*final.TABLES, "claims", "further claims", "shapes, stage1", "shapes, bonus",
+                                           "cifar10, stage2", "features", "benchmark"]
+    for name, arguments in final.TABLES.items():
+        assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
+    assert f"## claims\n\n{final.table_claims(everything, final.CLAIMS)}\n\n" in text
     stage1, stage2 = (text.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("shapes, stage1", "cifar10, stage2"))
     for line in ("|  | stage1-vae | stage1-form1 |", "| headline/fd | 10 [9, 11] | 11.5 ± 2.1 |",
                  "| steps/dpm 5/fd | 20 [19, 21] (50) | 21.5 ± 2.1 (50) |",
@@ -554,7 +557,7 @@ def test_long_tables(tmp_path):
                         "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
                         "| size | 64 |  |"]
     assert text.endswith("## benchmark\n\n```\nfast\n```\n")
-    assert "| Does `fade` help? | fd of stage3-flow-fade | fd of stage3-flow-fixed | not run | not run |" in text
+    assert "| Does `fade` help? | fd of stage3-flow-fade / fd of stage3-flow-fixed | not run | not run |" in text
 
 
 def test_reproduced(tmp_path):
@@ -736,6 +739,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(final, "ROOT", tmp_path)
     shown = [f"{dataset}/stage1-form1-s0-{part}" for dataset in ("shapes", "cifar10") for part in
              ("samples", *REAL)]  # real images of cifar10 must not be copied all the same
+    shown += ["figures/shapes-sheet", "figures/cifar10-sheet"]
     for text, names in (("README.md", shown[:1]), ("REPORT.md", shown[1:])):
         (tmp_path / text).write_text("".join(f"![](results/{name}.png)" for name in names))
     return tmp_path
@@ -760,7 +764,7 @@ def content(folder):
 
 def test_collect_and_runs(project, capsys):
     """--collect copies metrics and the figures that a text shows, except real images of other data sets than shapes. It
-    stacks the samples of all stages, and says what it wrote and replaced. --runs writes a report."""
+    stacks the samples of several variants, and says what it wrote and replaced. --runs writes a report."""
     final.main(["--collect", *(save_run(project, dataset=dataset) for dataset in ("shapes", "cifar10"))])
     found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in project.glob("results/*/*")}
     assert found == {("shapes", ".json"), ("shapes", "-samples.png"), *(("shapes", f"-{name}.png") for name in REAL),
@@ -781,8 +785,8 @@ def test_collect_and_runs(project, capsys):
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
-    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "questions", "claims",
-                                             *final.TABLES]
+    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "overview", "questions",
+                                             "claims", *final.TABLES]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
     assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
@@ -892,10 +896,11 @@ def test_no_decimal_is_typed():
 
 
 def test_sizes():
-    """The README is read in three minutes, and tables are no wider than a page."""
-    assert README.count("\n") <= 200 and len(README.encode()) <= 14_000
-    header = [line for line in REPORT.splitlines() if line.startswith("|")]
-    assert max(line.replace(r"\|", "").count("|") - 1 for line in header) <= 9
+    """The README is read in three minutes. REPORT.md has at most five tables, of at most six numbers in a line."""
+    assert README.count("\n") <= 200
+    lines = [line for line in REPORT.splitlines() if line.startswith("|")]
+    assert sum(line.startswith("| ---") for line in lines) <= 5
+    assert max(line.replace(r"\|", "").count("|") - 1 for line in lines) <= 7
 
 
 # Numbers and variants that the results of the former version lack. To be emptied when all results are remade.
