@@ -598,7 +598,6 @@ def evaluate(folder, setup, state, model):
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
            **common.count_cost(model),
-           "train_images": train["vae_steps" if model.denoiser is None else "unet_steps"] * train["batch"],
            "train_seconds": state["seconds"] + state["seconds_before"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}

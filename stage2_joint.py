@@ -387,13 +387,14 @@ def main(argv=None):
         tables["components"] = fid.by_components(model, setup, settings)
         common.write_json(folder / "metrics.json", metrics)
 
-    # Stage 1, if it was run here with as many training images: its scores beside ours, and the same measurements.
-    stage1_folders = [setup.run("stage1-vae", without=common.OF_UNET)[0],
-                      setup.run("stage1-form1", without=("guidance",))[0]]
-    stage1 = {path: fid.read_metrics(path / "metrics.json", setup.evaluation) for path in stage1_folders}
-    stage1 = {path: found for path, found in stage1.items()
-              if found and found["run"]["train_images"] == metrics["run"]["train_images"]}
-    checkpoint = stage1_folders[1] / "checkpoint.pt"
+    # Stage 1, if it was run here for as many steps: its scores beside ours, and the same measurements.
+    stage1 = {}
+    for stage1_name, without in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
+        path, wanted = setup.run(stage1_name, without)
+        found = fid.read_metrics(path / "metrics.json", setup.evaluation)
+        if found and all(found["run"]["train"][key] == wanted[key] for key in ("vae_steps", "unet_steps", "batch")):
+            stage1[path] = found
+    checkpoint = path / "checkpoint.pt"  # of form1
     if len(stage1) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
         form1 = load_model(common.load_checkpoint(checkpoint), device)
         form1.temperature = setup.evaluation["temperature"]

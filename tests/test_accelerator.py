@@ -35,7 +35,7 @@ smoke_budget, whole_step = common.budget, common.Training.step
 
 def smaller_budget(*args):
     train, evaluation = smoke_budget(*args)
-    return train | {"vae_steps": 2, "unet_steps": 2, "every": 1, "batch": 8, "flow_steps": 2, "dropout": 0.1}, (
+    return train | {"vae_steps": 3, "unet_steps": 2, "every": 1, "batch": 8, "flow_steps": 2, "dropout": 0.1}, (
         evaluation | {"count": 40, "batch": 20, "grid_count": 20, "grid": [["ddim", 2]], "sample_steps": 2,
                       "bits_draws": 2})
 

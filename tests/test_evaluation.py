@@ -148,7 +148,7 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     run = metrics["run"]
     expected = {"dataset": "toy", "crop": "box", "data_note": "JPEG copies", "variant": "form1", "budget": "cpu",
                 "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 7, "gflops": 8.0,
-                "train_images": 100, "train_seconds": 42.75, "torch": torch.__version__, "train": train,
+                "train_seconds": 42.75, "torch": torch.__version__, "train": train,
                 "eval": {"count": 50}}
     assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device", "commit"}
     assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)") and run["commit"]

@@ -97,7 +97,8 @@ def measured(seed=0):
         "uncertainty": {
             "variance": {"correlation": 300.0, "conclusion": "s ranks"}, "regressed": {"correlation": 301.0},
             "posterior": {"correlation": 302.0},
-            "terciles": {"images": 101, **{name: {"sse": 1.0, "consistency": fd + 5, "vae": {"fd_to_these": fd, "hf_energy": 2.0},
+            "terciles": {"images": 101, **{name: {"sse": 1.0, "consistency": fd + 5,
+                                                  "vae": {"fd_to_these": fd, "hf_energy": 2.0},
                                                   "refined": {"fd_to_these": fd + 1, "hf_energy": 3.0}}
                                            for name, fd in (("sure", 310.0), ("middle", 312.0), ("unsure", 314.0))}},
             "controls": {"images": 301, "true": {"fd_to_these": 320.0}, "shuffled": {"fd_to_these": 321.0}},

@@ -401,8 +401,9 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
         tmp_path, train, evaluation=evaluation, device=device, data=data, test=data))
     monkeypatch.setattr(fid, "by_components", lambda model, setup, train: mixtures.append((model, train)) or "by size")
-    monkeypatch.setattr(fid, "evaluate", lambda *args: {"run": {"train_images": 1}, "tables": {}})
-    monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train_images": 1}})
+    monkeypatch.setattr(fid, "evaluate", lambda *args: {"run": {}, "tables": {}})
+    steps = {"vae_steps": 1, "unet_steps": 1, "batch": 32}
+    monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train": steps}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
     monkeypatch.setattr(stage2, "latent_space", lambda picture, model, setup: measured.append((picture, model)) or {
         "slerp": {"refined": {"path_over_distance": len(measured), "end_distance": 0.5}}})

@@ -57,7 +57,7 @@ def simplify(change, train=None, scores=False):
         change(common, "draw_shapes", lambda count, seed: draw_all(count // 200, seed))
         change(common, "time", SimpleNamespace(time=itertools.count(0, 6).__next__))
         change(fid, "load_extractor", lambda *a: SimpleNamespace(name="none", suffix="_local"))
-        change(fid, "evaluate", lambda folder, *a: {"run": {"train_images": 0}, "tables": tables})
+        change(fid, "evaluate", lambda folder, *a: {"run": {}, "tables": tables})
         change(fid, "print_results", lambda *a: None)
 
 
