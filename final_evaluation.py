@@ -48,16 +48,16 @@ VARIANTS = {
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
     "stage1-form1": "the VAE's image `x_hat`, refined by a diffusion model",
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
-    "stage1-guided": "`form1`, guided by a refiner that was trained for a tenth of the steps",
+    "stage1-guided": "`form1`, moved away from the errors of a refiner that was trained for a tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
     "stage2-anneal": "VAE and refiner trained together, with a weight that grows",
     "stage2-anneal-grad-none": "the same, but the refiner's loss does not reach the VAE",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
-    "stage3-flow-fixed": "a refiner for `stage3-vae-flow`, as `form1` is for `stage1-vae`",
-    "stage3-flow-fade": "the same, but `x_hat` fades where `s` is high",
-    "stage3-flow-film": "the same, but `s` shifts the features of the refiner",
-    "stage3-flow-coupling": "the same, but an invertible network that is driven by `s` changes `x_hat`",
+    "stage3-flow-fixed": "the images of `stage3-vae-flow`, refined as in `form1`",
+    "stage3-flow-fade": "the same, but the refiner sees a dimmer `x_hat` where `s` is high",
+    "stage3-flow-film": "codes from a flow; the refiner is told `s`, how unsure the VAE is of each image",
+    "stage3-flow-coupling": "as `film`, but `s` enters by an invertible network that changes `x_hat`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
@@ -161,7 +161,7 @@ NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over th
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
                 "fd; is; precision; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+    "joint": ("stage1-form1 shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
               "fd; is; precision; kl_nats; noise fd; seconds"),
     "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
                      "fd; is; noise fd; spread, sure; spread, unsure; seconds, this"),
@@ -280,7 +280,9 @@ def plain_names(part):
 def name_rows(metrics):
     """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors` (see NUMBERS)."""
     for row in metrics["rows"]:
-        row.setdefault("steps", row["nfe"])  # for results of the former version, whose rows had no `steps`
+        if "steps" not in row:  # results of the former version, which counted a guided step once
+            row["steps"] = row["nfe"]
+            row["nfe"] *= 2 if metrics["run"]["variant"].startswith("stage1-guided") else 1
     headline, *others = metrics["rows"]
     steps, priors = {}, {}
     for row in reversed(others):  # if two rows have the same name, the first one stays
@@ -506,6 +508,16 @@ def compare_sides(results, claim):
     return {"ours": ours, "theirs": theirs} | compare(ours, theirs)
 
 
+def describe_sides(claim):
+    """What a claim compares, as text. What both sides share, the number or the variant, is named once."""
+    (name, variant), (other_name, other_variant) = (side.rsplit(" of ", 1) for side in claim[1:])
+    if name == other_name:
+        return f"{name}: {variant} / {other_variant}"
+    if variant == other_variant:
+        return f"{variant}: {name} / {other_name}"
+    return f"{name} of {variant} / {other_name} of {other_variant}"
+
+
 def test_together(results, claims):
     """Compare the sides of each claim on a data set, as `compare_sides` does, and adjust their p-values for being
     tested together."""
@@ -519,7 +531,7 @@ def test_together(results, claims):
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
     whether the claims of a data set are tested together."""
-    rows = [[question, f"{first} / {second}"] for question, first, second in claims]
+    rows = [[claim[0], describe_sides(claim)] for claim in claims]
     for results in everything.values():
         changes = (test_together(results, claims) if adjust else
                    [compare_sides(results, claim) for claim in claims])
@@ -722,7 +734,7 @@ def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
     over seeds. A filled marker means significant. Without an interval there are fewer than three runs."""
     claims = PRIMARY_CLAIMS + CLAIMS
-    figure, (axis,) = new_chart(1, 0.36 * len(claims) + 1.6)
+    figure, (axis,) = new_chart(1, 0.45 * len(claims) + 1.6)
     for dataset, results in everything.items():
         colour, marker, shift = DATASET_LOOKS.get(dataset, OTHER_DATASET_LOOKS)
         changes = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in CLAIMS]
@@ -734,14 +746,17 @@ def chart_claims(everything):
                 axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
             axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
                       markerfacecolor=colour if is_significant(change) else "white")
-        axis.plot([], [], marker, color=colour, label=dataset)  # an entry of the legend
+        axis.plot([], [], color=colour, label=dataset, linewidth=4)  # an entry of the legend
     axis.axvline(1, color="black", linewidth=1)
     axis.axhspan(-0.6, len(PRIMARY_CLAIMS) - 0.5, color="#f3ecd8", zorder=0)  # the four guiding questions
-    axis.set_yticks(range(len(claims)), [re.sub("[*`]", "", question) for question, _, _ in claims])
+    labels = [re.sub("[*`]", "", f"{claim[0]}\n{describe_sides(claim)}") for claim in claims]
+    axis.set_yticks(range(len(claims)), labels, fontsize=8)
     axis.set_ylim(len(claims) - 0.4, -0.6)  # the first claim is at the top
     log_scale(axis, "x")
     axis.set_xlabel("first number / second number; lower is better")
-    shared_legend(figure, [axis])
+    axis.plot([], [], "ko", label="significant")
+    axis.plot([], [], "ko", markerfacecolor="white", label="not significant, or fewer than three runs")
+    shared_legend(figure, [axis], 5)
     return figure
 
 
@@ -798,25 +813,33 @@ def chart_steps(everything):
                              yerr=statistics.stdev(changes) if len(changes) > 1 else 0)
         axis.axhline(0, color="black", linewidth=1)
         axis.set_xticks(range(len(variants)), [variant.rsplit("-", 1)[1] for variant in variants])
-        axis.set(title=dataset, ylabel="fd against even steps, %")
+        axis.set(title=dataset, ylabel="change of fd in percent")
+    for axis in axes:  # the same scale everywhere, so that small changes look small
+        axis.set_ylim(min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes))
     shared_legend(figure, axes)
     return figure
 
 
 def chart_priors(everything):
     """What a prior's density says about its samples: fd of unrefined samples against the log-density of held-out codes.
-    One marker for each prior, VAE and run; filled for VAEs that were trained together with their flow."""
+    One marker for each prior, VAE and run; filled for VAEs that were trained together with their flow. A line joins the
+    mixture and the flow of the same VAE."""
     figure, axes = new_chart(len(everything), 3.4)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for prior, (colour, marker) in PRIOR_LOOKS.items():
-            for variant, fill, trained in (("stage3-vae-flow", colour, "trained with a flow"),
-                                           ("stage3-vae-gaussian", "white", "trained with N(0, I)")):
-                seeds = results.get(variant, {})
-                densities, fds = (values_by_seed(seeds, f"{name}, {prior}") for name in ("log p", "fd"))
-                measured = densities.keys() & fds.keys()  # the seeds
-                if measured:
-                    axis.plot([densities[seed] for seed in measured], [fds[seed] for seed in measured], marker,
-                              color=colour, markerfacecolor=fill, label=f"{prior}, VAE {trained}")
+        for variant, trained in (("stage3-vae-flow", "VAE trained with a flow"),
+                                 ("stage3-vae-gaussian", "VAE trained with N(0, I)")):
+            points = {}  # {prior: {seed: (density, fd)}}
+            for prior in PRIOR_LOOKS:
+                densities, fds = (values_by_seed(results.get(variant, {}), f"{name}, {prior}") for name in
+                                  ("log p", "fd"))
+                points[prior] = {seed: (densities[seed], fds[seed]) for seed in densities.keys() & fds.keys()}
+            for seed in points["mixture"].keys() & points["flow"].keys():
+                axis.plot(*zip(points["mixture"][seed], points["flow"][seed], strict=True), "#bbbbbb", linewidth=1)
+            for prior, (colour, marker) in PRIOR_LOOKS.items():
+                if points[prior]:
+                    axis.plot(*zip(*points[prior].values(), strict=True), marker, color=colour,
+                              markerfacecolor="white" if variant.endswith("gaussian") else colour,
+                              label=f"{prior}, {trained}".replace("gaussian", "N(0, I)"))
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
     shared_legend(figure, axes, 3)
@@ -864,7 +887,7 @@ def draw_sheet(path, home, variants):
     for k, (name, image) in enumerate(images.items()):
         y = sum(heights[:k])
         ImageDraw.Draw(page).text((4, y + 4), name, fill="black")
-        page.paste(image.crop((0, 0, image.width, image.height // 3)), (0, y + 20))
+        page.paste(image.crop((0, 0, image.width, image.height // 3)), (page.width - image.width, y + 20))
     common.write_with(path, page.save, format="png")
 
 

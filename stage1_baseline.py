@@ -51,7 +51,7 @@ Expect  4 minutes on two slow CPU cores with bfloat16, then pictures and a table
         the VAE are above and the refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of
         fine detail, relative to real images: about 0.5 for the VAE's samples, which are blurred, and 0.8 for the
         refined ones, which show edges and bands. `fd_local` is a distance to the real images, measured in the features
-        of a small network: it is about a quarter lower after refinement.
+        of a small network: it is about a third lower after refinement.
 """
 
 import argparse

@@ -43,8 +43,8 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
-        shapes the samples have a lower Frechet distance than stage 1's, more of them are real shapes (a higher
-        precision), and the KL is about twice as large.
+        shapes more of the samples are real shapes than in stage 1 (a higher precision), and the KL is more than twice
+        as large. The Frechet distance is about the same.
 """
 
 import argparse

@@ -44,7 +44,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
 Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First the command says whether s
         ranks the errors of held-out images at all; if it does not, conditioning on it cannot help. On shapes s does,
-        with a rank correlation of 0.7 (0.2 by the variance), and even so conditioning on it helps little (REPORT.md).
+        with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it helps little (REPORT.md).
 """
 
 import argparse

@@ -35,6 +35,7 @@ esac
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
 [ "$seed" = 0 ] || exit 0
 run stage2_joint.py --from-vae
+run stage3_adaptive.py --prior gmm --conditioning fixed  # also fits a flow to the codes of stage 1's VAE
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
@@ -51,6 +52,7 @@ shapes)
         run stage1_baseline.py --variant form1 --set beta=$beta
         run stage2_joint.py --set beta=$beta
     done
+    run stage1_baseline.py --variant form1 --set beta=0.08 start=300  # a blurrier VAE, whose refined images have less grain
     for change in start=300 start=500 unet_steps=1200 vae_steps=1800 unet_muon_lr=0.01 unet_muon_lr=0.04 \
                   unet_muon_lr=0 objective=eps components=3000; do
         run stage1_baseline.py --variant form1 --set $change
