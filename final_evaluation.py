@@ -50,7 +50,7 @@ VARIANTS = {
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
     "stage1-guided": "`form1`, moved away from the errors of a refiner that was trained for a tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
-    "stage2-anneal": "VAE and refiner trained together, with a weight that grows",
+    "stage2-anneal": "VAE and refiner trained together; the weight of the diffusion loss grows meanwhile",
     "stage2-anneal-grad-none": "the same, but the refiner's loss does not reach the VAE",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
@@ -90,6 +90,7 @@ NUMBERS = {
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
     "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
+    "noise 0 fd": "tables/robustness/scores/clean/fd",
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
@@ -185,7 +186,7 @@ TABLES = {
     "steps by uncertainty": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
                              "steps evenly; steps by s; steps by other s; own s; other s; gflops, this; gflops, fixed"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
-              "fd, mixture; noise fd; noise rise; noise 0.4 fd"),
+              "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent space diffusion": ("bonus-latent",
                                "fd; precision; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
@@ -539,8 +540,8 @@ def table_claims(everything, claims, adjust=False):
             row.append("not run" if change is None else f"{mean_and_sd(change['ours'])} / "
                        f"{mean_and_sd(change['theirs'])}: {describe_change(change)}")
     table = markdown(["question", "first / second", *everything], rows)
-    note = ("Mean of first / mean of second: how much lower or higher the first is (the geometric mean of the ratios "
-            "of runs with the same seed). In brackets the 95% interval over seeds. ")
+    note = ("First mean / second mean, and the change in percent, which is the geometric mean of the ratios of runs "
+            "with the same seed. In brackets its 95% interval over seeds. ")
     note += ("The questions of a data set are tested together (Holm's adjustment, 5%)." if adjust else
              "Exploratory: each question is tested alone, without adjustment for their number.")
     return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
