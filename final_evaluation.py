@@ -56,7 +56,7 @@ VARIANTS = {
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "the images of `stage3-vae-flow`, refined as in `form1`",
     "stage3-flow-fade": "the same, but the refiner sees a dimmer `x_hat` where `s` is high",
-    "stage3-flow-film": "codes from a flow; the refiner is told `s`, how unsure the VAE is of each image",
+    "stage3-flow-film": "codes from a flow; the refiner also sees `s`, how unsure the VAE is of each image",
     "stage3-flow-coupling": "as `film`, but `s` enters by an invertible network that changes `x_hat`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
