@@ -1944,8 +1944,7 @@ def save_grid(path, rows, columns=()):
 
 def save_chart(path, panels):
     """Save line charts, three in a row (four charts: two by two). `panels` is a list of dictionaries with title, x and
-    y (names of the axes), lines {label: (xs, ys)} and, for a logarithmic y axis, `log_y`."""
-    from matplotlib import ticker
+    y (names of the axes) and lines {label: (xs, ys)}."""
     from matplotlib.figure import Figure
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -1957,12 +1956,7 @@ def save_chart(path, panels):
             colour = colours.setdefault(label, f"C{len(colours)}")
             handles[label], = axis.plot(xs, ys, colour, marker="o" if len(xs) < 30 else None)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
-        if "log_y" in panel:  # plain numbers in place of powers of ten
-            axis.set_yscale("log")
-            axis.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
-                           minor_formatter=ticker.NullFormatter())
-        else:
-            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     write_with(path, figure.savefig, format="png", dpi=110)
 
