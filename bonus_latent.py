@@ -13,11 +13,13 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
-Expect  fewer minutes than stage 1. A table of scores, with the autoencoder's reconstructions as the ceiling. And
-        `savings.png`: what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
+Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
+        latent diffusion can hardly surpass, are in metrics.json under `ceiling`.
+        `savings.png` shows what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
         FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
-        from torch.profiler. On shapes it takes half the seconds, and its Frechet distance is more than five times as
-        high: it has to draw everything from noise.
+        from torch.profiler.
+        On shapes latent diffusion takes less than half the seconds if images are sampled in batches, but more if they
+        are sampled one by one. Its Frechet distance is eight times as high: it has to draw everything from noise.
 """
 
 import argparse
@@ -35,7 +37,7 @@ import fid
 from common import to_float, to_uint8
 
 CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
-BETA = 0.01  # weight of the KL: small, so that it only keeps the latent from spreading out
+BETA = 0.01  # the autoencoder's weight of the KL: small, so that it only keeps the latent from spreading out
 # The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
 # how many times smaller the level is than the latent, its width, its blocks on the way down, its blocks on the way up.
 SIZES = {
@@ -126,6 +128,7 @@ def train_latent(folder, train, ae_state, data, device):
     """Train the U-Net on scaled latents, with the autoencoder frozen. Returns the finished checkpoint."""
     autoencoder = common.frozen(Autoencoder(train["ae_width"]), ae_state["autoencoder"], device)
     scale = {key: value.to(device) for key, value in ae_state["scale"].items()}
+    # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = torch.cat([data.images, data.images.flip(3)]) if train["unet_flip"] else data.images
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
@@ -177,9 +180,10 @@ def peak_memory(run, device):
     return max(in_use) / 2**20
 
 
-class Sampler:
-    """What sampling with one U-Net consists of, so that it can be measured: passes of the U-Net on images or latents of
-    `unet_shape`, and decoding `code` (B, ...) at the end."""
+class CostProbe:
+    """The parts of sampling, and of training, with one U-Net, so that each can be measured: passes of the U-Net on
+    `unet_shape`, and one pass of the decoder on `code` (B, ...). In pixel space this is the VAE's decoder, which makes
+    x_hat from z; in the latent space it is the autoencoder's, which makes the image from a latent."""
 
     def __init__(self, unet, unet_shape, decode, code, reduced):
         self.unet, self.decode, self.code, self.device, self.reduced = unet, decode, code, code.device, reduced
@@ -197,44 +201,44 @@ class Sampler:
             self.decode(self.code[:n])
 
     def train_step(self, n):
-        """Forward and backward, without an optimiser."""
-        self.unet.requires_grad_(True)  # it was frozen
+        """Forward and backward of the U-Net, without an optimiser. (In pixel space a step also runs the frozen VAE.)"""
+        self.unet.requires_grad_(True)  # networks that sample are frozen
         with common.autocast(self.device, self.reduced):
             loss = self.unet(self.x[:n], self.t[:n]).square().mean()
         loss.backward()
         self.unet.zero_grad(set_to_none=True)
 
 
-def write_profile(path, sampler, batch):
+def write_profile(path, probe, batch):
     """The table of torch.profiler: the costliest operators of one pass of the U-Net."""
     activities = [ProfilerActivity.CPU]
-    if sampler.device.type == "cuda":
+    if probe.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        sampler.evaluate_unet(batch)
-    where = "cuda" if sampler.device.type == "cuda" else "cpu"
+        probe.evaluate_unet(batch)
+    where = "cuda" if probe.device.type == "cuda" else "cpu"
     table = profiler.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12)
     common.write(path, table.encode())
 
 
-def sampling_costs(samplers, steps, batch, train_batch):
-    """What sampling costs with each of {name: Sampler}, as {name: costs}: seconds per image when sampled one by one and
-    in batches, the seconds per image of a training step, the peak memory of one pass, and FLOPs. Both are timed in
-    turn."""
-    device, train_batch = samplers["pixel"].device, min(batch, train_batch)
-    costs = {name: {} for name in samplers}
+def sampling_costs(probes, steps, batch, train_batch):
+    """What sampling costs with each of {name: CostProbe}, as {name: costs}: seconds per image when sampled one by one
+    and in batches, the seconds per image of a training step, the peak memory of one pass, and FLOPs. The probes are
+    timed in turn. An image's seconds and FLOPs are those of one pass times `steps`, and those of decoding."""
+    device, train_batch = probes["pixel"].device, min(batch, train_batch)
+    costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
-        one_step = common.time_in_turn({k: partial(s.evaluate_unet, n) for k, s in samplers.items()}, device)
-        decoding = common.time_in_turn({k: partial(s.decode_codes, n) for k, s in samplers.items()}, device)
-        for name in samplers:
-            costs[name][key] = (steps * one_step[name] + decoding[name]) / n
-    training = common.time_in_turn({k: partial(s.train_step, train_batch) for k, s in samplers.items()}, device)
-    for name, sampler in samplers.items():
-        pass_gflops = common.count_gflops(partial(sampler.evaluate_unet, 1))
+        one_pass = common.time_in_turn({k: partial(probe.evaluate_unet, n) for k, probe in probes.items()}, device)
+        decoding = common.time_in_turn({k: partial(probe.decode_codes, n) for k, probe in probes.items()}, device)
+        for name in probes:
+            costs[name][key] = (steps * one_pass[name] + decoding[name]) / n
+    training = common.time_in_turn({k: partial(probe.train_step, train_batch) for k, probe in probes.items()}, device)
+    for name, probe in probes.items():
+        pass_gflops = common.count_gflops(partial(probe.evaluate_unet, 1))
         costs[name] |= {"train_seconds_per_image": training[name] / train_batch,
-                        "peak_memory_mb": peak_memory(partial(sampler.evaluate_unet, batch), device),
+                        "peak_memory_mb": peak_memory(partial(probe.evaluate_unet, batch), device),
                         "gflops_per_pass": pass_gflops,
-                        "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(sampler.decode_codes, 1))}
+                        "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(probe.decode_codes, 1))}
     return costs
 
 
@@ -245,15 +249,16 @@ def savings(folder, model, train, setup):
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)
-    pixel_unet, vae = (common.frozen(network, network.state_dict(), device) for network in (pixel_unet, vae))
+    pixel_unet = common.frozen(pixel_unet, pixel_unet.state_dict(), device)  # with the random weights that it has
+    vae = common.frozen(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
     latent = torch.randn(batch, *model.shape, device=device)
     _, latent_unet = model.networks
-    samplers = {"pixel": Sampler(pixel_unet, (6, size, size), vae.decoder, z, model.reduced),
-                "latent": Sampler(latent_unet, model.shape, model.decode, latent, model.reduced)}
-    for name, sampler in samplers.items():
-        write_profile(folder / f"profile-{name}.txt", sampler, batch)
-    costs = sampling_costs(samplers, steps, batch, train["batch"])
+    probes = {"pixel": CostProbe(pixel_unet, (6, size, size), vae.decoder, z, model.reduced),
+              "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
+    for name, probe in probes.items():
+        write_profile(folder / f"profile-{name}.txt", probe, batch)
+    costs = sampling_costs(probes, steps, batch, train["batch"])
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -292,7 +297,9 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
-    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
+    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")  # its rates are the VAE's
+    if "beta" in args.changes:
+        common.fail("--set beta: the autoencoder's is BETA in bonus_latent.py, which no flag changes; leave it out")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -303,16 +310,16 @@ def main(argv=None):
     ae_state = (common.finished(ae_folder, settings | own, args.resume)
                 or train_autoencoder(ae_folder, settings | own, setup.data, device))
     folder, settings = setup.run("bonus-latent")
-    train = settings | own
-    state = (common.finished(folder, train, args.resume)
-             or train_latent(folder, train, ae_state, setup.data, device))
+    settings |= own
+    state = (common.finished(folder, settings, args.resume)
+             or train_latent(folder, settings, ae_state, setup.data, device))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
     tables = metrics["tables"]
     if "savings" not in tables:
         tables["ceiling"] = ceiling(folder, model, setup)
-        tables["savings"] = savings(folder, model, train, setup)
+        tables["savings"] = savings(folder, model, settings, setup)
         common.write_json(folder / "metrics.json", metrics)
     common.export(args, folder, state, model, setup.evaluation)
     fid.print_results({folder: metrics}, setup)

@@ -29,6 +29,7 @@ import errno
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -74,9 +75,10 @@ def to_uint8(x):
 # ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Two choices of its variance are in use
-    (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
-    "fixedlarge") is that of the forward process from x_s to x_t."""
+    """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Sampling goes from x_t to the less
+    noisy x_next. Two choices of the variance are in use (DDPM, section 3.2). `small_variance` (beta_tilde,
+    "fixedsmall") is the posterior's own. `large_variance` (beta, "fixedlarge") is the variance of the noise that the
+    forward process adds on its way from x_next to x_t."""
 
     x0_factor: float
     xt_factor: float
@@ -110,7 +112,8 @@ class Diffusion:
         return a * x0 + sigma * eps
 
     def draw_t(self, u):
-        """Uniform random numbers u in [0, 1), (B,) -> training times, uniform on 1..start, (B,)."""
+        """Uniform random numbers u in [0, 1), (B,) -> training times, uniform on 1..start, (B,). (The training loop
+        draws u, as it draws all random numbers of a step.)"""
         return (self.start * u).long() + 1
 
     def x_start(self, x_hat, eps):
@@ -142,11 +145,11 @@ class Diffusion:
         return x0, (xt - a * x0) / sigma
 
     def posterior(self, t, t_next):
-        """The Posterior of x at the earlier time t_next < t, given x_t and x0 (DDPM eq. 6-7). With t_next = t - 1 these
-        are DDPM's formulas. Other values of t_next describe a process that skips times. (tests/test_common.py:
+        """The Posterior of x at the time t_next < t, given x_t and x0 (DDPM eq. 6-7). With t_next = t - 1 these are
+        DDPM's formulas. Other values of t_next describe a process that skips times. (tests/test_common.py:
         test_posterior_is_bayes)"""
         bar_t, bar_next = float(self.alpha_bar[t]), float(self.alpha_bar[t_next])
-        beta = 1 - bar_t / bar_next
+        beta = 1 - bar_t / bar_next  # the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
         return Posterior(x0_factor=math.sqrt(bar_next) * beta / (1 - bar_t),
                          xt_factor=math.sqrt(bar_t / bar_next) * (1 - bar_next) / (1 - bar_t),
                          small_variance=beta * (1 - bar_next) / (1 - bar_t),
@@ -165,11 +168,12 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
     `previous` is (t, x0) of the step before, or None in the first step.
 
-    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. If x0 were
-    constant during the step, they would both be exact, with x_next = (sigma_next / sigma_t) x_t + (a_next - a_t
-    sigma_next / sigma_t) x0. DDIM uses the predicted x0. This solver is of second order because it estimates x0 in the
-    middle of the step: it extrapolates the last two predictions linearly, along lambda = log(a / sigma),
-        x0 + (lambda_next - lambda_t) / 2 * (x0 - x0_before) / (lambda_t - lambda_before).
+    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. If the
+    predicted x0 were constant during the step, this would be exact:
+        x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
+    DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
+    the x0 of the middle of the step. It extrapolates the last two predictions linearly, along lambda = log(a / sigma):
+        x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
@@ -177,7 +181,7 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
         t_before, x0_before = previous
         # lambda is half the logit of alpha_bar, since a^2 = alpha_bar and sigma^2 = 1 - alpha_bar.
         lambda_before, lambda_t, lambda_next = diffusion.alpha_bar[[t_before, t, t_next]].logit() / 2
-        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))  # the last step over this one
+        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))  # length of the last step over this one's
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return sigma_ratio * x + (a_next - a_t * sigma_ratio) * x0
 
@@ -195,7 +199,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
     (tests/test_common.py: test_oracle_returns_x0, test_samplers_improve_in_their_order)"""
-    steps, previous = min(steps, diffusion.start), None
+    steps = min(steps, diffusion.start)
+    previous = None  # (t, x0) of the step before, for dpm
     times = time_grid(diffusion.start, steps)
     for i in range(steps, 0, -1):
         t, t_next = times[i], times[i - 1]
@@ -211,7 +216,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
         elif sampler == "ddim":  # the same x0 and eps, mixed as at the earlier time
             x = diffusion.q_sample(x0, torch.full_like(t_batch, t_next), eps)
         else:
-            x, previous = dpm_step(diffusion, x, x0, t, t_next, previous), (t, x0)
+            x = dpm_step(diffusion, x, x0, t, t_next, previous)
+            previous = t, x0
     return x
 
 
@@ -248,7 +254,7 @@ class PatchConv2d(nn.Conv2d):
 
     def forward(self, x):
         (b, c, h, w), k = x.shape, self.stride[0]
-        # Axes: block row, row within the block, block column, column within the block, channel
+        # Axes: image, block row, row within the block, block column, column within the block, channel
         blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)
         blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
         matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), ordered alike
@@ -263,7 +269,8 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
         (b, _, h, w), k = x.shape, self.stride[0]
         matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
         blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
-        return blocks.transpose(2, 3).reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
+        blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
+        return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
 
 
 def init_keeping_variance(conv, fan_in):
@@ -276,18 +283,19 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has one more block than its row says, as in
-    the published tables, and then the resolution changes. As published (`pool`), this is done by average pooling and a
-    1x1 convolution. Average pooling down to 1x1 forgets positions; the network could recover them only from the zero
-    padding at the border, and a short training does not get that far. Without `pool` it is a strided convolution, which
-    sees every position by itself.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has one more block than its row says, which is
+    how the published tables count. Then the resolution changes: as published (`pool`) by average pooling and a 1x1
+    convolution, otherwise by a strided convolution. The strided convolution has a weight for every position in its
+    window. An average does not tell positions apart, and the published network, which averages all the way down to 1x1,
+    can only find them by the zero padding at the border. A short training does not learn that.
     """
 
     def __init__(self, table, pool):
         super().__init__()
         layers = [nn.Conv2d(3, table[0][1], 3, padding=1, bias=False)]
-        for level, level_below in zip(table[:-1], table[1:], strict=True):
-            (resolution, width, blocks), (resolution_below, width_below, _) = level, level_below
+        for level, level_below in itertools.pairwise(table):
+            resolution, width, blocks = level
+            resolution_below, width_below, _ = level_below
             layers += [BottleneckBlock(width, resolution) for _ in range(blocks + 1)]
             k = resolution // resolution_below
             if pool:
@@ -315,21 +323,23 @@ class Decoder(nn.Module):
     def __init__(self, table, pool):
         super().__init__()
         layers = []
-        for level, level_above in zip(table[:-1], table[1:], strict=True):
-            (resolution, width, blocks), (resolution_above, width_above, _) = level, level_above
+        for level, level_above in itertools.pairwise(table):
+            resolution, width, blocks = level
+            resolution_above, width_above, _ = level_above
             layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
             k = resolution_above // resolution
             if pool:
                 layers += [nn.Upsample(scale_factor=k), nn.Conv2d(width, width_above, 1, bias=False)]
             else:
-                conv = PatchConvTranspose2d(width, width_above, k, k, bias=False)
+                conv = PatchConvTranspose2d(width, width_above, k, stride=k, bias=False)
                 layers += [init_keeping_variance(conv, fan_in=width)]
         resolution, width, blocks = table[-1]
         layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
         self.body = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, z):
-        return 2 * torch.sigmoid(self.body(z[:, :, None, None]).float()) - 1
+        x_hat = torch.sigmoid(self.body(z[:, :, None, None]).float())  # in [0, 1], as published
+        return 2 * x_hat - 1
 
 
 class VAE(nn.Module):
@@ -375,12 +385,12 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups as published, or fewer in small networks.
+    """GroupNorm in float32, with 32 groups as published, or as many as divide the width into groups of 4 or more.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
     def __init__(self, width):
-        super().__init__(math.gcd(32, width // 4), width)  # divides the width into groups of 4 or more
+        super().__init__(math.gcd(32, width // 4), width)  # widths 128, 96 and 48: 32, 8 and 4 groups
 
     def forward(self, x):
         return super().forward(x.float())
@@ -395,7 +405,8 @@ def zero_init(module):
 
 class ResidualBlock(nn.Module):
     """The U-Net's block (DDPM): GroupNorm, SiLU, 3x3 convolution, twice, with the time embedding added in between.
-    x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). The second convolution starts at zero."""
+    x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). The second convolution starts at zero. `emb` has
+    been through a SiLU already, once for all blocks."""
 
     def __init__(self, width_in, width_out, emb_dim, dropout):
         super().__init__()
@@ -431,17 +442,18 @@ class UNet(nn.Module):
     """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero at the start.
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
-    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down, the feature map that enters a level is kept, and so is the
-    output of each of its blocks. Every block on the way up also sees one of these, the latest that is left (a skip
-    connection). DDPM has one more block on the way up than on the way down, so that all are seen. The small networks
-    here save that block. `attention` lists the resolutions that have self-attention; the middle of the network always
-    has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
+    enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
+    from the stack, and sees it beside its input (a skip connection). DDPM has one more block on the way up than on the
+    way down, which takes the last map. Our small networks save that block; the map that entered the level then stays
+    unused. `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra`
+    (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
-        width = table[0][1]
-        emb_dim = 4 * width
+        width = table[0][1]  # from here on: of the feature map that the next layer gets
+        self.frequencies, emb_dim = width // 2, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -449,18 +461,19 @@ class UNet(nn.Module):
             return nn.ModuleList([ResidualBlock(width_in, width_out, emb_dim, dropout),
                                   Attention(width_out, heads) if resolution in attention else nn.Identity()])
 
-        # The way down. skip_widths has, for every level, the widths of the feature maps that its way up can use.
+        # The way down. skip_widths has, for every level, the widths of the feature maps on its stack.
         self.down, self.shrink, skip_widths = nn.ModuleList(), nn.ModuleList(), []
         for resolution, level_width, down_blocks, _ in table:
-            skip_widths.append([width] + down_blocks * [level_width])
+            skip_widths.append([width])
             self.down.append(nn.ModuleList())
             for _ in range(down_blocks):
                 self.down[-1].append(block(width, level_width, resolution))
                 width = level_width
+                skip_widths[-1].append(width)
             self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
         self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout), Attention(width, heads),
                                      ResidualBlock(width, width, emb_dim, dropout)])
-        # The way up, from the lowest level to the highest. Each block uses the latest feature map that is left.
+        # The way up, from the lowest level to the highest. Each block takes the topmost feature map from the stack.
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for resolution, level_width, _, up_blocks in reversed(table):
             widths = skip_widths.pop()
@@ -470,26 +483,26 @@ class UNet(nn.Module):
                 self.up[-1].append(block(width + skip_width, level_width, resolution))
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped. Making them
-        # has drawn random numbers, though, on which the weights of later layers, and so all committed results, depend.
+        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. Making
+        # them has drawn random numbers, though, on which the weights of later layers, and so all results, depend.
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x, t, extra=None):
-        half = self.time[0].in_features // 2
-        # The time as sines and cosines of many frequencies, from 1 down to 1/10,000 (Vaswani et al. 2017, 3.5)
-        frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=x.device) / half)
-        angle = t[:, None].float() * frequency  # (B, half)
+        # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
+        frequency = torch.exp(-math.log(10_000) * torch.arange(self.frequencies, device=x.device) / self.frequencies)
+        angle = t[:, None].float() * frequency  # (B, frequencies)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
-        emb = F.silu(emb if extra is None else emb + extra)
-        h, skips = self.stem(x), []  # skips: a list of feature maps for every level
+        emb = F.silu(emb if extra is None else emb + extra)  # every block's linear layer expects it after a SiLU
+        h, skips = self.stem(x), []  # skips: the stack of every level
         for blocks, shrink in zip(self.down, self.shrink, strict=True):
             skips.append([h])
             for residual, attention in blocks:
                 h = attention(residual(h, emb))
                 skips[-1].append(h)
             h = shrink(h)
-        h = self.middle[2](self.middle[1](self.middle[0](h, emb)), emb)
+        residual1, attention, residual2 = self.middle
+        h = residual2(attention(residual1(h, emb)), emb)
         for blocks, grow in zip(self.up, self.grow, strict=True):
             level_skips = skips.pop()
             for residual, attention in blocks:
@@ -499,12 +512,12 @@ class UNet(nn.Module):
 
 
 def build_vae(train):
-    """The VAE of the train settings (section 8)."""
+    """The VAE of the settings `train`, a dictionary (see TRAIN in section 8)."""
     return VAE(train["encoder"], train["decoder"], train["pool"])
 
 
 def build_unet(train, in_channels):
-    """The U-Net of the train settings. Its input is x_t (3 channels), followed by what conditions it."""
+    """The U-Net of the settings `train`. Its input is x_t (3 channels), followed by what conditions it."""
     return UNet(train["unet"], in_channels, attention=train["attention"], heads=train["heads"],
                 dropout=train["dropout"])
 
@@ -538,7 +551,7 @@ class GaussianMixture:
     As published, each component has a covariance of its own. If they are `tied`, all components share one. Then even
     thousands of components can be fitted, each to a handful of codes.
     Attributes, float32 on the CPU: weights (K,), means (K, d), factors, the lower Cholesky factors of the covariances
-    (K, d, d), or of the shared one (1, d, d)."""
+    (K, d, d), or of the one covariance that all components share (1, d, d)."""
 
     def __init__(self, weights, means, factors):
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
@@ -549,7 +562,8 @@ class GaussianMixture:
         all codes together. Then come `rounds` of EM on a part of the codes, for speed (`few` of them, or 20 for each
         component if that is more), and two rounds on all codes."""
         centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
-        z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]  # image files are sorted by class
+        # In random order, since the first ones are used below, and image files may be sorted by class.
+        z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
         means = z[:components]
         weights = torch.full((len(means),), 1 / len(means))
         mixture = cls(weights, means, torch.linalg.cholesky(z.T.cov() + cls.ridge(z))[None])
@@ -577,12 +591,12 @@ class GaussianMixture:
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
             if tied:  # the shared covariance needs the sum over all components, whose shares of a z add up to 1
                 products[0] += part.T @ part
-                continue
-            for k, share in enumerate(belongs.T):
-                present = share > 0  # in many dimensions most z belong to one component and exactly 0 to the others
-                products[k] += (share[present, None] * part[present]).T @ part[present]
-        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'; if it is shared, the last
-        # term is averaged over components: sum_k mass_k mean_k mean_k' = sums' means.
+            else:
+                for k in range(count):
+                    own = belongs[:, k] > 0  # for many d, most z belong to one component, and exactly 0 to the others
+                    products[k] += (belongs[own, k, None] * part[own]).T @ part[own]
+        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'. If it is shared, the last
+        # term is averaged over components: sum_k mass_k mean_k mean_k' = sums' means, because mass_k mean_k = sums_k.
         means = sums / mass[:, None]
         if tied:
             covariances = ((products[0] - sums.T @ means) / len(z))[None]
@@ -600,14 +614,16 @@ class GaussianMixture:
         groups = len(self.factors)  # number of covariances: K or, if tied, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
-        means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
-        constant = self.weights.log() - self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (K,), with log det L
-        constant = constant.view(groups, 1, -1) - 0.5 * means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
+        white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
+        log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
+        log_scale = (self.weights.log() - log_det).view(groups, 1, -1)  # (groups, 1, K / groups)
+        constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
         rows = max(100, min(2000, 750_000 // count))  # so that a part and its logarithms stay in a processor's cache
         for part in z.cpu().split(rows):
             white = (part - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
-            # -1/2 |white - means|^2, multiplied out, and the constant: (groups, n, K / groups)
-            joint = (white @ means.mT).add_(constant).sub_(0.5 * white.square().sum(2, keepdim=True))
+            # log_scale - 1/2 |white - white_means|^2 - d/2 log(2 pi), multiplied out: (groups, n, K / groups). It is
+            # computed in place, since these are the largest arrays of the fit.
+            joint = (white @ white_means.mT).add_(constant).sub_(0.5 * white.square().sum(2, keepdim=True))
             yield part, joint.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
 
     @torch.autocast("cpu", enabled=False)  # in bfloat16 the density would be wrong by nats
@@ -637,7 +653,8 @@ class Model:
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
-    denoiser: Callable | None = None  # denoiser(x_hat, z) -> denoise(x, t) for `sample`; None for a VAE alone
+    # denoiser(x_hat, z) -> denoise(x, t) for `sample`. Only stage 3's look at z. A VAE alone has none.
+    denoiser: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     evaluations: int = 1  # of networks in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
@@ -655,8 +672,8 @@ def encode(vae, images, device, batch=500):
 def draw_codes(vae, images, train, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
-    About 60,000 codes are drawn, but at most ten of each image. If there are few images, one code of each would be too
-    few: a prior would model the random part of these draws."""
+    One code is drawn for each image. If there are fewer than 60,000 images, as many are drawn of each as make about
+    60,000 in all, but at most ten. From a few codes a prior would learn the random part of these draws."""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -682,7 +699,7 @@ def refine(model, x_hat, z, gen, sampler, steps, trajectory=None):
     if model.denoiser is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
-    step_gen = generator(gen.initial_seed() + 1, model.device)
+    step_gen = generator(gen.initial_seed() + 1, model.device)  # initial_seed: the number that `gen` was made with
     with autocast(model.device, model.reduced):
         return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, step_gen,
                       clamp=model.decode is None, trajectory=trajectory)  # a latent has no range to be clamped to
@@ -699,20 +716,25 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
     batches between them."""
     parts, offsets = [], range(first, first + count, batch)
-    offsets = offsets[RANK::RANKS]  # this process's share
+    offsets = offsets[RANK::RANKS]  # this process's share; with a single process, all of them
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
-        gen, clock = generator(1_000_000 * (seed + 1) + offset), time.time()  # on seeds, see SEEDS
+        clock = time.time()
+        gen = generator(1_000_000 * (seed + 1) + offset)  # see SEEDS in section 11
         damage_gen = generator(gen.initial_seed() + 2)
-        z = model.priors[prior].sample(batch, gen).to(model.device) if model.vae is not None else None
-        x_hat = torch.zeros(batch, *model.shape, device=model.device)
-        with autocast(model.device, model.reduced):
-            if model.vae is not None:
-                x_hat = model.vae.decoder(z) + damage * randn(x_hat.shape, damage_gen).to(model.device)
-            x = refine(model, x_hat, z, gen, sampler, steps)
-            if model.decode is not None:
-                x = model.decode(x + damage * randn(x.shape, damage_gen).to(model.device))
+        if model.vae is None:
+            z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
+        else:
+            z = model.priors[prior].sample(batch, gen).to(model.device)
+            with autocast(model.device, model.reduced):
+                x_hat = model.vae.decoder(z)
+            x_hat = x_hat + damage * randn(x_hat.shape, damage_gen).to(model.device)
+        x = refine(model, x_hat, z, gen, sampler, steps)
+        if model.decode is not None:
+            x = x + damage * randn(x.shape, damage_gen).to(model.device)
+            with autocast(model.device, model.reduced):
+                x = model.decode(x)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
-    before, after, seconds = zip(*gather(parts), strict=True)
+    before, after, seconds = zip(*gather(parts), strict=True)  # of one process, gather returns `parts` as it is
     return torch.cat(before)[:count], torch.cat(after)[:count], sum(seconds) / (batch * len(seconds))
 
 
@@ -959,9 +981,9 @@ def read_image(path):
 
 # ---- 8. Budgets ------------------------------------------------------------------------------------------------------
 
-# (resolution, width, blocks with falling resolution, blocks with rising resolution). A VAE's encoder uses the former
-# number of blocks, its decoder the latter; a U-Net uses both. `smoke` is a budget that only checks that everything
-# runs.
+# (resolution, width, blocks with falling resolution, blocks with rising resolution). A VAE's decoder uses the latter
+# number of blocks, and its encoder the former, with one more where the resolution changes (see Encoder). A U-Net uses
+# both. `smoke` is a budget that only checks that everything runs.
 VAE_TABLES = {
     "smoke 32": [(32, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
     "smoke 64": [(64, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
@@ -1411,8 +1433,9 @@ def orthogonalise(matrix, rounds=5):
     x = wide / (wide.norm() + 1e-7)  # singular values between 0 and 1
     for _ in range(rounds):
         square = x @ x.T
-        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)  # -4.7750 square + 2.0315 square^2
-        x = torch.addmm(x, factor, x, beta=3.4445)  # 3.4445 x + factor x
+        # x = 3.4445 x + (-4.7750 square + 2.0315 square^2) x, by products that add to a matrix, which saves time
+        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)
     return x if wide is matrix else x.T
 
 
@@ -1433,7 +1456,8 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])  # average = momentum average + (1 - momentum) gradient
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov: one more step of averaging
-                tall = max(1, update.shape[0] / update.shape[1]) ** 0.5  # Jordan's, for tall matrices
+                # More outputs than inputs: a larger step, so that each single output changes as much (Jordan's factor).
+                tall = max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * tall)
 
 
@@ -1497,8 +1521,8 @@ class Training:
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
         self.reduced, self.trial = native_bfloat16(device), None  # see try_reduced_precision
         path = self.folder / "checkpoint.pt"
-        state = load_checkpoint(path) if path.is_file() else {"finished": True}
-        if not state["finished"]:
+        state = load_checkpoint(path) if path.is_file() else None
+        if state is not None and not state["finished"]:
             self.load(state)
 
     def load(self, state):
@@ -1519,59 +1543,44 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        yield from self.try_reduced_precision()
-        for network in self.networks.values():
-            for part in network.modules():
-                if self.train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
-                    part.compile()  # in place, so that parameters keep their names
-        with contextlib.ExitStack() as after:
-            if RANK == 0:
-                after.enter_context(lock(self.folder))
-            # SIGTERM and Ctrl-C only leave their number here. The loop then saves a checkpoint and exits.
-            stopped_by = []
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous = signal.signal(number, lambda received, frame: stopped_by.append(received))
-                after.callback(signal.signal, number, previous)  # puts the previous handler back
-            self.bar = after.enter_context(tqdm(total=self.all_steps, initial=self.steps, unit="step",
-                                                desc=self.folder.name))
-            self.clock = time.time()  # when the time that is not yet in self.seconds began
+        yield from self.try_reduced_precision()  # two batches, from which nothing is learned
+        self.compile_networks()
+        with self.running():
             while self.steps < self.all_steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
-                stop = stopped_by and RANK == 0  # if the first process ends, torchrun ends the others
+                stop = self.stopped_by is not None and RANK == 0  # if the first process ends, torchrun ends the others
                 if stop or time.time() - self.clock > 60:
                     self.checkpoint()
                 if stop:
                     print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
-                    raise SystemExit(128 + stopped_by[-1])  # the status that shells give a process ended by a signal
+                    raise SystemExit(128 + self.stopped_by)  # the status that shells give a process ended by a signal
             self.checkpoint()
 
-    def try_reduced_precision(self):
-        """Before training in bfloat16, compute loss and gradients of one batch in float32 and in bfloat16. If they
-        differ by more than rounding, train in float32. Afterwards weights and random numbers are as they were.
+    @contextlib.contextmanager
+    def running(self):
+        """While it lasts, the run's folder is locked, there is a progress bar, and SIGTERM and Ctrl-C only leave their
+        number in self.stopped_by, so that the loop can save a checkpoint before it exits."""
+        def remember(number, frame):
+            self.stopped_by = number
 
-        What is tried is the kernels, so all matrices have random weights meanwhile. With the true weights, errors could
-        not be judged. At the start some are zero and let no gradient through. Later the gradients are small sums of
-        large terms, which rounding alone changes by up to a half."""
-        if not self.reduced:
-            return
-        random_numbers = self.gen.get_state()
-        matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]
-        weights, gen = [p.detach().clone() for p in matrices], generator(0)
-        with torch.no_grad():
-            for p in matrices:
-                sd = (3 * p[0].numel()) ** -0.5  # that of torch's default initial weights
-                p.copy_(sd * torch.randn(p.shape, generator=gen))
-        self.trial = []  # `step` appends to it, and does nothing else
-        for self.reduced in (False, True):
-            self.gen.set_state(random_numbers)
-            yield self.batch()
-        errors = relative_errors(*self.trial)
-        average_over_processes([errors])  # so that all of them decide alike
-        self.trial, self.reduced = None, rounding_explains(errors, self.folder.name)
-        with torch.no_grad():
-            for p, value in zip(matrices, weights, strict=True):
-                p.copy_(value)
-        self.gen.set_state(random_numbers)
+        self.stopped_by = None
+        locked = lock(self.folder) if RANK == 0 else contextlib.nullcontext()
+        with locked, tqdm(total=self.all_steps, initial=self.steps, unit="step", desc=self.folder.name) as self.bar:
+            previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.clock = time.time()  # when the time that is not yet in self.seconds began
+            try:
+                yield
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+
+    def compile_networks(self):
+        """With the setting `compile`, let torch compile the large networks, in place, so that parameters keep their
+        names."""
+        for network in self.networks.values():
+            for part in network.modules():
+                if self.train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
+                    part.compile()
 
     def batch(self):
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
@@ -1609,7 +1618,8 @@ class Training:
             return loss
         level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
         of_level = F.one_hot(level, NOISE_LEVELS)  # (B, levels)
-        count, total = of_level.sum(0).float(), (of_level * loss.detach()[:, None]).sum(0)  # (levels,)
+        count = of_level.sum(0).float()  # of the batch's images at each level, (levels,)
+        total = (of_level * loss.detach()[:, None]).sum(0)  # of their losses, (levels,)
         average_over_processes([count, total])
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial leaves everything as it was
@@ -1629,8 +1639,10 @@ class Training:
         for network in self.networks.values():
             average_over_processes([p.grad for p in network.parameters()])
         if self.trial is not None:
-            self.trial.append([loss.detach(), *(p.grad.clone() for network in self.networks.values()
-                                                for p in network.parameters())])
+            gradients = []
+            for network in self.networks.values():
+                gradients += [p.grad.clone() for p in network.parameters()]
+            self.trial.append([loss.detach(), *gradients])
             return
         # Clip them and update the weights.
         for name, network in self.networks.items():
@@ -1698,6 +1710,36 @@ class Training:
         seconds = self.seconds + time.time() - self.clock
         return save_finished(self.folder, {"train": self.train, "run_id": self.run_id, "seconds": seconds,
                                            "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
+
+    def try_reduced_precision(self):
+        """A safety net, to be skipped on first reading. Before training in bfloat16, compute loss and gradients of one
+        batch in float32 and in bfloat16. If they differ by more than rounding, train in float32. Afterwards weights and
+        random numbers are as they were.
+
+        What is tried is the kernels, so all matrices have random weights meanwhile. With the true weights, errors could
+        not be judged. At the start some are zero and let no gradient through. Later the gradients are small sums of
+        large terms, which rounding alone changes by up to a half."""
+        if not self.reduced:
+            return
+        random_numbers = self.gen.get_state()
+        matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]
+        weights, gen = [p.detach().clone() for p in matrices], generator(0)
+        with torch.no_grad():
+            for p in matrices:
+                sd = (3 * p[0].numel()) ** -0.5  # that of torch's default initial weights
+                p.copy_(sd * torch.randn(p.shape, generator=gen))
+        self.trial = []  # `step` appends to it, and does nothing else
+        for reduced in (False, True):
+            self.reduced = reduced
+            self.gen.set_state(random_numbers)
+            yield self.batch()
+        errors = relative_errors(*self.trial)
+        average_over_processes([errors])  # so that all of them decide alike
+        self.trial, self.reduced = None, rounding_explains(errors, self.folder.name)
+        with torch.no_grad():
+            for p, value in zip(matrices, weights, strict=True):
+                p.copy_(value)
+        self.gen.set_state(random_numbers)
 
 
 def save_finished(folder, state):

@@ -11,14 +11,14 @@ model decides *how it looks*.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published; our own settings use v (common.Diffusion), and divide the loss of
-                      every noise level by its running mean, so that all levels count alike (Training.even_levels).
-                      There are two ways to show x_hat to the U-Net:
+                      The target is eps as published; our own settings use v (common.Diffusion). They also divide the
+                      times into 20 noise levels, and the loss of each level by its running mean, so that all levels
+                      count alike (Training.even_levels). There are two ways to show x_hat to the U-Net:
        Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
-       Formulation 2  As published, the process is shifted by x_hat: x_t ~ N(sqrt(abar_t) x0 + x_hat, 1 - abar_t), and
-                      the U-Net sees this x_t and x_hat. But y_t = x_t - x_hat follows the plain process. So we run the
-                      plain process in y_t, and show y_t + x_hat to the U-Net in place of y_t. In code, that is the only
-                      difference. The process ends with y_0, which is the image.
+       Formulation 2  As published, x_hat is added to x_t, and the U-Net sees this x_t and x_hat. Subtract x_hat again:
+                      y_t = x_t - x_hat = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps is the plain process, and y_0 is the
+                      image. So we run the plain process, and the code differs in one place: the U-Net is shown
+                      y_t + x_hat in place of y_t.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -27,10 +27,10 @@ model decides *how it looks*.
     4. Where to begin As published, the reverse process begins with pure noise at t = T. But x_hat already shows roughly
                       what x0 looks like. So we begin at an earlier time, `start`, with x_hat and noise:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      With x0 in place of x_hat this would be exact. The difference is hidden if the noise is much
-                      larger than the VAE's error (fid.check_start asks for six times, a rule of thumb). Only the times
-                      1..start are trained, so the network spends all of its training where it is used, and half the
-                      sampling steps are enough. A better VAE allows a smaller `start`.
+                      With x0 in place of x_hat this would be exact. The difference is hidden if the noise, relative to
+                      the signal, is much larger than the VAE's error (fid.check_start asks for six times, a rule of
+                      thumb). Only the times 1..start are trained, so the network spends all of its training where it
+                      is used, and fewer sampling steps are enough. A better VAE allows a smaller `start`.
 
     5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the same errors as the
                       refiner, but larger ones. So the difference of their predictions points away from these errors,
@@ -63,7 +63,8 @@ import torch
 import common
 import fid
 
-# Input channels of each variant's U-Net: 3 of x_t and, if it sees one, 3 of x_hat.
+# The variants, in the order of their evaluation, and the input channels of their U-Nets: 3 of x_t and, if it sees one,
+# 3 of x_hat. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
 AUGMENTATION = 0.4  # the largest sd of the noise on x_hat of `augmented`; images span [-1, 1]
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
@@ -86,15 +87,15 @@ def build_diffusion(train, variant, device):
 
 
 def denoiser(unet, x_hat, variant):
-    """`denoise(xt, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
+    """`denoise(x, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
-    In Formulation 2 the process runs in y = x_t - x_hat. The U-Net is shown x_t, which is the only difference.
+    In Formulation 2 the process runs in y_t = x_t - x_hat. The U-Net is shown x_t, which is the only difference.
     (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
 
-    def denoise(xt, t):
-        shown = xt + x_hat if variant == "form2" else xt  # in Formulation 2, `xt` holds y_t
+    def denoise(x, t):  # x is x_t or, in Formulation 2, y_t
+        shown = x + x_hat if variant == "form2" else x
         return unet(torch.cat([shown, x_hat], 1), t)
 
     return denoise
@@ -141,12 +142,15 @@ def train_refiner(folder, train, variant, vae_state, data, device):
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
                                unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        z_noise = training.normal(vae.latent_dim) if vae else None  # (B, d)
+        if variant != "uncond":
+            z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
         with training.autocast():
-            with torch.no_grad():  # as published, x_hat comes from a fresh sample of z in every step
-                x_hat = vae(x0, z_noise)[0] if vae else None
+            x_hat = None
+            if variant != "uncond":
+                with torch.no_grad():  # as published, x_hat comes from a fresh sample of z in every step
+                    x_hat, _, _ = vae(x0, z_noise)
             if variant == "augmented":  # with noise of another strength for every image
                 sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
                 x_hat = x_hat + sd * training.normal(*x0.shape[1:])
@@ -154,7 +158,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
-    return training.finish(vae_state["seconds"], vae=vae_state["vae"], gmm=vae_state["gmm"])
+    return training.finish(seconds_before=vae_state["seconds"], vae=vae_state["vae"], gmm=vae_state["gmm"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -183,11 +187,16 @@ def load_model(state, variant, device):
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. Its log
-    is the guide's; the refiner's is part of the results of form1."""
-    return form1 | {"guide": guide["unet"], "train": form1["train"] | {"guidance": guide["train"]["guidance"]},
-                    "log": guide["log"], "seconds": form1["seconds"] + guide["seconds"],
-                    "run_id": f"{form1['run_id']}+{guide['run_id']}"}
+    """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. The
+    setting `guidance` is the guide's, since form1 has none. The log is the guide's; that of the refiner is part of the
+    results of form1."""
+    state = dict(form1)
+    state["guide"] = guide["unet"]
+    state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
+    state["log"] = guide["log"]
+    state["seconds"] = form1["seconds"] + guide["seconds"]
+    state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
+    return state
 
 
 def draw_pretrained(args, evaluation, device):
@@ -204,7 +213,7 @@ def draw_pretrained(args, evaluation, device):
     model = load_model(state, "guided", device)
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
     common.export(args, folder, state, model, evaluation)
-    parts = {}
+    parts = {}  # read from the files, since those of an earlier export are not drawn again
     for label, place in (("VAE", "samples-vae"), ("refined", "samples")):
         files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
         images = [torch.tensor(common.decode_file(file, size, crop="none")).permute(2, 0, 1) for file in files]
@@ -254,21 +263,29 @@ def main(argv=None):
         common.join_processes(device, train["batch"])  # if torchrun has started several
         return draw_pretrained(args, evaluation, device)
     setup = fid.Setup(args, train, evaluation, device)
-    states, all_metrics = {}, {}  # checkpoints by variant, metrics by folder
+    all_metrics = {}  # by folder
 
+    # All variants but `uncond` build on the VAE. It is the same whatever --set changes in the U-Net.
+    vae_state = form1_state = None
     if args.variant != ["uncond"]:
         folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
-        states["vae"] = (common.finished(folder, settings, args.resume)
-                         or train_vae(folder, settings, setup.data, device))
+        vae_state = (common.finished(folder, settings, args.resume)
+                     or train_vae(folder, settings, setup.data, device))
     for variant in args.variant:
-        without = {"vae": common.OF_UNET, "guided": ()}.get(variant, ("guidance",))  # settings that change nothing
-        folder, settings = setup.run(f"stage1-{variant}", without)
-        if variant == "guided":  # its folder holds the guide
-            settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
-        if variant != "vae":
-            states[variant] = (common.finished(folder, settings, args.resume) or
-                               train_refiner(folder, settings, variant, states.get("vae"), setup.data, device))
-        state = with_guide(states["form1"], states["guided"]) if variant == "guided" else states[variant]
+        if variant == "vae":
+            folder, state = setup.run("stage1-vae", without=common.OF_UNET)[0], vae_state
+        else:
+            # Only `guided` depends on the setting `guidance`. What is trained in its folder is the guide: form1, for a
+            # tenth of the steps.
+            folder, settings = setup.run(f"stage1-{variant}", without=() if variant == "guided" else ("guidance",))
+            if variant == "guided":
+                settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
+            state = (common.finished(folder, settings, args.resume)
+                     or train_refiner(folder, settings, variant, vae_state, setup.data, device))
+        if variant == "form1":
+            form1_state = state
+        if variant == "guided":
+            state = with_guide(form1_state, guide=state)
         model = load_model(state, variant, device)
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)

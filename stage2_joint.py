@@ -8,28 +8,29 @@ The loss has two terms. D is the number of pixel values of an image.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
     diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t, divided by its running mean
-                    at this noise level (common.Training.even_levels). So M is about 1 on average.
+                    at this noise level (common.Training.even_levels). So M is about 1 on average. (The `paper` budget
+                    does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced:
 
     sum             E + lambda D M, with one fixed weight lambda.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
-    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The best a is
-                    log E, so each term is divided by its own size.
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
+                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size.
     bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
                     and common.diffusion_nats for a process that begins at x_start, made of x_hat and noise.
 
-Which lambda would make `sum` most like `bound`? Let m_t be the mean squared error at time t before the division. In
-the bound, an error at time t counts with a weight w_t: its terms add up to sum_t w_t m_t nats per pixel value. In `sum`
-it counts with the weight lambda / (start m_t). If w_t m_t were the same at all times, the two would agree for
-    lambda = sum_t w_t m_t.
-That is the `diffusion` part of the bound, which fid.bits_per_dim measures: some 0.9 nats per pixel value on shapes. Our
-default is far smaller, 0.03, because large weights harm the VAE (REPORT.md).
+Which lambda would make `sum` weigh the diffusion term against the KL as `bound` does? Per pixel value, the bound's
+diffusion part is 0.34 nats, which come from the process's variances and no network can change, and a weighted sum of
+the errors at all times. On shapes the part is 0.9 nats (fid.bits_per_dim measures it), so the sum is some 0.6. In
+`sum`, each error is divided by its mean, and the sum becomes lambda. So lambda = 0.6 would be the bound's weight if the
+KL counted with 1, as it does in the bound. It counts with beta = 0.04 on shapes, so lambda = 0.6 beta = 0.02. Our
+default is 0.03.
 
-One thing is kept apart on purpose: lambda scales the gradient that reaches the VAE, but never the refiner's own
-gradient. To this end the U-Net sees a copy of x_hat with the same values, through which gradients pass back multiplied
-by lambda D. The loss is simply E + M. Its backward pass gives the U-Net the gradient of M, as in stage 1. And it gives
-the VAE the gradient of E + lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
+How one backward pass serves both networks: the VAE should follow the gradient of E + lambda D M, but the U-Net that of
+M alone, as in stage 1, whatever lambda is. The loss is E + M. The U-Net is shown a copy of x_hat, through which
+gradients pass back multiplied by lambda D (scale_gradient). So the gradient of M is its own in the U-Net, and arrives
+in the VAE as that of lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
@@ -37,7 +38,8 @@ the VAE the gradient of E + lambda D M. (Under `bound`, the U-Net's gradient is 
 What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
 The log shows both: `kl_nats`, `active_units`, `gradient_share` (the diffusion term's share of the gradient at x_hat)
-and `*_mse_shuffled` (M when x_hat belongs to another image; if it equals `*_mse_own`, the refiner ignores x_hat).
+and `*_mse_shuffled` (the U-Net's mean squared error, not divided, when x_hat belongs to another image; if it equals
+`*_mse_own`, the refiner ignores x_hat).
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
@@ -90,7 +92,7 @@ def joint_steps(train):
     return (train["vae_steps"] + train["unet_steps"]) // 2
 
 
-def diffusion_weight(train, step):
+def lambda_at(train, step):
     """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from a tenth of its final value over
     the first 60% of the steps."""
     weight = train["diffusion_weight"]
@@ -101,30 +103,30 @@ def diffusion_weight(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`."""
+    """The learned a and b of `kendall`. Both begin at log D, the order of magnitude of E and D M before training."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
-        self.logvar = nn.Parameter(torch.zeros(2))
+        self.a_and_b = nn.Parameter(torch.full((2,), math.log(size)))
 
     def forward(self, elbo, diffusion):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). In this sum D M is detached, so that it trains
         b and neither network. They are trained by the M that train_joint adds, the VAE through scale_gradient."""
-        a, b = self.logvar
+        a, b = self.a_and_b
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
 
 def loss_weights(train, step, balance):
-    """The factors of SSE and of D M in the VAE's loss: two numbers, or tensors ()."""
+    """With what factors the SSE and D M count in the loss that the VAE follows: two numbers, or tensors ()."""
     if train["loss"] == "kendall":
-        sse_weight, diffusion_factor = (-balance.logvar.detach()).exp()
+        sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, diffusion_factor = 0.0, 1.0  # there is no reconstruction term
+        sse_weight, diffusion_weight = 0.0, 1.0  # there is no reconstruction term
     else:
-        sse_weight, diffusion_factor = 1.0, diffusion_weight(train, step)
+        sse_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
-        diffusion_factor = 0.0
-    return sse_weight, diffusion_factor
+        diffusion_weight = 0.0
+    return sse_weight, diffusion_weight
 
 
 def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
@@ -141,8 +143,9 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
     nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), right except where t is 1
     first = t == 1
-    if first.any():  # for those, the term is L_0
-        nats = nats.masked_scatter(first, common.data_nats(diffusion, x0[first], x0_predicted[first]))
+    if first.any():  # for these the term is L_0; a posterior at t = 1 has no variance
+        nats = nats.clone()
+        nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
@@ -175,13 +178,15 @@ def train_joint(folder, train, data, device, vae_state=None):
     if vae_state:
         vae.load_state_dict(vae_state["vae"])
     torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
-    unet, balance = common.build_unet(train, 6), Balance()
+    unet = common.build_unet(train, 6)
+    size = data.images[0].numel()  # D
+    balance = Balance(size)
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     training = common.Training(folder, train, device, data.images, steps=joint_steps(train), flip=train["unet_flip"],
                                **networks)
-    watched_images = training.images[torch.randperm(len(data.images), generator=common.generator(0))[:256].to(device)]
-    size = data.images[0].numel()  # D
+    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:256]
+    watched_images = data.images[chosen].to(device)
     unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"  # its name in the log
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
@@ -198,25 +203,26 @@ def train_joint(folder, train, data, device, vae_state=None):
             # The x_hat that the U-Net sees: same values, scaled gradient. Decoded again from a detached z, it passes
             # gradients to the decoder only.
             decoded = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            sse_weight, weight = loss_weights(train, training.steps, balance)
-            # The norm of the gradient of the mean SSE at x_hat. (SSE is a sum of squares divided by 4, see
-            # squared_error.)
+            sse_weight, diffusion_weight = loss_weights(train, training.steps, balance)
+            # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
+            # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
             sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
-            shown, gradient_share = scale_gradient(decoded, weight * size, sse_norm)
+            shown, gradient_share = scale_gradient(decoded, diffusion_weight * size, sse_norm)
 
             # The U-Net's loss.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / size  # (B,), nats per dimension
-                unet_mse = unet_loss
+                logged = unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / size  # (B,), nats per value
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
-                unet_mse = diffusion.simple_loss(denoise, x0, t, eps)  # (B,)
-                unet_loss = training.even_levels(unet_mse, t, diffusion)  # (B,)
+                logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), not divided
+                unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
             if train["loss"] == "kendall":
                 vae_loss = balance(vae_loss, size * unet_loss)  # (B,)
+        # The weight of D M relative to that of E is lambda, also where both are learned. `bound` has no SSE.
+        weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
         training.step(vae_loss + unet_loss,
-                      {"sse": sse, "kl_nats": kl, unet_term: unet_mse, "weight": weight,
+                      {"sse": sse, "kl_nats": kl, unet_term: logged, "weight": weight,
                        "gradient_share": gradient_share},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
@@ -249,13 +255,12 @@ def slerp(a, b, w):
 
 
 def smoothness(features):
-    """How smoothly an image turns into another, from features along paths (P, K, f): the path's length over the
-    distance of its ends (1: straight), the longest over the mean step (1: even), and the distance of the ends (0:
-    nothing changes along the path, and the other two numbers say nothing)."""
+    """How directly an image turns into another, from features along paths (P, K, f): the path's length over the
+    distance of its ends (1: straight), and the distance of the ends (0: nothing changes along the path, and the other
+    number says nothing)."""
     steps = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
     return {"path_over_distance": float(steps.sum(1).mean() / ends.mean().clamp(min=1e-9)),
-            "worst_over_mean_step": float(steps.amax(1).mean() / steps.mean().clamp(min=1e-9)),
             "end_distance": float(ends.mean())}
 
 
@@ -270,42 +275,37 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=9):
-    """Measure the latent space on held-out images: the score of images decoded from their own codes, paths between
-    codes (`pairs` paths of `points` images), the score of the paths' midpoints, and what a linear probe reads off a
-    code. Everything is measured on the VAE's images and on refined ones; along a path the refiner's noise stays the
-    same. The first three paths are drawn in the file `picture`."""
+    """Measure the latent space on held-out images: the score of images that are decoded from their own codes (the means
+    of q(z|x)), `pairs` paths of `points` images between two codes, and what a linear probe reads off a code. The VAE's
+    images and the refined ones are both measured. Along a path the refiner's noise stays the same. The first three
+    paths are drawn in the file `picture`."""
     data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
-    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for each score
-    a, b = mu[:count], mu[count : 2 * count]  # the ends of paths
+    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the score
+    a, b = mu[:count], mu[count : 2 * count]  # the first and the last codes of paths
 
-    def decode(z):
-        """Codes (N, d) -> the VAE's images and the refined ones, uint8. The noise depends on the position in z
-        alone."""
+    def decode(z, first=0):
+        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. Each number has
+        noise of its own."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
-        gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"])
+        gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
-        return to_uint8(x_hat).cpu(), to_uint8(images).cpu()
-
-    def score(z):
-        """The Frechet distance, which is called setup.fd, of the VAE's images and of the refined ones."""
-        parts = [decode(part) for part in z.split(100)]
-        x_hat, refined = (torch.cat([part[i] for part in parts]) for i in range(2))
-        return {"vae": setup.score(x_hat)[setup.fd], "refined": setup.score(refined)[setup.fd]}
+        return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
 
     result["images"] = count
-    result["posterior"] = score(a)  # codes of real images: no prior is involved
+    parts = [decode(a[first : first + 100], first) for first in range(0, count, 100)]
     along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
-    midpoints = score(slerp(a, b, 0.5))
-    result["slerp"], strips = {}, {}
-    for i, name in enumerate(("vae", "refined")):
-        strips[name] = torch.stack([pair[i] for pair in along], dim=1)  # (pairs, points, 3, H, W)
+    result["posterior"], result["slerp"], strips = {}, {}, {}
+    for name in ("vae", "refined"):
+        # Codes of real images: no prior is involved. setup.fd is the name of the Frechet distance.
+        result["posterior"][name] = setup.score(torch.cat([part[name] for part in parts]))[setup.fd]
+        strips[name] = torch.stack([images[name] for images in along], dim=1)  # (pairs, points, 3, H, W)
         features = fid.extract(setup.extractor, strips[name].flatten(0, 1))[0]  # (pairs * points, f)
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
-        result["slerp"][name][f"midpoint_{setup.fd}"] = midpoints[name]
-    rows = {f"{label} {i + 1}": strips[name][i] for i in range(min(3, len(a)))
-            for label, name in (("VAE", "vae"), ("refined", "refined"))}
+    rows = {}
+    for i in range(min(3, len(a))):
+        rows[f"VAE {i + 1}"], rows[f"refined {i + 1}"] = strips["vae"][i], strips["refined"][i]
     common.save_grid(picture, rows)
 
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
@@ -347,7 +347,8 @@ def read_flags(argv):
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
-        own |= {"balance_lr": 0.01, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
+        # At this rate a and b can move by more than 15 in 750 steps. They have to move by 6.
+        own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:
         name += f"-w{weight:g}"
@@ -384,17 +385,18 @@ def main(argv=None):
     tables = metrics["tables"]
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
-        tables["components"] = fid.by_components(model, setup, settings)
+        tables["components"] = fid.by_components(model, setup, settings)  # fd by the size of the mixture
         common.write_json(folder / "metrics.json", metrics)
 
     # Stage 1, if it was run here for as many steps: its scores beside ours, and the same measurements.
+    vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)
+    form1_folder, form1_settings = setup.run("stage1-form1", without=("guidance",))
     stage1 = {}
-    for stage1_name, without in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
-        path, wanted = setup.run(stage1_name, without)
+    for path, wanted in ((vae_folder, vae_settings), (form1_folder, form1_settings)):
         found = fid.read_metrics(path / "metrics.json", setup.evaluation)
         if found and all(found["run"]["train"][key] == wanted[key] for key in ("vae_steps", "unet_steps", "batch")):
             stage1[path] = found
-    checkpoint = path / "checkpoint.pt"  # of form1
+    checkpoint = form1_folder / "checkpoint.pt"
     if len(stage1) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
         form1 = load_model(common.load_checkpoint(checkpoint), device)
         form1.temperature = setup.evaluation["temperature"]
@@ -404,12 +406,13 @@ def main(argv=None):
     fid.print_results(stage1 | {folder: metrics}, setup)
     for label, key in (("stage 1", "latent_space_stage1"), (name, "latent_space")):
         if key in tables:
-            path = tables[key]["slerp"]["refined"]
-            print(f"{label}: path length over end distance {path['path_over_distance']:.3f}, end distance "
-                  f"{path['end_distance']:.3f} (refined, slerp)")
-    if not stage1:
-        print(f"no stage 1 results in {setup.home}; to compare: python stage1_baseline.py --dataset {args.dataset} "
-              f"--budget {train['budget']} --seed {args.seed} --data-dir {args.data_dir} --out {args.out}")
+            numbers = tables[key]["slerp"]["refined"]
+            print(f"{label}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
+                  f"{numbers['end_distance']:.3f} (refined, slerp)")
+    if len(stage1) < 2:
+        print(f"no complete results of stage 1 in {setup.home}; to compare: python stage1_baseline.py "
+              f"--dataset {args.dataset} --budget {train['budget']} --seed {args.seed} --data-dir {args.data_dir} "
+              f"--out {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
     estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
     When it is trained:
-        the first 60% of the steps   The VAE's loss has the KL to N(0, I). The flow is fitted to its codes, but no
-                                     gradient reaches the VAE: it would follow a prior that has learned nothing yet.
-        the last 40%                 The VAE's loss has the KL to the flow, weighted by beta, and trains both.
-        afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes, in larger batches.
+        the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
+                                     fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
+                                     would otherwise chase a prior that is chasing them.
+        the last 40%                 The KL to the flow takes the place of the KL to N(0, I), and trains both.
+        afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
 
 Uncertainty
-    How large an error of x_hat = Dec(z) is to be expected? This is computed from z alone, in the same way in training
-    and in sampling. The ingredients are the code itself and what the encoder says about x_hat:
+    How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
+    with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
+    known then: the code itself, since rare codes are drawn worse; and how sure the encoder is when it is shown x_hat.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations, and 0 in
                dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d)
@@ -25,26 +27,27 @@ Uncertainty
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   s is the mean of s_vec, with the sign for which a high s means a large error. This is the direct
                    reading of "the latent's variance as a measure of uncertainty".
-        posterior  Like `variance`, but trained with the log-variance of q(z|x) in place of Enc(x_hat)'s. This is a
-                   trap. When sampling there is no x, so the refiner then meets an s of another kind than it was trained
-                   with. And the likelihood bound is void: s is computed from x, the very image whose probability is
-                   asked for.
+        posterior  Like `variance`, but in training the log-variances of q(z|x) take the place of Enc(x_hat)'s (and are
+                   standardised as these are). This is a trap. When sampling there is no x, so the refiner then meets
+                   an s of another kind than it was trained with.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
-    film       s_vec and s are added to the time embedding, and scale x_hat by a learned gate. It starts as `fixed`.
-    coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow). It starts as the
-               identity. The flow prior needs its log-determinant, because a prior is a density. A condition may be any
-               function of x_hat, so this network needs none.
+    film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
+               block (after FiLM, Perez et al. 2018, which also scales them). Another one, the gate, scales the colours
+               of x_hat. Both start at zero, and so the strategy as `fixed`.
+    coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
+               x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
+               log-determinant: a prior is a density, a condition may be any function of x_hat.
 
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
 Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First the command says whether s
-        ranks the errors of held-out images at all; if it does not, conditioning on it cannot help. On shapes s does,
-        with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it helps little (REPORT.md).
+        ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help. On shapes it
+        does, with a rank correlation of 0.6 (0.1 by the variance), and even so it helps little (REPORT.md).
 """
 
 import argparse
@@ -106,8 +109,10 @@ class RealNVP(nn.Module):
         super().__init__()
         self.d, self.couplings = d, nn.ModuleList(Coupling(d, hidden) for _ in range(couplings))
         gen = common.generator(0)
-        orders = [torch.randperm(d, generator=gen) if i % 2 == 0 else torch.arange(d).roll(-(d // 2))
-                  for i in range(couplings)]
+        orders = []
+        for i in range(couplings):
+            swapped = torch.arange(d).roll(-(d // 2))  # the second half of the dimensions first
+            orders.append(torch.randperm(d, generator=gen) if i % 2 == 0 else swapped)
         self.register_buffer("orders", torch.stack(orders), persistent=False)  # always the same, so not saved
 
     def forward(self, z):
@@ -193,7 +198,7 @@ def predictors(z, s_vec):
 
 def s_from(z, logvar, stats, kind):
     """s_vec (B, d) and s (B,), from z and log-variances, each (B, d), with the w and b of this kind of uncertainty."""
-    kind = "variance" if kind == "posterior" else kind  # these two differ in the log-variances, not in w and b
+    kind = "variance" if kind == "posterior" else kind  # `posterior` has other log-variances, but the same w and b
     s_vec = standardise(logvar, stats)
     return s_vec, (predictors(z, s_vec) * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
 
@@ -207,16 +212,16 @@ def uncertainty_of(vae, z, x_hat, stats, kind):
 
 def fit_uncertainty(trip):
     """From the RoundTrip of training images: the statistics that standardise s_vec (mean, sd, active, each (d,)), and
-    of both kinds of uncertainty the weights w (3d,) and the bias b."""
+    `variance` and `regressed` the weights w (3d,) and the bias b. (`posterior` uses those of `variance`.)"""
     logvar, log_error = trip.logvar_of_x_hat, trip.sse.log()
     active = common.active_units(trip.mu).float()
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
     phi = predictors(trip.z, standardise(logvar, stats))
-    mean_of_s_vec = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])  # w of `variance`
-    covariance = ((phi @ mean_of_s_vec) * (log_error - log_error.mean())).mean()
+    averaging = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])  # phi -> mean of s_vec
+    covariance = ((phi @ averaging) * (log_error - log_error.mean())).mean()
     sign = 1.0 if covariance >= 0 else -1.0
-    regression_weight, _ = common.ridge_regression(phi, log_error[:, None])  # (3d, 1)
-    weights = {"variance": sign * mean_of_s_vec, "regressed": regression_weight[:, 0]}
+    regression_weight, _ = common.ridge_regression(phi, log_error[:, None])  # (3d, 1); s gets a bias of its own below
+    weights = {"variance": sign * averaging, "regressed": regression_weight[:, 0]}
     for kind, weight in weights.items():  # scaled so that s has mean 0 and standard deviation 1
         raw = phi @ weight
         sd = raw.std().clamp(min=1e-6)
@@ -228,14 +233,14 @@ def rank_errors(trip, stats):
     """Does s rank the errors of held-out images? For each kind of uncertainty, Spearman's rank correlation of s with
     the squared error of x_hat, and a conclusion: yes, if it is significant (5%) and at least 0.1, the usual bound for a
     weak correlation."""
-    facts, log_variances = {}, {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat,
-                                "posterior": trip.logvar}
+    facts = {}
+    log_variances = {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat, "posterior": trip.logvar}
     for kind, logvar in log_variances.items():
         s = s_from(trip.z, logvar, stats, kind)[1]
         correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
         ranks = correlation >= 0.1 and p_value <= 0.05
         facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if ranks else
-                       "s carries no information: conditioning on it cannot help"}
+                       "s does not rank the error: conditioning on it can hardly help"}
     return facts
 
 
@@ -257,8 +262,8 @@ class ImageCoupling(nn.Module):
         stays = ((rows[:, None] + columns) % 2 == self.colour).to(x.dtype)  # (H, W)
         s_map = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * stays, s_map], 1)).chunk(2, 1)  # each (B, 3, H, W)
-        log_scale, shift = torch.tanh(raw).float() * (1 - stays), shift.float() * (1 - stays)  # 0 where pixels stay
-        return x * log_scale.exp() + shift
+        log_scale = torch.tanh(raw).float() * (1 - stays)  # within -1..1, and 0 where pixels stay
+        return x * log_scale.exp() + shift.float() * (1 - stays)
 
 
 class Conditioner(nn.Module):
@@ -296,22 +301,24 @@ def denoiser(refiner, x_hat, s_vec, s):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def build_vae(train):
-    """The VAE, and with it the flow if that is the prior under which it is trained."""
+    """The VAE, and with it the flow if that is the prior under which it is trained: a part of the same network, so that
+    both are trained with the settings vae_*. (The settings of stage 1's VAE have no vae_prior.)"""
     vae = common.build_vae(train)
     vae.flow = RealNVP(vae.latent_dim) if train.get("vae_prior") == "flow" else None
     return vae
 
 
-def vae_loss(vae, x0, noise, beta, joint):
-    """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss. `joint`
-    is False in the first part of the training and True in the second (see the top of this file). Note that the flow's
-    own loss has the weight 1 in the first part and beta in the second."""
+def vae_loss(vae, x0, noise, beta, flow_is_prior):
+    """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
+    `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
+    flow's own loss has the weight 1 in the first part and beta in the second, which Adam and Muon hardly notice, since
+    their steps do not depend on the size of a gradient."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
     if vae.flow is None:
         return sse + beta * kl, {"sse": sse, "kl_nats": kl}
-    if joint:  # both networks are trained by the KL to the flow
+    if flow_is_prior:  # both networks are trained by the KL to the flow
         kl_flow = gaussian_log_prob(z, mu, logvar) - vae.flow.log_prob(z)  # (B,), of one sample: may be negative
         loss = sse + beta * kl_flow
     else:  # the VAE is trained by the KL to N(0, I), the flow by its log-density of the codes
@@ -331,7 +338,8 @@ def train_vae(folder, train, data, device):
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
-            loss, terms = vae_loss(vae, x0, noise, train["beta"], joint=training.steps >= 0.6 * train["vae_steps"])
+            loss, terms = vae_loss(vae, x0, noise, train["beta"],
+                                   flow_is_prior=training.steps >= 0.6 * train["vae_steps"])
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     parts = {"gmm": common.fit_mixture(vae, data.images, train, device)}
@@ -359,10 +367,12 @@ def get_vae(folder, train, setup, resume):
         return state
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
+    # A VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
     stage1_folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
     state = (common.finished(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
-    vae, clock = common.frozen(build_vae(train), state["vae"], setup.device), time.time()
+    clock = time.time()
+    vae = common.frozen(build_vae(train), state["vae"], setup.device)
     fitted = fit_ex_post(vae, train, setup.data, setup.device)
     return common.save_finished(folder, state | fitted | {"train": train,
                                                           "seconds": state["seconds"] + time.time() - clock})
@@ -381,7 +391,8 @@ def train_refiner(folder, train, vae_state, data, device):
     torch.manual_seed(train["seed"])
     refiner = build_refiner(train, vae.latent_dim)
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    stats, kind = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}, train["uncertainty"]
+    stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
+    kind = train["uncertainty"]
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
                                refiner=refiner)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
@@ -415,7 +426,7 @@ def load_model(state, device, shuffled=False):
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
-                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
+                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)  # without vae.flow
     if "conditioning" in train:
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
@@ -466,9 +477,9 @@ def scores_against_originals(images, real_features, setup):
 
 
 def adaptivity(folder, state, model, setup):
-    """Tables about held-out images that are reconstructed and refined: by terciles of s, with a control in which s
-    belongs to another image, and with steps and starts that depend on s. Writes uncertainty.png, from sure to unsure
-    images."""
+    """Tables about held-out images that are reconstructed and refined: by terciles of s, and with a control in which s
+    belongs to another image. Also a table about generated images, with steps and starts that depend on s, and what the
+    conditioning costs. Writes uncertainty.png, from sure to unsure images."""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     per_third = setup.evaluation["grid_count"] // 2
     real = setup.test.images[: 3 * per_third]
@@ -476,12 +487,12 @@ def adaptivity(folder, state, model, setup):
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
     mu = common.encode(model.vae, real, model.device)[0]
     x_hat, refined, s, _ = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with other noise. (It is that of the next two --seed, whose networks are others.)
+    # The same codes with other noise. (Runs with the next two values of --seed use it, too, but for other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features = fid.extract(setup.extractor, real)[0]  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
-    # How far the results of three refiner seeds lie from their mean, per image: 0 if all are the same.
-    spread_over_seeds = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
+    # How far the three refined images of a code lie from their mean: 0 if all are the same.
+    spread = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
     error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
 
     terciles = {"images": per_third}
@@ -490,7 +501,7 @@ def adaptivity(folder, state, model, setup):
         terciles[name] = {"sse": float(error[index].mean()),
                           "vae": scores_against_originals(x_hat[index], real_features[index], setup),
                           "refined": scores_against_originals(refined[index], real_features[index], setup),
-                          "consistency": float(spread_over_seeds[index].mean())}
+                          "consistency": float(spread[index].mean())}
     shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
     common.save_grid(folder / "uncertainty.png",
                      {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]},
@@ -539,7 +550,7 @@ def steps_and_starts_by_tercile(s, mean_steps, start):
         shuffled_steps, shuffled_start    the last two as controls, by the s of another image
 
     Returns {way: [(indices, steps, start) of the surest third, of the middle one, of the least sure]}."""
-    fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2
+    fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2  # with mean_steps, their mean is mean_steps
     half, middle = start // 2, 3 * start // 4
     thirds, other_thirds = s.argsort().tensor_split(3), s.roll(1).argsort().tensor_split(3)
     ways = {
@@ -602,7 +613,7 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
-    own |= common.settings_for(train | args.changes, "refiner", like="unet")
+    own |= common.settings_for(train | args.changes, "refiner", like="unet")  # rates of U-Net and conditioner together
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -616,7 +627,8 @@ def main(argv=None):
     vae_state = get_vae(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
     vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
-    vae_setup = copy.copy(setup)  # the first row of its scores is of the prior under which it was trained
+    # The first row of the VAE's scores is of the prior under which it was trained, whichever --prior is given.
+    vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
     if "uncertainty" not in vae_metrics["tables"]:
@@ -643,8 +655,6 @@ def main(argv=None):
     tables = all_metrics[folder]["tables"]
     if "uncertainty" not in tables:
         tables["uncertainty"] = ranks | adaptivity(folder, state, model, setup)
-        if args.uncertainty == "posterior":
-            tables["bits_per_dim"] = None  # s has seen x, so this is no bound
         common.write_json(folder / "metrics.json", all_metrics[folder])
     common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)

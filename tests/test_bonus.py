@@ -139,11 +139,11 @@ class Network(torch.nn.Conv2d):
 
 
 def planted_sampler(inputs, outputs, channels, reduced=False):
-    """A Sampler of 6 images of 5x5, with a frozen U-Net of so many input and output channels, whose decoding makes
+    """A CostProbe of 6 images of 5x5, with a frozen U-Net of so many input and output channels, whose decoding makes
     `channels` from 3, and a list of the calls of both."""
     unet, decode = Network(inputs, outputs).requires_grad_(False), Network(3, channels)
     decode.calls = unet.calls
-    return bonus.Sampler(unet, (inputs, 5, 5), decode, torch.zeros(6, 3, 5, 5), reduced), unet.calls
+    return bonus.CostProbe(unet, (inputs, 5, 5), decode, torch.zeros(6, 3, 5, 5), reduced), unet.calls
 
 
 @pytest.mark.parametrize("reduced", [False, True])

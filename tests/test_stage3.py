@@ -94,11 +94,11 @@ def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
     by_hand = {False: loss_of_stage1 - vae.flow.log_prob(z.detach()),
                True: common.squared_error(vae.decoder(z), x0) + 0.25 * kl}
     gradients = []
-    for joint in (False, True):
-        loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, joint)
+    for flow_is_prior in (False, True):
+        loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, flow_is_prior)
         assert loss.shape == (4,) and torch.allclose(terms["kl_flow_nats"], kl)
         assert torch.allclose(terms["sse"], sse) and torch.allclose(terms["kl_nats"], kl_gaussian)
-        for total in (loss, by_hand[joint]):
+        for total in (loss, by_hand[flow_is_prior]):
             gradients.append(torch.autograd.grad(total.mean(), list(vae.parameters()), retain_graph=True))
     same_as = [[torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(gradients[0], g, strict=True)]
                for g in gradients[1:3]]
@@ -183,7 +183,7 @@ def test_fitted_uncertainty(network):
         ranks = [v.argsort().argsort().double() for v in (stage3.s_from(held_out.z, logvar, stats, kind)[1],
                                                           held_out.sse)]
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
-        assert ("no information" in fact["conclusion"]) == (fact["correlation"] < 0.1)
+        assert ("does not rank" in fact["conclusion"]) == (fact["correlation"] < 0.1)
     if network == "planted":
         assert facts["regressed"]["correlation"] > 0.8 and abs(facts["variance"]["correlation"]) < 0.1
 
@@ -197,8 +197,8 @@ def test_conclusions_about_s():
         z = torch.arange(float(len(error)))[:, None]
         facts = stage3.rank_errors(stage3.RoundTrip(z, z, 0 * z, 0 * z, error), stats | {
             "regressed_weight": torch.tensor([sign, 0, 0])})
-        assert facts["variance"]["correlation"] == 0 and "no information" in facts["variance"]["conclusion"]
-        return facts["regressed"]["correlation"], "no information" not in facts["regressed"]["conclusion"]
+        assert facts["variance"]["correlation"] == 0 and "does not rank" in facts["variance"]["conclusion"]
+        return facts["regressed"]["correlation"], "does not rank" not in facts["regressed"]["conclusion"]
 
     rising, noise = torch.arange(400.0), 400 * torch.rand(400, generator=common.generator(0))
     assert ranked(rising.square()) == (pytest.approx(1), True) and ranked(rising, -1.0) == (pytest.approx(-1), False)
@@ -481,7 +481,8 @@ def test_vae_and_refiner_have_their_own_steps_and_mirroring(tmp_path, monkeypatc
 def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, in_float32):
     """The first step's loss is vae_loss with the settings' beta. The log holds the terms of the loss."""
     (train, _), calls, loss = joint(vae_steps=10, unet_steps=3, every=1, beta=0.3), [], stage3.vae_loss
-    monkeypatch.setattr(stage3, "vae_loss", lambda *args, joint: calls.append((args[3], joint)) or loss(*args, joint))
+    monkeypatch.setattr(stage3, "vae_loss", lambda *args, flow_is_prior: (
+        calls.append((args[3], flow_is_prior)) or loss(*args, flow_is_prior)))
     log = stage3.train_vae(tmp_path, train, images_of(60), CPU)["log"]
     assert calls == [(0.3, False)] * 6 + [(0.3, True)] * 4
     training = common.Training(tmp_path / "again", train, CPU, images_of(60).images, 10, False)
@@ -508,7 +509,7 @@ def test_what_is_fitted_ex_post(vae_prior):
 
 def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     """The uncertainty is fitted to training images and examined on others. Both runs are evaluated under the prior that
-    the flag names, at its temperature, and each image with its own s. With `posterior` there is no bound."""
+    the flag names, at its temperature, and each image with its own s."""
     data, test, evaluated, loaded, load_model = images_of(100), images_of(80, seed=2), [], [], stage3.load_model
     monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append(how) or load_model(*args, **how))
     monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
@@ -527,7 +528,7 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     ranks, of_training = (stage3.rank_errors(stage3.round_trip(vae, images, 75_002, CPU), state["uncertainty"])
                           for images in (test.images, data.images))
     assert of_vae == {"bits_per_dim": 1, "uncertainty": ranks, "components": ["vae", "smoke"]} and ranks != of_training
-    assert of_refiner == {"bits_per_dim": None, "uncertainty": ranks | {"of": names[1], "by": "film"}}
+    assert of_refiner == {"bits_per_dim": 1, "uncertainty": ranks | {"of": names[1], "by": "film"}}
     assert f"regressed: rank correlation with held-out squared errors {ranks['regressed']['correlation']:.3f}" in (
         capsys.readouterr().out)
 
