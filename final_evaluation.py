@@ -12,6 +12,7 @@ Run     python final_evaluation.py                     results/ -> README.md, RE
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -30,16 +31,19 @@ import fid
 ROOT = Path(__file__).resolve().parent
 # The order of data sets and of variants in tables: by the first of these with which a name begins, then by the
 # alphabet. The empty text at the end stands for all other names.
-ORDER = ("shapes", "cifar10", "celeba64", "stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
+DATASET_ORDER = ("shapes", "cifar10", "celeba64", "")
+VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
+# The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
+MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
+# Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
+CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
 # file of weights, and the parts of the checkpoint that this file holds.
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
 # Pictures DATASET-NAME.png, which have samples of several variants.
-SHEETS = {"sheet": ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
-                    "bonus-latent"),
-          "conditionings": ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")}
+SHEETS = {"sheet": MAIN_VARIANTS, "conditionings": CONDITIONINGS}
 
 # What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
 # in -KEY=VALUE: it is the same variant, except for this setting.
@@ -65,6 +69,11 @@ VARIANTS = {
 #   headline   the scores of the run's samples, from its own prior, sampler and number of steps
 #   steps      scores of samples with other samplers and steps, by their names: "dpm 6" is DPM-Solver++ with 6 steps
 #   priors     scores of samples whose codes come from other priors, by the prior's name
+# They are made from the entries of metrics["rows"]. The first one is the headline, for instance (some scores left out):
+#   {"prior": "gmm", "sampler": "dpm", "steps": 10, "nfe": 10, "n_generated": 1000,
+#    "seconds_per_image": 0.0141,
+#    "fd_local": {"value": 1.21, "low": 1.02, "high": 1.40},
+#    "precision_local": {"value": 0.875, "low": null, "high": null}}
 # All but the headline, and also probes (measurements on the side, such as the one with noise), rest on fewer images.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
@@ -92,14 +101,21 @@ NUMBERS = {
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "noise 0 fd": "tables/robustness/scores/clean/fd",
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
+    # The next four are measured by stage 2, which also measures them for stage 1 (see `share_tables_of_stage1`).
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
-    # 1 is straight.
-    "path / ends": "tables/latent_space/slerp/refined/path_over_distance",
+    # 1 is a straight line.
+    "path length": "tables/latent_space/slerp/refined/path_over_distance",
+    # What a linear regression reads from the code of a held-out image. The first is the share of images whose class it
+    # finds. The second is the R^2 for the bands of a shape (none, broad or fine): 1 is perfect, and 0 is as good as
+    # the mean of all images.
+    "probe, class": "tables/latent_space/probe_class_accuracy",
+    "probe, bands": "tables/latent_space/probe_r2/detail",
     "log p, gaussian": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
-    # Does one prior find the codes likely that the other one draws?
+    # Does one prior find the codes likely that the other one draws? density_of_samples/JUDGE/SOURCE is the mean
+    # log-density that the prior JUDGE gives to codes drawn by the prior SOURCE.
     "flow's log p of mixture samples": "tables/density_of_samples/flow/gmm",
     "mixture's log p of flow samples": "tables/density_of_samples/gmm/flow",
     "fd, 30 components": "tables/components/30/fd",  # with codes from a mixture of 30 Gaussians
@@ -125,14 +141,15 @@ NUMBERS = {
     "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
     "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
     "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
-    # What it costs to refine an image with this run's conditioning and with that of `fixed`, in seconds and in GFLOPs.
-    # The two were timed alternately, so that other work on the machine slows both.
-    "seconds, this": "tables/uncertainty/cost/this/seconds_per_image",
-    "seconds, fixed": "tables/uncertainty/cost/fixed/seconds_per_image",
-    "gflops, this": "tables/uncertainty/cost/this/gflops",
-    "gflops, fixed": "tables/uncertainty/cost/fixed/gflops",
-    # The mean distance, in features, of two refined images of the same code, which start from different noise: of the
-    # third of the images with the lowest s, and of that with the highest.
+    # What it costs to sample with one run's U-Net, with its conditioning and, the same network, without it: seconds and
+    # GFLOPs of refining one image. The two were timed in turn, so that other work on the machine slowed both.
+    "seconds, conditioned": "tables/uncertainty/cost/this/seconds_per_image",
+    "seconds, plain": "tables/uncertainty/cost/fixed/seconds_per_image",
+    "gflops, conditioned": "tables/uncertainty/cost/this/gflops",
+    "gflops, plain": "tables/uncertainty/cost/fixed/gflops",
+    # The code of one image is refined three times, from different noise. This is the mean distance, in features, of
+    # each of the three images to the mean of the three: of the third of the images with the lowest s, and of that with
+    # the highest.
     "spread, sure": "tables/uncertainty/terciles/sure/consistency",
     "spread, unsure": "tables/uncertainty/terciles/unsure/consistency",
     # The mean distance, in features, of generated images and of held-out ones to the nearest training image. The
@@ -144,37 +161,34 @@ NUMBERS = {
     "closer, pixels": "tables/copies/pixels/closer",
     "ceiling": "tables/ceiling/fd",  # of the autoencoder's reconstructions: the best that latent diffusion could reach
     # How much less latent diffusion costs than diffusion of pixels, in percent of the latter. Images are sampled in
-    # batches or, where it says "batch 1", one by one.
-    "% GFLOPs": "tables/savings/saved_percent/gflops_per_image",
-    "% seconds": "tables/savings/saved_percent/seconds_per_image",
-    "% seconds, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
-    "% memory": "tables/savings/saved_percent/peak_memory_mb",
+    # batches or, where it says "batch 1", one by one. The two were timed in turn.
+    "GFLOPs saved, %": "tables/savings/saved_percent/gflops_per_image",
+    "seconds saved, %": "tables/savings/saved_percent/seconds_per_image",
+    "seconds saved, %, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
+    "memory saved, %": "tables/savings/saved_percent/peak_memory_mb",
 }
-# Stands below every table of numbers.
-NOTE = ("a ± b: mean ± sd over seeds; [a, b]: 95% interval of one run, over the draw of images; (n): the number of "
-        "images, where it is not that of fd; times: first seed")
 
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
-# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. The names of runs with a changed
-# setting contain an equals sign; only patterns that contain one fit them. `recipe` and `losses` show what one changed
-# setting does, with the unchanged run of shapes in the first line. REPORT.md shows the first four tables, TABLES.md
-# shows all of them.
+# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
+# all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
+# REPORT.md shows the first four tables, TABLES.md shows all of them.
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
                 "fd; is; precision; hf_energy; evaluations; seconds"),
     "joint": ("stage1-form1 shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
               "fd; is; precision; kl_nats; noise fd; seconds"),
-    "conditioning": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
-                     "fd; is; noise fd; spread, sure; spread, unsure; seconds, this"),
+    "conditioning": (" ".join(CONDITIONINGS),
+                     "fd; is; noise fd; spread, sure; spread, unsure; seconds, conditioned"),
     "latent diffusion": ("stage1-uncond stage1-form1 bonus-latent",
-                         "fd; is; diversity; % GFLOPs; % seconds; % memory"),
-    "stage 1, all": ("stage1-*", "fd; floor; is; precision; recall; diversity; hf_energy; bits/dim; train minutes"),
+                         "fd; is; diversity; GFLOPs saved, %; seconds saved, %; memory saved, %"),
+    "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
-    "recipe": ("shapes/stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
+    "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
     "codes": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
-              "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path / ends"),
-    "losses": ("shapes/*-form1 shapes/stage2-* stage2-*=*",
+              "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path length; probe, class; "
+              "probe, bands; bits/dim"),
+    "losses": ("shapes/stage1-form1 shapes/stage2-* stage2-*=*",
                "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
                "flow's log p of mixture samples; mixture's log p of flow samples"),
@@ -183,75 +197,81 @@ TABLES = {
     "uncertainty": ("stage3-flow-fixed",
                     "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
                     "unsure, refined"),
-    "steps by uncertainty": ("stage3-flow-fixed stage3-flow-fade stage3-flow-film stage3-flow-coupling",
-                             "steps evenly; steps by s; steps by other s; own s; other s; gflops, this; gflops, fixed"),
+    "steps by uncertainty": (" ".join(CONDITIONINGS),
+                             "steps evenly; steps by s; steps by other s; own s; other s; gflops, conditioned; "
+                             "gflops, plain"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent space diffusion": ("bonus-latent",
-                               "fd; precision; ceiling; % GFLOPs; % seconds; % seconds, batch 1; % memory")}
+                               "fd; precision; ceiling; GFLOPs saved, %; seconds saved, %; "
+                               "seconds saved, %, batch 1; memory saved, %")}
 # The variants in README.md, in a table with a line for each and columns for each data set.
-OVERVIEW = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
-            "bonus-latent")
+OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in a claim. These four are the guiding questions of this project. They are tested together on each data set, so that
 # chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
-    ("**Quality**: does joint training help?", "fd of stage2-anneal", "fd of stage1-form1"),
+    ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
     ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
-     "seconds, this of stage3-flow-film", "seconds, fixed of stage3-flow-film"),
-    ("**Robustness**: does joint training help against noise?", "noise fd of stage2-anneal",
-     "noise fd of stage1-form1"),
-    ("**Latent space**: does joint training smooth it?", "path / ends of stage2-anneal", "path / ends of stage1-form1")]
+     ("seconds, conditioned", "stage3-flow-film"), ("seconds, plain", "stage3-flow-film")),
+    ("**Robustness**: does joint training help against noise?",
+     ("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")),
+    ("**Latent space**: does joint training smooth it?",
+     ("path length", "stage2-anneal"), ("path length", "stage1-form1"))]
 
 CLAIMS = [  # of all others, the most important ones
-    ("Does refinement improve the VAE's samples?", "fd of stage1-form1", "fd of stage1-vae"),
-    ("Do `x_hat` and a `start` below T help?", "fd of stage1-form1", "fd of stage1-uncond"),
-    ("Does guidance by a worse refiner help?", "fd of stage1-guided", "fd of stage1-form1"),
-    ("Does a fitted prior help?", "fd, mixture of stage1-form1", "fd, gaussian of stage1-form1"),
-    ("Does joint training help without its gradient into the VAE?", "fd of stage2-anneal-grad-none",
-     "fd of stage1-form1"),
-    ("Is it the gradient that helps?", "fd of stage2-anneal", "fd of stage2-anneal-grad-none"),
-    ("Does joint training help with real codes?", "fd of real codes of stage2-anneal",
-     "fd of real codes of stage1-form1"),
-    ("Does adaptive conditioning (`film`) help?", "fd of stage3-flow-film", "fd of stage3-flow-fixed"),
-    ("Do steps by each image's `s` help?", "steps by s of stage3-flow-film", "steps by other s of stage3-flow-film"),
-    ("Does refinement help against noise?", "noise fd of stage1-form1", "noise fd of stage1-vae"),
-    ("Does training with noise help against it?", "noise fd of stage1-augmented", "noise fd of stage1-form1"),
-    ("Does training with noise help more than joint training?", "noise fd of stage1-augmented",
-     "noise fd of stage2-anneal"),
-    ("What does training with noise cost without noise?", "fd of stage1-augmented", "fd of stage1-form1"),
-    ("Does joint training help against noise without its gradient?", "noise fd of stage2-anneal-grad-none",
-     "noise fd of stage1-form1"),
-    ("Does `film` help against noise?", "noise fd of stage3-flow-film", "noise fd of stage3-flow-fixed"),
-    ("What does latent diffusion cost?", "fd of bonus-latent", "fd of stage1-form1")]
+    ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
+    ("Do `x_hat` and a `start` below T help?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
+    ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
+    ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
+    ("Does joint training help without its gradient into the VAE?",
+     ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
+    ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
+    ("Does joint training help with real codes?",
+     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
+    ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
+    ("Do steps by each image's `s` help?",
+     ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film")),
+    ("Does refinement help against noise?", ("noise fd", "stage1-form1"), ("noise fd", "stage1-vae")),
+    ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
+    ("Does training with noise help more than joint training?",
+     ("noise fd", "stage1-augmented"), ("noise fd", "stage2-anneal")),
+    ("What does training with noise cost without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
+    ("Does joint training help against noise without its gradient?",
+     ("noise fd", "stage2-anneal-grad-none"), ("noise fd", "stage1-form1")),
+    ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed")),
+    ("What does latent diffusion cost?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
-    ("Is Formulation 2 better than 1?", "fd of stage1-form2", "fd of stage1-form1"),
-    ("Does dividing the loss by its mean at each noise level help?", "fd of stage1-form1",
-     "fd of stage1-form1-even_levels=False"),
-    ("Does guidance help against noise on `x_hat`?", "noise fd of stage1-guided", "noise fd of stage1-form1"),
-    ("Does a fitted prior help unrefined samples?", "fd, mixture of stage1-vae", "fd, gaussian of stage1-vae"),
-    ("Given a mixture, does a flow-trained VAE help?", "fd, mixture of stage3-flow-fixed",
-     "fd, mixture of stage1-form1"),
-    ("With the codes of real images, is it the gradient that helps?", "fd of real codes of stage2-anneal",
-     "fd of real codes of stage2-anneal-grad-none"),
-    ("Does `fade` help?", "fd of stage3-flow-fade", "fd of stage3-flow-fixed"),
-    ("Does `fade` help against noise on `x_hat`?", "noise fd of stage3-flow-fade", "noise fd of stage3-flow-fixed"),
-    ("Does `coupling` help?", "fd of stage3-flow-coupling", "fd of stage3-flow-fixed"),
-    ("Does `film` need the image's own `s`?", "own s of stage3-flow-film", "other s of stage3-flow-film"),
-    ("Does `film` reconstruct better than `fixed`?", "own s of stage3-flow-film", "own s of stage3-flow-fixed"),
-    ("Does `film` help against strong noise?", "noise 0.4 fd of stage3-flow-film", "noise 0.4 fd of stage3-flow-fixed"),
-    ("Are steps by `s` better than even ones?", "steps by s of stage3-flow-film", "steps evenly of stage3-flow-film")]
+    ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
+    ("Does dividing the loss by its mean at each noise level help?",
+     ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),
+    ("Does guidance help against noise on `x_hat`?", ("noise fd", "stage1-guided"), ("noise fd", "stage1-form1")),
+    ("Does a fitted prior help unrefined samples?", ("fd, mixture", "stage1-vae"), ("fd, gaussian", "stage1-vae")),
+    ("Given a mixture, does a flow-trained VAE help?",
+     ("fd, mixture", "stage3-flow-fixed"), ("fd, mixture", "stage1-form1")),
+    ("With the codes of real images, is it the gradient that helps?",
+     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
+    ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
+    ("Does `fade` help against noise on `x_hat`?", ("noise fd", "stage3-flow-fade"), ("noise fd", "stage3-flow-fixed")),
+    ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
+    ("Does `film` need the image's own `s`?", ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
+    ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
+    ("Does `film` help against strong noise?",
+     ("noise 0.4 fd", "stage3-flow-film"), ("noise 0.4 fd", "stage3-flow-fixed")),
+    ("Are steps by `s` better than even ones?",
+     ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))]
 
 # The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
-# are those of Okabe and Ito (2008), "Color Universal Design", with grey and a wine red.
+# are those of Okabe and Ito (2008), "Color Universal Design", with grey and with the wine red and the sand of Tol
+# (2021), "Colour Schemes".
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
     "stage2-anneal-grad-none": ("#E69F00", "^"), "stage3-flow-fixed": ("#009E73", "s"),
-    "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#E69F00", "*")}
+    "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#DDCC77", "*")}
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
@@ -278,12 +298,26 @@ def plain_names(part):
     return {"fd" if key == "fid" else key.removesuffix("_local"): plain_names(value) for key, value in part.items()}
 
 
+def from_former_version(metrics):
+    """Add what results of the former version lack: the committed ones of CIFAR-10 and faces. To be deleted, together
+    with its call in `load_all`, when these are measured anew."""
+    if "steps" in metrics["rows"][0]:
+        return
+    for row in metrics["rows"]:
+        row["steps"] = row["nfe"]
+        if metrics["run"]["variant"].startswith("stage1-guided"):
+            row["nfe"] *= 2  # a guided step was counted once
+    robustness = metrics["tables"].get("robustness")
+    if robustness:
+        scores = robustness["scores"]
+        noisy = [scores[name]["fd"]["value"] for name in ("noise 0.1", "noise 0.2", "noise 0.4")]
+        robustness["mean"] = statistics.mean(noisy)
+        robustness["rise"] = robustness["mean"] - scores["clean"]["fd"]["value"]
+        robustness["images"] = metrics["run"]["eval"]["grid_count"]
+
+
 def name_rows(metrics):
     """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors` (see NUMBERS)."""
-    for row in metrics["rows"]:
-        if "steps" not in row:  # results of the former version, which counted a guided step once
-            row["steps"] = row["nfe"]
-            row["nfe"] *= 2 if metrics["run"]["variant"].startswith("stage1-guided") else 1
     headline, *others = metrics["rows"]
     steps, priors = {}, {}
     for row in reversed(others):  # if two rows have the same name, the first one stays
@@ -310,21 +344,28 @@ def at_place(part, place):
     return part
 
 
+def place_of(name):
+    """The place of a number in metrics. A name that is not in NUMBERS is itself a place."""
+    return NUMBERS.get(name, name)
+
+
 def number(metrics, name):
-    """The number in metrics that has this name in NUMBERS. If NUMBERS has no such name, it is a place. The number is a
-    plain one, or a score {"value", "low", "high"}, or None if the run does not have it."""
-    return at_place(metrics, NUMBERS.get(name, name))
+    """The number in metrics that has this name, or that stands at this place. It is a plain one, or a score {"value",
+    "low", "high"}, or None if the run does not have it."""
+    return at_place(metrics, place_of(name))
 
 
 def images_behind(metrics, name):
     """How many images a number rests on, or None if it is not said. The dictionaries around the number say so, under
     `n_generated` or `images`. The innermost one counts."""
     part, images = metrics, None
-    for key in NUMBERS.get(name, name).split("/"):
+    for key in place_of(name).split("/"):
         if isinstance(part, dict):
             images = part.get("images", images)
             images = part.get("n_generated", images)
             part = part.get(key)
+    if "/latent_space/" in place_of(name) and not isinstance(part, dict):
+        return None  # of a path or a probe: there, `images` counts only those behind the scores
     return images
 
 
@@ -343,17 +384,29 @@ def all_places(part, place=""):
 
 
 def shared_settings(metrics):
-    """The settings that all results of a data set must share, or they could not be compared. Of the evaluation: all
-    but the prior, which belongs to a variant, and the further rows and the batch, which change no score of the
-    headline. Of the training: all that common.TRAIN lists, except those that this run changes on purpose. Its name
-    tells which."""
+    """The settings that all results of a data set must share, or they could not be compared."""
     run = metrics["run"]
-    settings = {key: run[key] for key in ("features", "crop", "data_note", "n_real", "budget")}
-    settings["n_generated"] = metrics["rows"][0]["n_generated"]
-    settings |= {key: value for key, value in run["eval"].items() if key not in ("prior", "grid", "batch")}
-    on_purpose = re.findall(r"-(\w+)=", run["variant"])
-    train = run.get("train", {})  # results of the former version have none
-    return settings | {key: train[key] for key in common.TRAIN if key in train and key not in on_purpose}
+    settings = {
+        "features": run["features"],  # the network whose features are compared
+        "crop": run["crop"],  # how images were cut to squares
+        "data_note": run["data_note"],  # where the images are from, such as JPEG copies
+        "n_real": run["n_real"],  # the number of real images with which generated ones are compared
+        "budget": run["budget"],
+        "n_generated": metrics["rows"][0]["n_generated"],  # images behind the headline
+    }
+    # Settings of the evaluation. The prior belongs to a variant. The list of further rows (`grid`) and the batch change
+    # no score of the headline.
+    for key, value in run["eval"].items():
+        if key not in ("prior", "grid", "batch"):
+            settings[key] = value
+    # Settings of the training that all stages have, except those that this run changes on purpose by --set KEY=VALUE,
+    # which its name tells. Results of the former version have none.
+    changed = re.findall(r"-(\w+)=", run["variant"])
+    train = run.get("train", {})
+    for key in common.TRAIN:
+        if key in train and key not in changed:
+            settings[key] = train[key]
+    return settings
 
 
 def settings_of_variant(metrics):
@@ -363,34 +416,46 @@ def settings_of_variant(metrics):
     return {"parameters": run["parameters"]} | train
 
 
+def check_comparable(path, metrics, first):
+    """Exit if a result cannot be compared with those that were read before it: with all of its data set, or with other
+    seeds of its variant. `first`, {(data set or variant, setting): (path, value)}, holds the first result that has a
+    setting. What this result is the first to have is added to it."""
+    dataset, variant = metrics["run"]["dataset"], metrics["run"]["variant"]
+    groups = {dataset: shared_settings(metrics), f"{dataset} {variant}": settings_of_variant(metrics)}
+    for group, settings in groups.items():
+        for key, value in settings.items():
+            first_path, first_value = first.setdefault((group, key), (path, value))
+            if value != first_value:
+                common.fail(f"{path} cannot be compared with {first_path}: {key} was {first_value}, is now {value}; "
+                            "remove one of them")
+
+
+def in_order(names, order):
+    """The names, sorted by the first text in `order` with which each begins, then by the alphabet."""
+    ranked = []
+    for name in names:
+        rank = next(k for k, start in enumerate(order) if name.startswith(start))
+        ranked.append((rank, name))
+    return [name for _, name in sorted(ranked)]
+
+
 def load_all(paths):
     """{dataset: {variant: {seed: metrics}}} of result files, in the order of tables. Exits if results of a data set
     cannot be compared, or if seeds of a variant differ in a setting."""
-    found = {}
-    first = {}  # {(data set or variant, setting): (path, value) of the first result that has this setting}
+    found, first = {}, {}
     for path in sorted(map(Path, paths)):
         metrics = plain_names(load_metrics(path))
-        run = metrics["run"]
-        to_compare = {run["dataset"]: shared_settings(metrics),
-                      f"{run['dataset']} {run['variant']}": settings_of_variant(metrics)}
-        for group, settings in to_compare.items():
-            for key, value in settings.items():
-                # The first result that has this setting is remembered; all later ones must have the same value.
-                first_path, first_value = first.setdefault((group, key), (path, value))
-                if value != first_value:
-                    common.fail(f"{path} cannot be compared with {first_path}: {key} was {first_value}, "
-                                f"is now {value}; remove one of them")
+        check_comparable(path, metrics, first)
+        from_former_version(metrics)
         name_rows(metrics)
+        run = metrics["run"]
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
-    for results in found.values():
+    ordered = {}
+    for dataset in in_order(found, DATASET_ORDER):
+        results = found[dataset]
         share_tables_of_stage1(results)
-
-    def rank(name):  # its rank in ORDER, and the name itself for the alphabet
-        fits = [name.startswith(beginning) for beginning in ORDER]
-        return (fits.index(True), name)
-
-    return {dataset: {variant: found[dataset][variant] for variant in sorted(found[dataset], key=rank)}
-            for dataset in sorted(found, key=rank)}
+        ordered[dataset] = {variant: results[variant] for variant in in_order(results, VARIANT_ORDER)}
+    return ordered
 
 
 def share_tables_of_stage1(results):
@@ -408,27 +473,38 @@ def share_tables_of_stage1(results):
 
 # --- Numbers as text -------------------------------------------------------------------------------------------------
 
+def is_of_first_seed(name):
+    """Whether a number is a time of which only the first seed counts, because the other seeds may have shared the
+    machine with other work. Where two times were taken in turn, all seeds count: other work slowed both."""
+    place = place_of(name)
+    is_time = "seconds" in place or "minutes" in place
+    taken_in_turn = "/cost/" in place or "/savings/" in place
+    return is_time and not taken_in_turn
+
+
 def values_by_seed(seeds, name):
-    """{seed: value} of a number in {seed: metrics}. Of times, and of what depends on them, only the first seed counts,
-    because the other seeds may have shared the machine with other work. The times of `cost` count for all seeds: those
-    two were taken in turn, so that other work slowed both."""
-    place = NUMBERS.get(name, name)
-    if re.search("seconds|minutes", place) and "/cost/" not in place:
+    """{seed: value} of a number in {seed: metrics}: of those seeds that have it and count."""
+    if is_of_first_seed(name):
         seeds = {seed: seeds[seed] for seed in sorted(seeds)[:1]}
-    found = {seed: number(metrics, name) for seed, metrics in seeds.items()}
-    return {seed: x["value"] if isinstance(x, dict) else x for seed, x in found.items() if x is not None}
+    values = {}
+    for seed, metrics in seeds.items():
+        value = number(metrics, name)
+        if isinstance(value, dict):  # a score with its interval
+            value = value["value"]
+        if value is not None:
+            values[seed] = value
+    return values
 
 
 def mean_and_sd(values):
-    """Numbers as text: their mean and, if they differ, their standard deviation."""
+    """Numbers as text: their mean and, if they differ, their standard deviation with two significant digits."""
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
-    if abs(mean) >= 1000:
-        mean_text, sd_text = f"{mean:,.0f}", f"{sd:,.0f}"
-    else:
-        mean_text, sd_text = f"{mean:.3g}", f"{sd:.2g}"
-    differ = sd > 1e-9 * abs(mean)  # more than by rounding
-    return f"{mean_text} ± {sd_text}" if differ else mean_text
+    mean_text = f"{mean:.3g}" if abs(mean) < 999.5 else f"{mean:,.0f}"
+    if sd <= 1e-9 * abs(mean):  # they differ by rounding alone
+        return mean_text
+    sd_text = f"{sd:#.2g}".rstrip(".") if sd < 99.5 else f"{sd:,.0f}"
+    return f"{mean_text} ± {sd_text}"
 
 
 def cell(seeds, name):
@@ -438,43 +514,51 @@ def cell(seeds, name):
     if not found:
         return ""
     first = seeds[min(found)]
-    text = mean_and_sd(list(found.values()))
-    if len(found) == 1 and isinstance(number(first, name), dict):
-        text = fid.show(number(first, name))
+    first_number = number(first, name)
+    if len(found) == 1 and isinstance(first_number, dict):
+        text = fid.show(first_number)
+    else:
+        text = mean_and_sd(list(found.values()))
     images = images_behind(first, name)
-    return text if images in (None, first["headline"]["n_generated"]) else f"{text} ({images:,})"
+    if images in (None, first["headline"]["n_generated"]):
+        return text
+    return f"{text} ({images:,})"
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
 
 def compare(ours, theirs):
-    """Compare positive numbers of the same seeds. Returns the change of `ours` against `theirs`, which is the mean log
-    ratio. From three seeds on, also Student's 95% interval of it, and the p-value of the hypothesis that it is 0."""
+    """Compare positive numbers of the same seeds. Returns the mean log ratio of `ours` to `theirs`. From three seeds
+    on, also Student's 95% interval of it, and the p-value of the hypothesis that it is 0."""
     log_ratios = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
     count, mean = len(log_ratios), statistics.mean(log_ratios)
     if count < 3:
-        return {"seeds": count, "change": mean, "low": None, "high": None, "p": None}
+        return {"seeds": count, "log_ratio": mean, "low": None, "high": None, "p": None}
     standard_error = max(statistics.stdev(log_ratios), 1e-12) / math.sqrt(count)  # never 0, since it is a divisor
     margin = student.ppf(0.975, count - 1) * standard_error
     p = 2 * student.sf(abs(mean) / standard_error, count - 1)  # two-sided
-    return {"seeds": count, "change": mean, "low": mean - margin, "high": mean + margin, "p": p}
+    return {"seeds": count, "log_ratio": mean, "low": mean - margin, "high": mean + margin, "p": p}
 
 
 def holm(p_values):
     """Adjust p-values for being tested together (Holm 1979). Of m p-values, the smallest is multiplied by m, the next
     one by m - 1, and so on; but none becomes smaller than the one before, or larger than 1. If those below 5% count as
     significant, the probability that chance alone makes any of the m significant is at most 5%."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])  # indices, from the smallest p-value on
-    adjusted, highest = {}, 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    adjusted = [0.0] * len(p_values)
+    highest, left = 0.0, len(p_values)
+    for p, i in sorted((p, i) for i, p in enumerate(p_values)):  # from the smallest p-value on
+        highest = max(highest, min(1.0, left * p))
         adjusted[i] = highest
-    return [adjusted[i] for i in range(len(p_values))]
+        left -= 1
+    return adjusted
 
 
 def percent(log_ratio):
-    """A log ratio as a change in percent: log(0.8) becomes -20%."""
-    return f"{100 * math.expm1(log_ratio):+.0f}%"
+    """A log ratio as a change in percent: log(0.8) becomes -20%. Changes below 10% have one decimal."""
+    change = 100 * math.expm1(log_ratio)
+    if abs(change) < 9.95:
+        return f"{change:+.1f}%"
+    return f"{change:+.0f}%"
 
 
 def is_significant(change):
@@ -484,34 +568,37 @@ def is_significant(change):
 
 
 def describe_change(change):
-    """A comparison as text."""
-    if change["p"] is None:
-        return f"{percent(change['change'])} ({'one run' if change['seeds'] == 1 else 'two runs'})"
-    note = f", adjusted p = {change['adjusted']:.2g}" if "adjusted" in change else ""
-    text = "not significant"
-    if is_significant(change):
-        text = f"{'lower' if change['change'] < 0 else 'higher'} by {percent(change['change']).lstrip('+-')}"
-    return f"{text} ({change['seeds']} seeds: {percent(change['low'])} to {percent(change['high'])}{note})"
+    """A comparison as text. The interval is never adjusted for how many questions are tested together; the p-value is,
+    if it is called adjusted."""
+    text = percent(change["log_ratio"])
+    if change["seeds"] == 1:
+        return f"{text} (one run)"
+    if change["seeds"] == 2:
+        return f"{text} (two runs)"
+    text += f" (95%: {percent(change['low'])} to {percent(change['high'])})"
+    text += ", significant" if is_significant(change) else ", not significant"
+    if "adjusted" in change:
+        return f"{text}, adjusted p = {change['adjusted']:.2g}"
+    return f"{text}, p = {change['p']:.2g}"
 
 
 def compare_sides(results, claim):
     """Both sides of a claim on a data set, over the seeds that both have: their numbers, `ours` and `theirs`, and what
     `compare` says of them. None if no seed has both."""
-    _, *sides = claim
-    values = []  # {seed: value} of the first side and of the second
-    for side in sides:
-        name, variant = side.rsplit(" of ", 1)  # at the last " of ", because names may contain one, too
-        values.append(values_by_seed(results.get(variant, {}), name))
-    shared_seeds = sorted(values[0].keys() & values[1].keys())
+    _, (name, variant), (other_name, other_variant) = claim
+    our_values = values_by_seed(results.get(variant, {}), name)
+    their_values = values_by_seed(results.get(other_variant, {}), other_name)
+    shared_seeds = sorted(our_values.keys() & their_values.keys())
     if not shared_seeds:
         return None
-    ours, theirs = [values[0][seed] for seed in shared_seeds], [values[1][seed] for seed in shared_seeds]
+    ours = [our_values[seed] for seed in shared_seeds]
+    theirs = [their_values[seed] for seed in shared_seeds]
     return {"ours": ours, "theirs": theirs} | compare(ours, theirs)
 
 
 def describe_sides(claim):
     """What a claim compares, as text. What both sides share, the number or the variant, is named once."""
-    (name, variant), (other_name, other_variant) = (side.rsplit(" of ", 1) for side in claim[1:])
+    _, (name, variant), (other_name, other_variant) = claim
     if name == other_name:
         return f"{name}: {variant} / {other_variant}"
     if variant == other_variant:
@@ -534,17 +621,25 @@ def table_claims(everything, claims, adjust=False):
     whether the claims of a data set are tested together."""
     rows = [[claim[0], describe_sides(claim)] for claim in claims]
     for results in everything.values():
-        changes = (test_together(results, claims) if adjust else
-                   [compare_sides(results, claim) for claim in claims])
+        if adjust:
+            changes = test_together(results, claims)
+        else:
+            changes = [compare_sides(results, claim) for claim in claims]
         for row, change in zip(rows, changes, strict=True):
-            row.append("not run" if change is None else f"{mean_and_sd(change['ours'])} / "
-                       f"{mean_and_sd(change['theirs'])}: {describe_change(change)}")
-    table = markdown(["question", "first / second", *everything], rows)
-    note = ("First mean / second mean, and the change in percent, which is the geometric mean of the ratios of runs "
-            "with the same seed. In brackets its 95% interval over seeds. ")
-    note += ("The questions of a data set are tested together (Holm's adjustment, 5%)." if adjust else
-             "Exploratory: each question is tested alone, without adjustment for their number.")
-    return f"{table}\n\n*{note} {' '.join(describe_data(*item) for item in everything.items())}*"
+            if change is None:
+                row.append("not measured")
+                continue
+            ours, theirs = mean_and_sd(change["ours"]), mean_and_sd(change["theirs"])
+            row.append(f"{ours} / {theirs}: {describe_change(change)}")
+    note = ("The means of both sides ± their sd over seeds, and the change in percent, which is the geometric mean of "
+            "the ratios of runs with the same seed. In brackets its 95% interval over seeds. ")
+    if adjust:
+        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm, 5%), the "
+                 "intervals are not.")
+    else:
+        note += "Exploratory: each question is tested alone, without adjustment for their number."
+    settings = [describe_data(*item) for item in everything.items()]
+    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {' '.join(settings)}*"
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -569,52 +664,86 @@ def describe_data(dataset, results):
             f"features `{run['features']}`.")
 
 
-def table_of(everything, variants, columns):
+def fits(dataset, variant, patterns):
+    """Whether DATASET/VARIANT ends in one of the patterns of a table (see TABLES)."""
+    for pattern in patterns.split():
+        # `stage1-*` must not match `stage1-form1-start=300`, which is a run with a changed setting.
+        if ("=" in pattern) == ("=" in variant) and fnmatch(f"{dataset}/{variant}", f"*{pattern}"):
+            return True
+    return False
+
+
+def with_note(table, names, settings=()):
+    """A table and, below it, sentences about the settings of its data sets and about its cells. Only those kinds of
+    cells are explained that it has. `names`: of the numbers in it."""
+    kinds = []
+    if " ± " in table:
+        kinds.append("a ± b: mean ± sd over seeds")
+    if "[" in table:
+        kinds.append("[a, b]: 95% interval of one run, over the draw of images")
+    if re.search(r" \(\d", table):
+        kinds.append("(n): measured on n images")
+    if any(is_of_first_seed(name) for name in names):
+        kinds.append("times: first seed")
+    sentences = list(settings)
+    if kinds:
+        sentences.append(f"{'; '.join(kinds)}.")
+    return f"{table}\n\n*{' '.join(sentences)}*" if sentences else table
+
+
+def table_of(everything, patterns, columns):
     """One of TABLES. It has a line for each variant that fits one of the patterns and has a number in one of the
     columns."""
-    rows, notes, columns = [], {}, columns.split("; ")
+    columns = columns.split("; ")
+    rows, settings = [], {}
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            patterns = [f"*{pattern}" for pattern in variants.split() if ("=" in pattern) == ("=" in variant)]
-            if not any(fnmatch(f"{dataset}/{variant}", pattern) for pattern in patterns):
+            if not fits(dataset, variant, patterns):
                 continue
             cells = [cell(seeds, column) for column in columns]
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
-                notes[dataset] = describe_data(dataset, results)
-    return f"{markdown(['variant', *map(with_arrow, columns)], rows)}\n\n*{' '.join(notes.values())} {NOTE}.*"
+                settings[dataset] = describe_data(dataset, results)
+    table = markdown(["variant", *map(with_arrow, columns)], rows)
+    return with_note(table, columns, settings.values())
 
 
 def with_arrow(name):
-    """The name of a number. If it is a score, an arrow says whether lower or higher is better."""
-    if name.startswith(("fd", "floor", "noise", "seconds", "gflops", "bits/dim", "train minutes")):
+    """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
+    if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe")):
+        return f"{name} ↑"
+    if name.startswith(("fd", "floor", "ceiling", "sure", "unsure", "own s", "other s", "steps", "noise", "path length",
+                        "bits/dim", "seconds", "gflops", "train minutes")):
         return f"{name} ↓"
-    return f"{name} ↑" if name.startswith(("is", "precision", "recall", "diversity", "%")) else name
+    return name
 
 
 def table_overview(everything):
     """A line for each variant in OVERVIEW, with what it is, and its fd and hf_energy on each data set."""
-    columns = [(dataset, name) for dataset in everything for name in ("fd", "hf_energy")]
+    columns = list(itertools.product(everything, ("fd", "hf_energy")))  # (dataset, name)
     rows = []
     for variant in OVERVIEW:
         cells = [cell(everything[dataset].get(variant, {}), name) for dataset, name in columns]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
     header = ["variant", "what it is", *(f"{dataset} {with_arrow(name)}" for dataset, name in columns)]
-    notes = [describe_data(*item) for item in everything.items()]
-    return f"{markdown(header, rows)}\n\n*{' '.join(notes)} {NOTE}.*"
+    table = markdown(header, rows)
+    settings = [describe_data(*item) for item in everything.items()]
+    return with_note(table, ("fd", "hf_energy"), settings)
 
 
 def table_numbers(columns):
     """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/"."""
-    places = {}  # all that occur, each once, in order; a dictionary keeps the order, and its values do not matter
+    places = {}  # all that occur, each once, in order: a dictionary keeps the order of its keys
     for seeds in columns.values():
         for metrics in seeds.values():
             shown = {key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")}
-            for place in all_places(shown):
-                if not place.startswith(("run/eval/", "run/train/", "run/seed")):  # settings are not numbers of a run
-                    places[place] = None
-    rows = [[place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())] for place in places]
-    return markdown(["", *columns], rows)
+            places |= dict.fromkeys(all_places(shown))
+    rows = []
+    for place in places:
+        if not place.startswith(("run/eval/", "run/train/", "run/seed")):  # settings are not numbers of a run
+            rows.append([place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())])
+    table = markdown(["", *columns], rows)
+    return with_note(table, places)
 
 
 def table_reproduced(new, committed):
@@ -629,22 +758,22 @@ def table_reproduced(new, committed):
 
 
 def conclude(new_seeds, committed_seeds, name):
-    """Whether a number of new runs reproduces that of the committed ones, as text. Each new run should lie in the 99%
-    prediction interval for one more run like the committed ones, or, if fewer than three are committed, within 25% of
-    their mean."""
-    committed = list(values_by_seed(committed_seeds, name).values())
+    """Whether new runs reproduce a committed number, as text. Each new run is compared with the committed run of the
+    same seed or, if there is none, with the mean over the committed seeds. It should differ by at most 25%, about what
+    two seeds of one variant have differed by."""
+    new, committed = values_by_seed(new_seeds, name), values_by_seed(committed_seeds, name)
     if not committed:
         return "nothing committed"
     first_old, first_new = next(iter(committed_seeds.values())), next(iter(new_seeds.values()))
     difference = common.first_difference(shared_settings(first_old), shared_settings(first_new))
     if difference:
         return f"not comparable: {difference}"
-    mean, count = statistics.mean(committed), len(committed)
-    allowed = 0.25 * mean  # about what two seeds of one variant have differed by
-    if count >= 3:  # a new run varies by the sd of the committed ones, and their mean by sd / sqrt(count)
-        allowed = student.ppf(0.995, count - 1) * statistics.stdev(committed) * math.sqrt(1 + 1 / count)
-    error = max(abs(value - mean) for value in values_by_seed(new_seeds, name).values())  # of the worst of the new runs
-    return f"{'reproduced' if error <= allowed else 'NOT reproduced'} (off by {error / mean:.0%})"
+    mean = statistics.mean(committed.values())
+    largest_error = 0
+    for seed, value in new.items():
+        expected = committed.get(seed, mean)
+        largest_error = max(largest_error, abs(value / expected - 1))
+    return f"{'reproduced' if largest_error <= 0.25 else 'NOT reproduced'} (off by {largest_error:.0%})"
 
 
 def table_of_features(folder):
@@ -652,10 +781,10 @@ def table_of_features(folder):
     with damage to real images."""
     columns = {}
     for dataset in sorted(common.DATASETS):
-        network_files = Path(folder).glob(f"features/{dataset}-{'[0-9a-f]' * 8}.json")  # with the hash of a network
+        network_files = Path(folder).glob(f"features/{dataset}-????????.json")  # with the hash of a network
         for path in sorted(network_files):
             columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
-    places = {}  # all that occur, each once, in order, as in table_numbers
+    places = {}  # all that occur, each once, in order: a dictionary keeps the order of its keys
     for column in columns.values():
         places |= dict.fromkeys(all_places(column))
     rows = []
@@ -668,15 +797,27 @@ def table_of_features(folder):
     return markdown(["", *columns], rows)
 
 
-def long_tables(everything, folder):
-    """The whole text of TABLES.md: TABLES, claims, every number of every variant, feature networks, the benchmark."""
-    parts = ["# Long tables", "Written by `python final_evaluation.py`. The name of a number is its place in "
-             "metrics.json; README.md and `NUMBERS` in final_evaluation.py explain the words. In the cells: "
-             f"{NOTE}."]
-    for name, (variants, columns) in TABLES.items():
-        parts.append(f"## {name}\n\n{table_of(everything, variants, columns)}")
-    parts += ["## claims", table_claims(everything, CLAIMS)]
-    parts += ["## further claims", table_claims(everything, FURTHER_CLAIMS)]
+def all_tables(everything):
+    """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
+    tables = {"overview": table_overview(everything)}
+    for name, (patterns, columns) in TABLES.items():
+        tables[name] = table_of(everything, patterns, columns)
+    tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
+    tables["claims"] = table_claims(everything, CLAIMS)
+    tables["further claims"] = table_claims(everything, FURTHER_CLAIMS)
+    return tables
+
+
+def long_tables(everything, tables, folder):
+    """The whole text of TABLES.md: what the variants are, all tables, every number of every variant, the feature
+    networks, the benchmark."""
+    parts = ["# Long tables", "Written by `python final_evaluation.py`. README.md and `NUMBERS` in final_evaluation.py "
+             "explain the words. A number without a name is called by its place in metrics.json. The name of a run "
+             "with `--set KEY=VALUE` ends in `-KEY=VALUE`: it is the same variant, except for this setting."]
+    variants = [[f"`{variant}`", what_it_is] for variant, what_it_is in VARIANTS.items()]
+    parts += ["## variants", markdown(["variant", "what it is"], variants)]
+    for name, table in tables.items():
+        parts += [f"## {name}", table]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
@@ -703,46 +844,75 @@ def new_chart(count, height, columns=3):
     return figure, axes
 
 
-def log_scale(axis, *names):
-    """Make the x or the y axis logarithmic, or both, with plain numbers in place of powers of ten."""
-    for name in names:
-        axis.set(**{f"{name}scale": "log"})
-        getattr(axis, f"{name}axis").set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
-                                         minor_formatter=NullFormatter())
+def log_scale(axis, names):
+    """Make the axes in `names` ("x", "y" or "xy") logarithmic, with plain numbers in place of powers of ten."""
+    scales = []
+    if "x" in names:
+        axis.set_xscale("log")
+        scales.append(axis.xaxis)
+    if "y" in names:
+        axis.set_yscale("log")
+        scales.append(axis.yaxis)
+    for scale in scales:
+        scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(NullFormatter())
+
+
+def sd_for_bar(values):
+    """The standard deviation for an error bar. For a single run it is NaN, of which matplotlib draws no bar."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def draw_line(axis, variant, points):
-    """Draw a variant's line through points {x: values over seeds}: the means, with bars of one standard deviation."""
-    points = {x: list(values) for x, values in points.items() if values}  # only of points that were measured
-    if len(points) > 1:
+    """Draw a variant's line through points {x: {seed: value}}: the means, with bars of one standard deviation. Draws
+    nothing if fewer than two points were measured."""
+    xs, means, sds = [], [], []
+    for x, by_seed in points.items():
+        if by_seed:
+            xs.append(x)
+            means.append(statistics.mean(by_seed.values()))
+            sds.append(sd_for_bar(by_seed.values()))
+    if len(xs) > 1:
         colour, marker = LOOKS[variant]
-        means = [statistics.mean(values) for values in points.values()]
-        sds = [statistics.stdev(values) if len(values) > 1 else 0 for values in points.values()]
-        axis.errorbar(list(points), means, sds, color=colour, marker=marker, markersize=5, linewidth=1.4, capsize=3,
+        axis.errorbar(xs, means, sds, color=colour, marker=marker, markersize=5, linewidth=1.4, capsize=3,
                       label=variant)
 
 
-def shared_legend(figure, axes, columns=4):
-    """Put one legend below all axes. What occurs on several axes is listed once."""
+def with_legend(figure, axes, columns=4):
+    """The figure with one legend below all axes, in which what occurs on several axes is listed once. None if nothing
+    was drawn that has a label."""
     handles = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    if not handles:
+        return None
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    return figure
 
+
+# Each of the following functions makes a chart of {dataset: {variant: {seed: metrics}}}. It returns a figure, or None
+# if there is nothing to show.
 
 def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
     over seeds. A filled marker means significant. Without an interval there are fewer than three runs."""
     claims = PRIMARY_CLAIMS + CLAIMS
-    figure, (axis,) = new_chart(1, 0.45 * len(claims) + 1.6)
+    changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
+        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in CLAIMS]
+        if any(found):
+            changes[dataset] = found
+    if not changes:
+        return None
+    figure, (axis,) = new_chart(1, 0.45 * len(claims) + 1.6)
+    for dataset, found in changes.items():
         colour, marker, shift = DATASET_LOOKS.get(dataset, OTHER_DATASET_LOOKS)
-        changes = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in CLAIMS]
-        for row, change in enumerate(changes):
+        for row, change in enumerate(found):
             if change is None:
                 continue
-            ratio = math.exp(change["change"])
+            ratio = math.exp(change["log_ratio"])
             if change["p"] is not None:
                 axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
             axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
@@ -750,36 +920,35 @@ def chart_claims(everything):
         axis.plot([], [], color=colour, label=dataset, linewidth=4)  # an entry of the legend
     axis.axvline(1, color="black", linewidth=1)
     axis.axhspan(-0.6, len(PRIMARY_CLAIMS) - 0.5, color="#f3ecd8", zorder=0)  # the four guiding questions
-    labels = [re.sub("[*`]", "", f"{claim[0]}\n{describe_sides(claim)}") for claim in claims]
+    labels = []
+    for claim in claims:
+        question = claim[0].replace("*", "").replace("`", "")
+        labels.append(f"{question}\n{describe_sides(claim)}")
     axis.set_yticks(range(len(claims)), labels, fontsize=8)
     axis.set_ylim(len(claims) - 0.4, -0.6)  # the first claim is at the top
     log_scale(axis, "x")
     axis.set_xlabel("first number / second number; lower is better")
     axis.plot([], [], "ko", label="significant")
     axis.plot([], [], "ko", markerfacecolor="white", label="not significant, or fewer than three runs")
-    shared_legend(figure, [axis], 5)
-    return figure
+    return with_legend(figure, [axis], 5)
 
 
 def chart_cost(everything):
-    """fd against what sampling costs, with DPM-Solver++ of 5 to 50 steps: above, by evaluations of the network, below,
-    by seconds per image (of the first seed)."""
+    """fd against what sampling costs, with DPM-Solver++ of 6, 10 and 25 steps: above, by evaluations of the network,
+    below, by seconds per image (of the first seed)."""
     figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
-    for k, what in enumerate(("nfe", "seconds_per_image")):
-        row = axes[k * len(everything) : (k + 1) * len(everything)]
-        for axis, (dataset, results) in zip(row, everything.items(), strict=True):
-            for variant in ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film",
-                            "bonus-latent"):
-                seeds, points = results.get(variant, {}), {}
-                for steps in (5, 6, 10, 25, 50):
-                    costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{what}").values())
-                    if costs:
-                        points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd").values()
-                draw_line(axis, variant, points)
-            log_scale(axis, "x", "y")
-            axis.set(title=dataset, xlabel="evaluations" if what == "nfe" else "seconds per image", ylabel="fd")
-    shared_legend(figure, axes, 3)
-    return figure
+    panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
+    for axis, (cost, (dataset, results)) in zip(axes, panels, strict=True):
+        for variant in MAIN_VARIANTS:
+            seeds, points = results.get(variant, {}), {}
+            for steps in (6, 10, 25):
+                costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())
+                if costs:
+                    points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd")
+            draw_line(axis, variant, points)
+        log_scale(axis, "xy")
+        axis.set(title=dataset, xlabel="evaluations" if cost == "nfe" else "seconds per image", ylabel="fd")
+    return with_legend(figure, axes, 3)
 
 
 def chart_noise(everything):
@@ -788,37 +957,36 @@ def chart_noise(everything):
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
                         "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film"):
-            seeds = results.get(variant, {})
-            draw_line(axis, variant, {sd: values_by_seed(seeds, f"tables/robustness/scores/{name}/fd").values()
-                                      for sd, name in ((0, "clean"), (0.1, "noise 0.1"), (0.2, "noise 0.2"),
-                                                       (0.4, "noise 0.4"))})
+            seeds, points = results.get(variant, {}), {}
+            for name, sd in fid.NOISE.items():
+                points[sd] = values_by_seed(seeds, f"tables/robustness/scores/{name}/fd")
+            draw_line(axis, variant, points)
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="sd of the noise on x_hat", ylabel="fd")
-    shared_legend(figure, axes)
-    return figure
+    return with_legend(figure, axes)
 
 
 def chart_steps(everything):
     """By how many percent fd changes against two sampling steps for every image, if the images get one, two or three
     steps by the thirds of their own s, or by the s of another image. Bars: means over seeds; lines: one sd."""
-    variants = ["stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling"]
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
-            for x, variant in enumerate(variants):
+            for x, variant in enumerate(CONDITIONINGS):
                 seeds = results.get(variant, {})
                 even, by_s = values_by_seed(seeds, "steps evenly"), values_by_seed(seeds, name)
                 changes = [100 * (by_s[seed] / even[seed] - 1) for seed in by_s]
                 if changes:
                     axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
-                             yerr=statistics.stdev(changes) if len(changes) > 1 else 0)
+                             yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
-        axis.set_xticks(range(len(variants)), [variant.rsplit("-", 1)[1] for variant in variants])
+        axis.set_xticks(range(len(CONDITIONINGS)), [variant.rsplit("-", 1)[1] for variant in CONDITIONINGS])
         axis.set(title=dataset, ylabel="change of fd in percent")
-    for axis in axes:  # the same scale everywhere, so that small changes look small
-        axis.set_ylim(min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes))
-    shared_legend(figure, axes)
-    return figure
+    low = min(axis.get_ylim()[0] for axis in axes)  # the same scale everywhere, so that small changes look small
+    high = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(low, high)
+    return with_legend(figure, axes)
 
 
 def chart_priors(everything):
@@ -829,39 +997,47 @@ def chart_priors(everything):
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for variant, trained in (("stage3-vae-flow", "VAE trained with a flow"),
                                  ("stage3-vae-gaussian", "VAE trained with N(0, I)")):
-            points = {}  # {prior: {seed: (density, fd)}}
+            seeds = results.get(variant, {})
+            points = {}  # {prior: {seed: (density, fd)}} of the runs that have both
             for prior in PRIOR_LOOKS:
-                densities, fds = (values_by_seed(results.get(variant, {}), f"{name}, {prior}") for name in
-                                  ("log p", "fd"))
-                points[prior] = {seed: (densities[seed], fds[seed]) for seed in densities.keys() & fds.keys()}
-            for seed in points["mixture"].keys() & points["flow"].keys():
-                axis.plot(*zip(points["mixture"][seed], points["flow"][seed], strict=True), "#bbbbbb", linewidth=1)
+                densities, fds = values_by_seed(seeds, f"log p, {prior}"), values_by_seed(seeds, f"fd, {prior}")
+                points[prior] = {seed: (densities[seed], fds[seed]) for seed in densities if seed in fds}
+            for seed in seeds:
+                if seed in points["mixture"] and seed in points["flow"]:
+                    (density, fd), (flow_density, flow_fd) = points["mixture"][seed], points["flow"][seed]
+                    axis.plot([density, flow_density], [fd, flow_fd], "#bbbbbb", linewidth=1)
             for prior, (colour, marker) in PRIOR_LOOKS.items():
-                if points[prior]:
-                    axis.plot(*zip(*points[prior].values(), strict=True), marker, color=colour,
-                              markerfacecolor="white" if variant.endswith("gaussian") else colour,
-                              label=f"{prior}, {trained}".replace("gaussian", "N(0, I)"))
+                xs = [density for density, _ in points[prior].values()]
+                ys = [fd for _, fd in points[prior].values()]
+                if xs:
+                    axis.plot(xs, ys, marker, color=colour, label=f"{prior}, {trained}".replace("gaussian", "N(0, I)"),
+                              markerfacecolor=colour if variant == "stage3-vae-flow" else "white")
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
-    shared_legend(figure, axes, 3)
-    return figure
+    return with_legend(figure, axes, 3)
 
 
 def chart_recipe(everything):
-    """What one changed setting does, on shapes with seed 0: fd and hf_energy of runs with --set, as bars beside that of
-    the unchanged run. The band is one standard deviation of the unchanged run over its seeds to either side."""
-    runs = {}  # {label: seeds}
-    for variant, seeds in everything.get("shapes", {}).items():
-        if variant == "stage1-form1" or variant.startswith("stage1-") and "=" in variant:
-            runs[variant.removeprefix("stage1-")] = seeds
-    figure, axes = new_chart(2, 0.24 * len(runs) + 1)
+    """What changed settings do to form1, on shapes with seed 0: bars of fd and hf_energy of runs with --set, below that
+    of the unchanged run, on which dots show the unchanged runs of all seeds. Most runs change one setting; the names of
+    some have two."""
+    results = everything.get("shapes", {})
+    unchanged = results.get("stage1-form1", {})
+    variants = ["stage1-form1"]
+    for variant, seeds in results.items():
+        if variant.startswith("stage1-form1-") and 0 in seeds:
+            variants.append(variant)
+    if not unchanged or len(variants) == 1:
+        return None
+    figure, axes = new_chart(2, 0.24 * len(variants) + 1)
     for axis, name in zip(axes, ("fd", "hf_energy"), strict=True):
-        values = {label: values_by_seed(seeds, name)[0] for label, seeds in runs.items() if 0 in seeds}
-        axis.barh(list(values), list(values.values()), color=["#D55E00" if "=" not in x else "#0072B2" for x in values])
-        unchanged = values_by_seed(runs.get("form1", {}), name)
-        if len(unchanged) > 1:
-            sd = statistics.stdev(unchanged.values())
-            axis.axvspan(unchanged[0] - sd, unchanged[0] + sd, color="#D55E00", alpha=0.25)
+        for y, variant in enumerate(variants):
+            values = values_by_seed(results[variant], name)
+            if 0 in values:
+                axis.barh(y, values[0], color="#D55E00" if variant == "stage1-form1" else "#0072B2")
+        of_all_seeds = values_by_seed(unchanged, name).values()
+        axis.plot(list(of_all_seeds), [0] * len(of_all_seeds), "ko", markersize=4)
+        axis.set_yticks(range(len(variants)), [variant.removeprefix("stage1-") for variant in variants])
         axis.invert_yaxis()
         axis.set_xlabel(f"{name} ({'lower is better' if name == 'fd' else '1 is as sharp as real'})")
     return figure
@@ -871,62 +1047,96 @@ CHARTS = {"claims": chart_claims, "cost": chart_cost, "noise": chart_noise, "ste
           "priors": chart_priors, "recipe": chart_recipe}
 
 
+def texts_beside(folder):
+    """README.md and REPORT.md in the folder that contains the folder of results: those of them that are there."""
+    paths = [Path(folder).parent / name for name in ("README.md", "REPORT.md")]
+    return [path for path in paths if path.is_file()]
+
+
 def fill(text, tables):
     """The text, with its marked tables replaced by those of {name: table}. Exits if a table is not known."""
-    if unknown := [name for name in re.findall("<!-- table (.+?) -->", text) if name not in tables]:
-        common.fail(f"table '{unknown[0]}' is not known; known are {', '.join(tables)}")
-    return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)",
-                  lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
+
+    def replace(match):
+        marker, name, end = match.groups()
+        if name not in tables:
+            common.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
+        return f"{marker}{tables[name]}\n{end}"
+
+    return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
-def draw_sheet(path, home, variants):
+def draw_sheet(path, runs, variants):
     """One picture of several variants: of each, the top third of samples.png (12 of the 36 images) of its run with
-    seed 0 in the folder `home`, below the variant's name."""
-    images = {name: Image.open(file) for name in variants if (file := home / f"{name}-s0" / "samples.png").is_file()}
-    heights = [20 + image.height // 3 for image in images.values()]  # with 20 pixels for the name
-    page = Image.new("RGB", (max(image.width for image in images.values()), sum(heights)), "white")
-    for k, (name, image) in enumerate(images.items()):
-        y = sum(heights[:k])
-        ImageDraw.Draw(page).text((4, y + 4), name, fill="black")
-        page.paste(image.crop((0, 0, image.width, image.height // 3)), (page.width - image.width, y + 20))
+    seed 0 in the folder `runs`, below the variant's name."""
+    thirds = {}
+    for variant in variants:
+        file = runs / f"{variant}-s0" / "samples.png"
+        if file.is_file():
+            image = Image.open(file)
+            thirds[variant] = image.crop((0, 0, image.width, image.height // 3))
+    name_height = 20  # pixels
+    width = max(third.width for third in thirds.values())
+    height = sum(name_height + third.height for third in thirds.values())
+    page = Image.new("RGB", (width, height), "white")
+    y = 0
+    for variant, third in thirds.items():
+        ImageDraw.Draw(page).text((4, y + 4), variant, fill="black")
+        # On the left of a picture are labels of its rows, wider ones where there are two kinds of rows. The pictures
+        # end at the right edge of the page, so that the images of all variants stand in the same columns.
+        page.paste(third, (width - third.width, y + name_height))
+        y += name_height + third.height
     common.write_with(path, page.save, format="png")
 
 
-def collect(runs, folder):
-    """Copy metrics, and the figures that README.md or REPORT.md shows, from run folders into FOLDER/DATASET. Of the
-    runs in WEIGHTS, at the cpu budget, also keep the weights."""
-    chosen = {}  # {the file that metrics will be copied to: (run folder, facts about the run)}
-    for run in map(Path, runs):  # check all runs before anything is written
+def choose_runs(runs, folder):
+    """Check run folders that are to be collected, before anything is written. Returns {the file that metrics will be
+    copied to: (run folder, facts about the run)}. Exits if one of them must not be collected."""
+    chosen = {}
+    for run in map(Path, runs):
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
-        # A user's folder may be named cifar10, but only a user's images are cropped to the centre.
+        # Only a user's own images have the crop "centre", so it gives them away even if their folder is named cifar10.
         if facts["dataset"] not in common.DATASETS or facts["crop"] == "centre":
             print(f"{run}: of a user's own images, not collected")
             continue
         if target in chosen:
             common.fail(f"{chosen[target][0]} and {run} would both become {target}; leave one out; nothing was written")
-        old_budget = load_metrics(target)["run"]["budget"] if target.is_file() else "none yet"
-        if facts["budget"] == "smoke" or old_budget not in ("none yet", facts["budget"]):  # smoke runs measure nothing
+        if facts["budget"] == "smoke":
+            common.fail(f"{run}/metrics.json has the budget smoke, which measures nothing; leave it out; nothing was "
+                        "written")
+        old_budget = load_metrics(target)["run"]["budget"] if target.is_file() else None
+        if old_budget not in (None, facts["budget"]):
             common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget "
                         f"{old_budget}); leave it out; nothing was written")
         chosen[target] = run, facts
-    texts = "".join((ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
-    written, before = list(chosen), set(Path(folder).rglob("*"))
+    return chosen
+
+
+def collect(runs, folder):
+    """Copy metrics, and the figures that README.md or REPORT.md shows, from run folders into FOLDER/DATASET. Of the
+    runs in WEIGHTS, at the cpu budget, also keep the weights."""
+    chosen = choose_runs(runs, folder)
+    texts = "".join(path.read_text() for path in texts_beside(folder))
+    before = set(Path(folder).rglob("*"))
+    written = []
     for target, (run, facts) in chosen.items():
         home, name = target.parent, target.stem  # FOLDER/DATASET, VARIANT-sSEED
         common.write(target, (run / "metrics.json").read_bytes())
+        written.append(target)
         if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
             written.append(collect_weights(run / "checkpoint.pt", home, *WEIGHTS[name]))
         for figure in run.glob("*.png"):
             public = facts["dataset"] == "shapes" or figure.stem not in FIGURES_OF_REAL_IMAGES
             if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
-                written.append(home / f"{name}-{figure.name}")
-                common.write(written[-1], figure.read_bytes())
+                path = home / f"{name}-{figure.name}"
+                common.write(path, figure.read_bytes())
+                written.append(path)
         for sheet, variants in SHEETS.items():
             path = Path(folder) / "figures" / f"{facts['dataset']}-{sheet}.png"
-            if run.name in (f"{variant}-s0" for variant in variants) and f"(results/figures/{path.name})" in texts:
-                written.append(path)
+            is_on_sheet = run.name in [f"{variant}-s0" for variant in variants]
+            if is_on_sheet and f"(results/figures/{path.name})" in texts:
                 draw_sheet(path, run.parent, variants)
+                written.append(path)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")
 
@@ -948,7 +1158,8 @@ def collect_weights(checkpoint, home, name, parts):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables, charts and tests of claims from results; trains nothing")
     parser.error = common.fail  # a wrong flag gets one line, like every other error
-    parser.add_argument("--results", default=str(ROOT / "results"), help="folder of committed results")
+    parser.add_argument("--results", default=str(ROOT / "results"),
+                        help="folder of committed results; README.md and REPORT.md beside it get its tables")
     parser.add_argument("--runs", help="read new runs from this folder, and write REPORT.md there")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--collect", nargs="+", metavar="RUN", help="copy these run folders into --results, and stop")
@@ -966,31 +1177,32 @@ def main(argv=None):
         everything = load_all(path for path in new_paths if not path.parent.parent.name.endswith("-smoke"))
     if not everything:
         common.fail(f"{source}: no results there; run a stage first, for instance python stage1_baseline.py")
-    tables = {"overview": table_overview(everything),
-              "questions": table_claims(everything, PRIMARY_CLAIMS, adjust=True),
-              "claims": table_claims(everything, CLAIMS)}
-    tables |= {name: table_of(everything, *arguments) for name, arguments in TABLES.items()}
+    tables = all_tables(everything)
     if args.runs:
-        tables = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
-                  for dataset, results in everything.items()} | tables
-        texts = {source / "REPORT.md": "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n"}
+        reproduced = {f"reproduced: {dataset}": table_reproduced(results, committed.get(dataset, {}))
+                      for dataset, results in everything.items()}
+        parts = [f"## {name}\n\n{table}" for name, table in (reproduced | tables).items()]
+        texts = {source / "REPORT.md": "\n\n".join(parts) + "\n"}
     else:
-        texts = {ROOT / name: fill((ROOT / name).read_text(), tables) for name in ("README.md", "REPORT.md")}
-        texts[source / "TABLES.md"] = long_tables(everything, source)
+        texts = {path: fill(path.read_text(), tables) for path in texts_beside(source)}
+        texts[source / "TABLES.md"] = long_tables(everything, tables, source)
     changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if args.check:
         print(f"would change: {', '.join(map(str, changed))}" if changed else "texts agree with the results")
         raise SystemExit(bool(changed))
     for path in changed:
         common.write(path, texts[path].encode())
-    for name, chart in CHARTS.items():
-        path = source / ("" if args.runs else "figures") / f"{name}.png"
-        figure = chart(everything)
-        if any(axis.has_data() for axis in figure.axes):
-            common.write_with(path, figure.savefig, format="png", dpi=150)
-    for dataset, results in everything.items():
-        print(tables.get(f"reproduced: {dataset}", f"{dataset}: {len(results)} variants"))
-    print("written:", *(changed or ["nothing, texts agree with the results"]))
+    written = list(changed)
+    if args.runs:
+        print(*reproduced.values(), sep="\n")
+    else:
+        for name, chart in CHARTS.items():
+            figure = chart(everything)
+            if figure is not None:
+                path = source / "figures" / f"{name}.png"
+                common.write_with(path, figure.savefig, format="png", dpi=150)
+                written.append(path)
+    print("written:", *(written or ["nothing, the report agrees with the results"]))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def measured(seed=0):
         "latent": {"active_units": 223, "posterior_variance": 224.0},
         "robustness": {"steps": 10, "images": 201, "mean": 230.0, "rise": 231.0, "scores": {
             name: {"fd_local": score(fd), "hf_energy": score(fd + 10)} for name, fd in noise.items()}},
-        "latent_space": {"images": 202, "posterior": {"vae": score(260), "refined": score(261)}, "slerp": {
+        "latent_space": {
+            "images": 202, "probe_class_accuracy": 265.0, "probe_r2": {"detail": 266.0},
+            "posterior": {"vae": score(260), "refined": score(261)}, "slerp": {
             "vae": {"path_over_distance": 262.0}, "refined": {"path_over_distance": 263.0, "end_distance": 264.0}}},
         "prior_log_density": {"gaussian": score(-270), "gmm": score(-271), "flow": score(-272)},
         "density_of_samples": {"gmm": {"gmm": score(-280), "flow": score(-281)},
@@ -128,7 +130,8 @@ EXPECTED = {
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
     "noise rise": (231, 201), "noise 0 fd": (240, 201), "noise 0.4 fd": (243, 201),
-    "fd of real codes": (261, 202), "path / ends": (263, 202),
+    "fd of real codes": (261, 202), "path length": (263, None), "probe, class": (265, None),
+    "probe, bands": (266, None),
     "log p, gaussian": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
     "flow's log p of mixture samples": (-282, None), "mixture's log p of flow samples": (-281, None),
     "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
@@ -137,10 +140,11 @@ EXPECTED = {
     "sure, VAE": (310, 101), "unsure, VAE": (314, 101),
     "sure, refined": (311, 101), "unsure, refined": (315, 101), "own s": (320, 301), "other s": (321, 301),
     "steps evenly": (330, 999), "steps by s": (332, 999), "steps by other s": (333, 999),
-    "seconds, this": (342, None), "seconds, fixed": (340, None), "gflops, this": (343, None),
-    "gflops, fixed": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
-    "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205), "% GFLOPs": (375, None),
-    "% seconds": (371, None), "% seconds, batch 1": (370, None), "% memory": (372, None)}
+    "seconds, conditioned": (342, None), "seconds, plain": (340, None), "gflops, conditioned": (343, None),
+    "gflops, plain": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
+    "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205),
+    "GFLOPs saved, %": (375, None), "seconds saved, %": (371, None), "seconds saved, %, batch 1": (370, None),
+    "memory saved, %": (372, None)}
 
 
 def test_every_number_comes_from_its_place(tmp_path):
@@ -159,32 +163,47 @@ def test_every_number_comes_from_its_place(tmp_path):
 
 def test_every_number_of_tables_and_claims_has_a_name():
     """Columns and claims use each name of NUMBERS, and no other one. A variant is one that a command makes, and may end
-    in train settings that --set changes."""
+    in train settings that --set changes. Lower is better on both sides of a claim, and an arrow says so."""
     columns = {column for _, columns in final.TABLES.values() for column in columns.split("; ")}
     claims = final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS
-    sides = [side.rsplit(" of ", 1) for _, *both in claims for side in both]
+    sides = [side for _, *both in claims for side in both]
     assert columns | {name for name, _ in sides} == set(final.NUMBERS)
-    for _, variant in sides:
+    for name, variant in sides:
         assert {*re.findall(r"-(\w+)=", variant)} <= common.TRAIN.keys()
+        assert final.with_arrow(name) == f"{name} ↓"
     assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} <= {*VARIANTS}
     assert {variant for variants in final.SHEETS.values() for variant in variants} | {*final.OVERVIEW} <= {*VARIANTS}
     assert len({question for question, *_ in claims}) == len(claims)
     assert all(first != second for _, first, second in claims)
-    for question, first, _ in claims:  # what the question is about comes first
+    for question, (_, variant), _ in claims:  # what the question is about comes first
         for name in re.findall("`(film|fade|coupling)`", question):
-            assert first.endswith(f"-flow-{name}")
+            assert variant.endswith(f"-flow-{name}")
+
+
+def test_arrows():
+    """Down where lower is better, up where higher is, and none where neither is."""
+    arrows = {name: final.with_arrow(name).removeprefix(name).strip() for name in final.NUMBERS}
+    assert {name for name, arrow in arrows.items() if arrow == "↑"} == {
+        "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "GFLOPs saved, %", "seconds saved, %",
+        "seconds saved, %, batch 1", "memory saved, %"}
+    assert {name for name, arrow in arrows.items() if not arrow} == {
+        "hf_energy", "hf_energy, 6 steps", "evaluations", "kl_nats", "posterior variance", "log p, gaussian",
+        "log p, mixture", "log p, flow", "flow's log p of mixture samples", "mixture's log p of flow samples",
+        "rank, regressed", "rank, variance", "rank, posterior", "spread, sure", "spread, unsure", "nearest, samples",
+        "nearest, held out", "closer", "closer, pixels"}
 
 
 def test_times_are_those_of_the_first_seed(tmp_path):
-    """So are the savings in time. The two times of `cost` were taken in turn, and count for all seeds."""
+    """Times that were taken in turn, `cost` and `savings`, count for all seeds."""
     seeds = load(tmp_path, measured(10), measured(2))["shapes"]["stage2-anneal"]  # files are read in this order
     counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
-    assert {name for name, found in counted.items() if found == [2]} == {
-        "seconds", "train minutes", "% seconds", "% seconds, batch 1"}
+    assert {name for name, found in counted.items() if found == [2]} == {"seconds", "train minutes"}
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
     places = final.all_places(seeds[2])
-    assert {place for place in places if len(final.values_by_seed(seeds, place)) == 1} == {
-        place for place in places if "seconds" in place and "cost" not in place or "minutes" in place}
+    of_first = {place for place in places if len(final.values_by_seed(seeds, place)) == 1}
+    assert of_first == {place for place in places if re.search("seconds|minutes", place)
+                        and not place.startswith(("tables/uncertainty/cost", "tables/savings"))}
+    assert {"run/train_seconds", "steps/dpm 6/seconds_per_image"} < of_first
 
 
 def test_rows_by_name(tmp_path):
@@ -204,13 +223,27 @@ def test_rows_by_name(tmp_path):
 
 
 def test_results_of_the_former_version_are_read(tmp_path):
-    """Their rows have no `steps`, and their runs no `train`. To be removed when all results are remade."""
-    former = metrics(train=None)
-    for r in former["rows"]:
-        r["nfe"] = r.pop("steps")
-    seeds = load(tmp_path, former, metrics(seed=1))["shapes"]["stage1-form1"]
-    assert [final.number(m, "steps/dpm 5/fd") for m in seeds.values()] == [score(20), score(20)]
-    assert [final.number(m, "priors/gmm/fd") for m in seeds.values()] == [score(12), score(12)]
+    """Their rows have no `steps`, and count a guided step once. Their noise has neither mean nor rise, and rests on as
+    many images as the further rows. Their runs have no `train`. To be removed when all results are remade."""
+    many = []
+    for variant in ("stage1-form1", "stage1-guided"):
+        former = metrics(variant, train=None, eval=EVAL | {"grid_count": 60})
+        for r in former["rows"]:
+            r["nfe"] = r.pop("steps")
+        noise = {"clean": 10, "noise 0.1": 11, "noise 0.2": 14, "noise 0.4": 20}
+        former["tables"]["robustness"] = {"nfe": 10, "scores": {name: {"fd_local": score(fd)}
+                                                                for name, fd in noise.items()}}
+        many.append(former)
+    del many[1]["tables"]["robustness"]
+    results = load(tmp_path, *many)["shapes"]
+    form1, guided = results["stage1-form1"][0], results["stage1-guided"][0]
+    for m, evaluations in ((form1, 25), (guided, 50)):
+        assert final.number(m, "steps/dpm 5/fd") == score(20) and final.number(m, "priors/gmm/fd") == score(12)
+        assert final.number(m, "evaluations") == evaluations
+    assert [final.cell({0: form1}, name) for name in ("noise fd", "noise rise")] == ["15 (60)", "5 (60)"]
+    assert final.cell({0: guided}, "noise fd") == ""
+    new = load(tmp_path / "new", metrics())["shapes"]["stage1-form1"][0]
+    assert (final.number(new, "noise fd"), final.number(new, "evaluations")) == (20, 50)  # as they are
 
 
 def test_all_places():
@@ -223,11 +256,12 @@ def test_all_places():
 
 def test_numbers_as_text():
     """Three digits and, from a thousand on, all before the point. The standard deviation is that of a sample, with two
-    digits, and is left out where nothing differs by more than rounding."""
-    texts = {(2.0,): "2", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123", (999.9,): "1e+03",
-             (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2 ± 1", (1.0, 1.0, 4.0): "2 ± 1.7",
-             (1000.0, 3000.0): "2,000 ± 1,414", (-45.0, -46.0, -47.0): "-46 ± 1", (0.3, 0.3): "0.3",
-             (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0", (1.0, 1.0 + 1e-6): "1 ± 7.1e-07"}
+    significant digits, of which no zero is dropped. It is left out where nothing differs by more than rounding."""
+    texts = {(2.0,): "2", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123", (999.4,): "999",
+             (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2 ± 1.0", (1.0, 1.0, 4.0): "2 ± 1.7",
+             (1.0, 1.2, 1.4): "1.2 ± 0.20", (10.0, 20.0, 30.0): "20 ± 10", (10.0, 10.0, 40.0): "20 ± 17",
+             (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414", (-45.0, -46.0, -47.0): "-46 ± 1.0",
+             (0.3, 0.3): "0.3", (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0", (1.0, 1.0 + 1e-6): "1 ± 7.1e-07"}
     assert {values: final.mean_and_sd(list(values)) for values in texts} == texts
 
 
@@ -239,7 +273,7 @@ def test_cells(tmp_path):
     del slow["tables"]["bits_per_dim"]
     seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
     names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, gaussian", "fd, mixture", "bits/dim",
-             "noise fd", "noise 0.4 fd", "fd, 30 components", "% memory", "steps/dpm 5/fd")
+             "noise fd", "noise 0.4 fd", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
     cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
@@ -262,10 +296,10 @@ def test_compare_is_students_paired_test():
         low, high = expected.confidence_interval(0.95)
         found = final.compare(ours, theirs)
         assert found.pop("seeds") == len(ours)
-        assert found == pytest.approx({"change": (low + high) / 2, "low": low, "high": high, "p": expected.pvalue})
-    for ours, theirs, change in (([8.0], [10.0], math.log(0.8)), ([2.0, 3.0], [1.0, 1.0], math.log(6) / 2)):
-        assert final.compare(ours, theirs) == {"seeds": len(ours), "change": pytest.approx(change), "low": None,
-                                               "high": None, "p": None}
+        assert found == pytest.approx({"log_ratio": (low + high) / 2, "low": low, "high": high, "p": expected.pvalue})
+    for ours, theirs, log_ratio in (([8.0], [10.0], math.log(0.8)), ([2.0, 3.0], [1.0, 1.0], math.log(6) / 2)):
+        assert final.compare(ours, theirs) == {"seeds": len(ours), "log_ratio": pytest.approx(log_ratio),
+                                               "low": None, "high": None, "p": None}
     with pytest.raises(ValueError):
         final.compare([1.0, 2.0, 3.0], [1.0, 2.0])
 
@@ -273,7 +307,7 @@ def test_compare_is_students_paired_test():
 def test_compare_equal_ratios():
     """Nothing is divided by zero: the same on both sides is no change, and half of it is one beyond doubt."""
     same, half = final.compare([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), final.compare([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
-    assert same["change"] == 0 and same["p"] == pytest.approx(1)
+    assert same["log_ratio"] == 0 and same["p"] == pytest.approx(1)
     assert half["p"] < 1e-20 and half["low"] == pytest.approx(half["high"]) == pytest.approx(math.log(0.5))
 
 
@@ -288,25 +322,34 @@ def test_holm(p, adjusted):
 def test_changes_as_text():
     """A clear gain, a clear loss, a tie, one and two seeds. The adjusted p-value decides, where there is one."""
     base = [10.0, 11.0, 12.0]
-    describe = lambda ours, theirs: final.describe_change(final.compare(ours, theirs))  # noqa: E731
-    assert describe([5.0, 5.5, 6.6], base) == "lower by 48% (3 seeds: -55% to -41%)"  # ratios 0.5, 0.5, 0.55
-    assert describe([20.0, 22.0, 26.4], base) == "higher by 106% (3 seeds: +80% to +137%)"  # ratios 2, 2, 2.2
-    assert describe([12.0, 9.5, 12.5], base).startswith("not significant (3 seeds: ")
+
+    def describe(ours, theirs):
+        return final.describe_change(final.compare(ours, theirs))
+
+    # Ratios 0.5, 0.5 and 0.55; then 2, 2 and 2.2; then 1.2, 0.864 and 1.042; then 0.9, 0.9 and 0.8. The numbers are
+    # those of ttest_1samp.
+    for ours in ([5.0, 5.5, 6.6], [20.0, 22.0, 26.4], [12.0, 9.5, 12.5], [9.0, 9.9, 9.6]):
+        expected = ttest_1samp([math.log(a / b) for a, b in zip(ours, base, strict=True)], 0)
+        low, high = expected.confidence_interval(0.95)
+        texts = [final.percent(x) for x in ((low + high) / 2, low, high)]
+        significance = "significant" if expected.pvalue < 0.05 else "not significant"
+        assert describe(ours, base) == (f"{texts[0]} (95%: {texts[1]} to {texts[2]}), {significance}, "
+                                        f"p = {expected.pvalue:.2g}")
+    assert describe([5.0, 5.5, 6.6], base).startswith("-48% (95%: -55% to -41%), significant, p = 0.00")
+    assert describe([20.0, 22.0, 26.4], base).startswith("+106% (95%: +80% to +137%), significant, p = 0.00")
+    assert ", not significant, p = 0." in describe([12.0, 9.5, 12.5], base)
     assert describe([8.0], [10.0]) == "-20% (one run)"
     assert describe([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
-    text = describe([9.0, 9.9, 9.6], base)  # ratios 0.9, 0.9, 0.8; t(0.975, 2) = 4.3027
-    a, b = math.log(0.9), math.log(0.8)
-    mean, half = (2 * a + b) / 3, 4.302653 * (a - b) / 3  # their sd is (a - b) / sqrt(3)
-    low, high = (100 * (math.exp(mean + side) - 1) for side in (-half, half))
-    assert text == f"not significant (3 seeds: {low:+.0f}% to {high:+.0f}%)"
     # ratios 0.8, 0.8, 0.9 and 0.9: their geometric mean is the root of 0.72, their interval 0.761 to 0.945
     change = final.compare([8.0, 8.0, 9.0, 9.0], [10.0] * 4)
-    assert final.describe_change(change) == "lower by 15% (4 seeds: -24% to -5%)"
+    assert final.describe_change(change) == "-15% (95%: -24% to -5.5%), significant, p = 0.017"
     assert final.describe_change(change | {"adjusted": 0.0499}) == (
-        "lower by 15% (4 seeds: -24% to -5%, adjusted p = 0.05)")
+        "-15% (95%: -24% to -5.5%), significant, adjusted p = 0.05")
     assert final.describe_change(change | {"adjusted": 0.1234}) == (
-        "not significant (4 seeds: -24% to -5%, adjusted p = 0.12)")
-    assert [final.percent(math.log(x)) for x in (0.8, 1.0, 3.5, 0.004)] == ["-20%", "+0%", "+250%", "-100%"]
+        "-15% (95%: -24% to -5.5%), not significant, adjusted p = 0.12")
+    percents = {0.8: "-20%", 1.0: "+0.0%", 3.5: "+250%", 0.004: "-100%", 1.094: "+9.4%", 1.0994: "+9.9%",
+                1.0996: "+10%", 0.901: "-9.9%", 0.9: "-10%"}
+    assert {x: final.percent(math.log(x)) for x in percents} == percents
 
 
 def cells_of(table, question):
@@ -325,38 +368,39 @@ def test_claims(tmp_path):
         many.append(joint)
     everything = load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0))
     primary = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
-    assert primary.splitlines()[:2] == ["| question | first / second | shapes | cifar10 |",
+    assert primary.splitlines()[:2] == ["| question | compared | shapes | cifar10 |",
                                         "| --- | --- | --- | --- |"]
     quality = cells_of(primary, "**Quality**: does joint training help?")
     assert quality[0] == "fd: stage2-anneal / stage1-form1"
-    assert quality[1].startswith("5.5 ± 0.5 / 11 ± 1: lower by 50% (3 seeds: ") and quality[2] == "not run"
+    assert quality[1].startswith("5.5 ± 0.50 / 11 ± 1.0: -50% (95%: ") and quality[2] == "not measured"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
-    assert noise[1].startswith("11 ± 1 / 22 ± 2: lower by 50% (3 seeds: ")
+    assert noise[1].startswith("11 ± 1.0 / 22 ± 2.0: -50% (95%: ")
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
-    assert path[1].startswith("1.2 / 1.6 ± 0.1: lower by 25% (3 seeds: ")
+    assert path[1].startswith("1.2 / 1.6 ± 0.10: -25% (95%: ")
     claims = final.table_claims(everything, final.CLAIMS)
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
-    assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not run", "not run"]
+    assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
     assert cells_of(claims, "Does a fitted prior help?")[2] == "12 / 30: -60% (one run)"
-    for table, note in ((primary, "tested together (Holm's adjustment, 5%)"), (claims, "without adjustment")):
+    for table, note in ((primary, "the p-values are adjusted for that (Holm, 5%), the intervals are not."),
+                        (claims, "without adjustment")):
         assert note in table and "(VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probes" in table
 
 
 def test_guiding_questions():
     """What the four questions compare. The first side is what the question asks about."""
     assert {question.split("**")[1]: sides for question, *sides in final.PRIMARY_CLAIMS} == {
-        "Quality": ["fd of stage2-anneal", "fd of stage1-form1"],
-        "Efficiency": ["seconds, this of stage3-flow-film", "seconds, fixed of stage3-flow-film"],
-        "Robustness": ["noise fd of stage2-anneal", "noise fd of stage1-form1"],
-        "Latent space": ["path / ends of stage2-anneal", "path / ends of stage1-form1"]}
+        "Quality": [("fd", "stage2-anneal"), ("fd", "stage1-form1")],
+        "Efficiency": [("seconds, conditioned", "stage3-flow-film"), ("seconds, plain", "stage3-flow-film")],
+        "Robustness": [("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")],
+        "Latent space": [("path length", "stage2-anneal"), ("path length", "stage1-form1")]}
 
 
 def test_claims_pair_by_seed(tmp_path):
     """Seeds 1, 2 and 3 are common. Each ratio is 0.5 and no interval is left; another pairing would have one."""
     many = [metrics(seed=s, distance=10.0 * 2**s) for s in (3, 1, 2, 0)]
     many += [metrics("stage2-anneal", s, 5.0 * 2**s) for s in (1, 3, 2, 4)]
-    table = final.table_claims(load(tmp_path, *many), [("?", "fd of stage2-anneal", "fd of stage1-form1")])
-    assert "| 23.3 ± 15 / 46.7 ± 31: lower by 50% (3 seeds: -50% to -50%) |" in table
+    table = final.table_claims(load(tmp_path, *many), [("?", ("fd", "stage2-anneal"), ("fd", "stage1-form1"))])
+    assert "| 23.3 ± 15 / 46.7 ± 31: -50% (95%: -50% to -50%), significant, p = " in table
 
 
 def test_questions_of_a_data_set_are_tested_together(tmp_path):
@@ -371,19 +415,20 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
     p = {variant: ttest_1samp([math.log(factor) for factor in all_factors], 0).pvalue
          for variant, all_factors in factors.items()}
     assert p["stage2-anneal"] < 0.05 < 2 * p["stage2-anneal"] < p["stage1-guided"]
-    claims = [(variant, f"fd of {variant}", "fd of stage1-form1") for variant in (*factors, "bonus-latent")]
+    claims = [(variant, ("fd", variant), ("fd", "stage1-form1")) for variant in (*factors, "bonus-latent")]
     everything = load(tmp_path, *many)
     together = final.table_claims(everything, claims, adjust=True)
     alone = final.table_claims(everything, claims)
-    interval = "(3 seeds: -26% to -1%"
-    assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.5 / 10: lower by 15% {interval})"] * 2
+    low, high = ttest_1samp([math.log(factor) for factor in factors["stage2-anneal"]], 0).confidence_interval()
+    change, p_anneal = f"-15% (95%: {final.percent(low)} to {final.percent(high)})", p["stage2-anneal"]
+    assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.50 / 10: {change}, significant, p = {p_anneal:.2g}"] * 2
     assert cells_of(together, "stage2-anneal")[1:] == [
-        f"8.53 ± 0.5 / 10: not significant {interval}, adjusted p = {2 * p['stage2-anneal']:.2g})",
-        f"8.53 ± 0.5 / 10: lower by 15% {interval}, adjusted p = {p['stage2-anneal']:.2g})"]
-    assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g})")
+        f"8.53 ± 0.50 / 10: {change}, not significant, adjusted p = {2 * p_anneal:.2g}",
+        f"8.53 ± 0.50 / 10: {change}, significant, adjusted p = {p_anneal:.2g}"]
+    assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g}")
     for table in (alone, together):
-        assert cells_of(table, "stage1-vae")[1:] == ["25 ± 7.1 / 10: +145% (two runs)", "not run"]
-        assert cells_of(table, "bonus-latent")[1:] == ["not run", "not run"]
+        assert cells_of(table, "stage1-vae")[1:] == ["25 ± 7.1 / 10: +145% (two runs)", "not measured"]
+        assert cells_of(table, "bonus-latent")[1:] == ["not measured", "not measured"]
 
 
 # --- Which results may be compared -----------------------------------------------------------------------------------
@@ -439,7 +484,7 @@ def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
 
 
 def test_the_order_of_tables(tmp_path):
-    """Data sets and variants in the order of ORDER, then by the alphabet."""
+    """Data sets and variants in their orders, then by the alphabet."""
     variants = ["stage1-vae", "stage1-vae-beta=1", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal",
                 "stage2-sum", "stage3-flow-film", "bonus-latent"]
     many = [metrics(variant, dataset=dataset) for variant in reversed(variants)
@@ -482,8 +527,8 @@ def test_tables(tmp_path):
     many = [metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), changed, metrics("bonus-latent"),
             metrics(dataset="cifar10", distance=7.0)]
     everything = load(tmp_path, *many)
-    assert final.table_of(everything, "stage1-*", "fd; bits/dim; % memory").splitlines()[:5] == [
-        "| variant | fd ↓ | bits/dim ↓ | % memory ↑ |", "| --- | --- | --- | --- |",
+    assert final.table_of(everything, "stage1-*", "fd; bits/dim; memory saved, %").splitlines()[:5] == [
+        "| variant | fd ↓ | bits/dim ↓ | memory saved, % ↑ |", "| --- | --- | --- | --- |",
         "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] (128) |  |",
         "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |", "| cifar10 stage1-form1 | 7 [6, 8] | 3 [2, 4] (128) |  |"]
     rows = lambda variants, columns="fd": [  # noqa: E731
@@ -491,12 +536,29 @@ def test_tables(tmp_path):
         for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
     assert rows("*=*") == rows("*-beta=*") == ["shapes stage1-vae-beta=0.25"] and rows("*-beta*") == []
     assert rows("cifar10/stage1-* *-latent") == ["shapes bonus-latent", "cifar10 stage1-form1"]
-    assert rows("stage1-v") == rows("tage2-*") == rows("*", "% memory") == []
+    assert rows("stage1-v") == rows("tage2-*") == rows("*", "memory saved, %") == []
     assert rows("shapes/*-form1 *-form1") == ["shapes stage1-form1", "cifar10 stage1-form1"]
-    note = final.table_of(everything, "cifar10/*", "fd").splitlines()[-1]
-    assert note == f"*{final.describe_data('cifar10', everything['cifar10'])} {final.NOTE}.*"
     shown = {name for name, arguments in final.TABLES.items() if "beta=0.25" in final.table_of(everything, *arguments)}
     assert shown == {"recipe"}
+
+
+def test_the_note_explains_the_cells(tmp_path):
+    """Each of four parts stands there only if the table has such cells."""
+    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
+    data = {dataset: final.describe_data(dataset, results) for dataset, results in everything.items()}
+    spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
+    images, times = "(n): measured on n images", "times: first seed"
+    for patterns, columns, note in (
+            ("cifar10/*", "fd", f"*{data['cifar10']} {interval}.*"),
+            ("shapes/*", "fd", f"*{data['shapes']} {spread}.*"),
+            ("cifar10/*", "fd, gaussian", f"*{data['cifar10']} {interval}; {images}.*"),
+            ("cifar10/*", "seconds", f"*{data['cifar10']} {times}.*"),
+            ("*", "fd; seconds; noise fd", f"*{' '.join(data.values())} {spread}; {interval}; {images}; {times}.*")):
+        assert final.table_of(everything, patterns, columns).splitlines()[-1] == note
+    plain = "| shapes stage3-flow-film | 1.5 |"
+    assert final.with_note(plain, ["seconds, conditioned"]) == plain  # taken in turn
+    assert final.with_note(plain, ["fd"], ["shapes: drawn."]) == f"{plain}\n\n*shapes: drawn.*"
+    assert final.table_overview(everything).endswith(f" {spread}; {interval}.*")
 
 
 def test_every_pattern_fits_a_variant(tmp_path):
@@ -522,24 +584,32 @@ def test_the_sentence_about_the_data(tmp_path):
 
 
 def test_long_tables(tmp_path):
-    """Every number of every stage by its place, with one line for each; settings are none. Then the further claims,
-    the feature networks and the benchmark."""
+    """The variants and all tables. Every number of every stage by its place, with one line for each; settings are none.
+    Then the feature networks and the benchmark."""
     many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
     many[3]["run"]["dataset"] = "cifar10"
     everything = load(tmp_path, *many)
     (tmp_path / "features").mkdir()
-    for name, value in (("shapes-0123abcd", 0.5), ("cifar10-0123abcd", 0.25), ("cifar10-nohashxx", 9),
+    for name, value in (("shapes-0123abcd", 0.5), ("cifar10-0123abcd", 0.25), ("cifar10-nohash", 9),
                         ("photos-0123abcd", 9)):
         report = {"accuracy": value, "floor": value / 5, "noise": {"0.1": 76.5}, "note": "x"}
         (tmp_path / "features" / f"{name}.json").write_text(json.dumps(
             report if "shapes" in name else report | {"size": 64}))
     (tmp_path / "benchmark.txt").write_text("fast\n")
-    text = final.long_tables(everything, tmp_path)
-    assert re.findall("## (.*)", text) == [*final.TABLES, "claims", "further claims", "shapes, stage1", "shapes, bonus",
-                                           "cifar10, stage2", "features", "benchmark"]
+    tables = final.all_tables(everything)
+    text = final.long_tables(everything, tables, tmp_path)
+    assert re.findall("## (.*)", text) == ["variants", "overview", *final.TABLES, "questions", "claims",
+                                           "further claims", "shapes, stage1", "shapes, bonus", "cifar10, stage2",
+                                           "features", "benchmark"]
+    assert "## variants\n\n| variant | what it is |\n| --- | --- |\n| `stage1-vae` | the VAE alone |\n" in text
+    assert all(f"\n| `{variant}` | {what_it_is} |\n" in text for variant, what_it_is in final.VARIANTS.items())
     for name, arguments in final.TABLES.items():
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
-    assert f"## claims\n\n{final.table_claims(everything, final.CLAIMS)}\n\n" in text
+    for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
+        assert f"## {name}\n\n{final.table_claims(everything, claims)}\n\n" in text
+    questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
+    assert f"## questions\n\n{questions}\n\n" in text
+    assert f"## overview\n\n{final.table_overview(everything)}\n\n" in text
     stage1, stage2 = (text.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("shapes, stage1", "cifar10, stage2"))
     for line in ("|  | stage1-vae | stage1-form1 |", "| headline/fd | 10 [9, 11] | 11.5 ± 2.1 |",
                  "| steps/dpm 5/fd | 20 [19, 21] (50) | 21.5 ± 2.1 (50) |",
@@ -547,24 +617,26 @@ def test_long_tables(tmp_path):
                  "| robustness/scores/noise 0.1/fd | 11 [10, 12] (50) | 12.7 ± 2.3 (50) |",
                  "| run/train_minutes | 1.5 | 1.5 |", "| run/gflops | 0.5 | 0.5 |"):
         assert stage1.count(f"\n{line}\n") == 1
-    places = [line.split(" | ")[0].removeprefix("| ") for line in stage2.split("| --- |")[1].splitlines()[1:] if line]
+    lines = stage2.split("| --- |")[1].splitlines()
+    places = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert sorted({*places}) == sorted(places)  # no place comes twice
     assert not [place for place in places if re.match("run/(seed|eval|train/)|.*_local", place)]
     numbers = everything["cifar10"]["stage2-anneal"][0]
     for name, place in final.NUMBERS.items():
         assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
     assert final.describe_data("cifar10", everything["cifar10"]) in stage2
+    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2 and "times: first seed" in stage2
     features = text.split("## features\n")[1].split("\n## ")[0].strip().splitlines()
     assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
                         "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
                         "| size | 64 |  |"]
     assert text.endswith("## benchmark\n\n```\nfast\n```\n")
-    assert "| Does `fade` help? | fd: stage3-flow-fade / stage3-flow-fixed | not run | not run |" in text
+    assert "| Does `fade` help? | fd: stage3-flow-fade / stage3-flow-fixed | not measured | not measured |" in text
 
 
 def test_reproduced(tmp_path):
-    """Within 25% of one committed seed, or where Student's interval of three expects another run. What lies further
-    off, has other settings, or has nothing to be compared with is said to."""
+    """Within 25% of the committed run of the same seed or, if there is none, of the mean over the committed seeds. What
+    lies further off, has other settings, or has nothing to be compared with is said to."""
     fresh = load(tmp_path / "fresh", metrics(distance=12.4), metrics("stage1-vae", 0, 40.0), metrics("bonus-latent"))
     one = load(tmp_path / "one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
     lines = final.table_reproduced(fresh["shapes"], one["shapes"]).splitlines()
@@ -577,31 +649,32 @@ def test_reproduced(tmp_path):
         ("| stage1-vae", "hf_energy"): ["47 [46, 48]", "37 [36, 38]", "NOT reproduced (off by 27%) |"],
         ("| bonus-latent", "fd"): ["10 [9, 11]", "", "nothing committed |"],
         ("| bonus-latent", "hf_energy"): ["17 [16, 18]", "", "nothing committed |"]}
-    two = load(tmp_path / "two", metrics(distance=10.0), metrics(seed=1, distance=13.0))["shapes"]
-    assert "| NOT reproduced (off by 30%)" in final.table_reproduced(two, one["shapes"])  # of its seeds the farthest
-    assert "| 12.4 [11.4, 13.4] | 11.5 ± 2.1 | reproduced (off by 8%)" in final.table_reproduced(fresh["shapes"], two)
-    for k, distance in enumerate((8.7, 8.6, 14.5)):  # 24.3% below 11.5, 25.2% below, 26% above
-        far = load(tmp_path / f"far{k}", metrics(distance=distance))["shapes"]
-        assert ("NOT" in final.table_reproduced(far, two).splitlines()[2]) == (k > 0)
+    committed = load(tmp_path / "three", *(metrics(seed=seed, distance=distance) for seed, distance in
+                                           ((0, 10.0), (1, 13.0), (2, 100.0))))["shapes"]  # their mean is 41
+    for k, (new, conclusion) in enumerate((
+            ({0: 12.4}, "reproduced (off by 24%)"), ({0: 7.6}, "reproduced (off by 24%)"),
+            ({0: 12.6}, "NOT reproduced (off by 26%)"), ({0: 7.4}, "NOT reproduced (off by 26%)"),
+            ({0: 12.4, 1: 13.0}, "reproduced (off by 24%)"), ({0: 13.0}, "NOT reproduced (off by 30%)"),
+            ({0: 12.4, 1: 17.0}, "NOT reproduced (off by 31%)"),  # the farthest of them counts
+            ({1: 10.0}, "reproduced (off by 23%)"), ({7: 40.0}, "reproduced (off by 2%)"),
+            ({7: 10.0}, "NOT reproduced (off by 76%)"))):
+        found = load(tmp_path / f"new{k}", *(metrics(seed=seed, distance=distance) for seed, distance in new.items()))
+        assert final.table_reproduced(found["shapes"], committed).splitlines()[2].endswith(f"| {conclusion} |")
     for change, text in (({"eval": EVAL | {"count": 40}}, "count was 100, is now 40"),
                          ({"train": {"beta": 9.0}}, "beta was 1.0, is now 9.0")):
         few = load(tmp_path / text, metrics(**change))["shapes"]
         assert f"| not comparable: {text} |" in final.table_reproduced(few, one["shapes"])
-    three = load(tmp_path / "three", *(metrics(seed=s, distance=10 + 0.1 * s) for s in (0, 1, 2)))
-    table = final.table_reproduced(fresh["shapes"], three["shapes"])
-    assert "| stage1-form1 | fd | 12.4 [11.4, 13.4] | 10.1 ± 0.1 | NOT reproduced (off by 23%) |" in table
-    for k, distance in enumerate((11.24, 11.25)):  # t(0.995; 2) = 9.925, times 0.1 and the root of 4/3: 1.146 from 10.1
-        near = load(tmp_path / f"near{k}", metrics(distance=distance))["shapes"]
-        line = final.table_reproduced(near, three["shapes"]).splitlines()[2]  # of fd
-        assert f"| {'NOT ' * k}reproduced (off by 11%)" in line
 
 
 def lines_of(axis):
-    """{label: (xs, means, sds)} of the lines with bars on an axis."""
+    """{label: (xs, means, sds)} of the lines on an axis. The sd is None where there is no bar."""
     found = {}
     for line in axis.containers:
         (xs, means), (bars,) = line.lines[0].get_data(), line.lines[2]
-        found[line.get_label()] = list(xs), list(means), [(top - low) / 2 for (_, low), (_, top) in bars.get_segments()]
+        sds = []
+        for segment in bars.get_segments():
+            sds.append((segment[1][1] - segment[0][1]) / 2 if len(segment) else None)
+        found[line.get_label()] = list(xs), list(means), sds
     return found
 
 
@@ -617,21 +690,24 @@ def test_chart_of_noise(tmp_path):
     sd = (13.5 / 2) ** 0.5  # of 10, 10 and 14.5: the squares of what they are off their mean sum to 13.5
     assert lines_of(shapes) == {"stage1-form1": ([0, 0.1, 0.4], pytest.approx([11.5, 12.65, 46]),
                                                  pytest.approx([sd, 1.1 * sd, 4 * sd]))}
-    assert lines_of(cifar10) == {"stage1-vae": ([0, 0.1, 0.4], pytest.approx([10, 11, 40]), [0, 0, 0])}
+    assert lines_of(cifar10) == {"stage1-vae": ([0, 0.1, 0.4], pytest.approx([10, 11, 40]), [None] * 3)}
     assert (shapes.get_title(), cifar10.get_title(), shapes.get_yscale()) == ("shapes", "cifar10", "log")
 
 
 def test_chart_of_costs(tmp_path):
-    """fd of the rows with few images, above by evaluations, below by the seconds of the first seed."""
-    other = measured()
-    other["run"]["dataset"] = "cifar10"
-    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), other)
+    """fd of the rows with few images, above by evaluations, below by the seconds of the first seed. A single run has no
+    bars."""
+    runs = [metrics(), metrics(seed=1, distance=13.0), measured()]
+    for found in runs[:2]:
+        found["rows"][2] |= {"steps": 6, "nfe": 12}
+    runs[2]["run"]["dataset"] = "cifar10"
+    everything = load(tmp_path, *runs)
     by_evaluations, other_evaluations, by_seconds, other_seconds = final.chart_cost(everything).axes
     sd = 1.5 * 2**0.5
-    assert lines_of(by_evaluations) == {"stage1-form1": ([10, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
+    assert lines_of(by_evaluations) == {"stage1-form1": ([12, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
     assert lines_of(by_seconds) == {"stage1-form1": ([20.5, 12.5], [21.5, 13.5], pytest.approx([sd, sd]))}
-    assert lines_of(other_evaluations) == {"stage2-anneal": ([12, 20, 50], [150, 160, 170], [0, 0, 0])}
-    assert lines_of(other_seconds) == {"stage2-anneal": ([150.5, 160.5, 170.5], [150, 160, 170], [0, 0, 0])}
+    assert lines_of(other_evaluations) == {"stage2-anneal": ([12, 20, 50], [150, 160, 170], [None] * 3)}
+    assert lines_of(other_seconds) == {"stage2-anneal": ([150.5, 160.5, 170.5], [150, 160, 170], [None] * 3)}
     assert by_evaluations.get_xscale() == by_evaluations.get_yscale() == "log"
 
 
@@ -648,9 +724,9 @@ def test_chart_of_claims(tmp_path):
     texts = [label.get_text().split("\n") for label in axis.get_yticklabels()]
     names = [question for question, _ in texts]
     assert [sides for _, sides in texts][:2] == ["fd: stage2-anneal / stage1-form1",
-                                                 "stage3-flow-film: seconds, this / seconds, fixed"]
+                                                 "stage3-flow-film: seconds, conditioned / seconds, plain"]
     assert "fd, mixture of stage1-form1 / fd of stage1-vae" == final.describe_sides(
-        ("?", "fd, mixture of stage1-form1", "fd of stage1-vae"))
+        ("?", ("fd, mixture", "stage1-form1"), ("fd", "stage1-vae")))
     assert names[0] == "Quality: does joint training help?" and len(names) == len(final.PRIMARY_CLAIMS + final.CLAIMS)
     marks = {}  # {(row, shift): (ratio, filled)}
     intervals = {}
@@ -680,21 +756,26 @@ def test_chart_of_claims(tmp_path):
 
 
 def test_chart_of_steps(tmp_path):
-    """The change in percent against even steps, paired by seed: mean and sd over seeds."""
+    """The change in percent against even steps, paired by seed: mean and sd over seeds. A single run has no bar of an
+    sd. All data sets have the same scale."""
     runs = []
-    for seed, (even, by_s, by_other) in enumerate(((10, 9, 11), (20, 19, 21))):
-        found = metrics("stage3-flow-film", seed)
+    for dataset, seed, even, by_s, by_other in (("shapes", 0, 10, 9, 11), ("shapes", 1, 20, 19, 21),
+                                                ("cifar10", 0, 10, 8, 9)):
+        found = metrics("stage3-flow-film", seed, dataset=dataset)
         names = {"even": even, "adaptive_steps": by_s, "shuffled_steps": by_other}
         found["tables"]["uncertainty"] = {"adaptive_refinement": {
             name: {"fd_local": score(fd)} for name, fd in names.items()}}
         runs.append(found)
-    axis, = final.chart_steps(load(tmp_path, *runs, metrics("stage3-flow-fixed"))).axes
-    bars = [box for box in axis.containers if hasattr(box, "patches")]
+    axes = final.chart_steps(load(tmp_path, *runs, metrics("stage3-flow-fixed"))).axes
+    bars, single_bars = ([box for box in axis.containers if hasattr(box, "patches")] for axis in axes)
     assert [bar.get_label() for bar in bars] == ["steps by s", "steps by other s"]
     assert [bar.patches[0].get_x() for bar in bars] == pytest.approx([1.6, 2.0])  # at film, the third of the variants
     assert [bar.patches[0].get_height() for bar in bars] == pytest.approx([-7.5, 7.5])
     spread = [bar.errorbar.lines[2][0].get_segments()[0] for bar in bars]
     assert [(top - low) / 2 for (_, low), (_, top) in spread] == pytest.approx([1.25 * 2**0.5 * 2] * 2)
+    assert [bar.patches[0].get_height() for bar in single_bars] == pytest.approx([-20, -10])
+    assert [len(bar.errorbar.lines[2][0].get_segments()[0]) for bar in single_bars] == [0, 0]
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[0] < -20 and axes[0].get_ylim()[1] > 7.5
 
 
 def test_chart_of_priors(tmp_path):
@@ -722,20 +803,33 @@ def test_chart_of_priors(tmp_path):
 
 
 def test_chart_of_the_recipe(tmp_path):
-    """Bars of seed 0, of runs with a changed setting beside the unchanged one, whose sd over seeds is a band."""
+    """Bars of seed 0, of form1 with changed settings below the unchanged one. Dots on its bar are its runs of all
+    seeds. Other variants, guided ones too, are not shown. The unchanged form1 may lack seed 0."""
     changed = [metrics(f"{variant}-beta={beta}", seed, beta * 10, train={"beta": beta}) for variant, beta, seed in
-               (("stage1-form1", 0.5, 0), ("stage1-form1", 0.5, 1), ("stage2-anneal", 0.25, 0))]
-    everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), *changed)
-    fd, hf_energy = final.chart_recipe(everything).axes
-    for axis, shift in ((fd, 0), (hf_energy, SCORES.index("hf_energy"))):
-        box, = axis.containers
-        assert [label.get_text() for label in axis.get_yticklabels()] == ["form1", "form1-beta=0.5"]
-        assert [patch.get_width() for patch in box.patches] == [10 + shift, 5 + shift]
-        band, = (patch for patch in axis.patches if patch not in box.patches)
-        assert band.get_x() == pytest.approx(10 + shift - 1.5 * 2**0.5)
-        assert band.get_width() == pytest.approx(3 * 2**0.5)
-    fd, _ = final.chart_recipe(load(tmp_path / "one", metrics())).axes  # one seed has no band
-    assert len(fd.patches) == 1
+               (("stage1-form1", 0.5, 0), ("stage1-form1", 0.5, 1), ("stage1-form1", 0.125, 1),
+                ("stage1-guided", 0.25, 0), ("stage2-anneal", 0.25, 0))]
+    others = [metrics("stage1-vae"), metrics("stage1-form1", dataset="cifar10")]
+    two = metrics(), metrics(seed=1, distance=13.0)
+    for home, unchanged, distances in (("both", two, [10, 13]), ("second", two[1:], [13])):
+        fd, hf_energy = final.chart_recipe(load(tmp_path / home, *unchanged, *changed, *others)).axes
+        for axis, shift in ((fd, 0), (hf_energy, SCORES.index("hf_energy"))):
+            assert [label.get_text() for label in axis.get_yticklabels()] == ["form1", "form1-beta=0.5"]
+            bars = {patch.get_y() + patch.get_height() / 2: patch.get_width() for patch in axis.patches}
+            assert bars == {y: x + shift for y, x in ((0, 10), (1, 5)) if y or home == "both"}
+            dots, = axis.lines
+            assert list(dots.get_xdata()) == [x + shift for x in distances] and set(dots.get_ydata()) == {0}
+    assert final.chart_recipe(load(tmp_path / "none", *two, *others)) is None
+    assert final.chart_recipe(load(tmp_path / "no form1", *changed)) is None
+
+
+@pytest.mark.parametrize("name", final.CHARTS)
+def test_no_empty_chart_is_drawn(name, tmp_path):
+    """There is none of a run that has nothing to show in it, and main writes no file for it."""
+    bare = metrics("stage1-vae")
+    bare["tables"] = {}
+    assert final.CHARTS[name](load(tmp_path / "results", bare)) is None
+    final.main(["--results", str(tmp_path / "results")])
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"stage1-vae-s0.json", "TABLES.md"}
 
 
 # --- Collecting -------------------------------------------------------------------------------------------------------
@@ -795,8 +889,8 @@ def test_collect_and_runs(project, capsys):
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
-    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "overview", "questions",
-                                             "claims", *final.TABLES]
+    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "overview", *final.TABLES,
+                                             "questions", "claims", "further claims"]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
     assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
@@ -804,24 +898,27 @@ def test_collect_and_runs(project, capsys):
     assert parts["claims"].strip() == final.table_claims(everything, final.CLAIMS)
     for name, arguments in final.TABLES.items():
         assert parts[name].strip() == final.table_of(everything, *arguments)
-    assert Image.open(project / "runs" / "claims.png").width == 1500
-    assert not (project / "runs" / "priors.png").exists()  # there is nothing to show
+    assert capsys.readouterr().out.endswith(f"written: {project / 'runs' / 'REPORT.md'}\n")
+    assert not [*(project / "runs").glob("*.png")]  # only the report is promised
+    final.main(["--runs", str(project / "runs")])
+    assert capsys.readouterr().out.endswith("written: nothing, the report agrees with the results\n")
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
 
 
 def test_collect_refuses_smoke_and_other_budgets(project, capsys):
-    """One line names both files and budgets, and nothing is written, not even the runs that come before."""
+    """One line names the run and why, and nothing is written, not even the runs that come before."""
     good = save_run(project)
     final.main(["--collect", good])
     before = content(project / "results")
     vae = save_run(project, "stage1-vae")
     smoke, gpu = (save_run(project, budget=budget) for budget in ("smoke", "gpu"))
     new_smoke = save_run(project, "stage2-sum", budget="smoke")
-    for run, budgets in ((smoke, ("smoke", "cpu")), (gpu, ("gpu", "cpu")), (new_smoke, ("smoke", "none yet"))):
-        target = project / "results" / "shapes" / f"{run.split('/')[-1]}.json"
-        expect_error(capsys, lambda run=run: final.main(["--collect", vae, run]),
-                     f"{run}/metrics.json (budget {budgets[0]})", f"{target} (budget {budgets[1]})")
+    target = project / "results" / "shapes" / "stage1-form1-s0.json"
+    for run, words in ((smoke, ["has the budget smoke"]), (new_smoke, ["has the budget smoke"]),
+                       (gpu, ["(budget gpu) must not become", f"{target} (budget cpu)"])):
+        expect_error(capsys, lambda run=run: final.main(["--collect", vae, run]), f"{run}/metrics.json", *words,
+                     "leave it out; nothing was written")
         assert content(project / "results") == before
     final.main(["--collect", save_run(project, "stage2-sum", budget="gpu")])  # replaces nothing
 
@@ -853,6 +950,34 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     assert not [*project.glob("results/figures/photos*")]
     final.main(["--runs", str(project / "runs")])
     assert "photos stage1-form1" in (project / "runs" / "REPORT.md").read_text()
+
+
+def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
+    """With --results, the README.md and REPORT.md of this repository stay as they are. Every file that is written is
+    named."""
+    marked = "<!-- table claims -->\n<!-- end -->\n"
+    for home in ("repository", "other"):
+        (tmp_path / home).mkdir()
+        (tmp_path / home / "README.md").write_text(marked)
+    (tmp_path / "repository" / "REPORT.md").write_text(marked)  # the other one has none
+    monkeypatch.setattr(final, "ROOT", tmp_path / "repository")
+    runs = [metrics(seed=seed) for seed in (0, 1)]
+    for found in runs:
+        found["rows"][2] |= {"steps": 6}
+    save(tmp_path / "other" / "results", *runs, metrics("stage1-vae"))
+    results = tmp_path / "other" / "results"
+    final.main(["--results", str(results)])
+    assert {path.name: path.read_text() for path in (tmp_path / "repository").iterdir()} == {
+        "README.md": marked, "REPORT.md": marked}
+    claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.CLAIMS)
+    assert (tmp_path / "other" / "README.md").read_text() == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
+    charts = [results / "figures" / f"{name}.png" for name in ("claims", "cost", "noise")]
+    assert capsys.readouterr().out.splitlines()[-1] == " ".join(
+        map(str, ["written:", tmp_path / "other" / "README.md", results / "TABLES.md", *charts]))
+    assert all(Image.open(path).width == 1500 for path in charts)
+    assert {*tmp_path.glob("other/**/*.png")} == {*charts} and not (tmp_path / "other" / "REPORT.md").exists()
+    final.main(["--results", str(results)])
+    assert capsys.readouterr().out.splitlines()[-1] == " ".join(map(str, ["written:", *charts]))
 
 
 # --- The texts -------------------------------------------------------------------------------------------------------
@@ -914,7 +1039,7 @@ def test_sizes():
 
 
 def test_every_claim_and_column_has_numbers():
-    """A misspelt variant or column would show as "not run" or as an empty column."""
+    """A misspelt variant or column would show as "not measured" or as an empty column."""
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
     for claim in final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS:
         assert final.compare_sides(everything["shapes"], claim), claim  # of shapes, all are tested
@@ -929,9 +1054,11 @@ def test_charts_of_the_results():
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
     for name, chart in final.CHARTS.items():
         for axis in chart(everything).axes:
-            assert axis.has_data(), name
+            assert axis.containers or axis.lines and name in ("claims", "priors"), name  # which draw no bars
             lines = [line.lines[0] for line in axis.containers if hasattr(line, "lines") and line.lines[0]]
             assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines), name
+    colours = [colour for colour, _ in final.LOOKS.values()]
+    assert len({*colours}) == len(colours)
 
 
 def test_pictures():
