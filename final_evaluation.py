@@ -178,7 +178,7 @@ TABLES = {
     "joint": ("stage1-form1 shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
               "fd; is; precision; kl_nats; noise fd; seconds"),
     "conditioning": (" ".join(CONDITIONINGS),
-                     "fd; is; noise fd; spread, sure; spread, unsure; seconds, conditioned"),
+                     "fd; is; precision; noise fd; spread, sure; spread, unsure"),
     "latent diffusion": ("stage1-uncond stage1-form1 bonus-latent",
                          "fd; is; diversity; GFLOPs saved, %; seconds saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -198,8 +198,8 @@ TABLES = {
                     "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
                     "unsure, refined"),
     "steps by uncertainty": (" ".join(CONDITIONINGS),
-                             "steps evenly; steps by s; steps by other s; own s; other s; gflops, conditioned; "
-                             "gflops, plain"),
+                             "steps evenly; steps by s; steps by other s; own s; other s; seconds, conditioned; "
+                             "seconds, plain; gflops, conditioned; gflops, plain"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
