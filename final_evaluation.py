@@ -78,6 +78,7 @@ VARIANTS = {
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
     "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
+    "fd before": "tables/before_refinement/fd",  # of the VAE's images of the same codes, before they are refined
     "is": "headline/is",  # Inception Score, of the classes that the feature network knows; higher is better
     "precision": "headline/precision",  # share of samples that look like real images
     "recall": "headline/recall",  # share of real images that samples look like
@@ -173,12 +174,12 @@ NUMBERS = {
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # REPORT.md shows the first four tables, TABLES.md shows all of them.
 TABLES = {
-    "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
-                "fd; is; precision; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
-              "fd; is; precision; kl_nats; noise fd; seconds"),
+    "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
+                "fd; floor; is; hf_energy; evaluations; seconds"),
+    "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
+              "fd before; fd; is; hf_energy; kl_nats; noise fd"),
     "conditioning": (" ".join(CONDITIONINGS),
-                     "fd; is; precision; noise fd; spread, sure; spread, unsure"),
+                     "fd; is; sure, refined; unsure, refined; spread, sure; spread, unsure"),
     "latent diffusion": ("stage1-uncond stage1-form1 bonus-latent",
                          "fd; is; diversity; GFLOPs saved, %; seconds saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -194,13 +195,13 @@ TABLES = {
                "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
-    "uncertainty": ("stage3-flow-fixed",
+    "uncertainty": (" ".join(CONDITIONINGS),
                     "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
                     "unsure, refined"),
     "steps by uncertainty": (" ".join(CONDITIONINGS),
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds, conditioned; "
                              "seconds, plain; gflops, conditioned; gflops, plain"),
-    "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-film",
+    "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent space diffusion": ("bonus-latent",
@@ -245,6 +246,8 @@ CLAIMS = [  # of all others, the most important ones
     ("What does latent diffusion cost?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
+    ("Does joint training improve the VAE's own samples?", ("fd before", "stage2-anneal"),
+     ("fd before", "stage1-form1")),
     ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
     ("Does dividing the loss by its mean at each noise level help?",
      ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),

@@ -123,8 +123,9 @@ def measured(seed=0):
 
 # Of each name: the number in `measured`, and the number of images that it rests on.
 EXPECTED = {
-    "fd": (100, 1000), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000), "recall": (105, 1000),
-    "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000), "evaluations": (20, 1000),
+    "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000),
+    "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
+    "evaluations": (20, 1000),
     "fd, 6 steps": (150, 200), "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
     "hf_energy, 6 steps": (157, 200), "fd, gaussian": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
