@@ -19,7 +19,7 @@ Expect  fewer minutes than stage 1, and a table of scores. The scores of the aut
         FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
         from torch.profiler.
         On shapes latent diffusion takes less than half the seconds if images are sampled in batches, but more if they
-        are sampled one by one. Its Frechet distance is eight times as high: it has to draw everything from noise.
+        are sampled one by one. Its Frechet distance is seven times as high: it has to draw everything from noise.
 """
 
 import argparse

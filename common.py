@@ -1039,7 +1039,8 @@ EVAL = {
     "count": 1000,  # images of the headline
     "batch": 100,  # images sampled at a time
     "temperature": 1.0,  # factor of the noise in x_start
-    "grid": [["ddim", 6], ["ddim", 25], ["dpm", 6], ["dpm", 10], ["dpm", 25]],  # samplers and steps of further rows
+    # Samplers and steps of further rows
+    "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images of each further row, and of each probe
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
     "bits_images": 128, "bits_draws": 40,  # held-out images and times per image from which the bound is estimated

@@ -52,7 +52,7 @@ VARIANTS = {
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
     "stage1-form1": "the VAE's image `x_hat`, refined by a diffusion model",
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
-    "stage1-guided": "`form1`, moved away from the errors of a refiner that was trained for a tenth of the steps",
+    "stage1-guided": "`form1`, pushed away from what a worse refiner predicts, trained for a tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
     "stage2-anneal": "VAE and refiner trained together; the weight of the diffusion loss grows meanwhile",
     "stage2-anneal-grad-none": "the same, but the refiner's loss does not reach the VAE",
@@ -499,15 +499,18 @@ def values_by_seed(seeds, name):
     return values
 
 
+def rounded(x, digits):
+    """A number as text with this many significant digits, zeros at the end included, or with all before the point."""
+    return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
+
+
 def mean_and_sd(values):
-    """Numbers as text: their mean and, if they differ, their standard deviation with two significant digits."""
+    """Numbers as text: their mean and, if they differ, their standard deviation."""
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
-    mean_text = f"{mean:.3g}" if abs(mean) < 999.5 else f"{mean:,.0f}"
-    if sd <= 1e-9 * abs(mean):  # they differ by rounding alone
-        return mean_text
-    sd_text = f"{sd:#.2g}".rstrip(".") if sd < 99.5 else f"{sd:,.0f}"
-    return f"{mean_text} ± {sd_text}"
+    if sd <= 1e-9 * abs(mean):  # they differ by rounding alone, or there is only one
+        return f"{mean:.3g}" if abs(mean) < 999.5 else f"{mean:,.0f}"
+    return f"{rounded(mean, 3)} ± {rounded(sd, 2)}"
 
 
 def cell(seeds, name):
@@ -937,14 +940,14 @@ def chart_claims(everything):
 
 
 def chart_cost(everything):
-    """fd against what sampling costs, with DPM-Solver++ of 6, 10 and 25 steps: above, by evaluations of the network,
+    """fd against what sampling costs, with DPM-Solver++ of 2 to 25 steps: above, by evaluations of the network,
     below, by seconds per image (of the first seed)."""
     figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
     panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
     for axis, (cost, (dataset, results)) in zip(axes, panels, strict=True):
         for variant in MAIN_VARIANTS:
             seeds, points = results.get(variant, {}), {}
-            for steps in (6, 10, 25):
+            for steps in (2, 4, 6, 10, 25):
                 costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())
                 if costs:
                     points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd")

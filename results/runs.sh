@@ -19,6 +19,7 @@ run stage3_adaptive.py --conditioning fixed
 run stage3_adaptive.py --conditioning film
 if [ "$dataset" = shapes ] || [ "$seed" = 0 ]; then
     run bonus_latent.py
+    run stage2_joint.py --loss kendall
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage3_adaptive.py --conditioning fade
@@ -39,11 +40,10 @@ run stage3_adaptive.py --prior gmm --conditioning fixed  # also fits a flow to t
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
-    for weight in 0.01 0.1 1; do
+    for weight in 0.003 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
     run stage2_joint.py --loss sum
-    run stage2_joint.py --loss kendall
     run stage2_joint.py --loss bound
     run stage2_joint.py --gradient decoder
     run stage3_adaptive.py --uncertainty variance

@@ -257,12 +257,12 @@ def test_all_places():
 
 def test_numbers_as_text():
     """Three digits and, from a thousand on, all before the point. The standard deviation is that of a sample, with two
-    significant digits, of which no zero is dropped. It is left out where nothing differs by more than rounding."""
+    significant digits. Beside it no zero is dropped. It is left out where nothing differs by more than rounding."""
     texts = {(2.0,): "2", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123", (999.4,): "999",
-             (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2 ± 1.0", (1.0, 1.0, 4.0): "2 ± 1.7",
-             (1.0, 1.2, 1.4): "1.2 ± 0.20", (10.0, 20.0, 30.0): "20 ± 10", (10.0, 10.0, 40.0): "20 ± 17",
-             (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414", (-45.0, -46.0, -47.0): "-46 ± 1.0",
-             (0.3, 0.3): "0.3", (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0", (1.0, 1.0 + 1e-6): "1 ± 7.1e-07"}
+             (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2.00 ± 1.0", (1.0, 1.0, 4.0): "2.00 ± 1.7",
+             (1.0, 1.2, 1.4): "1.20 ± 0.20", (10.0, 20.0, 30.0): "20.0 ± 10", (10.0, 10.0, 40.0): "20.0 ± 17",
+             (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414", (-45.0, -46.0, -47.0): "-46.0 ± 1.0",
+             (0.3, 0.3): "0.3", (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0", (1.0, 1.0 + 1e-6): "1.00 ± 7.1e-07"}
     assert {values: final.mean_and_sd(list(values)) for values in texts} == texts
 
 
@@ -284,7 +284,7 @@ def test_cells(tmp_path):
         (1,): ["13 [12, 14]", "15 [14, 16]", "13.5", "50", "10", "39 [38, 40] (50)", "15 [14, 16] (50)", "", "26 (50)",
                "52 [51, 53] (50)", "7 [6, 8] (1,500)", "", "23 [22, 24] (50)"],
         (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.5", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
-                 "3 [2, 4] (128)", "23 ± 4.2 (50)", "46 ± 8.5 (50)", "7 [6, 8] (1,500)", "", "21.5 ± 2.1 (50)"]}
+                 "3 [2, 4] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)", "7 [6, 8] (1,500)", "", "21.5 ± 2.1 (50)"]}
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
@@ -373,11 +373,11 @@ def test_claims(tmp_path):
                                         "| --- | --- | --- | --- |"]
     quality = cells_of(primary, "**Quality**: does joint training help?")
     assert quality[0] == "fd: stage2-anneal / stage1-form1"
-    assert quality[1].startswith("5.5 ± 0.50 / 11 ± 1.0: -50% (95%: ") and quality[2] == "not measured"
+    assert quality[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (95%: ") and quality[2] == "not measured"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
-    assert noise[1].startswith("11 ± 1.0 / 22 ± 2.0: -50% (95%: ")
+    assert noise[1].startswith("11.0 ± 1.0 / 22.0 ± 2.0: -50% (95%: ")
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
-    assert path[1].startswith("1.2 / 1.6 ± 0.10: -25% (95%: ")
+    assert path[1].startswith("1.2 / 1.60 ± 0.10: -25% (95%: ")
     claims = final.table_claims(everything, final.CLAIMS)
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
@@ -428,7 +428,7 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
         f"8.53 ± 0.50 / 10: {change}, significant, adjusted p = {p_anneal:.2g}"]
     assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g}")
     for table in (alone, together):
-        assert cells_of(table, "stage1-vae")[1:] == ["25 ± 7.1 / 10: +145% (two runs)", "not measured"]
+        assert cells_of(table, "stage1-vae")[1:] == ["25.0 ± 7.1 / 10: +145% (two runs)", "not measured"]
         assert cells_of(table, "bonus-latent")[1:] == ["not measured", "not measured"]
 
 
