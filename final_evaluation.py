@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent
 DATASET_ORDER = ("shapes", "cifar10", "celeba64", "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 # The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
-MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-film", "bonus-latent")
+MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
+                 "stage3-flow-film", "bonus-latent")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
 CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
@@ -55,7 +56,8 @@ VARIANTS = {
     "stage1-guided": "`form1`, pushed away from what a worse refiner predicts, trained for a tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
     "stage2-anneal": "VAE and refiner trained together; the weight of the diffusion loss grows meanwhile",
-    "stage2-anneal-grad-none": "the same, but the refiner's loss does not reach the VAE",
+    "stage2-kendall": "the same, but the weights of both losses are learned",
+    "stage2-anneal-grad-none": "`stage2-anneal`, but the refiner's loss does not reach the VAE",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "the images of `stage3-vae-flow`, refined as in `form1`",
@@ -176,7 +178,7 @@ NUMBERS = {
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                 "fd; floor; is; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-anneal-grad-none",
+    "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-kendall stage2-anneal-grad-none",
               "fd before; fd; is; hf_energy; kl_nats; noise fd"),
     "conditioning": (" ".join(CONDITIONINGS),
                      "fd; is; sure, refined; unsure, refined; spread, sure; spread, unsure"),
@@ -186,7 +188,7 @@ TABLES = {
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
-    "codes": ("stage1-form1 stage2-anneal stage2-anneal-grad-none",
+    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
               "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path length; probe, class; "
               "probe, bands; bits/dim"),
     "losses": ("shapes/stage1-form1 shapes/stage2-* stage2-*=*",
@@ -227,6 +229,7 @@ CLAIMS = [  # of all others, the most important ones
     ("Do `x_hat` and a `start` below T help?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
     ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
+    ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
     ("Does joint training help without its gradient into the VAE?",
      ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
@@ -268,13 +271,13 @@ FURTHER_CLAIMS = [  # only in TABLES.md
      ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))]
 
 # The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
-# are those of Okabe and Ito (2008), "Color Universal Design", with grey and with the wine red and the sand of Tol
-# (2021), "Colour Schemes".
+# are those of Okabe and Ito (2008), "Color Universal Design", with grey and with the wine red, the sand and the indigo
+# of Tol (2021), "Colour Schemes".
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
-    "stage2-anneal-grad-none": ("#E69F00", "^"), "stage3-flow-fixed": ("#009E73", "s"),
-    "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#DDCC77", "*")}
+    "stage2-kendall": ("#332288", "X"), "stage2-anneal-grad-none": ("#E69F00", "^"),
+    "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#DDCC77", "*")}
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
@@ -962,7 +965,7 @@ def chart_noise(everything):
     figure, axes = new_chart(len(everything), 3.6)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
-                        "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film"):
+                        "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film"):
             seeds, points = results.get(variant, {}), {}
             for name, sd in fid.NOISE.items():
                 points[sd] = values_by_seed(seeds, f"tables/robustness/scores/{name}/fd")
