@@ -26,12 +26,16 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage3_adaptive.py --conditioning coupling
     run stage1_baseline.py --variant form1 --set even_levels=false
 fi
-case $dataset$seed in shapes[012])
-    run stage1_baseline.py --variant form1 --set unet_steps=450 ;;  # how much sooner is the score of the plain loss had?
-celeba64[01])
+if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
+    run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
+fi
+if [ "$dataset" = shapes ] && [ "$seed" -lt 2 ]; then
+    run stage2_joint.py --diffusion-weight 0.003
+fi
+if [ "$dataset" = celeba64 ] && [ "$seed" -lt 2 ]; then
     run stage1_baseline.py --variant form1 --set even_levels=false
-    run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000 ;;
-esac
+    run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000
+fi
 
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
 [ "$seed" = 0 ] || exit 0
@@ -40,7 +44,7 @@ run stage3_adaptive.py --prior gmm --conditioning fixed  # also fits a flow to t
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
-    for weight in 0.003 0.01 0.1 1; do
+    for weight in 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
     run stage2_joint.py --loss sum
