@@ -15,11 +15,11 @@ else
 fi
 run stage2_joint.py
 run stage2_joint.py --gradient none
+run stage2_joint.py --loss kendall
 run stage3_adaptive.py --conditioning fixed
 run stage3_adaptive.py --conditioning film
 if [ "$dataset" = shapes ] || [ "$seed" = 0 ]; then
     run bonus_latent.py
-    run stage2_joint.py --loss kendall
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage3_adaptive.py --conditioning fade
