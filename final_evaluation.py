@@ -230,6 +230,8 @@ CLAIMS = [  # of all others, the most important ones
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
     ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
+    ("Is it the gradient that helps with learned weights?",
+     ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
     ("Does joint training help without its gradient into the VAE?",
      ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
