@@ -53,7 +53,7 @@ VARIANTS = {
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
     "stage1-form1": "the VAE's image `x_hat`, refined by a diffusion model",
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
-    "stage1-guided": "`form1`, pushed away from what a worse refiner predicts, trained for a tenth of the steps",
+    "stage1-guided": "`form1`, but away from what a worse refiner predicts (trained for a tenth of the steps)",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
     "stage2-anneal": "VAE and refiner trained together; the weight of the diffusion loss grows meanwhile",
     "stage2-kendall": "the same, but the weights of both losses are learned",

@@ -42,7 +42,7 @@ and `*_mse_shuffled` (the U-Net's mean squared error, not divided, when x_hat be
 `*_mse_own`, the refiner ignores x_hat).
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
-        python stage2_joint.py --loss kendall        learned weights, with which shapes came out best
+        python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    all that a GPU user types
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
