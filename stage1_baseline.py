@@ -47,11 +47,11 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --variant guided       guided, and what it builds on
         python stage1_baseline.py --variant all          all six, with a control without a VAE (`uncond`)
         python stage1_baseline.py --dataset cifar10 --pretrained     samples in half a minute; nothing is trained
-Expect  4 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores. In samples.png the images of
-        the VAE are above and the refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of
-        fine detail, relative to real images: about 0.5 for the VAE's samples, which are blurred, and 0.8 for the
-        refined ones, which show edges and bands. `fd_local` is a distance to the real images, measured in the features
-        of a small network: it is about a third lower after refinement.
+Expect  4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores. In samples.png the
+        images of the VAE are above and the refined ones below. Two scores tell most (see fid.py). `hf_energy`
+        is the amount of fine detail, relative to real images: about 0.5 for the VAE's samples, which are
+        blurred, and 0.8 for the refined ones, which show edges and bands. `fd_local` is a distance to the real
+        images, measured in the features of a small network: it is about a third lower after refinement.
 """
 
 import argparse
