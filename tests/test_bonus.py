@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, evened, images_of, same, settings
+from helpers import CPU, evened, expect_error, images_of, same, settings
 
 import bonus_latent as bonus
 import common
@@ -257,3 +257,8 @@ def test_ceiling_by_hand(tmp_path, monkeypatch):
     (path, rows), = saved
     assert path == tmp_path / "reconstructions.png"
     assert torch.equal(rows["real"], real[:12]) and torch.equal(rows["autoencoder"], x_hat[:12])
+
+
+def test_beta_is_no_setting_of_the_autoencoder(capsys):
+    """It has a weight of its own, so a changed one would name a run without changing it."""
+    expect_error(capsys, lambda: bonus.main("--budget smoke --device cpu --set beta=0.5".split()), "--set beta", "BETA")
