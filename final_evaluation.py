@@ -43,27 +43,42 @@ CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "s
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
-# Pictures DATASET-NAME.png, which have samples of several variants.
-SHEETS = {"sheet": MAIN_VARIANTS, "conditionings": CONDITIONINGS}
+# Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
+# is a variant, one of its pictures, and the share of the picture's height (below the titles of its columns, which are
+# TITLES pixels high) at which the strip begins and ends.
+SHEETS = {
+    # the first 12 of 36 samples
+    "sheet": [(variant, "samples", 0, 1 / 3) for variant in MAIN_VARIANTS],
+    # The rows of these pictures are: real images, the VAE's, refined ones. The first two are the same for all variants
+    # of stage 3, so only the first strip shows them.
+    "conditionings": [(CONDITIONINGS[0], "uncertainty", 0, 1)] + [
+        (variant, "uncertainty", 2 / 3, 1) for variant in CONDITIONINGS[1:]],
+    # The real images are the same for all variants.
+    "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)]}
+TITLES = {"uncertainty": 16}
 
 # What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
 # in -KEY=VALUE: it is the same variant, except for this setting.
 VARIANTS = {
-    "stage1-vae": "the VAE alone",
+    "stage1-vae": "the VAE alone: its coarse image `x_hat`",
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
-    "stage1-form1": "the VAE's image `x_hat`, refined by a diffusion model",
+    "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model",
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
-    "stage1-guided": "`form1`, but away from what a worse refiner predicts (trained for a tenth of the steps)",
+    "stage1-guided": "`form1`; each prediction is moved away from that of a worse refiner, which was trained for a "
+                     "tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
-    "stage2-anneal": "VAE and refiner trained together; the weight of the diffusion loss grows meanwhile",
+    "stage2-anneal": "VAE and refiner trained together; the weight of the refiner's loss grows meanwhile",
+    "stage2-sum": "the same with a constant weight",
     "stage2-kendall": "the same, but the weights of both losses are learned",
+    "stage2-bound": "the same with the exact variational bound as loss",
     "stage2-anneal-grad-none": "`stage2-anneal`, but the refiner's loss does not reach the VAE",
+    "stage2-anneal-from-vae": "`stage2-anneal`, but it begins with the finished VAE of stage 1",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "the images of `stage3-vae-flow`, refined as in `form1`",
-    "stage3-flow-fade": "the same, but the refiner sees a dimmer `x_hat` where `s` is high",
+    "stage3-flow-fade": "the same, but the refiner sees a dimmer `x_hat` if `s` is high",
     "stage3-flow-film": "codes from a flow; the refiner also sees `s`, how unsure the VAE is of each image",
-    "stage3-flow-coupling": "as `film`, but `s` enters by an invertible network that changes `x_hat`",
+    "stage3-flow-coupling": "the same, but the refiner sees what an invertible network makes of `x_hat` and `s`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
@@ -174,16 +189,20 @@ NUMBERS = {
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
-# REPORT.md shows the first four tables, TABLES.md shows all of them.
+# A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
+# seeds. REPORT.md shows the first six tables, TABLES.md shows all of them.
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
-                "fd; floor; is; hf_energy; evaluations; seconds"),
+                "fd; is; precision; hf_energy; evaluations; seconds"),
     "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "fd before; fd; is; hf_energy; kl_nats; noise fd"),
-    "conditioning": (" ".join(CONDITIONINGS),
-                     "fd; is; sure, refined; unsure, refined; spread, sure; spread, unsure"),
-    "latent diffusion": ("stage1-uncond stage1-form1 bonus-latent",
-                         "fd; is; diversity; GFLOPs saved, %; seconds saved, %; memory saved, %"),
+              "fd before; fd; fd against stage1-form1; hf_energy; kl_nats; noise fd"),
+    "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, gaussian; fd, mixture; fd, flow"),
+    "conditioning": (" ".join(CONDITIONINGS), "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; "
+                     "unsure, VAE; unsure, refined"),
+    "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
+                         "seconds saved, %; memory saved, %"),
+    "comparison": (" ".join(("stage1-vae", "stage1-augmented", "stage3-flow-fixed", *MAIN_VARIANTS)),
+                   "fd; is; diversity; noise fd; seconds; train minutes"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
@@ -198,17 +217,14 @@ TABLES = {
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
     "uncertainty": (" ".join(CONDITIONINGS),
-                    "rank, regressed; rank, variance; rank, posterior; sure, VAE; unsure, VAE; sure, refined; "
-                    "unsure, refined"),
+                    "rank, regressed; rank, variance; rank, posterior; is; spread, sure; spread, unsure"),
     "steps by uncertainty": (" ".join(CONDITIONINGS),
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds, conditioned; "
                              "seconds, plain; gflops, conditioned; gflops, plain"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
-    "latent space diffusion": ("bonus-latent",
-                               "fd; precision; ceiling; GFLOPs saved, %; seconds saved, %; "
-                               "seconds saved, %, batch 1; memory saved, %")}
+    "latent diffusion, more": ("bonus-latent", "precision; ceiling; seconds saved, %, batch 1")}
 # The variants in README.md, in a table with a line for each and columns for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 
@@ -228,29 +244,35 @@ CLAIMS = [  # of all others, the most important ones
     ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
     ("Do `x_hat` and a `start` below T help?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
-    ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
-    ("Is it the gradient that helps with learned weights?",
-     ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
-    ("Does joint training help without its gradient into the VAE?",
-     ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
-    ("Does joint training help with real codes?",
-     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
+    ("Is a flow better than N(0, I)?", ("fd, flow", "stage3-flow-fixed"), ("fd, gaussian", "stage3-flow-fixed")),
+    ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed")),
     ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
     ("Do steps by each image's `s` help?",
      ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film")),
-    ("Does refinement help against noise?", ("noise fd", "stage1-form1"), ("noise fd", "stage1-vae")),
     ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
-    ("Does training with noise help more than joint training?",
-     ("noise fd", "stage1-augmented"), ("noise fd", "stage2-anneal")),
     ("What does training with noise cost without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
-    ("Does joint training help against noise without its gradient?",
-     ("noise fd", "stage2-anneal-grad-none"), ("noise fd", "stage1-form1")),
     ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed")),
     ("What does latent diffusion cost?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
+    ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
+    ("Does a flow improve the VAE's samples against N(0, I)?",
+     ("fd, flow", "stage3-vae-flow"), ("fd, gaussian", "stage3-vae-flow")),
+    ("Does a flow improve the VAE's samples against a mixture?",
+     ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
+    ("Is it the gradient that helps with learned weights?",
+     ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
+    ("Does joint training help without its gradient into the VAE?",
+     ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
+    ("Does joint training help with real codes?",
+     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
+    ("Does refinement help against noise?", ("noise fd", "stage1-form1"), ("noise fd", "stage1-vae")),
+    ("Does training with noise help more than joint training?",
+     ("noise fd", "stage1-augmented"), ("noise fd", "stage2-anneal")),
+    ("Does joint training help against noise without its gradient?",
+     ("noise fd", "stage2-anneal-grad-none"), ("noise fd", "stage1-form1")),
     ("Does joint training improve the VAE's own samples?", ("fd before", "stage2-anneal"),
      ("fd before", "stage1-form1")),
     ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
@@ -536,6 +558,16 @@ def cell(seeds, name):
     return f"{text} ({images:,})"
 
 
+def cell_of_comparison(results, variant, column):
+    """A cell of the column "NAME against VARIANT": by how many percent the number of `variant` differs from that of
+    VARIANT, over the seeds that both have, and how many these are."""
+    name, other_variant = column.split(" against ")
+    change = None if variant == other_variant else compare_sides(results, ("", (name, variant), (name, other_variant)))
+    if change is None:
+        return ""
+    return f"{percent(change['log_ratio'])}, {change['seeds']} {'seed' if change['seeds'] == 1 else 'seeds'}"
+
+
 # --- Comparisons -----------------------------------------------------------------------------------------------------
 
 def compare(ours, theirs):
@@ -629,7 +661,7 @@ def test_together(results, claims):
 
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
-    whether the claims of a data set are tested together."""
+    whether the claims of a data set are tested together; then the means are left out."""
     rows = [[claim[0], describe_sides(claim)] for claim in claims]
     for results in everything.values():
         if adjust:
@@ -640,12 +672,13 @@ def table_claims(everything, claims, adjust=False):
             if change is None:
                 row.append("not measured")
                 continue
-            ours, theirs = mean_and_sd(change["ours"]), mean_and_sd(change["theirs"])
-            row.append(f"{ours} / {theirs}: {describe_change(change)}")
-    note = ("The means of both sides ± their sd over seeds, and the change in percent, which is the geometric mean of "
-            "the ratios of runs with the same seed. In brackets its 95% interval over seeds. ")
+            means = "" if adjust else f"{mean_and_sd(change['ours'])} / {mean_and_sd(change['theirs'])}: "
+            row.append(means + describe_change(change))
+    note = "" if adjust else "The means of both sides ± their sd over seeds; then the change. "
+    note += ("A change is the geometric mean of the ratios of runs with the same seed, in percent. In brackets stands "
+             "its 95% interval over seeds. ")
     if adjust:
-        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm, 5%), the "
+        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm), the "
                  "intervals are not.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
@@ -660,19 +693,47 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def describe_data(dataset, results):
-    """The settings that all numbers of a data set share, in a sentence."""
-    unchanged = [variant for variant in results if "=" not in variant]  # without a changed setting
+def a_run_of(results):
+    """The metrics of some run of a data set, if possible of one without a changed setting."""
+    unchanged = [variant for variant in results if "=" not in variant]
     variant = (unchanged or list(results))[0]
-    metrics = next(iter(results[variant].values()))  # of any seed
-    run, evaluation = metrics["run"], metrics["run"]["eval"]
-    start_noise = "" if evaluation["temperature"] == 1 else f" from noise of sd {evaluation['temperature']:g}"
-    train = run.get("train")  # results of the former version have none
-    steps = (f"VAE {train['vae_steps']:,} and refiner {train['unet_steps']:,} steps of {train['batch']} images" if train
-             else f"{run['train_images']:,} images per network")
-    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}` ({steps}), "
-            f"{metrics['rows'][0]['n_generated']:,} samples{start_noise} ({evaluation['grid_count']} in probes), "
-            f"features `{run['features']}`.")
+    return next(iter(results[variant].values()))
+
+
+def describe_data(dataset, results):
+    """What all numbers of a data set share, in a sentence. `table_data` says more."""
+    metrics = a_run_of(results)
+    run, temperature = metrics["run"], metrics["run"]["eval"]["temperature"]
+    start_noise = "" if temperature == 1 else f" from noise of sd {temperature:g}"
+    network = re.sub("-[0-9a-f]{8}$", "", run["features"])  # without the hash
+    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {metrics['rows'][0]['n_generated']:,} samples"
+            f"{start_noise}, features `{network}`.")
+
+
+def table_data(everything):
+    """A line for each data set, with the settings that all of its numbers share."""
+    rows = []
+    for dataset, results in everything.items():
+        metrics = a_run_of(results)
+        run = metrics["run"]
+        train = run.get("train")  # results of the former version have none
+        steps = (f"{train['vae_steps']:,} and {train['unet_steps']:,} steps of {train['batch']} images" if train
+                 else f"{run['train_images']:,} images each")
+        samples = f"{metrics['rows'][0]['n_generated']:,} ({run['eval']['grid_count']})"
+        rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, f"`{run['features']}`",
+                     cell({run["seed"]: metrics}, "floor")])
+    return markdown(["data set", "training images", "training of VAE and refiner", "samples (in probes)",
+                     "feature network", with_arrow("floor")], rows)
+
+
+def table_variants(everything):
+    """A line for each of VARIANTS that was run: what it is, and how many seeds it has on each data set."""
+    rows = []
+    for variant, what_it_is in VARIANTS.items():
+        seeds = [len(results.get(variant, {})) for results in everything.values()]
+        if any(seeds):
+            rows.append([f"`{variant}`", what_it_is, *(str(count or "") for count in seeds)])
+    return markdown(["variant", "what it is", *(f"seeds, {dataset}" for dataset in everything)], rows)
 
 
 def fits(dataset, variant, patterns):
@@ -694,6 +755,8 @@ def with_note(table, names, settings=()):
         kinds.append("[a, b]: 95% interval of one run, over the draw of images")
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
+    if any(" against " in name for name in names):
+        kinds.append("against: the change in percent, over the seeds that both have")
     if any(is_of_first_seed(name) for name in names):
         kinds.append("times: first seed")
     sentences = list(settings)
@@ -711,7 +774,10 @@ def table_of(everything, patterns, columns):
         for variant, seeds in results.items():
             if not fits(dataset, variant, patterns):
                 continue
-            cells = [cell(seeds, column) for column in columns]
+            cells = []
+            for column in columns:
+                is_comparison = " against " in column
+                cells.append(cell_of_comparison(results, variant, column) if is_comparison else cell(seeds, column))
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 settings[dataset] = describe_data(dataset, results)
@@ -730,16 +796,14 @@ def with_arrow(name):
 
 
 def table_overview(everything):
-    """A line for each variant in OVERVIEW, with what it is, and its fd and hf_energy on each data set."""
-    columns = list(itertools.product(everything, ("fd", "hf_energy")))  # (dataset, name)
+    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set."""
     rows = []
     for variant in OVERVIEW:
-        cells = [cell(everything[dataset].get(variant, {}), name) for dataset, name in columns]
+        cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
-    header = ["variant", "what it is", *(f"{dataset} {with_arrow(name)}" for dataset, name in columns)]
-    table = markdown(header, rows)
+    table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
     settings = [describe_data(*item) for item in everything.items()]
-    return with_note(table, ("fd", "hf_energy"), settings)
+    return with_note(table, ["fd"], settings)
 
 
 def table_numbers(columns):
@@ -810,7 +874,8 @@ def table_of_features(folder):
 
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
-    tables = {"overview": table_overview(everything)}
+    tables = {"data": table_data(everything), "variants": table_variants(everything),
+              "overview": table_overview(everything)}
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
@@ -820,13 +885,10 @@ def all_tables(everything):
 
 
 def long_tables(everything, tables, folder):
-    """The whole text of TABLES.md: what the variants are, all tables, every number of every variant, the feature
-    networks, the benchmark."""
+    """The whole text of TABLES.md: all tables, every number of every variant, the feature networks, the benchmark."""
     parts = ["# Long tables", "Written by `python final_evaluation.py`. README.md and `NUMBERS` in final_evaluation.py "
              "explain the words. A number without a name is called by its place in metrics.json. The name of a run "
              "with `--set KEY=VALUE` ends in `-KEY=VALUE`: it is the same variant, except for this setting."]
-    variants = [[f"`{variant}`", what_it_is] for variant, what_it_is in VARIANTS.items()]
-    parts += ["## variants", markdown(["variant", "what it is"], variants)]
     for name, table in tables.items():
         parts += [f"## {name}", table]
     for dataset, results in everything.items():
@@ -1076,26 +1138,28 @@ def fill(text, tables):
     return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
-def draw_sheet(path, runs, variants):
-    """One picture of several variants: of each, the top third of samples.png (12 of the 36 images) of its run with
-    seed 0 in the folder `runs`, below the variant's name."""
-    thirds = {}
-    for variant in variants:
-        file = runs / f"{variant}-s0" / "samples.png"
+def draw_sheet(path, runs, strips):
+    """One picture of several variants: a strip (see SHEETS) of a picture of each run with seed 0 that is in the folder
+    `runs`, below the variant's name."""
+    found = {}
+    for variant, picture, start, end in strips:
+        file = runs / f"{variant}-s0" / f"{picture}.png"
         if file.is_file():
-            image = Image.open(file)
-            thirds[variant] = image.crop((0, 0, image.width, image.height // 3))
+            image, titles = Image.open(file), TITLES.get(picture, 0)
+            rows = image.height - titles
+            top = titles + round(start * rows) if start else 0  # a strip that begins with the first row keeps titles
+            found[variant] = image.crop((0, top, image.width, titles + round(end * rows)))
     name_height = 20  # pixels
-    width = max(third.width for third in thirds.values())
-    height = sum(name_height + third.height for third in thirds.values())
+    width = max(strip.width for strip in found.values())
+    height = sum(name_height + strip.height for strip in found.values())
     page = Image.new("RGB", (width, height), "white")
     y = 0
-    for variant, third in thirds.items():
+    for variant, strip in found.items():
         ImageDraw.Draw(page).text((4, y + 4), variant, fill="black")
         # On the left of a picture are labels of its rows, wider ones where there are two kinds of rows. The pictures
         # end at the right edge of the page, so that the images of all variants stand in the same columns.
-        page.paste(third, (width - third.width, y + name_height))
-        y += name_height + third.height
+        page.paste(strip, (width - strip.width, y + name_height))
+        y += name_height + strip.height
     common.write_with(path, page.save, format="png")
 
 
@@ -1142,11 +1206,13 @@ def collect(runs, folder):
                 path = home / f"{name}-{figure.name}"
                 common.write(path, figure.read_bytes())
                 written.append(path)
-        for sheet, variants in SHEETS.items():
+        for sheet, strips in SHEETS.items():
             path = Path(folder) / "figures" / f"{facts['dataset']}-{sheet}.png"
-            is_on_sheet = run.name in [f"{variant}-s0" for variant in variants]
-            if is_on_sheet and f"(results/figures/{path.name})" in texts:
-                draw_sheet(path, run.parent, variants)
+            is_on_sheet = run.name in [f"{variant}-s0" for variant, *_ in strips]
+            shows_real = any(picture in FIGURES_OF_REAL_IMAGES for _, picture, *_ in strips)
+            public = facts["dataset"] == "shapes" or not shows_real
+            if is_on_sheet and public and f"(results/figures/{path.name})" in texts:
+                draw_sheet(path, run.parent, strips)
                 written.append(path)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from helpers import expect_error
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy.stats import ttest_1samp
 
 import common
@@ -165,7 +165,11 @@ def test_every_number_comes_from_its_place(tmp_path):
 def test_every_number_of_tables_and_claims_has_a_name():
     """Columns and claims use each name of NUMBERS, and no other one. A variant is one that a command makes, and may end
     in train settings that --set changes. Lower is better on both sides of a claim, and an arrow says so."""
-    columns = {column for _, columns in final.TABLES.values() for column in columns.split("; ")}
+    columns, compared_with = set(), set()
+    for _, names in final.TABLES.values():
+        for name, against, variant in (column.partition(" against ") for column in names.split("; ")):
+            columns.add(name)
+            compared_with |= {variant} if against else set()
     claims = final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS
     sides = [side for _, *both in claims for side in both]
     assert columns | {name for name, _ in sides} == set(final.NUMBERS)
@@ -173,7 +177,8 @@ def test_every_number_of_tables_and_claims_has_a_name():
         assert {*re.findall(r"-(\w+)=", variant)} <= common.TRAIN.keys()
         assert final.with_arrow(name) == f"{name} ↓"
     assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} <= {*VARIANTS}
-    assert {variant for variants in final.SHEETS.values() for variant in variants} | {*final.OVERVIEW} <= {*VARIANTS}
+    on_sheets = {variant for strips in final.SHEETS.values() for variant, *_ in strips}
+    assert on_sheets | {*final.OVERVIEW} | compared_with <= {*VARIANTS}
     assert len({question for question, *_ in claims}) == len(claims)
     assert all(first != second for _, first, second in claims)
     for question, (_, variant), _ in claims:  # what the question is about comes first
@@ -361,7 +366,8 @@ def cells_of(table, question):
 
 
 def test_claims(tmp_path):
-    """Each claim compares the seeds that both sides have, on each data set that has both, else it is not run."""
+    """Each claim compares the seeds that both sides have, on each data set that has both, else it is not run. The
+    guiding questions have no means, which other tables show."""
     many = [metrics(seed=s, distance=10.0 + s) for s in range(4)]  # the joint variant has three of them
     for seed in range(3):
         joint = metrics("stage2-anneal", seed, 5.0 + seed / 2)
@@ -374,18 +380,21 @@ def test_claims(tmp_path):
                                         "| --- | --- | --- | --- |"]
     quality = cells_of(primary, "**Quality**: does joint training help?")
     assert quality[0] == "fd: stage2-anneal / stage1-form1"
-    assert quality[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (95%: ") and quality[2] == "not measured"
+    assert quality[1].startswith("-50% (95%: ") and quality[2] == "not measured"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
-    assert noise[1].startswith("11.0 ± 1.0 / 22.0 ± 2.0: -50% (95%: ")
+    assert noise[1].startswith("-50% (95%: ")
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
-    assert path[1].startswith("1.2 / 1.60 ± 0.10: -25% (95%: ")
+    assert path[1].startswith("-25% (95%: ")
+    shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
+    assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (")
     claims = final.table_claims(everything, final.CLAIMS)
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
-    assert cells_of(claims, "Does a fitted prior help?")[2] == "12 / 30: -60% (one run)"
-    for table, note in ((primary, "the p-values are adjusted for that (Holm, 5%), the intervals are not."),
+    further = final.table_claims(everything, final.FURTHER_CLAIMS)
+    assert cells_of(further, "Does a fitted prior help?")[2] == "12 / 30: -60% (one run)"
+    for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
                         (claims, "without adjustment")):
-        assert note in table and "(VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probes" in table
+        assert note in table and "budget `cpu`, 100 samples, features `local-a`" in table
 
 
 def test_guiding_questions():
@@ -425,11 +434,11 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
     change, p_anneal = f"-15% (95%: {final.percent(low)} to {final.percent(high)})", p["stage2-anneal"]
     assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.50 / 10: {change}, significant, p = {p_anneal:.2g}"] * 2
     assert cells_of(together, "stage2-anneal")[1:] == [
-        f"8.53 ± 0.50 / 10: {change}, not significant, adjusted p = {2 * p_anneal:.2g}",
-        f"8.53 ± 0.50 / 10: {change}, significant, adjusted p = {p_anneal:.2g}"]
+        f"{change}, not significant, adjusted p = {2 * p_anneal:.2g}",
+        f"{change}, significant, adjusted p = {p_anneal:.2g}"]
     assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g}")
-    for table in (alone, together):
-        assert cells_of(table, "stage1-vae")[1:] == ["25.0 ± 7.1 / 10: +145% (two runs)", "not measured"]
+    for table, means in ((alone, "25.0 ± 7.1 / 10: "), (together, "")):
+        assert cells_of(table, "stage1-vae")[1:] == [f"{means}+145% (two runs)", "not measured"]
         assert cells_of(table, "bonus-latent")[1:] == ["not measured", "not measured"]
 
 
@@ -544,8 +553,21 @@ def test_tables(tmp_path):
     assert shown == {"recipe"}
 
 
+def test_a_column_compares_with_another_variant(tmp_path):
+    """By how many percent a number differs, over the seeds that both have, within a data set. Here the ratios are 0.5
+    and 0.8, and their geometric mean is the root of 0.4, which is 0.632."""
+    many = [metrics(seed=seed, distance=10.0) for seed in range(3)]
+    many += [metrics("stage2-anneal", 1, 5.0), metrics("stage2-anneal", 2, 8.0), metrics("stage2-sum", 2, 11.0)]
+    many += [metrics("stage2-anneal", 7, 99.0), metrics("stage2-kendall", 7), metrics("stage2-sum", dataset="cifar10")]
+    header, _, *lines, _, note = final.table_of(load(tmp_path, *many), "*", "fd; fd against stage1-form1").splitlines()
+    assert header == "| variant | fd ↓ | fd against stage1-form1 ↓ |" and "against: the change in percent" in note
+    assert {line.split(" | ")[0]: line.split(" | ")[2].strip(" |") for line in lines} == {
+        "| shapes stage1-form1": "", "| shapes stage2-anneal": "-37%, 2 seeds", "| shapes stage2-kendall": "",
+        "| shapes stage2-sum": "+10%, 1 seed", "| cifar10 stage2-sum": ""}
+
+
 def test_the_note_explains_the_cells(tmp_path):
-    """Each of four parts stands there only if the table has such cells."""
+    """Each of its parts stands there only if the table has such cells."""
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
     data = {dataset: final.describe_data(dataset, results) for dataset, results in everything.items()}
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
@@ -578,16 +600,21 @@ def test_the_sentence_about_the_data(tmp_path):
     few = metrics("stage1-vae-batch=8", train={"batch": 8}, train_images=1760)
     results = load(tmp_path / "a", few, metrics("stage2-sum"))["shapes"]
     assert final.describe_data("shapes", results) == (
-        "shapes: drawn, budget `cpu` (VAE 2,220 and refiner 221 steps of 32 images), 100 samples (50 in probes), "
-        "features `local-a`.")
-    assert "refiner 221 steps of 8 images" in final.describe_data("shapes", load(tmp_path / "b", few)["shapes"])
-    cold = load(tmp_path / "c", metrics(eval=EVAL | {"temperature": 0.9, "grid_count": 33}))["shapes"]
-    assert ", 100 samples from noise of sd 0.9 (33 in probes), " in final.describe_data("shapes", cold)
+        "shapes: drawn, budget `cpu`, 100 samples, features `local-a`.")
+    cold = load(tmp_path / "c", metrics(features="local-a-0123abcd", eval=EVAL | {"temperature": 0.9}))["shapes"]
+    assert ", 100 samples from noise of sd 0.9, features `local-a`." in final.describe_data("shapes", cold)
+    header, _, *rows = final.table_data({"shapes": results, "cifar10": cold}).splitlines()
+    assert header == ("| data set | training images | training of VAE and refiner | samples (in probes) | "
+                      "feature network | floor ↓ |")
+    assert rows == ["| shapes | 5, drawn | 2,220 and 221 steps of 32 images | 100 (50) | `local-a` | 11 [10, 12] |",
+                    "| cifar10 | 5, drawn | 2,220 and 221 steps of 32 images | 100 (50) | `local-a-0123abcd` | "
+                    "11 [10, 12] |"]
+    assert "221 steps of 8 images" in final.table_data({"shapes": load(tmp_path / "b", few)["shapes"]})
 
 
 def test_long_tables(tmp_path):
-    """The variants and all tables. Every number of every stage by its place, with one line for each; settings are none.
-    Then the feature networks and the benchmark."""
+    """All tables. Every number of every stage by its place, with one line for each; settings are none. Then the feature
+    networks and the benchmark."""
     many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
     many[3]["run"]["dataset"] = "cifar10"
     everything = load(tmp_path, *many)
@@ -600,11 +627,13 @@ def test_long_tables(tmp_path):
     (tmp_path / "benchmark.txt").write_text("fast\n")
     tables = final.all_tables(everything)
     text = final.long_tables(everything, tables, tmp_path)
-    assert re.findall("## (.*)", text) == ["variants", "overview", *final.TABLES, "questions", "claims",
+    assert re.findall("## (.*)", text) == ["data", "variants", "overview", *final.TABLES, "questions", "claims",
                                            "further claims", "shapes, stage1", "shapes, bonus", "cifar10, stage2",
                                            "features", "benchmark"]
-    assert "## variants\n\n| variant | what it is |\n| --- | --- |\n| `stage1-vae` | the VAE alone |\n" in text
-    assert all(f"\n| `{variant}` | {what_it_is} |\n" in text for variant, what_it_is in final.VARIANTS.items())
+    assert text.split("## variants\n\n")[1].split("\n\n")[0].splitlines() == [
+        "| variant | what it is | seeds, shapes | seeds, cifar10 |", "| --- | --- | --- | --- |", *(
+            f"| `{variant}` | {final.VARIANTS[variant]} | {seeds} |" for variant, seeds in
+            (("stage1-vae", "1 | "), ("stage1-form1", "2 | "), ("stage2-anneal", " | 1"), ("bonus-latent", "1 | ")))]
     for name, arguments in final.TABLES.items():
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
     for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
@@ -845,7 +874,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(final, "ROOT", tmp_path)
     shown = [f"{dataset}/stage1-form1-s0-{part}" for dataset in ("shapes", "cifar10") for part in
              ("samples", *REAL)]  # real images of cifar10 must not be copied all the same
-    shown += ["figures/shapes-sheet", "figures/cifar10-sheet"]
+    shown += ["figures/shapes-sheet", "figures/cifar10-sheet", "figures/cifar10-reconstructions"]
     for text, names in (("README.md", shown[:1]), ("REPORT.md", shown[1:])):
         (tmp_path / text).write_text("".join(f"![](results/{name}.png)" for name in names))
     return tmp_path
@@ -870,7 +899,8 @@ def content(folder):
 
 def test_collect_and_runs(project, capsys):
     """--collect copies metrics and the figures that a text shows, except real images of other data sets than shapes. It
-    stacks the samples of several variants, and says what it wrote and replaced. --runs writes a report."""
+    stacks the samples of several variants (their reconstructions only for shapes, since those show real images), and
+    says what it wrote and replaced. --runs writes a report."""
     final.main(["--collect", *(save_run(project, dataset=dataset) for dataset in ("shapes", "cifar10"))])
     found = {(path.parent.name, path.name.removeprefix("stage1-form1-s0")) for path in project.glob("results/*/*")}
     assert found == {("shapes", ".json"), ("shapes", "-samples.png"), *(("shapes", f"-{name}.png") for name in REAL),
@@ -891,8 +921,8 @@ def test_collect_and_runs(project, capsys):
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
-    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "overview", *final.TABLES,
-                                             "questions", "claims", "further claims"]
+    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "data", "variants",
+                                             "overview", *final.TABLES, "questions", "claims", "further claims"]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
     assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
@@ -906,6 +936,23 @@ def test_collect_and_runs(project, capsys):
     assert capsys.readouterr().out.endswith("written: nothing, the report agrees with the results\n")
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
+
+
+def test_strips_of_pictures(tmp_path):
+    """The first picture is shown whole, with the titles of its columns; of the next one only the last row, which is
+    refined images. A run that is not there is left out."""
+    for variant, colour in (("fixed", "red"), ("film", "blue")):
+        picture = Image.new("RGB", (40, 16 + 3 * 30), "white")
+        for row, row_colour in enumerate(("black", "grey", colour)):
+            picture.paste(row_colour, (0, 16 + 30 * row, 40, 16 + 30 * (row + 1)))
+        (tmp_path / f"stage3-flow-{variant}-s0").mkdir()
+        picture.save(tmp_path / f"stage3-flow-{variant}-s0" / "uncertainty.png")
+    final.draw_sheet(tmp_path / "sheet.png", tmp_path, final.SHEETS["conditionings"])
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (40, 20 + 16 + 90 + 20 + 30)
+    edges = {25: "white", 37: "black", 65: "black", 67: "grey", 97: "red", 125: "red", 147: "blue", 175: "blue"}
+    assert {y: sheet.getpixel((20, y)) for y in edges} == {
+        y: ImageColor.getrgb(colour) for y, colour in edges.items()}
 
 
 def test_collect_refuses_smoke_and_other_budgets(project, capsys):
@@ -1033,10 +1080,9 @@ def test_no_decimal_is_typed():
 
 
 def test_sizes():
-    """The README is read in three minutes. REPORT.md has at most five tables, of at most six numbers in a line."""
+    """The README is read in three minutes, and the tables of REPORT.md have at most six numbers in a line."""
     assert README.count("\n") <= 200
     lines = [line for line in REPORT.splitlines() if line.startswith("|")]
-    assert sum(line.startswith("| ---") for line in lines) <= 5
     assert max(line.replace(r"\|", "").count("|") - 1 for line in lines) <= 7
 
 
@@ -1070,5 +1116,6 @@ def test_pictures():
     committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
     assert shown == committed
     assert sum((final.ROOT / path).stat().st_size for path in committed) < 6e6
-    real = re.compile(rf"results/(?!shapes).*({'|'.join(final.FIGURES_OF_REAL_IMAGES)})\.png")
+    real = re.compile(rf"results/(?!shapes|figures/shapes).*"
+                      rf"({'|'.join((*final.FIGURES_OF_REAL_IMAGES, 'conditionings'))})\.png")
     assert not any(map(real.fullmatch, committed))
