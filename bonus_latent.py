@@ -223,8 +223,9 @@ def write_profile(path, probe, batch):
 
 def sampling_costs(probes, steps, batch, train_batch):
     """What sampling costs with each of {name: CostProbe}, as {name: costs}: seconds per image when sampled one by one
-    and in batches, the seconds per image of a training step, the peak memory of one pass, and FLOPs. The probes are
-    timed in turn. An image's seconds and FLOPs are those of one pass times `steps`, and those of decoding."""
+    and in batches, the seconds per image of a training step, the peak memory, and FLOPs. The probes are timed in turn.
+    An image's seconds and FLOPs are those of one pass times `steps`, and those of decoding. The memory is that of one
+    pass or that of decoding, whichever is larger."""
     device, train_batch = probes["pixel"].device, min(batch, train_batch)
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
@@ -235,8 +236,9 @@ def sampling_costs(probes, steps, batch, train_batch):
     training = common.time_in_turn({k: partial(probe.train_step, train_batch) for k, probe in probes.items()}, device)
     for name, probe in probes.items():
         pass_gflops = common.count_gflops(partial(probe.evaluate_unet, 1))
+        memory = max(peak_memory(partial(run, batch), device) for run in (probe.evaluate_unet, probe.decode_codes))
         costs[name] |= {"train_seconds_per_image": training[name] / train_batch,
-                        "peak_memory_mb": peak_memory(partial(probe.evaluate_unet, batch), device),
+                        "peak_memory_mb": memory,
                         "gflops_per_pass": pass_gflops,
                         "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(probe.decode_codes, 1))}
     return costs
