@@ -35,7 +35,7 @@ DATASET_ORDER = ("shapes", "cifar10", "celeba64", "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 # The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
-                 "stage3-flow-film", "bonus-latent")
+                 "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
 CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
@@ -75,10 +75,10 @@ VARIANTS = {
     "stage2-anneal-from-vae": "`stage2-anneal`, but it begins with the finished VAE of stage 1",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
-    "stage3-flow-fixed": "the images of `stage3-vae-flow`, refined as in `form1`",
-    "stage3-flow-fade": "the same, but the refiner sees a dimmer `x_hat` if `s` is high",
-    "stage3-flow-film": "codes from a flow; the refiner also sees `s`, how unsure the VAE is of each image",
-    "stage3-flow-coupling": "the same, but the refiner sees what an invertible network makes of `x_hat` and `s`",
+    "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",
+    "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if `s` is high",
+    "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
+    "stage3-flow-coupling": "`fixed`, but the refiner sees what an invertible network makes of `x_hat` and `s`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
@@ -201,7 +201,7 @@ TABLES = {
                      "unsure, VAE; unsure, refined"),
     "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
                          "seconds saved, %; memory saved, %"),
-    "comparison": (" ".join(("stage1-vae", "stage1-augmented", "stage3-flow-fixed", *MAIN_VARIANTS)),
+    "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
                    "fd; is; diversity; noise fd; seconds; train minutes"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
@@ -229,8 +229,8 @@ TABLES = {
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
-# in a claim. These four are the guiding questions of this project. They are tested together on each data set, so that
-# chance alone seldom makes any of them significant (see `holm`).
+# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
+# tested together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
     ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
@@ -246,7 +246,8 @@ CLAIMS = [  # of all others, the most important ones
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
-    ("Is a flow better than N(0, I)?", ("fd, flow", "stage3-flow-fixed"), ("fd, gaussian", "stage3-flow-fixed")),
+    ("Is a flow better than N(0, I), each with its own VAE?",
+     ("fd, flow", "stage3-flow-fixed"), ("fd, gaussian", "stage1-form1")),
     ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed")),
     ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
     ("Do steps by each image's `s` help?",
@@ -259,9 +260,14 @@ CLAIMS = [  # of all others, the most important ones
 FURTHER_CLAIMS = [  # only in TABLES.md
     ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
     ("Does a flow improve the VAE's samples against N(0, I)?",
-     ("fd, flow", "stage3-vae-flow"), ("fd, gaussian", "stage3-vae-flow")),
+     ("fd, flow", "stage3-vae-flow"), ("fd, gaussian", "stage1-vae")),
     ("Does a flow improve the VAE's samples against a mixture?",
      ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
+    ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
+    ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae")),
+    ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
+    ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
+    ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
     ("Is it the gradient that helps with learned weights?",
      ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
     ("Does joint training help without its gradient into the VAE?",
@@ -300,7 +306,8 @@ FURTHER_CLAIMS = [  # only in TABLES.md
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
-    "stage2-kendall": ("#332288", "X"), "stage2-anneal-grad-none": ("#E69F00", "^"),
+    "stage2-kendall": ("#332288", "X"), "stage2-anneal-from-vae": ("#661100", "P"),
+    "stage2-anneal-grad-none": ("#E69F00", "^"),
     "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#DDCC77", "*")}
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
@@ -1028,8 +1035,8 @@ def chart_noise(everything):
     """fd against the standard deviation of noise on x_hat."""
     figure, axes = new_chart(len(everything), 3.6)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
-                        "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film"):
+        for variant in ("stage1-vae", "stage1-form1", "stage1-augmented", "stage2-anneal", "stage2-kendall",
+                        "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film"):
             seeds, points = results.get(variant, {}), {}
             for name, sd in fid.NOISE.items():
                 points[sd] = values_by_seed(seeds, f"tables/robustness/scores/{name}/fd")
