@@ -155,7 +155,7 @@ def load_model(state, device):
     unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, shape=latent_shape(train),
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
-                         denoiser=lambda x_hat, z: unet,  # nothing conditions it
+                         denoiser_for=lambda x_hat, z: unet,  # nothing conditions it
                          decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
     common.check_reduced_precision(model)
     return model

@@ -653,8 +653,8 @@ class Model:
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
-    # denoiser(x_hat, z) -> denoise(x, t) for `sample`. Only stage 3's look at z. A VAE alone has none.
-    denoiser: Callable | None = None
+    # denoiser_for(x_hat, z) -> denoise(x, t) for `sample`. Only stage 3's look at z. A VAE alone has none.
+    denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     evaluations: int = 1  # of networks in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
@@ -696,12 +696,12 @@ def refine(model, x_hat, z, gen, sampler, steps, trajectory=None):
 
     The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
     the device, from a generator whose seed is one higher. `trajectory`: see sample."""
-    if model.denoiser is None:
+    if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
     step_gen = generator(gen.initial_seed() + 1, model.device)  # initial_seed: the number that `gen` was made with
     with autocast(model.device, model.reduced):
-        return sample(model.diffusion, model.denoiser(x_hat, z), x_start, sampler, steps, step_gen,
+        return sample(model.diffusion, model.denoiser_for(x_hat, z), x_start, sampler, steps, step_gen,
                       clamp=model.decode is None, trajectory=trajectory)  # a latent has no range to be clamped to
 
 
@@ -741,7 +741,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
 def headline(model, evaluation):
     """Prior, sampler and steps with which a model is judged first, and with which samples are shown and exported."""
     prior = evaluation["prior"] if model.vae is not None else "none"
-    if model.denoiser is None:
+    if model.denoiser_for is None:
         return prior, "none", 0
     return prior, evaluation["sampler"], evaluation["sample_steps"]
 
@@ -1358,8 +1358,8 @@ def check_reduced_precision(model):
         with autocast(model.device, reduced):
             x_hat = torch.zeros_like(x) if model.vae is None else model.vae.decoder(z)
             outputs[reduced] = [x_hat] if model.vae is not None else []
-            if model.denoiser is not None:
-                outputs[reduced].append(model.denoiser(x_hat, z)(x, t))
+            if model.denoiser_for is not None:
+                outputs[reduced].append(model.denoiser_for(x_hat, z)(x, t))
             if model.decode is not None:
                 outputs[reduced].append(model.decode(x))
     model.reduced = rounding_explains(relative_errors(outputs[False], outputs[True]), model.name)
@@ -1383,8 +1383,8 @@ def count_cost(model):
 
     def run():
         x_hat = x if model.vae is None else model.vae.decoder(z)
-        if model.denoiser is not None:
-            model.denoiser(x_hat, z)(x, t)
+        if model.denoiser_for is not None:
+            model.denoiser_for(x_hat, z)(x, t)
         if model.decode is not None:
             model.decode(x)
 
@@ -1934,7 +1934,7 @@ def export(args, folder, state, model, evaluation):
     prior, sampler, steps = headline(model, evaluation)
     settings = {"prior": prior, "sampler": sampler, "steps": steps, "temperature": evaluation["temperature"],
                 "batch": evaluation["batch"], "seed": args.seed, "run_id": state["run_id"]}
-    both = model.vae is not None and model.denoiser is not None
+    both = model.vae is not None and model.denoiser_for is not None
     places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
     for place in places:
         note = place / "settings.json"

@@ -586,7 +586,7 @@ def evaluate(folder, setup, state, model):
         for table in (tables["latent"], tables.get("start")):
             if table and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
                 print(f"{folder.name}: {table['conclusion']}")
-    if model.denoiser is not None and model.decode is None:
+    if model.denoiser_for is not None and model.decode is None:
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
     commit = ""
@@ -625,7 +625,7 @@ def measure_samples(folder, model, setup):
     draw = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw(prior, sampler, steps, evaluation["count"], 0.0)
-    both = model.vae is not None and model.denoiser is not None
+    both = model.vae is not None and model.denoiser_for is not None
     common.draw_samples(folder, {"VAE": x_hat, "refined": images_of_headline} if both else
                         {model.name: images_of_headline})
     if both:
@@ -633,9 +633,9 @@ def measure_samples(folder, model, setup):
     rows = [row]
     for other in model.priors:
         if other != prior:
-            count = evaluation["count" if model.denoiser is None else "grid_count"]
+            count = evaluation["count" if model.denoiser_for is None else "grid_count"]
             rows.append(draw(other, sampler, steps, count, 0.0)[0])
-    if model.denoiser is not None:
+    if model.denoiser_for is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
             row, _, images = draw(prior, name, n, evaluation["grid_count"], 0.0)
@@ -644,7 +644,7 @@ def measure_samples(folder, model, setup):
         common.save_grid(folder / "steps.png", pictures)
         tables["copies"] = copies(folder, images_of_headline[: evaluation["grid_count"]], setup)
     if model.vae is not None or model.decode is not None:
-        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser is not None)
+        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser_for is not None)
     return rows, tables
 
 
@@ -711,7 +711,7 @@ def by_components(model, setup, train):
     gen = generator(common.SEEDS["held_out_codes"] + train["seed"])
     held_out = common.reparameterise(mu, logvar, randn(mu.shape, gen))
     _, sampler, steps = common.headline(model, setup.evaluation)
-    count = setup.evaluation["count" if model.denoiser is None else "grid_count"]
+    count = setup.evaluation["count" if model.denoiser_for is None else "grid_count"]
     table = {"images": count}
     for components in COMPONENTS:
         mixture = common.GaussianMixture.fit(z, components, train["seed"], tied=True)
@@ -746,7 +746,7 @@ def measure_vae(folder, model, setup):
             classes = extract(setup.extractor, images)[1].argmax(1)
             table[f"class_kept_{name}"] = float((classes == test.labels[:count]).float().mean())
     tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
-    if model.denoiser is not None:
+    if model.denoiser_for is not None:
         pictures["refined"] = refined[:12]
         tables["start"] = check_start(model.diffusion, x_hat, real)
         draw_trajectory(folder, model, mu[:4].to(model.device), setup)
@@ -825,7 +825,7 @@ def bits_per_dim(model, prior, setup):
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
-        denoise = model.denoiser(x_hat, z)
+        denoise = model.denoiser_for(x_hat, z)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,

@@ -174,12 +174,12 @@ def load_model(state, variant, device):
         model.networks += (model.vae,)
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
-        model.denoiser = lambda x_hat, z: denoiser(unet, x_hat, variant)
+        model.denoiser_for = lambda x_hat, z: denoiser(unet, x_hat, variant)
         model.networks += (unet,)
     if variant == "guided":
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
-        model.denoiser = lambda x_hat, z: guide_away(denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant),
-                                                     train["guidance"])
+        model.denoiser_for = lambda x_hat, z: guide_away(
+            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
         model.networks += (guide,)
         model.evaluations = 2
     common.check_reduced_precision(model)

@@ -239,7 +239,8 @@ def load_model(state, device):
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
     model = common.Model("joint", device, shape=(3, train["image_size"], train["image_size"]), diffusion=diffusion,
-                         networks=(vae, unet), vae=vae, priors=priors, denoiser=lambda x_hat, z: denoiser(unet, x_hat))
+                         networks=(vae, unet), vae=vae, priors=priors,
+                         denoiser_for=lambda x_hat, z: denoiser(unet, x_hat))
     common.check_reduced_precision(model)
     return model
 

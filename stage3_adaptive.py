@@ -431,7 +431,7 @@ def load_model(state, device, shuffled=False):
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
-        def model_denoiser(x_hat, z):
+        def denoiser_for(x_hat, z):
             s_vec = s = None
             if train["conditioning"] != "fixed":  # s comes from z, not from this x_hat, which may be noisy
                 s_vec, s = uncertainty_of(vae, z, vae.decoder(z), stats, train["uncertainty"])
@@ -440,7 +440,7 @@ def load_model(state, device, shuffled=False):
             return denoiser(refiner, x_hat, s_vec, s)
 
         model.networks += (refiner,)
-        model.denoiser = model_denoiser
+        model.denoiser_for = denoiser_for
     common.check_reduced_precision(model)
     return model
 
@@ -523,7 +523,7 @@ def cost(model, setup):
     def fixed_denoiser(x_hat, z):
         return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
-    models = {"fixed": dataclasses.replace(model, denoiser=fixed_denoiser), "this": model}
+    models = {"fixed": dataclasses.replace(model, denoiser_for=fixed_denoiser), "this": model}
     count = min(50, setup.evaluation["batch"])
     z = common.randn((count, model.vae.latent_dim), common.generator(0)).to(model.device)
     x_hat = model.vae.decoder(z)

@@ -236,7 +236,7 @@ def test_guided_extrapolates_from_its_guide(smoke, tmp_path, monkeypatch):
         common.save_state(path, state)
     models = [*(stage1.load_model(state, "form1", torch.device("cpu")) for state in states), model]
     (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([200])
-    better, worse, guided = (model.denoiser(x_hat, None)(x, t) for model in models)
+    better, worse, guided = (model.denoiser_for(x_hat, None)(x, t) for model in models)
     assert torch.equal(guided, better + 0.5 * (better - worse)) and not torch.equal(better, worse)
 
 

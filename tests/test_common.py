@@ -140,7 +140,7 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     train = settings()
     unet, decode = common.build_unet(train, 3), nn.Conv2d(3, 3, 3)
     nn.init.normal_(unet.out.weight, std=0.1)
-    model = dataclasses.replace(tiny, denoiser=lambda x_hat, z: unet, decode=decode)
+    model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z: unet, decode=decode)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     common.check_reduced_precision(model)
     assert not model.reduced
@@ -151,11 +151,11 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     lines = capsys.readouterr().err.splitlines()
     assert model.reduced == (wrong is None) and len(lines) == (wrong is not None)
     assert all(line.startswith("tiny: bfloat16") for line in lines)
-    for part in ("vae", "denoiser", "decode"):  # models that lack a part
+    for part in ("vae", "denoiser_for", "decode"):  # models that lack a part
         for changes in ({part: None}, {part: None, "decode": None}):
             other = dataclasses.replace(model, reduced=False, **changes)
             common.check_reduced_precision(other)
-            gone = {"vae": "vae", "denoiser": "unet", "decode": "decode"}
+            gone = {"vae": "vae", "denoiser_for": "unet", "decode": "decode"}
             assert other.reduced == (wrong is None or wrong in {gone[name] for name in changes})
 
 
@@ -436,10 +436,10 @@ def test_attention_and_costs_by_hand():
         (2 * 64 * 16 * 64 + 4 * 64 * 64 * 16) / 1e9)
     vae = SimpleNamespace(latent_dim=5, decoder=lambda z: linear(z).view(1, 3, 10, 12))
     model = common.Model("m", torch.device("meta"), (3, 10, 12), None, (linear, convolution, convolution), vae,
-                         denoiser=lambda x_hat, z: lambda x, t: convolution(x_hat), decode=convolution)
+                         denoiser_for=lambda x_hat, z: lambda x, t: convolution(x_hat), decode=convolution)
     parameters, decoding, convolving = 5 * 360 + 2 * (3 * 9 * 3 + 3), 2 * 5 * 360 / 1e9, 2 * 27 * 3 * 120 / 1e9
     for changes, gflops in (({}, decoding + 2 * convolving), ({"decode": None}, decoding + convolving),
-                            ({"denoiser": None, "decode": None}, decoding), ({"vae": None}, 2 * convolving)):
+                            ({"denoiser_for": None, "decode": None}, decoding), ({"vae": None}, 2 * convolving)):
         assert common.count_cost(dataclasses.replace(model, **changes)) == {
             "parameters": parameters, "gflops": pytest.approx(gflops)}
 
@@ -1046,7 +1046,7 @@ def test_generate(tiny):
     before, after, seconds = common.generate(tiny, 10, "gaussian", "dpm", 3, 0, 4)
     assert before.shape == after.shape == (10, 3, 32, 32) and before.dtype == after.dtype == torch.uint8 and seconds > 0
     assert (before.int() - after.int()).abs().max() <= 1 and len(before.flatten(1).unique(dim=0)) == 10
-    alone = common.generate(dataclasses.replace(tiny, denoiser=None), 10, "gaussian", "none", 0, 0, 4)
+    alone = common.generate(dataclasses.replace(tiny, denoiser_for=None), 10, "gaussian", "none", 0, 0, 4)
     assert torch.equal(alone[0], before) and torch.equal(alone[1], before)
     assert not torch.equal(common.generate(tiny, 10, "gaussian", "dpm", 3, 1, 4)[0], before)
     tiny.priors["zero"] = SimpleNamespace(sample=lambda count, gen: torch.zeros(count, 8))

@@ -167,7 +167,7 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
         measured.clear()
     state["train"]["budget"] = "smoke"
     capsys.readouterr()
-    for changes, names in (({"denoiser": None}, ["measure_samples", "measure_vae"]),  # a VAE alone
+    for changes, names in (({"denoiser_for": None}, ["measure_samples", "measure_vae"]),  # a VAE alone
                            ({"vae": None}, ["measure_samples", "bits_per_dim"]),  # no VAE
                            ({"vae": None, "decode": len}, ["measure_samples"])):  # a diffused latent has no such bound
         measured.clear()
@@ -261,7 +261,7 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     monkeypatch.setattr(fid, "measure", measure)
     if stub_copies:
         monkeypatch.setattr(fid, "copies", lambda folder, images, setup: (len(images), images[0, 0, 0, 0].item()))
-    model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion("v"), vae=object(), denoiser=object(),
+    model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion("v"), vae=object(), denoiser_for=object(),
                          priors={"gaussian": None, "gmm": None})
     setup = SimpleNamespace(evaluation=common.EVAL | {"prior": "gmm", "count": 40, "grid_count": 40} | evaluation,
                             extractor=None, fd="fd", score=brightness, test=images_of(10))
@@ -298,7 +298,7 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     assert pictures["samples.png"] == {f"{name} {i}": level for i in range(3) for name, level in (
         ("VAE", 1), ("refined", 101))}
     assert pictures["steps.png"] == {"dpm 2": 103}
-    model, setup, drawn = stub_samples(monkeypatch, changes, denoiser=None)  # a VAE alone
+    model, setup, drawn = stub_samples(monkeypatch, changes, denoiser_for=None)  # a VAE alone
     rows, tables = fid.measure_samples(tmp_path, model, setup)
     assert drawn[:3] == [("gmm", "none", 0, 50, 0.0), ("gaussian", "none", 0, 50, 0.0), ("gmm", "none", 0, 20, 0.0)]
     assert len(rows) == 2 and tables.keys() == {"robustness"} and pictures["samples.png"]["form1 0"] == 101
@@ -436,7 +436,7 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "diagnose", lambda *how: sharpnesses.append(how[2]) or diagnose(*how))
     monkeypatch.setattr(common, "save_grid", lambda path, rows, *titles: pictures.update({path.name: rows}))
     start = {30: 0, 20: 0, 10: 20}
-    tiny.denoiser = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(
+    tiny.denoiser_for = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(
         real[:4] if len(z) == 4 else real[start[len(z)]:start[len(z)] + len(z)]))
     setup = SimpleNamespace(test=images_of(50), train={"seed": 2}, extractor=SimpleNamespace(name="local-other-0"),
                             evaluation={"grid_count": count, "sample_steps": 3, "batch": 20})
@@ -466,7 +466,7 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     assert list(shown) == ["real", "VAE", "refined"] and torch.equal(shown["real"], real[:12])
     assert (shown["VAE"].int() - x_hat[:12].int()).abs().max() <= 1
     assert (shown["refined"].int() - real[:12].int()).abs().max() <= 1
-    alone = fid.measure_vae(tmp_path, dataclasses.replace(tiny, denoiser=None), setup)
+    alone = fid.measure_vae(tmp_path, dataclasses.replace(tiny, denoiser_for=None), setup)
     assert "start" not in alone and alone["reconstruction"]["hf_energy_refined"] == found["hf_energy_vae"]
     setup.test.labels = None
     assert "class_kept_vae" not in fid.measure_vae(tmp_path, tiny, setup)["reconstruction"]
@@ -481,7 +481,7 @@ def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
         return SimpleNamespace(log_prob=lambda z: codes.setdefault(name, z) is None or torch.full((len(z),), density),
                                sample=lambda count, gen: torch.zeros(count, 8))
 
-    tiny.priors, tiny.denoiser = {"gaussian": prior("gaussian", -3.0), "gmm": prior("gmm", -2.0)}, None
+    tiny.priors, tiny.denoiser_for = {"gaussian": prior("gaussian", -3.0), "gmm": prior("gmm", -2.0)}, None
     setup = SimpleNamespace(test=images_of(1001), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
                             evaluation={"grid_count": 2000, "sample_steps": 3, "batch": 500})
     table = fid.measure_vae(tmp_path, tiny, setup)["prior_log_density"]
@@ -502,7 +502,7 @@ def test_density_of_samples(tiny, tmp_path):
             asked.append((count, gen.initial_seed()))
             return super().sample(count, gen)
 
-    tiny.priors["far"], tiny.denoiser = Far(torch.ones(1), m[None], s * torch.eye(8)[None]), None
+    tiny.priors["far"], tiny.denoiser_for = Far(torch.ones(1), m[None], s * torch.eye(8)[None]), None
     setup = SimpleNamespace(test=images_of(50), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
                             evaluation={"grid_count": 20, "sample_steps": 3, "batch": 20})
     table = fid.measure_vae(tmp_path, tiny, setup)["density_of_samples"]
@@ -531,7 +531,7 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fid, "measure", measure)
     monkeypatch.setattr(fid, "COMPONENTS", (2, 5))
-    tiny.temperature, tiny.denoiser = 0.7, tiny.denoiser if refined else None
+    tiny.temperature, tiny.denoiser_for = 0.7, tiny.denoiser_for if refined else None
     setup = SimpleNamespace(data=data, test=test, fd="fd", train=None, evaluation=common.EVAL | {
         "prior": "gaussian", "count": 40, "grid_count": 30, "sampler": "ddim", "sample_steps": 9})
     train = settings(seed=3, components=7, tied=False)
@@ -547,7 +547,7 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
         mixture, = model.priors.values()
         expected = common.GaussianMixture.fit(codes, components, 3, tied=True)
         assert prior in model.priors and (asked, damage) == (how, 0.0)
-        assert model.vae is tiny.vae and model.denoiser is tiny.denoiser and model.temperature == 0.7
+        assert model.vae is tiny.vae and model.denoiser_for is tiny.denoiser_for and model.temperature == 0.7
         assert torch.equal(mixture.means, expected.means) and torch.equal(mixture.factors, expected.factors)
         assert mixture.means.shape == (components, 8) and mixture.factors.shape == (1, 8, 8)
         density = fid.mean_score(expected.log_prob(held_out))
@@ -577,7 +577,7 @@ def test_trajectory(tiny, tmp_path, monkeypatch):
     pictures, real = [], images_of(2).images
     monkeypatch.setattr(common, "save_grid", lambda *how: pictures.append(how))
     tiny.diffusion = common.Diffusion("v", start=400)
-    tiny.denoiser = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
+    tiny.denoiser_for = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
     z = torch.randn(2, 8, generator=common.generator(0))
     x_hat = common.to_uint8(tiny.vae.decoder(z))
     for steps, indices in ((7, [7, 5, 3, 1]), (4, [4, 3, 2, 1]), (1, [1, 1, 1, 1])):
@@ -610,7 +610,7 @@ def test_bits_per_dim_by_hand(with_vae, tiny, monkeypatch):
         return dict(nats)
 
     monkeypatch.setattr(common, "diffusion_nats", diffusion_nats)
-    tiny.denoiser = lambda x_hat, z: (x_hat, z)
+    tiny.denoiser_for = lambda x_hat, z: (x_hat, z)
     tiny.priors["far"] = SimpleNamespace(log_prob=lambda z: torch.tensor([-100.0, -300.0]))
     if not with_vae:
         tiny.vae = None

@@ -300,7 +300,7 @@ def test_model_of_a_checkpoint(tmp_path):
     ours, theirs = stage2.load_model(state, CPU), stage1.load_model(state, "form1", CPU)
     nn.init.normal_(ours.networks[1].out.weight), theirs.networks[1].load_state_dict(ours.networks[1].state_dict())
     (x, x_hat), t, z = torch.randn(2, 3, 3, 32, 32), torch.tensor([1, 100, 300]), torch.randn(3, 8)
-    assert torch.equal(ours.denoiser(x_hat, None)(x, t), theirs.denoiser(x_hat, None)(x, t))
+    assert torch.equal(ours.denoiser_for(x_hat, None)(x, t), theirs.denoiser_for(x_hat, None)(x, t))
     assert torch.equal(ours.vae.decoder(z), theirs.vae.decoder(z))
     assert ours.diffusion.start == 300 and ours.shape == theirs.shape and common.count_cost(ours) == common.count_cost(
         theirs)
@@ -363,7 +363,7 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
 
     (train_code, train), (code, test) = data(400, 1, 0.0), data(260, 2, 0.33)
     model = common.Model("joint", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), ROW,
-                         denoiser=lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
+                         denoiser_for=lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
     setup = SimpleNamespace(data=train, test=test, train={"seed": 5}, extractor=None, fd="fd", score=score,
                             evaluation={"grid_count": 20, "probe_steps": 3})
     saved = {}

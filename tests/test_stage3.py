@@ -337,7 +337,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
     test, saved, loaded = images(70, 0), {}, []
     model = planted_model(temperature=0.7)
-    other = planted_model(denoiser=lambda x_hat, z: lambda x, t: 0.1 * x + 0.2 * x_hat)
+    other = planted_model(denoiser_for=lambda x_hat, z: lambda x, t: 0.1 * x + 0.2 * x_hat)
     setup = SimpleNamespace(evaluation={"grid_count": 44, "probe_steps": 3}, train={"seed": 2}, extractor=None,
                             test=test, data=images(70, 9))
     state = {"uncertainty": {"mean": torch.ones(1)}, "train": {"uncertainty": "variance"}}
@@ -446,7 +446,7 @@ def test_cost_by_hand(monkeypatch):
 
     seen, timed, unet, uncertainty = [], [], UNet(6, 3, 3, padding=1), torch.nn.Conv2d(3, 1, 3, padding=1)
     first = common.randn((50, 8), common.generator(0))
-    model = planted_model(networks=(None, {"unet": unet}), denoiser=lambda x_hat, z: (
+    model = planted_model(networks=(None, {"unet": unet}), denoiser_for=lambda x_hat, z: (
         uncertainty(x_hat), lambda x, t: unet(torch.cat([x, 0.5 * x_hat], 1), t))[1])
     monkeypatch.setattr(common, "time_in_turn", planted_seconds)
     for batch, count in ((80, 50), (20, 20)):
@@ -616,7 +616,7 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float
     damaged = torch.zeros(3, 3, 32, 32)  # s does not depend on the x_hat that the refiner is shown
     with torch.no_grad():
         s_vec, s = stage3.uncertainty_of(model.vae, z, model.vae.decoder(z), stats, source)
-        model.denoiser(damaged, z)
+        model.denoiser_for(damaged, z)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
-        stage3.load_model(state, CPU, shuffled=True).denoiser(damaged, z)
+        stage3.load_model(state, CPU, shuffled=True).denoiser_for(damaged, z)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
