@@ -280,7 +280,7 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images: the score of images that are decoded from their own codes (the means
     of q(z|x)), `pairs` paths of `points` images between two codes, and what a linear probe reads off a code. The VAE's
     images and the refined ones are both measured. Along a path the refiner's noise stays the same. The first three
-    paths are drawn in the file `picture`."""
+    paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the score
@@ -297,7 +297,8 @@ def latent_space(picture, model, setup, pairs=32, points=9):
 
     result["images"] = count
     parts = [decode(a[first : first + 100], first) for first in range(0, count, 100)]
-    along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in torch.linspace(0, 1, points).tolist()]
+    weights = torch.linspace(0, 1, points).tolist()
+    along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in weights]
     result["posterior"], result["slerp"], strips = {}, {}, {}
     for name in ("vae", "refined"):
         # Codes of real images: no prior is involved. setup.fd is the name of the Frechet distance.
@@ -307,8 +308,10 @@ def latent_space(picture, model, setup, pairs=32, points=9):
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
     rows = {}
     for i in range(min(3, len(a))):
-        rows[f"VAE {i + 1}"], rows[f"refined {i + 1}"] = strips["vae"][i], strips["refined"][i]
-    common.save_grid(picture, rows)
+        real_a, real_b = test.images[i : i + 1], test.images[count + i : count + i + 1]
+        rows[f"VAE {i + 1}"] = torch.cat([real_a, strips["vae"][i], real_b])
+        rows[f"refined {i + 1}"] = torch.cat([real_a, strips["refined"][i], real_b])
+    common.save_grid(picture, rows, columns=["real", *(f"w = {w:.3g}" for w in weights), "real"])
 
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
     train_mu = common.encode(model.vae, data.images[chosen], model.device)[0]

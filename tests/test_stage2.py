@@ -368,8 +368,9 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
                             evaluation={"grid_count": 20, "probe_steps": 3})
     saved = {}
     monkeypatch.setattr(fid, "extract", pixels)
-    monkeypatch.setattr(common, "save_grid", lambda path, rows: saved.update({path: rows}))
+    monkeypatch.setattr(common, "save_grid", lambda path, rows, columns: saved.update({path: rows, "columns": columns}))
     result = stage2.latent_space(tmp_path / "paths.png", model, setup, pairs=4, points=5)
+    assert saved["columns"] == ["real", "w = 0", "w = 0.25", "w = 0.5", "w = 0.75", "w = 1", "real"]
 
     def decode(z, seed=91_005):
         refined = common.refine(model, ROW.decoder(z), z, common.generator(seed), "dpm", 3)
@@ -382,7 +383,9 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
         paths = torch.stack([decode(stage2.slerp(a[:4], b[:4], w))[name] for w in (0, 0.25, 0.5, 0.75, 1)], 1)
         expected = stage2.smoothness(paths.flatten(2).float())
         assert result["slerp"][name] == pytest.approx(expected)
-        assert all(torch.equal(rows[f"{label} {i + 1}"], paths[i]) for i in range(3))
+        for i in range(3):  # the two real images are at the ends of the path
+            expected = torch.cat([test.images[i][None], paths[i], test.images[20 + i][None]])
+            assert torch.equal(rows[f"{label} {i + 1}"], expected)
     assert len(rows) == 6 and not torch.equal(rows["VAE 1"], rows["refined 1"])
     r2, _ = stage2.linear_probe(train_code, train.factors, code, test.factors)
     assert [result["probe_r2"][name] for name in common.FACTORS] == pytest.approx(r2, abs=1e-3)
