@@ -157,7 +157,7 @@ def load_model(state, device):
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
                          denoiser_for=lambda x_hat, z: unet,  # nothing conditions it
                          decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     return model
 
 
@@ -308,12 +308,12 @@ def main(argv=None):
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
-    ae_folder, settings = setup.run("bonus-ae", without=common.OF_UNET)
-    ae_state = (common.finished(ae_folder, settings | own, args.resume)
+    ae_folder, settings = setup.folder_and_settings("bonus-ae", without=common.OF_UNET)
+    ae_state = (common.finished_state(ae_folder, settings | own, args.resume)
                 or train_autoencoder(ae_folder, settings | own, setup.data, device))
-    folder, settings = setup.run("bonus-latent")
+    folder, settings = setup.folder_and_settings("bonus-latent")
     settings |= own
-    state = (common.finished(folder, settings, args.resume)
+    state = (common.finished_state(folder, settings, args.resume)
              or train_latent(folder, settings, ae_state, setup.data, device))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins

@@ -5,7 +5,7 @@ Part II   5 the likelihood bound, 6 the built-in data, 7 messages and files, 8 b
           11 random numbers, precision, cost, 12 training, 13 runs, 14 pictures
 
 For stage 1, read Part I, the settings in TRAIN (section 8) and the class Training (section 12). The rest can be looked
-up when a stage uses it. `fid.py` builds on this file and holds everything that measures a model.
+up when a stage uses it. `fid.py` builds on this file and holds the scores and the evaluation of a model.
 
 Conventions, used by every file:
     "As published" refers to DiffuseVAE (Pandey et al. 2022), which stage 1 replicates.
@@ -76,9 +76,9 @@ def to_uint8(x):
 
 class Posterior(NamedTuple):
     """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Sampling goes from x_t to the less
-    noisy x_next. Two choices of the variance are in use (DDPM, section 3.2). `small_variance` (beta_tilde,
-    "fixedsmall") is the posterior's own. `large_variance` (beta, "fixedlarge") is the variance of the noise that the
-    forward process adds on its way from x_next to x_t."""
+    noisy x_next, which is next in sampling and has the earlier time. Two choices of the variance are in use (DDPM,
+    section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
+    "fixedlarge") is the variance of the noise that the forward process adds on its way from x_next to x_t."""
 
     x0_factor: float
     xt_factor: float
@@ -149,7 +149,7 @@ class Diffusion:
         DDPM's formulas. Other values of t_next describe a process that skips times. (tests/test_common.py:
         test_posterior_is_bayes)"""
         bar_t, bar_next = float(self.alpha_bar[t]), float(self.alpha_bar[t_next])
-        beta = 1 - bar_t / bar_next  # the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
+        beta = 1 - bar_t / bar_next  # variance of the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
         return Posterior(x0_factor=math.sqrt(bar_next) * beta / (1 - bar_t),
                          xt_factor=math.sqrt(bar_t / bar_next) * (1 - bar_next) / (1 - bar_t),
                          small_variance=beta * (1 - bar_next) / (1 - bar_t),
@@ -159,8 +159,9 @@ class Diffusion:
 def time_grid(start, steps):
     """The times that sampling in `steps` steps visits, in rising order: 0 = tau_0 < ... < tau_steps = start.
 
-    tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided;
-    the maximum with i keeps all times distinct."""
+    tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided.
+    The maximum with i keeps all times distinct: the square begins below i, and grows by more than 1 a step once it is
+    above i."""
     return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
 
 
@@ -168,8 +169,9 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
     `previous` is (t, x0) of the step before, or None in the first step.
 
-    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. If the
-    predicted x0 were constant during the step, this would be exact:
+    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. Write
+    x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were
+    constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
     the x0 of the middle of the step. It extrapolates the last two predictions linearly, along lambda = log(a / sigma):
@@ -215,7 +217,7 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
             x = posterior.x0_factor * x0 + posterior.xt_factor * x + math.sqrt(variance) * noise
         elif sampler == "ddim":  # the same x0 and eps, mixed as at the earlier time
             x = diffusion.q_sample(x0, torch.full_like(t_batch, t_next), eps)
-        else:
+        else:  # "dpm"
             x = dpm_step(diffusion, x, x0, t, t_next, previous)
             previous = t, x0
     return x
@@ -283,11 +285,11 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has one more block than its row says, which is
-    how the published tables count. Then the resolution changes: as published (`pool`) by average pooling and a 1x1
-    convolution, otherwise by a strided convolution. The strided convolution has a weight for every position in its
-    window. An average does not tell positions apart, and the published network, which averages all the way down to 1x1,
-    can only find them by the zero padding at the border. A short training does not learn that.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has `blocks` + 1 blocks, which is how the
+    published tables count. Then the resolution changes: as published (`pool`) by average pooling and a 1x1 convolution,
+    otherwise by a strided convolution. The strided convolution has a weight for every position in its window. An
+    average does not tell positions apart, and the published network averages all the way down to 1x1. It can learn
+    where things are from the zero padding at the border, but not in a short training.
     """
 
     def __init__(self, table, pool):
@@ -385,7 +387,8 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups as published, or as many as divide the width into groups of 4 or more.
+    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer: the largest power of two that
+    divides a quarter of the width.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
@@ -397,7 +400,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero_init(module):
-    """Set a layer's parameters to zero, so that the block that ends in it starts as the identity."""
+    """Set a layer's parameters to zero, so that what ends in it adds nothing before training."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -439,15 +442,15 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero at the start.
+    """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero before training.
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
-    from the stack, and sees it beside its input (a skip connection). DDPM has one more block on the way up than on the
-    way down, which takes the last map. Our small networks save that block; the map that entered the level then stays
-    unused. `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra`
-    (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
+    up than on the way down. It takes the map that entered the level; in our small networks, which save this block, that
+    map stays unused. `attention` lists the resolutions that have self-attention; the middle of the network always has
+    it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
@@ -658,7 +661,7 @@ class Model:
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     evaluations: int = 1  # of networks in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
-    reduced: bool = False  # whether it samples in bfloat16; see check_reduced_precision
+    reduced: bool = False  # whether it samples in bfloat16; see choose_precision
 
 
 @torch.no_grad()
@@ -672,8 +675,8 @@ def encode(vae, images, device, batch=500):
 def draw_codes(vae, images, train, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
-    One code is drawn for each image. If there are fewer than 60,000 images, as many are drawn of each as make about
-    60,000 in all, but at most ten. From a few codes a prior would learn the random part of these draws."""
+    N images get 60,000 // N codes each, but at least one and at most ten. From a few codes a prior would learn the
+    random part of these draws."""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -994,7 +997,7 @@ VAE_TABLES = {
     "paper 32": [(32, 64, 7, 15), (16, 128, 4, 7), (8, 256, 4, 3), (4, 256, 3, 2), (1, 512, 3, 1)],
     "paper 64": [(64, 64, 7, 10), (32, 128, 4, 8), (16, 256, 7, 7), (8, 256, 3, 3), (4, 256, 3, 2), (1, 512, 2, 1)],
 }
-UNET_TABLES = {  # widths of `cpu` and `gpu`: as wide as the time of the budget allows
+UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of `gpu` were never timed
     "smoke 32": [(32, 8, 1, 1), (16, 16, 1, 1)],
     "smoke 64": [(64, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)],
     "shapes 32": [(32, 32, 0, 1), (16, 48, 1, 1), (8, 64, 1, 1)],
@@ -1346,7 +1349,7 @@ def rounding_explains(errors, name, limit=0.3):
 
 
 @torch.no_grad()
-def check_reduced_precision(model):
+def choose_precision(model):
     """Let a model sample in bfloat16 if its device has it, and if its networks give the same images as in float32."""
     if not native_bfloat16(model.device):
         return
@@ -1504,19 +1507,20 @@ class Training:
     def __init__(self, folder, train, device, images, steps, flip, **networks):
         self.folder, self.train, self.device, self.networks = Path(folder), train, device, networks
         self.images, self.flip = images.to(device), flip
-        self.averages, self.optimizers = {}, {}  # optimizers by the name of the setting that is their learning rate
+        # Optimizers by the setting that is their learning rate: {"vae_lr": Adam, "vae_muon_lr": Muon, ...}
+        self.averages, self.optimizers = {}, {}
         for name, network in networks.items():
             network.to(device, memory_format=torch.channels_last).train()
             self.averages[name] = {key: value.clone() for key, value in network.state_dict().items()}
             by_muon = train[f"{name}_muon_lr"] > 0
             matrices = [p for p in network.parameters() if p.dim() > 1 and by_muon]
-            others = [p for p in network.parameters() if p.dim() == 1 or not by_muon]
+            others = [p for p in network.parameters() if p.dim() <= 1 or not by_muon]
             if matrices:
                 self.optimizers[f"{name}_muon_lr"] = Muon(matrices)
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(others, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + SEEDS["training"], device)
         self.run_id = secrets.token_hex(8)  # tells this training from every other one
-        self.all_steps, self.steps, self.seconds = steps, 0, 0.0  # steps to be taken, steps and seconds taken so far
+        self.all_steps, self.steps_taken, self.seconds = steps, 0, 0.0  # steps to take; steps and seconds taken so far
         self.every = min(train["every"], steps)
         self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
@@ -1536,7 +1540,7 @@ class Training:
         self.gen.set_state(state["generator"])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.level_means = state["level_means"].to(self.device)
-        self.steps, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
+        self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
 
     def autocast(self):
@@ -1547,13 +1551,13 @@ class Training:
         yield from self.try_reduced_precision()  # two batches, from which nothing is learned
         self.compile_networks()
         with self.running():
-            while self.steps < self.all_steps:
+            while self.steps_taken < self.all_steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
                 stop = self.stopped_by is not None and RANK == 0  # if the first process ends, torchrun ends the others
                 if stop or time.time() - self.clock > 60:
                     self.checkpoint()
                 if stop:
-                    print(f"\nstopped at step {self.steps}; continue with --resume", file=sys.stderr)
+                    print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
                     raise SystemExit(128 + self.stopped_by)  # the status that shells give a process ended by a signal
             self.checkpoint()
 
@@ -1566,7 +1570,8 @@ class Training:
 
         self.stopped_by = None
         locked = lock(self.folder) if RANK == 0 else contextlib.nullcontext()
-        with locked, tqdm(total=self.all_steps, initial=self.steps, unit="step", desc=self.folder.name) as self.bar:
+        name = self.folder.name
+        with locked, tqdm(total=self.all_steps, initial=self.steps_taken, unit="step", desc=name) as self.bar:
             previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
             self.clock = time.time()  # when the time that is not yet in self.seconds began
             try:
@@ -1587,7 +1592,7 @@ class Training:
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
         trains on latents, which are floats already.)"""
         if self.train["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            torch.manual_seed((self.train["seed"] * 2**24 + self.steps) * RANKS + RANK)
+            torch.manual_seed((self.train["seed"] * 2**24 + self.steps_taken) * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.images[self.own_part(index)]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
@@ -1624,7 +1629,7 @@ class Training:
         average_over_processes([count, total])
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial leaves everything as it was
-            self.level_means = self.level_means.lerp(mean, 0.05)
+            self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
         return loss / self.level_means[level]
 
     def step(self, loss, terms, watch=None):
@@ -1649,13 +1654,13 @@ class Training:
         for name, network in self.networks.items():
             nn.utils.clip_grad_norm_(network.parameters(), self.train[f"{name}_clip"] or math.inf)
         for setting, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = learning_rate(self.train[setting], self.steps, self.all_steps,
+            optimizer.param_groups[0]["lr"] = learning_rate(self.train[setting], self.steps_taken, self.all_steps,
                                                             self.train["warmup"], self.train["decay"])
             optimizer.step()
-        self.steps += 1
+        self.steps_taken += 1
         # Update the moving averages. Early on the decay is smaller: with 0.9999 alone, a third of the average of a
         # run of 10,000 steps would be its initial weights (0.9999^10000 = 0.37).
-        early = (1 + self.steps) / (10 + self.steps)  # a usual choice: 2/11, 3/12, ... towards 1
+        early = (1 + self.steps_taken) / (10 + self.steps_taken)  # a usual choice: 2/11, 3/12, ... towards 1
         for name, network in self.networks.items():
             decay = min(self.train[f"{name}_ema"], early)
             torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
@@ -1664,7 +1669,7 @@ class Training:
         average_over_processes(list(means.values()))
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0) + mean
-        if self.steps % self.every == 0:
+        if self.steps_taken % self.every == 0:
             self.write_row(watch() if watch else {})
         self.bar.update()
 
@@ -1677,14 +1682,14 @@ class Training:
         if bad:
             saved = ("its last checkpoint is from before" if (self.folder / "checkpoint.pt").is_file()
                      else "nothing was saved")
-            fail(f"{self.folder.name}: {' and '.join(bad)} not finite by step {self.steps}; {saved}; try a larger "
-                 "--batch-size or another --seed, and look at the data")
+            fail(f"{self.folder.name}: {' and '.join(bad)} not finite by step {self.steps_taken}; {saved}; "
+                 "try a larger --batch-size or another --seed, and look at the data")
 
     def write_row(self, watched):
         """Add a row to the log: means since the last row, and what was watched. log.csv is a copy of all rows."""
         self.check_finite()
         means = {name: float(value) / self.every for name, value in self.sums.items()} | watched
-        self.log.append({"step": self.steps, **means})
+        self.log.append({"step": self.steps_taken, **means})
         self.sums = {}
         lines = [",".join(self.log[0])] + [",".join(map(str, row.values())) for row in self.log]
         write(self.folder / "log.csv", "".join(f"{line}\n" for line in lines).encode())
@@ -1697,7 +1702,7 @@ class Training:
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if RANK == 0:
             save_state(self.folder / "checkpoint.pt", {
-                "train": self.train, "finished": False, "run_id": self.run_id, "steps": self.steps,
+                "train": self.train, "finished": False, "run_id": self.run_id, "steps": self.steps_taken,
                 "seconds": self.seconds, "log": self.log, "sums": self.sums, "level_means": self.level_means,
                 "generator": self.gen.get_state(),
                 "averages": self.averages,
@@ -1877,10 +1882,10 @@ def first_difference(old, new):
     return f"{different[0]} was {old.get(different[0])}, is now {new.get(different[0])}" if different else None
 
 
-def finished(folder, train, resume):
+def finished_state(folder, train, resume):
     """The finished checkpoint of a run's folder, or None where training has to begin, or to go on:
 
-        state = common.finished(folder, train, resume) or train_vae(folder, train, ...)
+        state = common.finished_state(folder, train, resume) or train_vae(folder, train, ...)
 
     Exits if the folder holds a run with other settings, an unfinished run and no --resume was given, or a run that
     another process is training."""

@@ -12,17 +12,17 @@ Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
     A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images. So the FD of equally many
-                    held-out real images is always given beside it.
+                    held-out real images is given beside it (of all, if there are fewer).
     An interval     The jackknife leaves out one twentieth of the images at a time. How much the score changes tells
                     how much it depends on the draw of images. (A bootstrap would repeat images. A set with repeated
                     images has a higher FD, so its interval would lie above the score.)
 
     python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
     python fid.py cifar10 samples --features inception --count 10000 --json
-    python fid.py --train-local FOLDER    makes a local feature network: minutes on two CPU cores (cifar10: 17)
+    python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
-6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 can be read without common.py.
+6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 hardly need common.py.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
               f"python fid.py --train-local {source}")
     stored = load_hashed(found, flag, advice)
     if "classes" not in stored:
-        fail(f"--weights {found[0]}: not a local feature network; {advice}")
+        fail(f"{flag}: {found[0]} is not a local feature network; {advice}")
     if dataset == "folder" and not weights and (share := trained_on(stored, data_dir)) < UNCHANGED:
         fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
              f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
@@ -235,7 +235,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
 # ---- 3. Features of many images, and their moments -------------------------------------------------------------------
 
 def scoring_device(extractor):
-    """Where scores are computed: the device of the feature network, or the CPU if that device has no float64."""
+    """Where a stage's scores are computed: the device of the feature network, or the CPU if that has no float64. (The
+    command for two folders computes on the CPU.)"""
     device = next(extractor.parameters()).device
     try:
         torch.empty(0, dtype=torch.float64, device=device)
@@ -305,7 +306,7 @@ def expected_floor(stats, count):
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j, and twice that for i = j, which adds 1/4 tr S to that sum over i and j
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j, and twice that for i = j, which adds (1/N1 + 1/N2) 1/4 tr S to that sum
         E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))"""
     eigenvalues = stats.root.square().sum(0)  # (k,), those above 0
     pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
@@ -373,7 +374,7 @@ def precision_recall(real, generated, k=3):
     if k >= min(len(real), len(generated)):
         raise ValueError(f"precision and recall with k={k} need more than {k} images on each side")
 
-    def share_inside(x, centres):  # of the rows of x, in the ball of any row of `centres`
+    def share_inside(x, centres):  # the share of the rows of x that lie in the ball of some row of `centres`
         # k + 1, since each image is its own nearest neighbour; the factor lets points on a surface count as inside
         radius = torch.cat([distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(CHUNK)])
         inside = [(distances(part, centres) <= radius * (1 + 1e-9)).any(1) for part in x.split(CHUNK)]
@@ -404,9 +405,10 @@ def jackknife(score, x):
 
 
 def jackknife_pairs(value, image_means):
-    """The jackknife of a score that is a mean over pairs of images, such as KID, without computing pairs again. `value`
-    is the score, and image_means (N,) has the mean over the pairs of each image. Each pair has two images. So if images
-    are left out the score changes, to first order, by twice the change of the mean of image_means."""
+    """The jackknife of a score that consists of means over pairs of images, such as KID, without computing pairs again.
+    `value` is the score. image_means (N,) has for each image the mean over its pairs, counted so that the score depends
+    on the image by twice this number (see `scores`). So if images are left out the score changes, to first order, by
+    twice the change of the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -458,7 +460,7 @@ def scores(extractor, generated, ref, progress=False):
     "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
         fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
-        kid                 over all pairs of fewer than 2,000 images, else over 100 subsets of 1,000
+        kid                 over all pairs if either side has fewer than 2,000 images, else over 100 subsets of 1,000
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
         floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
@@ -515,7 +517,7 @@ class Setup:
         self.evaluation = evaluation | {"features": self.extractor.name}
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 
-    def run(self, name, without=()):
+    def folder_and_settings(self, name, without=()):
         """The folder and the train settings of the run of this name. What --set changes is part of both, except for
         settings whose names begin with one of `without`, on which this run does not depend."""
         changes = {key: value for key, value in self.changes.items() if not key.startswith(without)}
@@ -752,11 +754,12 @@ def measure_vae(folder, model, setup):
         draw_trajectory(folder, model, mu[:4].to(model.device), setup)
     common.save_grid(folder / "reconstructions.png", pictures)
     tables["prior_log_density"] = {name: mean_score(prior.log_prob(z)) for name, prior in model.priors.items()}
-    tables["density_of_samples"] = {}  # by this prior, of samples of that one
-    for other, source in model.priors.items():
-        samples = source.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
-        for name, prior in model.priors.items():
-            tables["density_of_samples"].setdefault(name, {})[other] = mean_score(prior.log_prob(samples).cpu())
+    # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
+    tables["density_of_samples"] = {name: {} for name in model.priors}
+    for source, prior in model.priors.items():
+        samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
+        for judge, judging_prior in model.priors.items():
+            tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples).cpu())
     return tables
 
 
@@ -904,7 +907,8 @@ def train_network(data, seed=0, batch=256):
     images, labels, factors = data.images, data.labels, data.factors
     classes = PSEUDO_CLASSES if labels is None else int(labels.max()) + 1
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
-    # A second head on the features, for training only: it regresses the factors, or is SimCLR's projection.
+    # A second head on the features, for training only: it regresses the factors or, without labels, is SimCLR's
+    # projection. (With labels alone it has no use.)
     head = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
         nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
     networks = nn.ModuleList([net, head])
@@ -912,9 +916,10 @@ def train_network(data, seed=0, batch=256):
     steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
     batches = torch.cat(epochs)[:steps * batch].view(steps, batch)  # indices of images
-    # SimCLR's peak is 0.3 for a batch of 256, that of Page's recipe for CIFAR-10 0.4; regressions diverge above 0.1.
+    # Found by trying, near known recipes (SimCLR: 0.3 for a batch of 256). Regressions diverge above 0.1.
     peak_rate = 0.2 if labels is None else 0.4 if factors is None else 0.1
-    optimiser = torch.optim.SGD(networks.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
+    # The schedule sets rate and momentum in every step, whatever they are here.
+    optimiser = torch.optim.SGD(networks.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
 
     def loss_of(networks, x, index, reduced):
@@ -1026,8 +1031,10 @@ def read_folder(folder, flag, count=None):
     if not Path(folder).is_dir():
         fail(f"{flag}: no such folder: {folder}")
     files = find_images(folder)
-    if count is not None and not 2 <= count <= len(files) or len(files) < 2:
-        fail(f"{flag}: found {len(files)} images in {folder} and below, and {max(2, count or 0)} are needed")
+    if count is not None and count < 2:
+        fail(f"{flag}: give 2 or more")
+    if len(files) < (needed := count or 2):
+        fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")
     files = shuffle(files)[:count]
     images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
               for path in tqdm(files, desc=f"reading {folder}", unit="image")]

@@ -15,10 +15,10 @@ model decides *how it looks*.
                       times into 20 noise levels, and the loss of each level by its running mean, so that all levels
                       count alike (Training.even_levels). There are two ways to show x_hat to the U-Net:
        Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
-       Formulation 2  As published, x_hat is added to x_t, and the U-Net sees this x_t and x_hat. Subtract x_hat again:
-                      y_t = x_t - x_hat = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps is the plain process, and y_0 is the
-                      image. So we run the plain process, and the code differs in one place: the U-Net is shown
-                      y_t + x_hat in place of y_t.
+       Formulation 2  As published, the noisy image is sqrt(abar_t) x0 + x_hat + sqrt(1 - abar_t) eps, and the U-Net
+                      sees this sum and x_hat. Without the summand x_hat it is the x_t of the plain process. So we run
+                      the plain process, and the code differs in one place: the U-Net is shown x_t + x_hat in place of
+                      x_t.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -34,18 +34,19 @@ model decides *how it looks*.
 
     5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the same errors as the
                       refiner, but larger ones. So the difference of their predictions points away from these errors,
-                      and `guided` goes half of it further:
+                      and `guided` adds half of this difference to the refiner's prediction:
                           prediction = refiner + 0.5 (refiner - guide)
-                      Each sampling step evaluates both networks.
+                      Each sampling step evaluates both networks. (The tenth and the half were found by trying.)
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
-                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4). It is the rival of
-                      joint training (stage 2), where the VAE that the refiner learns from is not finished yet.
+                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the U-Net is not
+                      told how strong the noise is). It is the rival of joint training (stage 2), where the refiner also
+                      learns from images with errors, because the VAE is not finished yet.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       guided, and what it builds on
-        python stage1_baseline.py --variant all          all six, with a control without a VAE (`uncond`)
+        python stage1_baseline.py --variant all          all of these, and a control without a VAE (`uncond`)
         python stage1_baseline.py --dataset cifar10 --pretrained     samples in half a minute; nothing is trained
 Expect  4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores. In samples.png the
         images of the VAE are above and the refined ones below. Two scores tell most (see fid.py). `hf_energy`
@@ -66,7 +67,7 @@ import fid
 # The variants, in the order of their evaluation, and the input channels of their U-Nets: 3 of x_t and, if it sees one,
 # 3 of x_hat. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
-AUGMENTATION = 0.4  # the largest sd of the noise on x_hat of `augmented`; images span [-1, 1]
+AUGMENTATION = 0.4  # the largest sd of the noise on x_hat of `augmented`: that of the robustness test (fid.NOISE)
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -89,13 +90,13 @@ def build_diffusion(train, variant, device):
 def denoiser(unet, x_hat, variant):
     """`denoise(x, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
-    In Formulation 2 the process runs in y_t = x_t - x_hat. The U-Net is shown x_t, which is the only difference.
+    In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, which is the only difference.
     (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
 
-    def denoise(x, t):  # x is x_t or, in Formulation 2, y_t
-        shown = x + x_hat if variant == "form2" else x
+    def denoise(xt, t):
+        shown = xt + x_hat if variant == "form2" else xt
         return unet(torch.cat([shown, x_hat], 1), t)
 
     return denoise
@@ -143,7 +144,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
                                unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         if variant != "uncond":
-            z_noise = training.normal(vae.latent_dim)  # (B, d)
+            z_noise = training.normal(vae.latent_dim)  # (B, d), for the sample of z below
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
         with training.autocast():
@@ -164,7 +165,8 @@ def train_refiner(folder, train, variant, vae_state, data, device):
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(state, variant, device):
-    """The common.Model of a variant, built from its checkpoint alone. (That of `guided` is made by with_guide.)"""
+    """The common.Model of a variant, built from its checkpoint alone. (The checkpoint of `guided` is made by
+    with_guide.)"""
     train, size = state["train"], state["train"]["image_size"]
     model = common.Model(variant, device, shape=(3, size, size), diffusion=build_diffusion(train, variant, device))
     if variant != "uncond":
@@ -176,20 +178,20 @@ def load_model(state, variant, device):
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.denoiser_for = lambda x_hat, z: denoiser(unet, x_hat, variant)
         model.networks += (unet,)
-    if variant == "guided":
+    if variant == "guided":  # another denoiser takes the place of that
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.denoiser_for = lambda x_hat, z: guide_away(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
         model.networks += (guide,)
         model.evaluations = 2
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     return model
 
 
 def with_guide(form1, guide):
     """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. The
-    setting `guidance` is the guide's, since form1 has none. The log is the guide's; that of the refiner is part of the
-    results of form1."""
+    setting `guidance` is the guide's, since form1 ignores what --set makes of it. The log is the guide's; that of the
+    refiner is part of the results of form1."""
     state = dict(form1)
     state["guide"] = guide["unet"]
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
@@ -204,18 +206,20 @@ def draw_pretrained(args, evaluation, device):
     samples.png. The weights can only sample: the encoder is missing, and matrices are stored in half precision."""
     states = []
     for name in ("form1", "guide"):
-        found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list of one path
+        found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list; load_hashed fails unless it has one path
         pack = common.load_hashed(found, flag=f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
                                   advice="take another --dataset, or train: leave --pretrained out")
         states.append(pack | {"run_id": found[0].stem, "log": []})  # the hash in the file's name tells it from others
     state = with_guide(*states)
-    state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]  # a random encoder, which nothing uses
+    # The stored decoder takes the place of a random one. The encoder stays random; nothing uses it.
+    state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
     folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
     common.export(args, folder, state, model, evaluation)
-    parts = {}  # read from the files, since those of an earlier export are not drawn again
+    # Read the samples back from their files: export draws only those that are missing, and returns none.
+    parts = {}
     for label, place in (("VAE", "samples-vae"), ("refined", "samples")):
-        files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]
+        files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]  # draw_samples shows 36
         images = [torch.tensor(common.decode_file(file, size, crop="none")).permute(2, 0, 1) for file in files]
         parts[label] = torch.stack(images)  # (N, 3, H, W)
     common.draw_samples(folder, parts)
@@ -239,11 +243,11 @@ def read_flags(argv):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
                             "and scores nothing; leave it out")
-        args.variant, args.budget = ["guided"], "cpu"
+        args.variant, args.budget = ["guided"], "cpu"  # the budget that these weights were trained with
         args.export = 64 if args.export is None else args.export
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
-        chosen.add("form1")  # the refiner that it guides
+        chosen.add("form1")  # the refiner that the guide corrects
     args.variant = [variant for variant in CHANNELS if variant in chosen or "all" in chosen]
     return args
 
@@ -252,7 +256,7 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes
+        train |= args.changes  # those by --set
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
@@ -268,19 +272,20 @@ def main(argv=None):
     # All variants but `uncond` build on the VAE. It is the same whatever --set changes in the U-Net.
     vae_state = form1_state = None
     if args.variant != ["uncond"]:
-        folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
-        vae_state = (common.finished(folder, settings, args.resume)
-                     or train_vae(folder, settings, setup.data, device))
-    for variant in args.variant:
+        vae_folder, settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
+        vae_state = (common.finished_state(vae_folder, settings, args.resume)
+                     or train_vae(vae_folder, settings, setup.data, device))
+    for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided
         if variant == "vae":
-            folder, state = setup.run("stage1-vae", without=common.OF_UNET)[0], vae_state
+            folder, state = vae_folder, vae_state
         else:
             # Only `guided` depends on the setting `guidance`. What is trained in its folder is the guide: form1, for a
             # tenth of the steps.
-            folder, settings = setup.run(f"stage1-{variant}", without=() if variant == "guided" else ("guidance",))
+            folder, settings = setup.folder_and_settings(
+                f"stage1-{variant}", without=() if variant == "guided" else ("guidance",))
             if variant == "guided":
                 settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
-            state = (common.finished(folder, settings, args.resume)
+            state = (common.finished_state(folder, settings, args.resume)
                      or train_refiner(folder, settings, variant, vae_state, setup.data, device))
         if variant == "form1":
             form1_state = state

@@ -14,23 +14,23 @@ The loss has two terms. D is the number of pixel values of an image.
 `--loss` says how they are balanced:
 
     sum             E + lambda D M, with one fixed weight lambda.
-    anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
+    anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps
+                    (found by trying).
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
                     a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size.
     bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
-                    and common.diffusion_nats for a process that begins at x_start, made of x_hat and noise.
+                    and the bound of a diffusion process that begins at x_start, made of x_hat and noise (bound_loss).
 
-Which lambda would make `sum` weigh the diffusion term against the KL as `bound` does? Per pixel value, the bound's
-diffusion part is 0.34 nats, which come from the process's variances and no network can change, and a weighted sum of
-the errors at all times. On shapes the part is 0.9 nats (fid.bits_per_dim measures it), so the sum is some 0.6. In
-`sum`, each error is divided by its mean, and the sum becomes lambda. So lambda = 0.6 would be the bound's weight if the
-KL counted with 1, as it does in the bound. It counts with beta = 0.04 on shapes, so lambda = 0.6 beta = 0.02. Our
-default is 0.03.
+Which lambda would give `sum` the balance of `bound`? The errors of the diffusion term add up, in `bound`, to about 0.6
+nats per pixel value on shapes (fid.bits_per_dim measures 0.9, of which 0.34 come from the process's variances and no
+network can change them). They stand beside a KL that counts with 1. In `sum` they are divided by their means and add up
+to lambda, beside a KL that counts with beta = 0.04. The two ratios are equal at lambda = 0.6 beta = 0.02. Our default,
+0.03, is close to that, and was chosen before the balance was computed.
 
 How one backward pass serves both networks: the VAE should follow the gradient of E + lambda D M, but the U-Net that of
 M alone, as in stage 1, whatever lambda is. The loss is E + M. The U-Net is shown a copy of x_hat, through which
-gradients pass back multiplied by lambda D (scale_gradient). So the gradient of M is its own in the U-Net, and arrives
-in the VAE as that of lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
+gradients pass back multiplied by lambda D (scale_gradient). So the U-Net gets the gradient of M, and the VAE gets that
+of lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
@@ -44,7 +44,7 @@ and `*_mse_shuffled` (the U-Net's mean squared error, not divided, when x_hat be
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
-        python stage2_joint.py --dataset celeba64    all that a GPU user types
+        python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
 Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
         shapes more of the samples are real shapes than in stage 1 (a higher precision), and the KL is more than twice
         as large. The Frechet distance is about the same.
@@ -94,8 +94,7 @@ def joint_steps(train):
 
 
 def lambda_at(train, step):
-    """lambda at a step. It is fixed for `sum`. For `anneal` it rises log-linearly from a tenth of its final value over
-    the first 60% of the steps."""
+    """lambda at a step: fixed for `sum`, rising for `anneal`, None for the others."""
     weight = train["diffusion_weight"]
     if train["loss"] != "anneal":
         return weight
@@ -106,19 +105,20 @@ def lambda_at(train, step):
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, the order of magnitude of E and D M before training."""
 
-    def __init__(self, size):
+    def __init__(self, pixel_values):
         super().__init__()
-        self.a_and_b = nn.Parameter(torch.full((2,), math.log(size)))
+        self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))  # D is the number of pixel values
 
     def forward(self, elbo, diffusion):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). In this sum D M is detached, so that it trains
-        b and neither network. They are trained by the M that train_joint adds, the VAE through scale_gradient."""
+        b and neither network. The networks get its gradient from the M that train_joint adds to the loss: the U-Net
+        directly, the VAE through scale_gradient."""
         a, b = self.a_and_b
         return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
 
 
 def loss_weights(train, step, balance):
-    """With what factors the SSE and D M count in the loss that the VAE follows: two numbers, or tensors ()."""
+    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers, or tensors ()."""
     if train["loss"] == "kendall":
         sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
@@ -137,7 +137,8 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound is a sum over t. Its terms are largest at small t, so these times are drawn more often, which lowers the
     variance: t = ceil(start u^4) for uniform u (B,). (The power 4 was found by trying.) A term is divided by its time's
     probability, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
-    t = diffusion.draw_t(u.cpu().double() ** 4)  # float64 (on the CPU, since not every device has it), like P(t) below
+    u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
+    t = diffusion.draw_t(u**4)  # u^4 is not uniform: small t come more often
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
@@ -172,7 +173,7 @@ def watch_training(vae, unet, diffusion, images):
 
 def train_joint(folder, train, data, device, vae_state=None):
     """Train VAE and refiner together, the VAE from scratch or from the checkpoint `vae_state` of stage 1. Returns the
-    finished checkpoint, which looks like one of stage 1's refiner.
+    finished checkpoint, which has the same parts as that of stage 1's refiner.
     (tests/test_stage2.py: test_one_backward_pass_is_two)"""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
@@ -180,15 +181,15 @@ def train_joint(folder, train, data, device, vae_state=None):
         vae.load_state_dict(vae_state["vae"])
     torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
     unet = common.build_unet(train, 6)
-    size = data.images[0].numel()  # D
-    balance = Balance(size)
+    pixel_values = data.images[0].numel()  # D
+    balance = Balance(pixel_values)  # which only `kendall` uses
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     training = common.Training(folder, train, device, data.images, steps=joint_steps(train), flip=train["unet_flip"],
                                **networks)
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:256]
     watched_images = data.images[chosen].to(device)
-    unet_term = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"  # its name in the log
+    unet_log_name = "bound_per_dim" if train["loss"] == "bound" else f"{diffusion.objective}_mse"
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         u = training.uniform()  # (B,), for the training times
@@ -199,32 +200,32 @@ def train_joint(folder, train, data, device, vae_state=None):
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,), E
 
             # The x_hat that the U-Net sees: same values, scaled gradient. Decoded again from a detached z, it passes
             # gradients to the decoder only.
-            decoded = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            sse_weight, diffusion_weight = loss_weights(train, training.steps, balance)
+            x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
+            sse_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
             # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
             # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
             sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
-            shown, gradient_share = scale_gradient(decoded, diffusion_weight * size, sse_norm)
+            shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values, sse_norm)
 
             # The U-Net's loss.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                logged = unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / size  # (B,), nats per value
+                logged = unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), not divided
                 unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
             if train["loss"] == "kendall":
-                vae_loss = balance(vae_loss, size * unet_loss)  # (B,)
-        # The weight of D M relative to that of E is lambda, also where both are learned. `bound` has no SSE.
+                vae_loss = balance(vae_loss, pixel_values * unet_loss)  # (B,)
+        # For the log: lambda, which `kendall` learns as exp(a - b). `bound` has no SSE to compare with.
         weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
         training.step(vae_loss + unet_loss,
-                      {"sse": sse, "kl_nats": kl, unet_term: logged, "weight": weight,
-                       "gradient_share": gradient_share},
+                      {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight,
+                       "gradient_share": gradient_share},  # filled in by the backward pass
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(vae_state["seconds"] if vae_state else 0.0,
@@ -241,28 +242,28 @@ def load_model(state, device):
     model = common.Model("joint", device, shape=(3, train["image_size"], train["image_size"]), diffusion=diffusion,
                          networks=(vae, unet), vae=vae, priors=priors,
                          denoiser_for=lambda x_hat, z: denoiser(unet, x_hat))
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     return model
 
 
 # --- What it shows: the latent space ---------------------------------------------------------------------------------
 
 def slerp(a, b, w):
-    """Spherical interpolation (Shoemake 1985): the point at w in [0, 1] on the arc from a to b, (N, d). Codes have
-    nearly the same length in many dimensions, and the middle of a straight line between two of them would be much
-    shorter."""
+    """Spherical interpolation (Shoemake 1985): the point at w in [0, 1] on the arc from a to b, (N, d). In many
+    dimensions random codes have nearly the same length, and the middle of a straight line between two of them would be
+    much shorter."""
     angle = torch.acos((F.normalize(a) * F.normalize(b)).sum(1, keepdim=True).clamp(-1, 1))
-    angle = angle.clamp(1e-4, math.pi - 1e-4)
+    angle = angle.clamp(1e-4, math.pi - 1e-4)  # its sine must not be 0
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 
 def smoothness(features):
-    """How directly an image turns into another, from features along paths (P, K, f): the path's length over the
-    distance of its ends (1: straight), and the distance of the ends (0: nothing changes along the path, and the other
-    number says nothing)."""
-    steps = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
+    """How directly an image turns into another, from features along paths (P, K, f): the mean length of a path over the
+    mean distance of its ends (1: straight), and the latter (0: nothing changes along the path, and the other number
+    says nothing)."""
+    segments = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
-    return {"path_over_distance": float(steps.sum(1).mean() / ends.mean().clamp(min=1e-9)),
+    return {"path_over_distance": float(segments.sum(1).mean() / ends.mean().clamp(min=1e-9)),
             "end_distance": float(ends.mean())}
 
 
@@ -279,16 +280,16 @@ def linear_probe(train_x, train_y, test_x, test_y):
 def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images: the score of images that are decoded from their own codes (the means
     of q(z|x)), `pairs` paths of `points` images between two codes, and what a linear probe reads off a code. The VAE's
-    images and the refined ones are both measured. Along a path the refiner's noise stays the same. The first three
+    images and the refined ones are both measured. All points of a path are refined with the same noise. The first three
     paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the score
     a, b = mu[:count], mu[count : 2 * count]  # the first and the last codes of paths
 
-    def decode(z, first=0):
-        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. Each number has
-        noise of its own."""
+    def decode_and_refine(z, first=0):
+        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. The noise depends
+        on that number alone."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
@@ -296,9 +297,9 @@ def latent_space(picture, model, setup, pairs=32, points=9):
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
 
     result["images"] = count
-    parts = [decode(a[first : first + 100], first) for first in range(0, count, 100)]
+    parts = [decode_and_refine(a[first : first + 100], first) for first in range(0, count, 100)]
     weights = torch.linspace(0, 1, points).tolist()
-    along = [decode(slerp(a[:pairs], b[:pairs], w)) for w in weights]
+    along = [decode_and_refine(slerp(a[:pairs], b[:pairs], w)) for w in weights]
     result["posterior"], result["slerp"], strips = {}, {}, {}
     for name in ("vae", "refined"):
         # Codes of real images: no prior is involved. setup.fd is the name of the Frechet distance.
@@ -352,7 +353,7 @@ def read_flags(argv):
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
-        # At this rate a and b can move by more than 15 in 750 steps. They have to move by 6.
+        # At this rate a and b can move by more than 15 in 750 steps. On shapes they have to fall by 6.
         own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:
@@ -373,15 +374,15 @@ def main(argv=None):
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
-    folder, settings = setup.run(name)
+    folder, settings = setup.folder_and_settings(name)
     settings |= own
     vae_state = None
     if args.from_vae:
-        vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)
+        vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
         if not (vae_folder / "checkpoint.pt").is_file():
             common.fail(f"--from-vae: {vae_folder} holds no VAE; run stage1_baseline.py --variant vae first")
-        vae_state = common.finished(vae_folder, vae_settings, resume=False)
-    state = (common.finished(folder, settings, args.resume)
+        vae_state = common.finished_state(vae_folder, vae_settings, resume=False)
+    state = (common.finished_state(folder, settings, args.resume)
              or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
@@ -394,16 +395,16 @@ def main(argv=None):
         common.write_json(folder / "metrics.json", metrics)
 
     # Stage 1, if it was run here for as many steps: its scores beside ours, and the same measurements.
-    vae_folder, vae_settings = setup.run("stage1-vae", without=common.OF_UNET)
-    form1_folder, form1_settings = setup.run("stage1-form1", without=("guidance",))
+    vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
+    form1_folder, form1_settings = setup.folder_and_settings("stage1-form1", without=("guidance",))
     stage1 = {}
     for path, wanted in ((vae_folder, vae_settings), (form1_folder, form1_settings)):
         found = fid.read_metrics(path / "metrics.json", setup.evaluation)
         if found and all(found["run"]["train"][key] == wanted[key] for key in ("vae_steps", "unet_steps", "batch")):
             stage1[path] = found
-    checkpoint = form1_folder / "checkpoint.pt"
-    if len(stage1) == 2 and checkpoint.is_file() and "latent_space_stage1" not in tables:
-        form1 = load_model(common.load_checkpoint(checkpoint), device)
+    checkpoint_path = form1_folder / "checkpoint.pt"
+    if len(stage1) == 2 and checkpoint_path.is_file() and "latent_space_stage1" not in tables:
+        form1 = load_model(common.load_checkpoint(checkpoint_path), device)
         form1.temperature = setup.evaluation["temperature"]
         tables["latent_space_stage1"] = latent_space(folder / "interpolation-stage1.png", form1, setup)
         tables["components_stage1"] = fid.by_components(form1, setup, settings)

@@ -8,35 +8,36 @@ might take more steps or begin with more noise.
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
     estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
-    When it is trained:
+    When it is trained (the shares were found by trying):
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
-        the last 40%                 The KL to the flow takes the place of the KL to N(0, I), and trains both.
+        the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
+                                     KL to N(0, I), and trains both.
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
 
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
     with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
     known then: the code itself, since rare codes are drawn worse; and how sure the encoder is when it is shown x_hat.
-        s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations, and 0 in
-               dimensions that are not in use: (B, d)
+        s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
+               one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d)
         s      w . phi + b: (B,). Over training images it has mean 0 and standard deviation 1; high means a large error.
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   s is the mean of s_vec, with the sign for which a high s means a large error. This is the direct
                    reading of "the latent's variance as a measure of uncertainty".
-        posterior  Like `variance`, but in training the log-variances of q(z|x) take the place of Enc(x_hat)'s (and are
-                   standardised as these are). This is a trap. When sampling there is no x, so the refiner then meets
-                   an s of another kind than it was trained with.
+        posterior  Like `variance`, but in training the log-variances of q(z|x) take the place of Enc(x_hat)'s. (They
+                   are standardised with the statistics of the latter.) This is a trap. When sampling there is no x, so
+                   the refiner then meets an s of another kind than it was trained with.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
                block (after FiLM, Perez et al. 2018, which also scales them). Another one, the gate, scales the colours
-               of x_hat. Both start at zero, and so the strategy as `fixed`.
+               of x_hat. Both start at zero, so that the strategy equals `fixed` at first.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
                x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
                log-determinant: a prior is a density, a condition may be any function of x_hat.
@@ -44,10 +45,11 @@ Conditioning: what the refiner is shown
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
         python stage3_adaptive.py --uncertainty variance              s without a regression
-        python stage3_adaptive.py --dataset celeba64                  all that a GPU user types
-Expect  about as many minutes as stage 1 takes. Runs with the same prior share one VAE. First the command says whether s
-        ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help. On shapes it
-        does, with a rank correlation of 0.6 (0.1 by the variance), and even so it helps little (REPORT.md).
+        python stage3_adaptive.py --dataset celeba64                  on a GPU no other flag is needed
+Expect  about as many minutes as stage 1 takes. Runs with --prior flow share one VAE; all others take that of stage 1.
+        First the command says whether s ranks the errors of held-out images at all; if it does not, conditioning on it
+        can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so it helps
+        little (REPORT.md).
 """
 
 import argparse
@@ -73,8 +75,8 @@ STRATEGIES = ("fixed", "fade", "film", "coupling")
 
 class Coupling(nn.Module):
     """Affine coupling layer (RealNVP eq. 7-8): the first half of z (B, d) stays, and decides by how much the second
-    half is scaled and shifted. The log-scale lies within -2..2. The last layer starts at zero, and so the coupling as
-    the identity."""
+    half is scaled and shifted. The log-scale lies within -2..2, so that no layer can blow up. The last layer starts at
+    zero, so the coupling starts as the identity."""
 
     def __init__(self, d, hidden):
         super().__init__()
@@ -82,7 +84,7 @@ class Coupling(nn.Module):
         self.net = nn.Sequential(nn.Linear(self.half, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                  common.zero_init(nn.Linear(hidden, 2 * (d - self.half))))
 
-    def scale_and_shift(self, first):
+    def log_scale_and_shift(self, first):
         """The half that stays (B, half) -> log-scale and shift of the other half, each (B, d - half)."""
         raw, shift = self.net(first).chunk(2, 1)
         return 2 * torch.tanh(raw / 2), shift
@@ -90,20 +92,20 @@ class Coupling(nn.Module):
     def forward(self, z):
         """z (B, d) -> output (B, d), log |det| (B,)."""
         first, second = z[:, : self.half], z[:, self.half :]
-        scale, shift = self.scale_and_shift(first)
-        return torch.cat([first, second * scale.exp() + shift], 1), scale.sum(1)
+        log_scale, shift = self.log_scale_and_shift(first)
+        return torch.cat([first, second * log_scale.exp() + shift], 1), log_scale.sum(1)
 
     def inverse(self, u):
         first, second = u[:, : self.half], u[:, self.half :]
-        scale, shift = self.scale_and_shift(first)
-        return torch.cat([first, (second - shift) * (-scale).exp()], 1)
+        log_scale, shift = self.log_scale_and_shift(first)
+        return torch.cat([first, (second - shift) * (-log_scale).exp()], 1)
 
 
 class RealNVP(nn.Module):
     """A normalising flow u = f(z) with N(0, I) over u. As a prior it has log_prob and sample.
 
-    A coupling transforms only one half of the dimensions. Before couplings 0, 2 and 4 a fixed random permutation
-    chooses the halves; before couplings 1, 3 and 5 the two halves are swapped. So every dimension is transformed."""
+    A coupling transforms only one half of the dimensions. Before couplings 0, 2, ... a fixed random permutation chooses
+    the halves; before couplings 1, 3, ... the two halves are swapped. So every dimension is transformed."""
 
     def __init__(self, d, hidden=128, couplings=6):
         super().__init__()
@@ -117,12 +119,12 @@ class RealNVP(nn.Module):
 
     def forward(self, z):
         """z (B, d) -> u (B, d), log |det du/dz| (B,). In float32: a log-determinant is a sum of many small terms."""
-        total = 0
+        log_det_sum = 0
         with torch.autocast(z.device.type, enabled=False):
             for order, coupling in zip(self.orders, self.couplings, strict=True):
                 z, log_det = coupling(z[:, order])
-                total = total + log_det
-        return z, total
+                log_det_sum = log_det_sum + log_det
+        return z, log_det_sum
 
     def inverse(self, u):
         for order, coupling in zip(self.orders.flip(0), reversed(self.couplings), strict=True):
@@ -131,7 +133,7 @@ class RealNVP(nn.Module):
 
     def log_prob(self, z):
         """Log density: (N, d) -> (N,) nats."""
-        u, log_det = self(z.to(self.orders.device))
+        u, log_det = self(z.to(self.orders.device))  # the device of the flow
         return -0.5 * (u**2).sum(1) - 0.5 * self.d * math.log(2 * math.pi) + log_det
 
     @torch.no_grad()
@@ -142,8 +144,8 @@ class RealNVP(nn.Module):
 
 def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
     """Fit a RealNVP to codes z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, beginning with the weights
-    `initial` or with the identity. The codes are drawn anew in each step, so that it cannot learn the noise of one
-    draw. Returns the flow in evaluation mode."""
+    `initial` or with couplings that do nothing yet. The codes are drawn anew in each step, so that the flow cannot
+    learn the noise of one draw. Returns the flow in evaluation mode."""
     torch.manual_seed(seed)
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
     if initial:
@@ -156,7 +158,7 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the norm of usual gradients; outliers are cut
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm, so larger ones are cut to it
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -196,7 +198,7 @@ def predictors(z, s_vec):
     return torch.cat([z, z**2, s_vec], 1)
 
 
-def s_from(z, logvar, stats, kind):
+def s_vec_and_s(z, logvar, stats, kind):
     """s_vec (B, d) and s (B,), from z and log-variances, each (B, d), with the w and b of this kind of uncertainty."""
     kind = "variance" if kind == "posterior" else kind  # `posterior` has other log-variances, but the same w and b
     s_vec = standardise(logvar, stats)
@@ -207,17 +209,18 @@ def uncertainty_of(vae, z, x_hat, stats, kind):
     """s_vec (B, d) and s (B,), from z (B, d) and x_hat = Dec(z). In float32, like the statistics behind them: the
     log-variances of different images differ little. (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
     with torch.autocast(x_hat.device.type, enabled=False):
-        return s_from(z, vae.encoder(x_hat)[1], stats, kind)
+        return s_vec_and_s(z, vae.encoder(x_hat)[1], stats, kind)
 
 
 def fit_uncertainty(trip):
-    """From the RoundTrip of training images: the statistics that standardise s_vec (mean, sd, active, each (d,)), and
-    `variance` and `regressed` the weights w (3d,) and the bias b. (`posterior` uses those of `variance`.)"""
+    """From the RoundTrip of training images: the statistics that standardise s_vec (mean, sd, active, each (d,)); and
+    for `variance` and for `regressed` the weights w (3d,) and the bias b. (`posterior` uses those of `variance`.)"""
     logvar, log_error = trip.logvar_of_x_hat, trip.sse.log()
     active = common.active_units(trip.mu).float()
     stats = {"mean": logvar.mean(0), "sd": logvar.std(0).clamp(min=1e-6), "active": active}
     phi = predictors(trip.z, standardise(logvar, stats))
-    averaging = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])  # phi -> mean of s_vec
+    # phi @ averaging is the mean of s_vec over the dimensions that are in use.
+    averaging = torch.cat([torch.zeros(2 * len(active)), active / active.sum().clamp(min=1)])
     covariance = ((phi @ averaging) * (log_error - log_error.mean())).mean()
     sign = 1.0 if covariance >= 0 else -1.0
     regression_weight, _ = common.ridge_regression(phi, log_error[:, None])  # (3d, 1); s gets a bias of its own below
@@ -236,10 +239,11 @@ def rank_errors(trip, stats):
     facts = {}
     log_variances = {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat, "posterior": trip.logvar}
     for kind, logvar in log_variances.items():
-        s = s_from(trip.z, logvar, stats, kind)[1]
+        _, s = s_vec_and_s(trip.z, logvar, stats, kind)
+        # s is constant if no dimension is in use.
         correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
-        ranks = correlation >= 0.1 and p_value <= 0.05
-        facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if ranks else
+        does_rank = correlation >= 0.1 and p_value <= 0.05
+        facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if does_rank else
                        "s does not rank the error: conditioning on it can hardly help"}
     return facts
 
@@ -262,13 +266,14 @@ class ImageCoupling(nn.Module):
         stays = ((rows[:, None] + columns) % 2 == self.colour).to(x.dtype)  # (H, W)
         s_map = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * stays, s_map], 1)).chunk(2, 1)  # each (B, 3, H, W)
-        log_scale = torch.tanh(raw).float() * (1 - stays)  # within -1..1, and 0 where pixels stay
+        log_scale = torch.tanh(raw).float() * (1 - stays)  # float32 also under autocast; 0 where pixels stay
         return x * log_scale.exp() + shift.float() * (1 - stays)
 
 
 class Conditioner(nn.Module):
     """A conditioning strategy: from x_hat (B, 3, H, W), s_vec (B, d) and s (B,) it makes the image that the U-Net sees
-    beside x_t, and an addition to the U-Net's time embedding (B, emb_dim), or None."""
+    beside x_t, and an addition to the U-Net's time embedding (B, emb_dim), or None. For `fixed`, s_vec and s are None,
+    and x_hat is returned as it is."""
 
     def __init__(self, strategy, d, emb_dim):
         super().__init__()
@@ -301,8 +306,9 @@ def denoiser(refiner, x_hat, s_vec, s):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def build_vae(train):
-    """The VAE, and with it the flow if that is the prior under which it is trained: a part of the same network, so that
-    both are trained with the settings vae_*. (The settings of stage 1's VAE have no vae_prior.)"""
+    """The VAE. If it is trained under a flow, then vae.flow is this flow, a part of the same network, so that both are
+    trained with the settings vae_*. Codes are drawn from another flow, which fit_ex_post makes and which begins with
+    the weights of this one. (The settings of stage 1's VAE have no vae_prior.)"""
     vae = common.build_vae(train)
     vae.flow = RealNVP(vae.latent_dim) if train.get("vae_prior") == "flow" else None
     return vae
@@ -330,7 +336,8 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
-    codes. For a VAE with a flow, also do what fit_ex_post does. Returns the finished checkpoint."""
+    codes. For a VAE with a flow, also do what fit_ex_post does; a VAE without one is that of stage 1, to which get_vae
+    adds the rest. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -339,7 +346,7 @@ def train_vae(folder, train, data, device):
         noise = training.normal(vae.latent_dim)  # (B, d)
         with training.autocast():
             loss, terms = vae_loss(vae, x0, noise, train["beta"],
-                                   flow_is_prior=training.steps >= 0.6 * train["vae_steps"])
+                                   flow_is_prior=training.steps_taken >= 0.6 * train["vae_steps"])
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
     parts = {"gmm": common.fit_mixture(vae, data.images, train, device)}
@@ -359,17 +366,17 @@ def fit_ex_post(vae, train, data, device):
     return {"flow": flow.state_dict(), "uncertainty": fit_uncertainty(trip)}
 
 
-def get_vae(folder, train, setup, resume):
+def get_vae_state(folder, train, setup, resume):
     """The checkpoint of the VAE and of what is fitted to it. It is read from `folder`, or made there. A VAE without a
     flow is the same as in stage 1, so it is taken from stage 1's folder, and trained into that folder if need be."""
-    state = common.finished(folder, train, resume)
+    state = common.finished_state(folder, train, resume)
     if state is not None:
         return state
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
     # A VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
-    stage1_folder, settings = setup.run("stage1-vae", without=common.OF_UNET)
-    state = (common.finished(stage1_folder, settings, resume)
+    stage1_folder, settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
+    state = (common.finished_state(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
     clock = time.time()
     vae = common.frozen(build_vae(train), state["vae"], setup.device)
@@ -405,8 +412,8 @@ def train_refiner(folder, train, vae_state, data, device):
                 z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
                 x_hat, s_vec, s = vae.decoder(z), None, None
                 if kind == "posterior":
-                    s_vec, s = s_from(z, logvar, stats, kind)
-                elif train["conditioning"] != "fixed":
+                    s_vec, s = s_vec_and_s(z, logvar, stats, kind)
+                elif train["conditioning"] != "fixed":  # which uses neither (read_flags refuses it with `posterior`)
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
@@ -426,8 +433,8 @@ def load_model(state, device, shuffled=False):
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
-                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)  # without vae.flow
-    if "conditioning" in train:
+                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)  # not vae.flow
+    if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
@@ -441,7 +448,7 @@ def load_model(state, device, shuffled=False):
 
         model.networks += (refiner,)
         model.denoiser_for = denoiser_for
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     return model
 
 
@@ -450,8 +457,8 @@ def load_model(state, device, shuffled=False):
 @torch.no_grad()
 def refine_all(model, uncertainty, z, steps, seed, start=None):
     """Refine Dec(z) for codes z (N, d), beginning at the model's own `start` or at another. Returns x_hat and the
-    refined images (uint8) and s (N,), on the CPU, and the seconds per image, in which `uncertainty(z, x_hat)` is
-    included. With the same seed, image k has the same noise in every call."""
+    refined images (uint8) and s (N,), on the CPU, and the seconds per image. These include `uncertainty(z, x_hat)`,
+    also for strategies that do not need it. With the same seed, image k has the same noise in every call."""
     if start:  # any time up to the model's own will do, since the networks are trained on all of them
         diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
         model = dataclasses.replace(model, diffusion=diffusion)
@@ -477,17 +484,21 @@ def scores_against_originals(images, real_features, setup):
 
 
 def adaptivity(folder, state, model, setup):
-    """Tables about held-out images that are reconstructed and refined: by terciles of s, and with a control in which s
-    belongs to another image. Also a table about generated images, with steps and starts that depend on s, and what the
-    conditioning costs. Writes uncertainty.png, from sure to unsure images."""
+    """Does the refiner profit from s? Four tables, and uncertainty.png, with images from sure to unsure.
+
+        terciles             reconstructions of held-out images, by thirds of s
+        controls             the same images with their own s, and with that of another image
+        adaptive_refinement  generated images, with steps and starts that depend on s
+        cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    per_third = setup.evaluation["grid_count"] // 2
+    # Half as many images a third as a row of scores has, or all held-out images. The Frechet distances are noisy.
+    per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
     mu = common.encode(model.vae, real, model.device)[0]
     x_hat, refined, s, _ = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with other noise. (Runs with the next two values of --seed use it, too, but for other networks.)
+    # The same codes with other noise. (The runs of the next two seeds draw the same noise, but for other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features = fid.extract(setup.extractor, real)[0]  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
@@ -501,7 +512,7 @@ def adaptivity(folder, state, model, setup):
         terciles[name] = {"sse": float(error[index].mean()),
                           "vae": scores_against_originals(x_hat[index], real_features[index], setup),
                           "refined": scores_against_originals(refined[index], real_features[index], setup),
-                          "consistency": float(spread[index].mean())}
+                          "consistency": float(spread[index].mean())}  # 0 would be perfect
     shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
     common.save_grid(folder / "uncertainty.png",
                      {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]},
@@ -543,14 +554,14 @@ def steps_and_starts_by_tercile(s, mean_steps, start):
     """Ways to refine N images (a multiple of 3), by terciles of s (N,). All take `mean_steps` steps on average.
 
         even                 the same number of steps for all images, beginning at `start`
-        even_middle_start    the same, but beginning at three quarters of `start`
+        even_middle_start    the same, but beginning at three quarters of `start`, the mean start of adaptive_start
         adaptive_steps       more steps for the least sure third, fewer for the surest
         adaptive_start       the least sure third begins at `start`, the middle one at three quarters of it, and the
                              surest at half of it, with less noise
         shuffled_steps, shuffled_start    the last two as controls, by the s of another image
 
     Returns {way: [(indices, steps, start) of the surest third, of the middle one, of the least sure]}."""
-    fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2  # with mean_steps, their mean is mean_steps
+    fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2  # 1 and 3 if mean_steps is 2
     half, middle = start // 2, 3 * start // 4
     thirds, other_thirds = s.argsort().tensor_split(3), s.roll(1).argsort().tensor_split(3)
     ways = {
@@ -567,25 +578,25 @@ def steps_and_starts_by_tercile(s, mean_steps, start):
 
 def adaptive_refinement(model, uncertainty, setup):
     """Scores and seconds per image of every way of steps_and_starts_by_tercile, for generated images. All images are
-    refined once with each pair (steps, start) that occurs in a way. From these runs the images of each way are put
+    refined once with each pair (steps, start) that occurs in a way. From these the images of each way are put
     together, so that an image has the same z and noise in all ways."""
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
-    runs = {}  # (steps, start): refined images, s, seconds per image
+    done = {}  # (steps, start): refined images, s, seconds per image
 
-    def run(steps, start):
-        if (steps, start) not in runs:
+    def refine_once(steps, start):
+        if (steps, start) not in done:
             noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
-            runs[steps, start] = refine_all(model, uncertainty, z, steps, noise_seed, start)[1:]
-        return runs[steps, start]
+            done[steps, start] = refine_all(model, uncertainty, z, steps, noise_seed, start)[1:]
+        return done[steps, start]
 
-    _, s, _ = run(MEAN_STEPS, model.diffusion.start)
+    _, s, _ = refine_once(MEAN_STEPS, model.diffusion.start)
     result = {"mean_steps": MEAN_STEPS, "images": count}
     for name, thirds in steps_and_starts_by_tercile(s, MEAN_STEPS, model.diffusion.start).items():
         images, seconds = torch.empty(count, *model.shape, dtype=torch.uint8), 0.0
         for index, steps, start in thirds:
-            refined, _, seconds_per_image = run(steps, start)
+            refined, _, seconds_per_image = refine_once(steps, start)
             images[index] = refined[index]
             seconds += seconds_per_image / 3
         result[name] = {setup.fd: setup.score(images)[setup.fd],
@@ -613,7 +624,7 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
-    own |= common.settings_for(train | args.changes, "refiner", like="unet")  # rates of U-Net and conditioner together
+    own |= common.settings_for(train | args.changes, "refiner", like="unet")  # U-Net and conditioner are one network
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -623,8 +634,8 @@ def main(argv=None):
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.
-    folder, settings = setup.run(f"stage3-vae-{vae_prior}", without=common.OF_UNET)
-    vae_state = get_vae(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
+    folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", without=common.OF_UNET)
+    vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
     vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     # The first row of the VAE's scores is of the prior under which it was trained, whichever --prior is given.
@@ -636,8 +647,8 @@ def main(argv=None):
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
         vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup, settings)
         common.write_json(folder / "metrics.json", vae_metrics)
-    ranks = vae_metrics["tables"]["uncertainty"]
-    for kind, facts in ranks.items():
+    rank_facts = vae_metrics["tables"]["uncertainty"]
+    for kind, facts in rank_facts.items():
         print(f"uncertainty, {kind}: rank correlation with held-out squared errors {facts['correlation']:.3f}: "
               f"{facts['conclusion']}")
     all_metrics = {folder: vae_metrics}
@@ -646,15 +657,15 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
-    folder, settings = setup.run(name)
-    state = (common.finished(folder, settings | own, args.resume)
+    folder, settings = setup.folder_and_settings(name)
+    state = (common.finished_state(folder, settings | own, args.resume)
              or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]
     all_metrics[folder] = fid.evaluate(folder, setup, state, model)
     tables = all_metrics[folder]["tables"]
     if "uncertainty" not in tables:
-        tables["uncertainty"] = ranks | adaptivity(folder, state, model, setup)
+        tables["uncertainty"] = rank_facts | adaptivity(folder, state, model, setup)
         common.write_json(folder / "metrics.json", all_metrics[folder])
     common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)

@@ -12,7 +12,7 @@ import common
 import fid
 
 CPU = torch.device("cpu")
-draw_all, run_of_setup = common.draw_shapes, fid.Setup.run
+draw_all, folder_and_settings = common.draw_shapes, fid.Setup.folder_and_settings
 
 
 def small_shapes(count, seed):
@@ -36,7 +36,7 @@ def images_of(count, seed=1):
 def planted_setup(home, train, **parts):
     """What a stage needs of a fid.Setup. `changes`: by --set, none if they are not given."""
     setup = SimpleNamespace(**{"home": home, "train": train, "changes": {}} | parts)
-    setup.run = partial(run_of_setup, setup)
+    setup.folder_and_settings = partial(folder_and_settings, setup)
     return setup
 
 

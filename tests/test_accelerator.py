@@ -42,7 +42,7 @@ def smaller_budget(*args):
 
 def step_and_stop(training, *args, **options):
     whole_step(training, *args, **options)
-    if training.folder.name == "stage1-form1-s0" and training.steps == 1:
+    if training.folder.name == "stage1-form1-s0" and training.steps_taken == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

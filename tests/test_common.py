@@ -142,19 +142,19 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     nn.init.normal_(unet.out.weight, std=0.1)
     model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z: unet, decode=decode)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     assert not model.reduced
     monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
     if wrong:
         plant_wrong_bfloat16(monkeypatch, {"vae": model.vae.decoder, "unet": unet, "decode": decode}[wrong])
-    common.check_reduced_precision(model)
+    common.choose_precision(model)
     lines = capsys.readouterr().err.splitlines()
     assert model.reduced == (wrong is None) and len(lines) == (wrong is not None)
     assert all(line.startswith("tiny: bfloat16") for line in lines)
     for part in ("vae", "denoiser_for", "decode"):  # models that lack a part
         for changes in ({part: None}, {part: None, "decode": None}):
             other = dataclasses.replace(model, reduced=False, **changes)
-            common.check_reduced_precision(other)
+            common.choose_precision(other)
             gone = {"vae": "vae", "denoiser_for": "unet", "decode": "decode"}
             assert other.reduced == (wrong is None or wrong in {gone[name] for name in changes})
 
@@ -996,19 +996,20 @@ def test_where_training_begins(tmp_path, capsys):
     checkpoint = folder / "checkpoint.pt"
     for resume in (False, True):
         common.write_json(folder / "metrics.json", {})  # of a damaged checkpoint, removed as the message says
-        assert common.finished(folder, train, resume) is None and not (folder / "metrics.json").exists()
+        assert common.finished_state(folder, train, resume) is None and not (folder / "metrics.json").exists()
         assert json.loads((folder / "config.json").read_text()) == {"train": train}
         assert (f"nothing to resume in {folder}" in capsys.readouterr().out) == resume
     common.save_state(checkpoint, {"train": train, "finished": False, "steps": 3})
-    expect_error(capsys, lambda: common.finished(folder, train, False), str(folder), "--resume")
-    assert common.finished(folder, train, True) is None
+    expect_error(capsys, lambda: common.finished_state(folder, train, False), str(folder), "--resume")
+    assert common.finished_state(folder, train, True) is None
     for resume in (False, True):
         common.save_state(checkpoint, {"train": train, "finished": True, "steps": 8})
-        assert common.finished(folder, train, resume)["steps"] == 8
+        assert common.finished_state(folder, train, resume)["steps"] == 8
         common.save_state(checkpoint, {"train": train | {"unet_steps": 9}, "finished": True})
-        expect_error(capsys, lambda r=resume: common.finished(folder, train, r), "unet_steps was 9, is now 8", "--out")
+        expect_error(capsys, lambda r=resume: common.finished_state(folder, train, r), "unet_steps was 9, is now 8",
+                     "--out")
         checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
-        expect_error(capsys, lambda r=resume: common.finished(folder, train, r), str(checkpoint), "remove")
+        expect_error(capsys, lambda r=resume: common.finished_state(folder, train, r), str(checkpoint), "remove")
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
@@ -1017,11 +1018,12 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
     train, folder = {"unet_steps": 8}, tmp_path / "run"
     common.save_state(folder / "checkpoint.pt", {"train": train, "finished": False})
     held = common.lock(folder)
-    for call in (lambda: common.lock(folder), *(lambda r=r: common.finished(folder, train, r) for r in (False, True))):
+    for call in (lambda: common.lock(folder), lambda: common.finished_state(folder, train, False),
+                 lambda: common.finished_state(folder, train, True)):
         expect_error(capsys, call, str(folder), "another process is training there", "wait for it")
     held.close()
     common.lock(folder).close()
-    assert common.finished(folder, train, True) is None
+    assert common.finished_state(folder, train, True) is None
 
 
 def test_first_difference():

@@ -83,7 +83,7 @@ def test_name_and_settings_of_a_run(small, monkeypatch):
             ("stage1-form1", ("guidance",), "-start=300-beta=0.5-batch=6-unet_ema=0",
              {"start": 300, "beta": 0.5, "batch": 6, "unet_ema": 0.0}),
             ("stage1-vae", common.OF_UNET, "-beta=0.5-batch=6", {"beta": 0.5, "batch": 6})):
-        folder, found = setup.run(name, without)
+        folder, found = setup.folder_and_settings(name, without)
         assert folder == setup.home / f"{name}{part}-s7" and setup.home == Path("runs/shapes-smoke")
         assert found == setup.train | changed and setup.train["start"] == plain["start"] != 300
 
@@ -393,7 +393,7 @@ def test_copies_of_a_run_that_mirrors_its_images(tmp_path, monkeypatch):
     reference = SimpleNamespace(features=torch.zeros(20, 2))
     setup = planted_setup(tmp_path, train, changes={"unet_flip": True}, **vars(setup) | {
         "data": data, "test": data, "reference": reference, "extractor": SimpleNamespace(name="")})
-    folder, settings_of_run = setup.run("bonus-latent")
+    folder, settings_of_run = setup.folder_and_settings("bonus-latent")
     state = {"train": settings_of_run, "run_id": "", "seconds": 1.0, "seconds_before": 0.0, "log": []}
     fid.evaluate(folder, setup, state, model)
     assert seen == [40, 40]  # 20 images and their mirror images: of generated and of held-out ones

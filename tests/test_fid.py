@@ -678,7 +678,7 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
              ([nowhere, folders.good], f"{nowhere}: no such folder", "--data-dir"),
              ([empty, folders.good], f"{empty}: found 0 images", "--data-dir"),
              ([*pair, *weights, "--count", "51"], "--count 51", "50"),
-             ([*pair, *weights, "--count", "-1"], "--count -1", "50"),
+             ([*pair, *weights, "--count", "-1"], "--count -1", "2 or more"),
              ([folders.real, broken, *weights], "0000.png", "cannot be read"),
              (pair, "--features local", "--train-local"),
              ([*pair, "--features", "inception"], "--weights", "--features local"),

@@ -149,7 +149,7 @@ def test_uncertainty_by_hand():
              "variance_bias": torch.tensor(0.25), "regressed_weight": torch.arange(9.0), "regressed_bias": 1}
     z, logvar = torch.tensor([[1.0, 2, 3], [0, 0, -1]]), torch.tensor([[2.0, 3.0, 9.0], [-99.0, 1.0, 0.0]])
     for kind, expected in (("variance", [-1.25, 1.75]), ("posterior", [-1.25, 1.75]), ("regressed", [92, -14])):
-        s_vec, s = stage3.s_from(z, logvar, stats, kind)
+        s_vec, s = stage3.s_vec_and_s(z, logvar, stats, kind)
         assert s_vec.tolist() == [[2, 1, 0], [-3, 0, 0]] and s.tolist() == expected, kind
 
 
@@ -180,7 +180,7 @@ def test_fitted_uncertainty(network):
         alone = stage3.uncertainty_of(vae, z[5:6], vae.decoder(z[5:6]), stats, kind)
         assert torch.allclose(alone[0], s_vec[5:6], atol=1e-2) and torch.allclose(alone[1], s[5:6], atol=1e-2)
         logvar = held_out.logvar if kind == "posterior" else held_out.logvar_of_x_hat
-        ranks = [v.argsort().argsort().double() for v in (stage3.s_from(held_out.z, logvar, stats, kind)[1],
+        ranks = [v.argsort().argsort().double() for v in (stage3.s_vec_and_s(held_out.z, logvar, stats, kind)[1],
                                                           held_out.sse)]
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) == pytest.approx(fact["correlation"], abs=0.02)
         assert ("does not rank" in fact["conclusion"]) == (fact["correlation"] < 0.1)
@@ -543,7 +543,7 @@ def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float
             vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU)
         else:
             setup = planted_setup(home, settings(steps=2), data=data, device=CPU)
-            vae_state = stage3.get_vae(home / "vae", vae_train, setup, False)
+            vae_state = stage3.get_vae_state(home / "vae", vae_train, setup, False)
         model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU), CPU)
         shaken(model.priors["flow"], 0.3)
         setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
@@ -568,7 +568,7 @@ def test_fixed_is_stage_1(tmp_path, monkeypatch):
     setup, fit, clock = planted_setup(tmp_path, settings(steps=8), data=data, device=CPU), stage3.fit_ex_post, [0]
     monkeypatch.setattr(stage3, "time", SimpleNamespace(time=lambda: clock[0]))
     monkeypatch.setattr(stage3, "fit_ex_post", lambda *args: clock.insert(0, 50) or fit(*args))
-    vae_state = stage3.get_vae(tmp_path / "vae", vae_train, setup, False)
+    vae_state = stage3.get_vae_state(tmp_path / "vae", vae_train, setup, False)
     theirs = stage1.train_vae(tmp_path / "again", setup.train, data, CPU)
     stored = common.load_checkpoint(tmp_path / "stage1-vae-s0" / "checkpoint.pt")
     unchanged = stored.keys() - {"train", "seconds"}
@@ -579,7 +579,7 @@ def test_fixed_is_stage_1(tmp_path, monkeypatch):
     vae.flow = None
     assert same(stage3.fit_ex_post(vae, train, data, CPU), {key: vae_state[key] for key in ("flow", "uncertainty")})
     setup.data = None  # nothing is trained again
-    assert same(stage3.get_vae(tmp_path / "vae", vae_train, setup, False), vae_state)
+    assert same(stage3.get_vae_state(tmp_path / "vae", vae_train, setup, False), vae_state)
 
     ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU)
     theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU)
@@ -608,7 +608,7 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float
         mu, logvar = model.vae.encoder(x0)
         z = mu + (0.5 * logvar).exp() * z_noise
         own = stage3.uncertainty_of(model.vae, z, x_hat, stats, source)
-        other = stage3.s_from(z, logvar, stats, source)
+        other = stage3.s_vec_and_s(z, logvar, stats, source)
         own, other = (other, own) if source == "posterior" else (own, other)
         assert torch.allclose(own[0], s_vec, atol=1e-4) and torch.allclose(own[1], s, atol=1e-4)
         assert not torch.allclose(other[1], s, atol=0.1)

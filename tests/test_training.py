@@ -246,9 +246,9 @@ def test_one_process_trains_in_a_folder(few, tmp_path, monkeypatch, capsys):
     refused = []
 
     def second_process(training):
-        if training.folder != home / "stage1-uncond-s0" or training.steps not in (2, 5):
+        if training.folder != home / "stage1-uncond-s0" or training.steps_taken not in (2, 5):
             return
-        if training.steps == 5:
+        if training.steps_taken == 5:
             training.checkpoint()
         for flags in ([], ["--resume"], ["--variant", "uncond", "--steps", "9"]):
             expect_error(capsys, lambda flags=flags: stage1.main([*argv, str(tmp_path / "a"), *flags]),
@@ -358,7 +358,7 @@ def train_weights(folder, loss, watch=dict, names=("net",), **changes):
     training.reduced = False
     for _ in training:
         weights = {name: network.weight.sum() for name, network in networks.items()}
-        value = loss(training.steps, *weights.values())
+        value = loss(training.steps_taken, *weights.values())
         training.step(value.expand(2), {"loss": value} | weights, watch)
     return training
 
@@ -606,7 +606,7 @@ def test_muon_by_hand(tmp_path):
     training = common.Training(tmp_path, train, CPU, torch.zeros(9, 1, 1, 1), 2, False, net=net)
     training.reduced = False
     for _ in training:
-        loss = sum((gradients[training.steps][name] * p).sum() for name, p in net.named_parameters())
+        loss = sum((gradients[training.steps_taken][name] * p).sum() for name, p in net.named_parameters())
         training.step(loss.expand(2), {})
 
     adam = torch.optim.Adam([expected["conv.bias"], expected["linear.bias"]], lr=0.01)
