@@ -379,9 +379,11 @@ def main(argv=None):
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
-        if not (vae_folder / "checkpoint.pt").is_file():
-            common.fail(f"--from-vae: {vae_folder} holds no VAE; run stage1_baseline.py --variant vae first")
-        vae_state = common.finished_state(vae_folder, vae_settings, resume=False)
+        is_there = (vae_folder / "checkpoint.pt").is_file()
+        vae_state = common.finished_state(vae_folder, vae_settings, resume=True) if is_there else None
+        if vae_state is None:
+            common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "
+                        "with --resume if it was stopped")
     state = (common.finished_state(folder, settings, args.resume)
              or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)

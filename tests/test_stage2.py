@@ -221,7 +221,7 @@ def test_from_vae_finds_the_vae_of_stage_1(change, vae_settings, name, tmp_path,
     """It is the one that stage 1 trains with the same --set. If it is not there, one line says so."""
     command, given = command_from_vae(tmp_path, monkeypatch, *change)
     path = tmp_path / name / "checkpoint.pt"
-    expect_error(capsys, command, str(path.parent), "no VAE", "--variant vae")
+    expect_error(capsys, command, str(path.parent), "no finished VAE", "--variant vae")
     common.save_state(path, {"train": settings(**vae_settings), "finished": True, "vae": {}})
     with pytest.raises(ZeroDivisionError):
         command()
@@ -234,7 +234,7 @@ def test_from_vae_needs_a_finished_vae(tmp_path, monkeypatch, capsys):
     command, given = command_from_vae(tmp_path, monkeypatch)
     path = tmp_path / "stage1-vae-s0" / "checkpoint.pt"
     common.save_state(path, {"train": settings(), "finished": False, "weights": {"vae": {}}})
-    expect_error(capsys, command, str(path.parent), "unfinished")
+    expect_error(capsys, command, str(path.parent), "no finished VAE", "--resume if it was stopped")
     assert not given
 
 
