@@ -242,7 +242,7 @@ PRIMARY_CLAIMS = [
 
 CLAIMS = [  # of all others, the most important ones
     ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
-    ("Do `x_hat` and a `start` below T help?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
+    ("Does beginning from `x_hat` help, against pure noise?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
@@ -977,7 +977,7 @@ def with_legend(figure, axes, columns=4):
 
 def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
-    over seeds. A filled marker means significant. Without an interval there are fewer than three runs."""
+    over seeds. A filled marker means significant, a cross fewer than three runs."""
     claims = PRIMARY_CLAIMS + CLAIMS
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
@@ -993,8 +993,10 @@ def chart_claims(everything):
             if change is None:
                 continue
             ratio = math.exp(change["log_ratio"])
-            if change["p"] is not None:
-                axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
+            if change["p"] is None:
+                axis.plot(ratio, row + shift, "x", color=colour, markersize=5)
+                continue
+            axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
             axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
                       markerfacecolor=colour if is_significant(change) else "white")
         axis.plot([], [], color=colour, label=dataset, linewidth=4)  # an entry of the legend
@@ -1009,8 +1011,9 @@ def chart_claims(everything):
     log_scale(axis, "x")
     axis.set_xlabel("first number / second number; lower is better")
     axis.plot([], [], "ko", label="significant")
-    axis.plot([], [], "ko", markerfacecolor="white", label="not significant, or fewer than three runs")
-    return with_legend(figure, [axis], 5)
+    axis.plot([], [], "ko", markerfacecolor="white", label="not significant")
+    axis.plot([], [], "kx", label="fewer than three runs")
+    return with_legend(figure, [axis], 6)
 
 
 def chart_cost(everything):

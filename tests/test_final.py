@@ -745,8 +745,8 @@ def test_chart_of_costs(tmp_path):
 
 
 def test_chart_of_claims(tmp_path):
-    """A marker at the ratio of means, filled where the claim is significant, with Student's interval from three seeds
-    on. The guiding questions come first, and are adjusted."""
+    """A marker at the ratio of means, filled where the claim is significant, with Student's interval; a cross where
+    there are fewer than three seeds. The guiding questions come first, and are adjusted."""
     runs = []
     for seed, ratio in enumerate((0.5, 0.51, 0.49)):  # of anneal to form1, and of guided to form1 the same
         runs += [metrics(seed=seed), metrics("stage2-anneal", seed, 10 * ratio), metrics("stage1-guided", seed, 5.0)]
@@ -761,19 +761,19 @@ def test_chart_of_claims(tmp_path):
     assert "fd, mixture of stage1-form1 / fd of stage1-vae" == final.describe_sides(
         ("?", ("fd, mixture", "stage1-form1"), ("fd", "stage1-vae")))
     assert names[0] == "Quality: does joint training help?" and len(names) == len(final.PRIMARY_CLAIMS + final.CLAIMS)
-    marks = {}  # {(row, shift): (ratio, filled)}
+    marks = {}  # {(row, shift): (ratio, filled or not, or "x")}
     intervals = {}
     for line in axis.lines:
         (xs, ys), dataset_shift = line.get_data(), -0.25
         if len(xs) == 2 and len({*ys}) == 1:
             intervals[names[round(ys[0] - dataset_shift)]] = tuple(xs)
         elif len(xs) == 1:
-            filled = line.get_markerfacecolor() == line.get_color()
+            look = "x" if line.get_marker() == "x" else line.get_markerfacecolor() == line.get_color()
             shift = -0.25 if ys[0] % 1 == 0.75 else 0.4  # of shapes, and of data sets that have no colour of their own
-            marks[names[round(ys[0] - shift)], shift] = pytest.approx(xs[0]), filled
+            marks[names[round(ys[0] - shift)], shift] = pytest.approx(xs[0]), look
     quality, refinement = names[0], "Does refinement improve the VAE's samples?"
     assert marks[quality, -0.25] == ((0.5 * 0.51 * 0.49) ** (1 / 3), True)
-    assert marks[refinement, -0.25] == (0.25, False) and marks[refinement, 0.4] == (2, False)  # one run each
+    assert marks[refinement, -0.25] == (0.25, "x") and marks[refinement, 0.4] == (2, "x")  # one run each
     assert marks["Does guidance by a worse refiner help?", -0.25] == (0.5, True)
     log_ratios = [math.log(x) for x in (0.5, 0.51, 0.49)]
     low, high = ttest_1samp(log_ratios, 0).confidence_interval()
