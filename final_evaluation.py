@@ -78,6 +78,8 @@ VARIANTS = {
     "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",
     "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if `s` is high",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
+    "stage3-flow-film-variance": "`film`, but `s` is the variance that the encoder gives when it is shown `x_hat`",
+    "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`, which sampling does not have",
     "stage3-flow-coupling": "`fixed`, but the refiner sees what an invertible network makes of `x_hat` and `s`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
@@ -197,8 +199,8 @@ TABLES = {
     "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-kendall stage2-anneal-grad-none",
               "fd before; fd; fd against stage1-form1; hf_energy; kl_nats; noise fd"),
     "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, gaussian; fd, mixture; fd, flow"),
-    "conditioning": (" ".join(CONDITIONINGS), "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; "
-                     "unsure, VAE; unsure, refined"),
+    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
+                     "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
     "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
                          "seconds saved, %; memory saved, %"),
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
@@ -216,9 +218,9 @@ TABLES = {
                "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
-    "uncertainty": (" ".join(CONDITIONINGS),
+    "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                     "rank, regressed; rank, variance; rank, posterior; is; spread, sure; spread, unsure"),
-    "steps by uncertainty": (" ".join(CONDITIONINGS),
+    "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds, conditioned; "
                              "seconds, plain; gflops, conditioned; gflops, plain"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
