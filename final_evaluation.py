@@ -571,10 +571,13 @@ def cell_of_comparison(results, variant, column):
     """A cell of the column "NAME against VARIANT": by how many percent the number of `variant` differs from that of
     VARIANT, over the seeds that both have, and how many these are."""
     name, other_variant = column.split(" against ")
-    change = None if variant == other_variant else compare_sides(results, ("", (name, variant), (name, other_variant)))
-    if change is None:
+    if variant == other_variant:
         return ""
-    return f"{percent(change['log_ratio'])}, {change['seeds']} {'seed' if change['seeds'] == 1 else 'seeds'}"
+    change = compare_sides(results, ("", (name, variant), (name, other_variant)))
+    if change is None:  # no seed has both
+        return ""
+    seeds = "1 seed" if change["seeds"] == 1 else f"{change['seeds']} seeds"
+    return f"{percent(change['log_ratio'])}, {seeds}"
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
@@ -785,8 +788,10 @@ def table_of(everything, patterns, columns):
                 continue
             cells = []
             for column in columns:
-                is_comparison = " against " in column
-                cells.append(cell_of_comparison(results, variant, column) if is_comparison else cell(seeds, column))
+                if " against " in column:
+                    cells.append(cell_of_comparison(results, variant, column))
+                else:
+                    cells.append(cell(seeds, column))
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
                 settings[dataset] = describe_data(dataset, results)

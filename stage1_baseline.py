@@ -39,9 +39,9 @@ model decides *how it looks*.
                       Each sampling step evaluates both networks. (The tenth and the half were found by trying.)
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
-                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the U-Net is not
-                      told how strong the noise is). It is the rival of joint training (stage 2), where the refiner also
-                      learns from images with errors, because the VAE is not finished yet.
+                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
+                      the noise is no input of the U-Net). It is the rival of joint training (stage 2), where the
+                      refiner also learns from images with errors, because the VAE is not finished yet.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)

@@ -168,9 +168,11 @@ def test_every_number_of_tables_and_claims_has_a_name():
     so."""
     columns, compared_with = set(), set()
     for _, names in final.TABLES.values():
-        for name, against, variant in (column.partition(" against ") for column in names.split("; ")):
+        for column in names.split("; "):
+            name, against, variant = column.partition(" against ")
             columns.add(name)
-            compared_with |= {variant} if against else set()
+            if against:
+                compared_with.add(variant)
     claims = final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS
     sides = [side for _, *both in claims for side in both]
     assert columns | {name for name, _ in sides} == set(final.NUMBERS)
@@ -179,7 +181,9 @@ def test_every_number_of_tables_and_claims_has_a_name():
     for _, *both in final.PRIMARY_CLAIMS + final.CLAIMS:
         assert all(final.with_arrow(name) == f"{name} ↓" for name, _ in both)
     assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} <= {*VARIANTS}
-    on_sheets = {variant for strips in final.SHEETS.values() for variant, *_ in strips}
+    on_sheets = set()
+    for strips in final.SHEETS.values():
+        on_sheets |= {variant for variant, *_ in strips}
     assert on_sheets | {*final.OVERVIEW} | compared_with <= {*VARIANTS}
     assert len({question for question, *_ in claims}) == len(claims)
     assert all(first != second for _, first, second in claims)
