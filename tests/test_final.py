@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from helpers import expect_error
 from PIL import Image, ImageColor
 from scipy.stats import ttest_1samp
@@ -942,6 +943,15 @@ def test_collect_and_runs(project, capsys):
     assert capsys.readouterr().out.endswith("written: nothing, the report agrees with the results\n")
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
+
+
+def test_titles_are_as_high_as_a_grid_makes_them(tmp_path):
+    """Otherwise a strip would begin in the wrong row of pixels."""
+    rows = {"real": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}
+    common.save_grid(tmp_path / "plain.png", rows)
+    common.save_grid(tmp_path / "titled.png", rows, columns=["s = 0", "s = 1"])
+    plain, titled = (Image.open(tmp_path / f"{name}.png").height for name in ("plain", "titled"))
+    assert titled - plain == final.TITLES["uncertainty"]
 
 
 def test_strips_of_pictures(tmp_path):
