@@ -155,7 +155,7 @@ def load_model(state, device):
     unet = common.frozen(build_unet(train), state["unet"], device)
     model = common.Model("latent", device, shape=latent_shape(train),
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
-                         denoiser_for=lambda x_hat, z: unet,  # nothing conditions it
+                         denoiser_for=lambda x_hat, z, clean: unet,  # nothing conditions it
                          decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
     common.choose_precision(model)
     return model
@@ -308,7 +308,7 @@ def main(argv=None):
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
         return common.print_settings(train, evaluation, **networks)
     setup = fid.Setup(args, train, evaluation, device)
-    ae_folder, settings = setup.folder_and_settings("bonus-ae", without=common.OF_UNET)
+    ae_folder, settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)
     ae_state = (common.finished_state(ae_folder, settings | own, args.resume)
                 or train_autoencoder(ae_folder, settings | own, setup.data, device))
     folder, settings = setup.folder_and_settings("bonus-latent")

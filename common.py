@@ -656,7 +656,9 @@ class Model:
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
-    # denoiser_for(x_hat, z) -> denoise(x, t) for `sample`. Only stage 3's look at z. A VAE alone has none.
+    # denoiser_for(x_hat, z, clean) -> denoise(x, t) for `sample`. x_hat is what the refiner is shown. Only stage 3
+    # looks at the code z and at `clean`, the image that was decoded from z: evaluation may have added noise to x_hat.
+    # A VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     evaluations: int = 1  # of networks in each sampling step
@@ -694,8 +696,9 @@ def fit_mixture(vae, images, train, device):
 
 
 @torch.no_grad()
-def refine(model, x_hat, z, gen, sampler, steps, trajectory=None):
-    """Refine x_hat (B, 3, H, W) with its code z (B, d): images in [-1, 1]. Of a VAE alone, x_hat itself comes back.
+def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
+    """Refine x_hat (B, 3, H, W) with its code z (B, d): images in [-1, 1]. Of a VAE alone, x_hat itself comes back. If
+    noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
     the device, from a generator whose seed is one higher. `trajectory`: see sample."""
@@ -704,7 +707,8 @@ def refine(model, x_hat, z, gen, sampler, steps, trajectory=None):
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
     step_gen = generator(gen.initial_seed() + 1, model.device)  # initial_seed: the number that `gen` was made with
     with autocast(model.device, model.reduced):
-        return sample(model.diffusion, model.denoiser_for(x_hat, z), x_start, sampler, steps, step_gen,
+        denoise = model.denoiser_for(x_hat, z, x_hat if clean is None else clean)
+        return sample(model.diffusion, denoise, x_start, sampler, steps, step_gen,
                       clamp=model.decode is None, trajectory=trajectory)  # a latent has no range to be clamped to
 
 
@@ -726,12 +730,13 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
         damage_gen = generator(gen.initial_seed() + 2)
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
+            clean = x_hat
         else:
             z = model.priors[prior].sample(batch, gen).to(model.device)
             with autocast(model.device, model.reduced):
-                x_hat = model.vae.decoder(z)
-            x_hat = x_hat + damage * randn(x_hat.shape, damage_gen).to(model.device)
-        x = refine(model, x_hat, z, gen, sampler, steps)
+                clean = model.vae.decoder(z)
+            x_hat = clean + damage * randn(clean.shape, damage_gen).to(model.device)
+        x = refine(model, x_hat, z, gen, sampler, steps, clean)
         if model.decode is not None:
             x = x + damage * randn(x.shape, damage_gen).to(model.device)
             with autocast(model.device, model.reduced):
@@ -1362,7 +1367,7 @@ def choose_precision(model):
             x_hat = torch.zeros_like(x) if model.vae is None else model.vae.decoder(z)
             outputs[reduced] = [x_hat] if model.vae is not None else []
             if model.denoiser_for is not None:
-                outputs[reduced].append(model.denoiser_for(x_hat, z)(x, t))
+                outputs[reduced].append(model.denoiser_for(x_hat, z, x_hat)(x, t))
             if model.decode is not None:
                 outputs[reduced].append(model.decode(x))
     model.reduced = rounding_explains(relative_errors(outputs[False], outputs[True]), model.name)
@@ -1387,7 +1392,7 @@ def count_cost(model):
     def run():
         x_hat = x if model.vae is None else model.vae.decoder(z)
         if model.denoiser_for is not None:
-            model.denoiser_for(x_hat, z)(x, t)
+            model.denoiser_for(x_hat, z, x_hat)(x, t)
         if model.decode is not None:
             model.decode(x)
 
@@ -1806,7 +1811,7 @@ LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "tem
 
 def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
-    `args.changes` then holds what --set changes in the train settings; fid.Setup.run applies it."""
+    `args.changes` then holds what --set changes in the train settings; fid.Setup.folder_and_settings applies it."""
     sys.excepthook = end_in_a_line
     for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)

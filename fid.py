@@ -517,10 +517,10 @@ class Setup:
         self.evaluation = evaluation | {"features": self.extractor.name}
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 
-    def folder_and_settings(self, name, without=()):
+    def folder_and_settings(self, name, ignored=()):
         """The folder and the train settings of the run of this name. What --set changes is part of both, except for
-        settings whose names begin with one of `without`, on which this run does not depend."""
-        changes = {key: value for key, value in self.changes.items() if not key.startswith(without)}
+        settings whose names begin with one of `ignored`, on which this run does not depend."""
+        changes = {key: value for key, value in self.changes.items() if not key.startswith(ignored)}
         return self.home / f"{name}{common.name_changes(changes)}-s{self.train['seed']}", self.train | changes
 
     @cached_property
@@ -770,7 +770,7 @@ def draw_trajectory(folder, model, z, setup):
     steps, trajectory = setup.evaluation["sample_steps"], []
     x_hat = model.vae.decoder(z)
     gen = generator(common.SEEDS["reconstruction"] + setup.train["seed"])
-    image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory)
+    image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory=trajectory)
     shown = [trajectory[round(i * (len(trajectory) - 1) / 3)] for i in range(4)]  # four steps, the first and last too
     noisy = [x_hat, *(x for _, x, _ in shown), image]
     predicted = [x_hat, *(x0 for _, _, x0 in shown), image]
@@ -828,7 +828,7 @@ def bits_per_dim(model, prior, setup):
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
-        denoise = model.denoiser_for(x_hat, z)
+        denoise = model.denoiser_for(x_hat, z, x_hat)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,

@@ -11,48 +11,52 @@ model decides *how it looks*.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published; our own settings use v (common.Diffusion). They also divide the
-                      times into 20 noise levels, and the loss of each level by its running mean, so that all levels
-                      count alike (Training.even_levels). There are two ways to show x_hat to the U-Net:
-       Formulation 1  The process is the plain one. x_hat is concatenated to the U-Net's input.
-       Formulation 2  As published, the noisy image is sqrt(abar_t) x0 + x_hat + sqrt(1 - abar_t) eps, and the U-Net
-                      sees this sum and x_hat. Without the summand x_hat it is the x_t of the plain process. So we run
-                      the plain process, and the code differs in one place: the U-Net is shown x_t + x_hat in place of
-                      x_t.
+                      The target is eps as published; our own settings use v (common.Diffusion). They also group the
+                      times into 20 noise levels. The loss of an image is divided by the running mean of the losses at
+                      its level, so that all levels count alike (Training.even_levels).
+                      There are two ways to show x_hat to the U-Net:
+       Formulation 1  The process is the plain one. The U-Net sees x_t and x_hat, concatenated.
+       Formulation 2  As published, the noisy image is y_t = x_t + x_hat, and the U-Net sees y_t and x_hat. Since x_hat
+                      is known, y_t can be computed from x_t at any time. So we keep x_t, in training and in sampling,
+                      and the code differs in one place: x_hat is added to x_t before the U-Net sees it.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
                       because these codes never follow N(0, I) exactly.
 
-    4. Where to begin As published, the reverse process begins with pure noise at t = T. But x_hat already shows roughly
-                      what x0 looks like. So we begin at an earlier time, `start`, with x_hat and noise:
+    4. Where to begin As published (Formulation 1), the reverse process begins with pure noise at t = T. But x_hat
+                      already shows roughly what x0 looks like. So we begin earlier, at t = `start`:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      With x0 in place of x_hat this would be exact. The difference is hidden if the noise, relative to
-                      the signal, is much larger than the VAE's error (fid.check_start asks for six times, a rule of
-                      thumb). Only the times 1..start are trained, so the network spends all of its training where it
-                      is used, and fewer sampling steps are enough. A better VAE allows a smaller `start`.
+                      The refiner was trained on sqrt(abar) x0 + sqrt(1 - abar) eps. The two differ by
+                      sqrt(abar) (x_hat - x0), the VAE's error. It goes unnoticed if the noise is much larger:
+                      fid.check_start asks for noise with six times the standard deviation of this difference, a rule
+                      of thumb.
+                      Only the times 1..start are trained, so the network spends all of its training where it is used,
+                      and fewer sampling steps are enough. A better VAE allows a smaller `start`.
 
-    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. It makes the same errors as the
-                      refiner, but larger ones. So the difference of their predictions points away from these errors,
-                      and `guided` adds half of this difference to the refiner's prediction:
+    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. The idea is that it makes the
+                      same errors as the refiner, but larger ones. Then the difference of their predictions points away
+                      from these errors, and `guided` adds half of this difference to the refiner's prediction:
                           prediction = refiner + 0.5 (refiner - guide)
                       Each sampling step evaluates both networks. (The tenth and the half were found by trying.)
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). It is the rival of joint training (stage 2), where the
-                      refiner also learns from images with errors, because the VAE is not finished yet.
+                      the noise is no input of the U-Net). Stage 2 compares with it: there, too, the refiner learns from
+                      an x_hat with errors, that of an unfinished VAE.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
-        python stage1_baseline.py --variant guided       guided, and what it builds on
-        python stage1_baseline.py --variant all          all of these, and a control without a VAE (`uncond`)
-        python stage1_baseline.py --dataset cifar10 --pretrained     samples in half a minute; nothing is trained
-Expect  4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores. In samples.png the
-        images of the VAE are above and the refined ones below. Two scores tell most (see fid.py). `hf_energy`
-        is the amount of fine detail, relative to real images: about 0.5 for the VAE's samples, which are
-        blurred, and 0.8 for the refined ones, which show edges and bands. `fd_local` is a distance to the real
-        images, measured in the features of a small network: it is about a third lower after refinement.
+        python stage1_baseline.py --variant guided       the guide and, since it needs them, VAE and Formulation 1
+        python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
+                                                         a diffusion model without a VAE
+        python stage1_baseline.py --dataset cifar10 --pretrained     36 samples in half a minute; nothing is trained
+Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores.
+        The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png the images of the VAE are above and the
+        refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
+        real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
+        clearer outlines and stripes. `fd_local` is a distance to the real images, measured in the features of a small
+        network: it is a quarter to a third lower after refinement.
 """
 
 import argparse
@@ -64,10 +68,11 @@ import torch
 import common
 import fid
 
-# The variants, in the order of their evaluation, and the input channels of their U-Nets: 3 of x_t and, if it sees one,
-# 3 of x_hat. `vae` has no U-Net.
+# The variants, in the order of their evaluation, and the input channels of their U-Nets. x_t has 3 channels. If the
+# U-Net also sees x_hat, that adds 3. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
-AUGMENTATION = 0.4  # the largest sd of the noise on x_hat of `augmented`: that of the robustness test (fid.NOISE)
+# `augmented` adds noise to x_hat with an sd between 0 and this. Evaluation, too, tests noise up to 0.4 (fid.NOISE).
+AUGMENTATION = 0.4
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -76,7 +81,8 @@ def vae_loss(vae, x0, noise, beta):
     """DiffuseVAE's loss for the VAE. x0 (B, 3, H, W), noise (B, d) -> loss, sse, kl_nats, each (B,).
 
     With beta = 1 this is the negative ELBO, up to a constant, of a Gaussian decoder with variance 1/2 on images in
-    [0, 1]: -log N(x; x_hat, 1/2) = SSE / (2 * 1/2) + constant."""
+    [0, 1]: -log N(x; x_hat, 1/2) = SSE / (2 * 1/2) + constant. (Our images lie in [-1, 1]. common.squared_error
+    converts.)"""
     x_hat, mu, logvar = vae(x0, noise)
     sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
     return sse + beta * kl, sse, kl
@@ -105,8 +111,8 @@ def denoiser(unet, x_hat, variant):
 def guide_away(denoise, denoise_worse, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction,
     `denoise_worse`, to the refiner's and beyond, by the share `guidance` of their difference. The paper does so with
-    predicted images. The result is the same with predicted eps or v, because at a given x_t each of them is a constant
-    plus a constant times the predicted image."""
+    predicted images, we do so with predicted eps or v. The result is the same: at a given x_t, eps and v have the form
+    a + b * (predicted image), with the same a and b for both networks."""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
@@ -129,8 +135,9 @@ def train_vae(folder, train, data, device):
         with training.autocast():
             loss, sse, kl = vae_loss(vae, x0, noise, train["beta"])
         training.step(loss, {"sse": sse, "kl_nats": kl})
-    vae = common.frozen(common.build_vae(train), training.averages["vae"], device)  # the averaged weights are kept
-    return training.finish(gmm=common.fit_mixture(vae, data.images, train, device))
+    # The checkpoint keeps the moving average of the weights (train["vae_ema"]), so the mixture is fitted to its codes.
+    averaged_vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
+    return training.finish(gmm=common.fit_mixture(averaged_vae, data.images, train, device))
 
 
 def train_refiner(folder, train, variant, vae_state, data, device):
@@ -143,18 +150,17 @@ def train_refiner(folder, train, variant, vae_state, data, device):
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
                                unet=unet)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        if variant != "uncond":
-            z_noise = training.normal(vae.latent_dim)  # (B, d), for the sample of z below
+        x_hat = None
+        if variant != "uncond":  # as published, x_hat comes from a fresh sample of z in every step
+            z_noise = training.normal(vae.latent_dim)  # (B, d)
+            with torch.no_grad(), training.autocast():
+                x_hat, _, _ = vae(x0, z_noise)  # (B, 3, H, W)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
+        if variant == "augmented":  # with noise of another strength for every image
+            sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
+            x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
-            x_hat = None
-            if variant != "uncond":
-                with torch.no_grad():  # as published, x_hat comes from a fresh sample of z in every step
-                    x_hat, _, _ = vae(x0, z_noise)
-            if variant == "augmented":  # with noise of another strength for every image
-                sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
-                x_hat = x_hat + sd * training.normal(*x0.shape[1:])
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -176,25 +182,30 @@ def load_model(state, variant, device):
         model.networks += (model.vae,)
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
-        model.denoiser_for = lambda x_hat, z: denoiser(unet, x_hat, variant)
         model.networks += (unet,)
-    if variant == "guided":  # another denoiser takes the place of that
+    if variant == "guided":
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
-        model.denoiser_for = lambda x_hat, z: guide_away(
-            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
         model.networks += (guide,)
         model.evaluations = 2
+
+    def denoiser_for(x_hat, z, clean):  # only stage 3 makes use of z and `clean`
+        denoise = denoiser(unet, x_hat, variant)
+        if variant != "guided":
+            return denoise
+        return guide_away(denoise, denoiser(guide, x_hat, variant), train["guidance"])
+
+    if variant != "vae":
+        model.denoiser_for = denoiser_for
     common.choose_precision(model)
     return model
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided`: that of form1, with the guide's weights, and with the training time of both. The
-    setting `guidance` is the guide's, since form1 ignores what --set makes of it. The log is the guide's; that of the
-    refiner is part of the results of form1."""
+    """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide. The log is that of the guide's
+    training; that of the refiner's is shown with form1."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
+    state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}  # form1 has none of its own; see main
     state["log"] = guide["log"]
     state["seconds"] = form1["seconds"] + guide["seconds"]
     state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
@@ -202,28 +213,27 @@ def with_guide(form1, guide):
 
 
 def draw_pretrained(args, evaluation, device):
-    """--pretrained: export `args.export` samples of `guided`, from weights that come with the project, and draw
-    samples.png. The weights can only sample: the encoder is missing, and matrices are stored in half precision."""
-    states = []
+    """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. The weights
+    can only sample: the encoder is missing, and matrices are stored in half precision."""
+    files, packs = [], {}  # the two files of weights, and their contents
     for name in ("form1", "guide"):
         found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list; load_hashed fails unless it has one path
-        pack = common.load_hashed(found, flag=f"--pretrained, {PRETRAINED / args.dataset}/{name}-<hash8>.pt",
-                                  advice="take another --dataset, or train: leave --pretrained out")
-        states.append(pack | {"run_id": found[0].stem, "log": []})  # the hash in the file's name tells it from others
-    state = with_guide(*states)
-    # The stored decoder takes the place of a random one. The encoder stays random; nothing uses it.
+        packs[name] = common.load_hashed(found, flag=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
+                                         advice="take another --dataset, or train: leave --pretrained out")
+        files += found
+    state = packs["form1"] | {"guide": packs["guide"]["unet"]}
+    state["run_id"] = "+".join(file.stem for file in files)  # by which export tells samples of other weights
+    # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
-    folder, size = Path(args.out) / f"{args.dataset}-pretrained", state["train"]["image_size"]
-    common.export(args, folder, state, model, evaluation)
-    # Read the samples back from their files: export draws only those that are missing, and returns none.
-    parts = {}
-    for label, place in (("VAE", "samples-vae"), ("refined", "samples")):
-        files = [folder / place / f"{k:05}.png" for k in range(min(36, args.export))]  # draw_samples shows 36
-        images = [torch.tensor(common.decode_file(file, size, crop="none")).permute(2, 0, 1) for file in files]
-        parts[label] = torch.stack(images)  # (N, 3, H, W)
-    common.draw_samples(folder, parts)
+    model.temperature = evaluation["temperature"]  # of the noise from which sampling begins
+    evaluation["batch"] = 36  # no more than samples.png shows
+    folder = Path(args.out) / f"{args.dataset}-pretrained"
+    prior, sampler, steps = common.headline(model, evaluation)
+    x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
+    common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
+    common.export(args, folder, state, model, evaluation)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -233,21 +243,24 @@ def read_flags(argv):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
     common.add_flags(parser, priors=("gaussian", "gmm"), default_prior="gmm")
     parser.add_argument("--variant", nargs="+", choices=(*CHANNELS, "all"),
-                        help="what to train and evaluate; what it builds on is trained too (default: vae form1)")
+                        help="what to train and evaluate (default: vae form1); the VAE is trained if need be, and "
+                             "guided includes form1")
     parser.add_argument("--pretrained", action="store_true",
                         help="train and score nothing: samples of `guided`, from weights that come with the project")
     args = parser.parse_args(argv)
     if args.pretrained:
+        if common.RANKS > 1:
+            common.fail("--pretrained: one process is enough; run it without torchrun")
+        # Flags that would have no effect are refused.
         for flag in ("variant", "budget", "image_size", "steps", "batch_size", "set", "eval_samples", "features",
                      "weights", "compile"):
             if getattr(args, flag) != parser.get_default(flag):
-                common.fail(f"--{flag.replace('_', '-')}: --pretrained draws samples of guided, cpu budget, and trains "
-                            "and scores nothing; leave it out")
-        args.variant, args.budget = ["guided"], "cpu"  # the budget that these weights were trained with
-        args.export = 64 if args.export is None else args.export
+                common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
+                            "nothing (it draws samples of `guided`, budget cpu); leave it out")
+        args.variant, args.budget = ["guided"], "cpu"
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
-        chosen.add("form1")  # the refiner that the guide corrects
+        chosen.add("form1")  # whose predictions are moved away from those of the guide
     args.variant = [variant for variant in CHANNELS if variant in chosen or "all" in chosen]
     return args
 
@@ -256,41 +269,41 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # those by --set
+        train |= args.changes  # what --set changes; otherwise setup.folder_and_settings does this
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
                          for variant in args.variant if variant != "vae"}
         return common.print_settings(train, evaluation, **networks)
     if args.pretrained:
-        common.keep_freed_memory()  # which is faster on a CPU
-        common.join_processes(device, train["batch"])  # if torchrun has started several
         return draw_pretrained(args, evaluation, device)
-    setup = fid.Setup(args, train, evaluation, device)
+    setup = fid.Setup(args, train, evaluation, device)  # loads the data and the feature network of the scores
     all_metrics = {}  # by folder
 
-    # All variants but `uncond` build on the VAE. It is the same whatever --set changes in the U-Net.
+    # What --set changes is part of a run's folder and settings, except for what the run ignores: the VAE does not
+    # depend on the settings of the U-Net, and only `guided` depends on `guidance`.
+    # finished_state returns the checkpoint of a finished run, or None where it has to be trained.
     vae_state = form1_state = None
-    if args.variant != ["uncond"]:
-        vae_folder, settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
+    if args.variant != ["uncond"]:  # all other variants build on the VAE
+        vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided
         if variant == "vae":
             folder, state = vae_folder, vae_state
+        elif variant == "guided":
+            # What is trained in this folder is the guide: form1, for a tenth of the steps.
+            folder, settings = setup.folder_and_settings("stage1-guided")
+            settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
+            guide_state = (common.finished_state(folder, settings, args.resume)
+                           or train_refiner(folder, settings, "form1", vae_state, setup.data, device))
+            state = with_guide(form1_state, guide_state)
         else:
-            # Only `guided` depends on the setting `guidance`. What is trained in its folder is the guide: form1, for a
-            # tenth of the steps.
-            folder, settings = setup.folder_and_settings(
-                f"stage1-{variant}", without=() if variant == "guided" else ("guidance",))
-            if variant == "guided":
-                settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
+            folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=("guidance",))
             state = (common.finished_state(folder, settings, args.resume)
                      or train_refiner(folder, settings, variant, vae_state, setup.data, device))
-        if variant == "form1":
-            form1_state = state
-        if variant == "guided":
-            state = with_guide(form1_state, guide=state)
+            if variant == "form1":
+                form1_state = state
         model = load_model(state, variant, device)
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)

@@ -1,36 +1,34 @@
 """Stage 2: train the VAE and the refiner together, from scratch.
 
-The claim: in stage 1 the VAE is trained alone, and learns nothing from the refiner that will use its images. Here both
-networks learn in the same steps, and the gradient of the diffusion loss reaches the VAE through x_hat. Do the samples
-become better, and the latent space smoother?
+The question: in stage 1 the VAE is trained alone, and learns nothing from the refiner that will use its images. Here
+both networks learn in the same steps, and the gradient of the diffusion loss reaches the VAE through x_hat. Do the
+samples become better, and the latent space smoother?
 
-The loss has two terms. D is the number of pixel values of an image.
+The loss has two terms.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
-    diffusion term  D M, where M is the mean squared error of the U-Net's prediction at x_t, divided by its running mean
-                    at this noise level (common.Training.even_levels). So M is about 1 on average. (The `paper` budget
+    diffusion term  D * M. M is the mean squared error of the U-Net's prediction at x_t, divided by its running mean at
+                    this noise level (common.Training.even_levels), so M is about 1. D is the number of pixel values of
+                    an image: SSE is a sum over these, so M, a mean over them, is multiplied by D. (The `paper` budget
                     does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced:
 
     sum             E + lambda D M, with one fixed weight lambda.
-    anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps
-                    (found by trying).
+    anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
+                    (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
-                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size.
-    bound           The exact bound on -log p(x) of VAE and refiner together. It has no SSE. Its terms are the KL of z,
-                    and the bound of a diffusion process that begins at x_start, made of x_hat and noise (bound_loss).
-
-Which lambda would give `sum` the balance of `bound`? The errors of the diffusion term add up, in `bound`, to about 0.6
-nats per pixel value on shapes (fid.bits_per_dim measures 0.9, of which 0.34 come from the process's variances and no
-network can change them). They stand beside a KL that counts with 1. In `sum` they are divided by their means and add up
-to lambda, beside a KL that counts with beta = 0.04. The two ratios are equal at lambda = 0.6 beta = 0.02. Our default,
-0.03, is close to that, and was chosen before the balance was computed.
+                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size. Since
+                    M stays near 1, b stays near log D. What is learned is a, and lambda = exp(a - b) is about E / D.
+    bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
+                    weight 1, and the bound of a diffusion process that begins at x_start, made of x_hat and noise
+                    (bound_loss). There is no SSE of its own. On shapes the VAE collapses: images become useless.
 
 How one backward pass serves both networks: the VAE should follow the gradient of E + lambda D M, but the U-Net that of
 M alone, as in stage 1, whatever lambda is. The loss is E + M. The U-Net is shown a copy of x_hat, through which
 gradients pass back multiplied by lambda D (scale_gradient). So the U-Net gets the gradient of M, and the VAE gets that
-of lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided by D.)
+of lambda D M. (Under `kendall`, E is multiplied by exp(-a), and exp(-b) stands for lambda. Under `bound`, the U-Net's
+gradient is that of the bound divided by D.)
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
@@ -38,16 +36,17 @@ of lambda D M. (Under `bound`, the U-Net's gradient is that of the bound divided
 What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
 The log shows both: `kl_nats`, `active_units`, `gradient_share` (the diffusion term's share of the gradient at x_hat)
-and `*_mse_shuffled` (the U-Net's mean squared error, not divided, when x_hat belongs to another image; if it equals
-`*_mse_own`, the refiner ignores x_hat).
+and `v_mse_own` and `v_mse_shuffled` (the U-Net's plain mean squared error if it is shown the right x_hat, and that of
+another image; if they are equal, the refiner ignores x_hat). If the U-Net predicts eps, the names begin with `eps`.
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
-Expect  as many minutes as stage 1 takes for both networks; the same pictures and table; and `interpolation.png`. On
-        shapes more of the samples are real shapes than in stage 1 (a higher precision), and the KL is more than twice
-        as large. The Frechet distance is about the same.
+Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
+        `interpolation.png`. Then some minutes for measurements on the side: of the latent space, and of the number of
+        components that a mixture needs for these codes. On shapes more of the samples are real shapes than in stage 1
+        (a higher precision), and the KL is more than twice as large. The Frechet distance is about the same.
 """
 
 import argparse
@@ -94,7 +93,7 @@ def joint_steps(train):
 
 
 def lambda_at(train, step):
-    """lambda at a step: fixed for `sum`, rising for `anneal`, None for the others."""
+    """lambda at a step: fixed for `sum`, rising for `anneal`."""
     weight = train["diffusion_weight"]
     if train["loss"] != "anneal":
         return weight
@@ -103,26 +102,25 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, the order of magnitude of E and D M before training."""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D."""
 
     def __init__(self, pixel_values):
         super().__init__()
         self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))  # D is the number of pixel values
 
     def forward(self, elbo, diffusion):
-        """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,). In this sum D M is detached, so that it trains
-        b and neither network. The networks get its gradient from the M that train_joint adds to the loss: the U-Net
-        directly, the VAE through scale_gradient."""
+        """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,)."""
         a, b = self.a_and_b
-        return (-a).exp() * elbo + a + (-b).exp() * diffusion.detach() + b
+        return (-a).exp() * elbo + a + (-b).exp() * diffusion + b
 
 
 def loss_weights(train, step, balance):
-    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers, or tensors ()."""
+    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers, or tensors ().
+    The first one is needed for the log alone."""
     if train["loss"] == "kendall":
         sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, diffusion_weight = 0.0, 1.0  # there is no reconstruction term
+        sse_weight, diffusion_weight = 0.0, 1.0  # there is no SSE beside the diffusion term
     else:
         sse_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
@@ -134,20 +132,22 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     """An unbiased estimate of the diffusion process's bound given x_hat (DDPM eq. 5), from one time per image: (B,)
     nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
 
-    The bound is a sum over t. Its terms are largest at small t, so these times are drawn more often, which lowers the
-    variance: t = ceil(start u^4) for uniform u (B,). (The power 4 was found by trying.) A term is divided by its time's
-    probability, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
+    The bound has a term for x_start and a sum over t (common.py, section 5). The terms of the sum are largest at small
+    t, so these times are drawn more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,).
+    (The power 4 was found by trying.) A term is divided by the probability of its time,
+    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
-    t = diffusion.draw_t(u**4)  # u^4 is not uniform: small t come more often
+    t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
-    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), right except where t is 1
+    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), KL_t of the times from 2 on
     first = t == 1
-    if first.any():  # for these the term is L_0; a posterior at t = 1 has no variance
+    if first.any():  # for t = 1 the term is L_0
         nats = nats.clone()
         nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
+    # If the process begins before T, the term for x_start is the SSE of x_hat times 2 abar / (1 - abar): 0.5 at 400.
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
@@ -185,6 +185,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     balance = Balance(pixel_values)  # which only `kendall` uses
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
+    # Whether images are mirrored is the refiner's choice. (`paper` mirrors them for the refiner, and not for the VAE.)
     training = common.Training(folder, train, device, data.images, steps=joint_steps(train), flip=train["unet_flip"],
                                **networks)
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:256]
@@ -195,32 +196,34 @@ def train_joint(folder, train, data, device, vae_state=None):
         u = training.uniform()  # (B,), for the training times
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
         with training.autocast():
-            # The VAE's own loss.
+            # E, the VAE's own loss.
             mu, logvar = vae.encoder(x0)
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,), E
+            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
-            # The x_hat that the U-Net sees: same values, scaled gradient. Decoded again from a detached z, it passes
-            # gradients to the decoder only.
+            # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             sse_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
             # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
             # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
             sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
+            # The same values, but gradients that pass back are multiplied by lambda D.
             shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values, sse_norm)
 
-            # The U-Net's loss.
+            # M, the U-Net's loss.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                logged = unet_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats
+                logged = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per pixel value
+                unet_loss = logged
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
-                logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), not divided
+                logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the plain squared error
                 unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
             if train["loss"] == "kendall":
-                vae_loss = balance(vae_loss, pixel_values * unet_loss)  # (B,)
+                # D M is detached: here it trains only b. It trains the networks as M, which is added below.
+                vae_loss = balance(vae_loss, pixel_values * unet_loss.detach())  # (B,)
         # For the log: lambda, which `kendall` learns as exp(a - b). `bound` has no SSE to compare with.
         weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
         training.step(vae_loss + unet_loss,
@@ -241,7 +244,7 @@ def load_model(state, device):
     priors = {"gaussian": common.StandardNormal(vae.latent_dim), "gmm": common.GaussianMixture(**state["gmm"])}
     model = common.Model("joint", device, shape=(3, train["image_size"], train["image_size"]), diffusion=diffusion,
                          networks=(vae, unet), vae=vae, priors=priors,
-                         denoiser_for=lambda x_hat, z: denoiser(unet, x_hat))
+                         denoiser_for=lambda x_hat, z, clean: denoiser(unet, x_hat))
     common.choose_precision(model)
     return model
 
@@ -250,17 +253,17 @@ def load_model(state, device):
 
 def slerp(a, b, w):
     """Spherical interpolation (Shoemake 1985): the point at w in [0, 1] on the arc from a to b, (N, d). In many
-    dimensions random codes have nearly the same length, and the middle of a straight line between two of them would be
-    much shorter."""
+    dimensions the codes of images have nearly the same length, and the middle of a straight line between two of them
+    would be much shorter."""
     angle = torch.acos((F.normalize(a) * F.normalize(b)).sum(1, keepdim=True).clamp(-1, 1))
     angle = angle.clamp(1e-4, math.pi - 1e-4)  # its sine must not be 0
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 
 def smoothness(features):
-    """How directly an image turns into another, from features along paths (P, K, f): the mean length of a path over the
-    mean distance of its ends (1: straight), and the latter (0: nothing changes along the path, and the other number
-    says nothing)."""
+    """How directly one image turns into another, from features along paths (P, K, f). `end_distance` is the mean
+    distance of a path's two ends. `path_over_distance` is the mean length of a path over that; 1 is a straight line.
+    (If end_distance is 0, nothing changes along the paths, and path_over_distance says nothing.)"""
     segments = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
     return {"path_over_distance": float(segments.sum(1).mean() / ends.mean().clamp(min=1e-9)),
@@ -278,49 +281,53 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=9):
-    """Measure the latent space on held-out images: the score of images that are decoded from their own codes (the means
-    of q(z|x)), `pairs` paths of `points` images between two codes, and what a linear probe reads off a code. The VAE's
-    images and the refined ones are both measured. All points of a path are refined with the same noise. The first three
-    paths are drawn in the file `picture`, between the two real images."""
+    """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
+        posterior   the Frechet distance of images made from these codes, so that no prior is involved
+        slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
+        probe       how well a linear function of the code tells the image's class and, of shapes, its factors
+    The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
+    same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
-    mu = common.encode(model.vae, test.images, model.device)[0]  # (N, d)
-    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the score
-    a, b = mu[:count], mu[count : 2 * count]  # the first and the last codes of paths
+    mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
+    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the distance
+    pairs = min(pairs, count)
+    first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths
 
     def decode_and_refine(z, first=0):
         """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. The noise depends
         on that number alone."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
+        # Two seeds for each code, since `refine` takes this seed and the next one.
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
 
     result["images"] = count
-    parts = [decode_and_refine(a[first : first + 100], first) for first in range(0, count, 100)]
+    parts = [decode_and_refine(mu[first : min(first + 100, count)], first) for first in range(0, count, 100)]
     weights = torch.linspace(0, 1, points).tolist()
-    along = [decode_and_refine(slerp(a[:pairs], b[:pairs], w)) for w in weights]
+    along = [decode_and_refine(slerp(first_codes, last_codes, w)) for w in weights]
     result["posterior"], result["slerp"], strips = {}, {}, {}
     for name in ("vae", "refined"):
-        # Codes of real images: no prior is involved. setup.fd is the name of the Frechet distance.
-        result["posterior"][name] = setup.score(torch.cat([part[name] for part in parts]))[setup.fd]
+        scores = setup.score(torch.cat([part[name] for part in parts]))
+        result["posterior"][name] = scores[setup.fd]  # setup.fd is the name of the Frechet distance
         strips[name] = torch.stack([images[name] for images in along], dim=1)  # (pairs, points, 3, H, W)
-        features = fid.extract(setup.extractor, strips[name].flatten(0, 1))[0]  # (pairs * points, f)
+        features, _ = fid.extract(setup.extractor, strips[name].flatten(0, 1))  # (pairs * points, f), and logits
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
     rows = {}
-    for i in range(min(3, len(a))):
+    for i in range(min(3, count)):
         real_a, real_b = test.images[i : i + 1], test.images[count + i : count + i + 1]
         rows[f"VAE {i + 1}"] = torch.cat([real_a, strips["vae"][i], real_b])
         rows[f"refined {i + 1}"] = torch.cat([real_a, strips["refined"][i], real_b])
     common.save_grid(picture, rows, columns=["real", *(f"w = {w:.3g}" for w in weights), "real"])
 
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
-    train_mu = common.encode(model.vae, data.images[chosen], model.device)[0]
+    train_mu, _ = common.encode(model.vae, data.images[chosen], model.device)
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
         _, predicted = linear_probe(train_mu, one_hot[data.labels[chosen]], mu, one_hot[test.labels])
         result["probe_class_accuracy"] = float((predicted.argmax(1) == test.labels).float().mean())
-    if data.factors is not None:
+    if data.factors is not None:  # of shapes: the numbers that an image was drawn from, such as its size and place
         r2, _ = linear_probe(train_mu, data.factors[chosen], mu, test.factors)
         result["probe_r2"] = dict(zip(common.FACTORS, r2, strict=True))
     return result
@@ -348,12 +355,13 @@ def read_flags(argv):
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
+        # `anneal` is what --loss is if it is left out.
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
-        # At this rate a and b can move by more than 15 in 750 steps. On shapes they have to fall by 6.
+        # Adam moves a by up to 0.05 a step. On shapes a has to fall by 5.5, and there are 750 steps.
         own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:
@@ -363,6 +371,18 @@ def read_flags(argv):
     if args.from_vae:
         name += "-from-vae"
     return args, own, name
+
+
+def results_of_stage1(setup):
+    """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`: of those that were run here for as many
+    steps as this run, and evaluated alike."""
+    results, same = {}, ("vae_steps", "unet_steps", "batch")
+    for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
+        folder, settings = setup.folder_and_settings(name, ignored=ignored)
+        metrics = fid.read_metrics(folder / "metrics.json", setup.evaluation)
+        if metrics and all(metrics["run"]["train"][key] == settings[key] for key in same):
+            results[folder] = metrics
+    return results
 
 
 def main(argv=None):
@@ -378,9 +398,9 @@ def main(argv=None):
     settings |= own
     vae_state = None
     if args.from_vae:
-        vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
-        is_there = (vae_folder / "checkpoint.pt").is_file()
-        vae_state = common.finished_state(vae_folder, vae_settings, resume=True) if is_there else None
+        vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
+        if (vae_folder / "checkpoint.pt").is_file():
+            vae_state = common.finished_state(vae_folder, vae_settings, resume=True)  # None if it is unfinished
         if vae_state is None:
             common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "
                         "with --resume if it was stopped")
@@ -396,15 +416,9 @@ def main(argv=None):
         tables["components"] = fid.by_components(model, setup, settings)  # fd by the size of the mixture
         common.write_json(folder / "metrics.json", metrics)
 
-    # Stage 1, if it was run here for as many steps: its scores beside ours, and the same measurements.
-    vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
-    form1_folder, form1_settings = setup.folder_and_settings("stage1-form1", without=("guidance",))
-    stage1 = {}
-    for path, wanted in ((vae_folder, vae_settings), (form1_folder, form1_settings)):
-        found = fid.read_metrics(path / "metrics.json", setup.evaluation)
-        if found and all(found["run"]["train"][key] == wanted[key] for key in ("vae_steps", "unet_steps", "batch")):
-            stage1[path] = found
-    checkpoint_path = form1_folder / "checkpoint.pt"
+    # If both runs of stage 1 are there, measure form1 in the same way.
+    stage1 = results_of_stage1(setup)
+    checkpoint_path = setup.folder_and_settings("stage1-form1", ignored=("guidance",))[0] / "checkpoint.pt"
     if len(stage1) == 2 and checkpoint_path.is_file() and "latent_space_stage1" not in tables:
         form1 = load_model(common.load_checkpoint(checkpoint_path), device)
         form1.temperature = setup.evaluation["temperature"]

@@ -8,36 +8,40 @@ might take more steps or begin with more noise.
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
     estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
-    When it is trained (the shares were found by trying):
+    It is trained in three parts (60% and 40% were found by trying):
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
         the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
                                      KL to N(0, I), and trains both.
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
+    The rival is the Gaussian mixture of stage 1, fitted to the same codes; with how many components it does as well as
+    the flow is measured, too.
 
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
     with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
-    known then: the code itself, since rare codes are drawn worse; and how sure the encoder is when it is shown x_hat.
+    known then, and both tell something about the error: the code z (rare codes are drawn worse), and how sure the
+    encoder is when it is shown x_hat.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d)
-        s      w . phi + b: (B,). Over training images it has mean 0 and standard deviation 1; high means a large error.
+        s      w . phi + b: (B,). High means a large error. w and b are scaled so that s has mean 0 and standard
+               deviation 1 over training images.
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
-        variance   s is the mean of s_vec, with the sign for which a high s means a large error. This is the direct
-                   reading of "the latent's variance as a measure of uncertainty".
-        posterior  Like `variance`, but in training the log-variances of q(z|x) take the place of Enc(x_hat)'s. (They
-                   are standardised with the statistics of the latter.) This is a trap. When sampling there is no x, so
-                   the refiner then meets an s of another kind than it was trained with.
+        variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
+        posterior  The obvious measure, and a trap: the variance of q(z|x). It is like `variance`, but in training
+                   s_vec comes from the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised in the same way.
+                   When sampling there is no x, so the refiner then meets an s of another kind than it was trained with.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
-               block (after FiLM, Perez et al. 2018, which also scales them). Another one, the gate, scales the colours
-               of x_hat. Both start at zero, so that the strategy equals `fixed` at first.
+               block (after FiLM, Perez et al. 2018, which also scales them). Another one, the gate, multiplies each
+               colour of x_hat by 1 + tanh(gate). Both functions start at zero, so that the strategy equals `fixed` at
+               first.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
                x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
                log-determinant: a prior is a density, a condition may be any function of x_hat.
@@ -46,10 +50,11 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  on a GPU no other flag is needed
-Expect  about as many minutes as stage 1 takes. Runs with --prior flow share one VAE; all others take that of stage 1.
-        First the command says whether s ranks the errors of held-out images at all; if it does not, conditioning on it
-        can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so it helps
-        little (REPORT.md).
+Expect  one and a half times the minutes of stage 1. Runs with --prior flow share one VAE; all others take that of
+        stage 1. On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the scores
+        are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it does not,
+        conditioning on it can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and
+        even so conditioning on it does not help (REPORT.md).
 """
 
 import argparse
@@ -206,8 +211,9 @@ def s_vec_and_s(z, logvar, stats, kind):
 
 
 def uncertainty_of(vae, z, x_hat, stats, kind):
-    """s_vec (B, d) and s (B,), from z (B, d) and x_hat = Dec(z). In float32, like the statistics behind them: the
-    log-variances of different images differ little. (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
+    """s_vec (B, d) and s (B,), from z (B, d) and x_hat = Dec(z). In float32, since the log-variances of different
+    images differ so little that the rounding of bfloat16 would hide the differences.
+    (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
     with torch.autocast(x_hat.device.type, enabled=False):
         return s_vec_and_s(z, vae.encoder(x_hat)[1], stats, kind)
 
@@ -298,7 +304,7 @@ class Conditioner(nn.Module):
 
 def denoiser(refiner, x_hat, s_vec, s):
     """`denoise(x, t)` for one batch, given its x_hat, s_vec and s: Formulation 1 of stage 1, on what the strategy makes
-    of x_hat."""
+    of x_hat. `refiner` holds a U-Net and a Conditioner; see build_refiner."""
     shown, extra = refiner["conditioner"](x_hat, s_vec, s)
     return lambda x, t: refiner["unet"](torch.cat([x, shown], 1), t, extra)
 
@@ -307,9 +313,10 @@ def denoiser(refiner, x_hat, s_vec, s):
 
 def build_vae(train):
     """The VAE. If it is trained under a flow, then vae.flow is this flow, a part of the same network, so that both are
-    trained with the settings vae_*. Codes are drawn from another flow, which fit_ex_post makes and which begins with
-    the weights of this one. (The settings of stage 1's VAE have no vae_prior.)"""
+    trained with the settings vae_*. Codes are not drawn from vae.flow, but from a copy that is fitted further (see
+    fit_ex_post)."""
     vae = common.build_vae(train)
+    # Not train["vae_prior"]: the settings of stage 1's VAE, with which this function is called, too, do not have it.
     vae.flow = RealNVP(vae.latent_dim) if train.get("vae_prior") == "flow" else None
     return vae
 
@@ -317,27 +324,26 @@ def build_vae(train):
 def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
     `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
-    flow's own loss has the weight 1 in the first part and beta in the second, which Adam and Muon hardly notice, since
-    their steps do not depend on the size of a gradient."""
+    flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That matters
+    little, since the steps of Adam and Muon do not depend on the size of a gradient."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
     if vae.flow is None:
         return sse + beta * kl, {"sse": sse, "kl_nats": kl}
-    if flow_is_prior:  # both networks are trained by the KL to the flow
-        kl_flow = gaussian_log_prob(z, mu, logvar) - vae.flow.log_prob(z)  # (B,), of one sample: may be negative
+    log_p = vae.flow.log_prob(z if flow_is_prior else z.detach())  # (B,); the gradient of z.detach() ends there
+    kl_flow = gaussian_log_prob(z, mu, logvar) - log_p  # (B,), of one sample z: may be negative
+    if flow_is_prior:  # the KL to the flow trains both networks
         loss = sse + beta * kl_flow
-    else:  # the VAE is trained by the KL to N(0, I), the flow by its log-density of the codes
-        z, mu, logvar = z.detach(), mu.detach(), logvar.detach()
-        kl_flow = gaussian_log_prob(z, mu, logvar) - vae.flow.log_prob(z)  # (B,)
-        loss = sse + beta * kl + kl_flow
+    else:  # the KL to N(0, I) trains the VAE, and -log p(z) the flow
+        loss = sse + beta * kl - log_p
     return loss, {"sse": sse, "kl_nats": kl, "kl_flow_nats": kl_flow}
 
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
-    codes. For a VAE with a flow, also do what fit_ex_post does; a VAE without one is that of stage 1, to which get_vae
-    adds the rest. Returns the finished checkpoint."""
+    codes. For a VAE with a flow, also do what fit_ex_post does. (Without a flow this is stage 1's train_vae, and its
+    checkpoint is stage 1's; get_vae_state does the rest.) Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -374,8 +380,8 @@ def get_vae_state(folder, train, setup, resume):
         return state
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
-    # A VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
-    stage1_folder, settings = setup.folder_and_settings("stage1-vae", without=common.OF_UNET)
+    # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
+    stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
     state = (common.finished_state(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
     clock = time.time()
@@ -413,7 +419,7 @@ def train_refiner(folder, train, vae_state, data, device):
                 x_hat, s_vec, s = vae.decoder(z), None, None
                 if kind == "posterior":
                     s_vec, s = s_vec_and_s(z, logvar, stats, kind)
-                elif train["conditioning"] != "fixed":  # which uses neither (read_flags refuses it with `posterior`)
+                elif train["conditioning"] != "fixed":  # `fixed` needs no s
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
@@ -433,15 +439,16 @@ def load_model(state, device, shuffled=False):
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
-                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)  # not vae.flow
+                         # the networks that sampling uses: vae.flow is not among them, since `flow` takes its place
+                         networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
-        def denoiser_for(x_hat, z):
+        def denoiser_for(x_hat, z, clean):
             s_vec = s = None
-            if train["conditioning"] != "fixed":  # s comes from z, not from this x_hat, which may be noisy
-                s_vec, s = uncertainty_of(vae, z, vae.decoder(z), stats, train["uncertainty"])
+            if train["conditioning"] != "fixed":
+                s_vec, s = uncertainty_of(vae, z, clean, stats, train["uncertainty"])
                 if shuffled:
                     s_vec, s = s_vec.roll(1, 0), s.roll(1, 0)
             return denoiser(refiner, x_hat, s_vec, s)
@@ -455,31 +462,26 @@ def load_model(state, device, shuffled=False):
 # --- What it shows: what adaptive conditioning gains -----------------------------------------------------------------
 
 @torch.no_grad()
-def refine_all(model, uncertainty, z, steps, seed, start=None):
-    """Refine Dec(z) for codes z (N, d), beginning at the model's own `start` or at another. Returns x_hat and the
-    refined images (uint8) and s (N,), on the CPU, and the seconds per image. These include `uncertainty(z, x_hat)`,
-    also for strategies that do not need it. With the same seed, image k has the same noise in every call."""
-    if start:  # any time up to the model's own will do, since the networks are trained on all of them
-        diffusion = common.Diffusion(model.diffusion.objective, device=model.device, start=start)
-        model = dataclasses.replace(model, diffusion=diffusion)
-    parts, clock = [], time.time()
+def refine_all(model, uncertainty, z, steps, seed):
+    """Refine Dec(z) for codes z (N, d). `uncertainty(z, x_hat)` gives s_vec and s. Returns x_hat and the refined images
+    (uint8) and s (N,), on the CPU. With the same seed, image k has the same noise in every call."""
+    parts = []
     for i, z_part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(z_part)
         gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
         refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), uncertainty(z_part, x_hat)[1].cpu()))
-    seconds = (time.time() - clock) / len(z)
     x_hat, refined, s = (torch.cat([part[k] for part in parts]) for k in range(3))
-    return x_hat, refined, s, seconds
+    return x_hat, refined, s
 
 
 def scores_against_originals(images, real_features, setup):
     """How close reconstructions (the VAE's images or refined ones) are to the very images that they reconstruct, whose
     features (N, f) are given: the Frechet distance between the two sets, the mean distance between an image and its
     original, and the sharpness."""
-    features = fid.extract(setup.extractor, images)[0]
+    features, _ = fid.extract(setup.extractor, images)  # (N, f), and logits
     distance = fid.frechet_distance(fid.moments(features), fid.moments(real_features))
-    return {"fd_to_these": distance, "feature_distance": float((features - real_features).norm(dim=1).mean()),
+    return {"fd_to_originals": distance, "feature_distance": float((features - real_features).norm(dim=1).mean()),
             "hf_energy": fid.hf_energy(images, setup.test.images)["value"]}
 
 
@@ -488,19 +490,19 @@ def adaptivity(folder, state, model, setup):
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
-        adaptive_refinement  generated images, with steps and starts that depend on s
+        adaptive_refinement  generated images, with steps that depend on s
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    # Half as many images a third as a row of scores has, or all held-out images. The Frechet distances are noisy.
+    # The images in each third: half as many as a row of scores has, or all held-out images if those are fewer.
     per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
-    mu = common.encode(model.vae, real, model.device)[0]
-    x_hat, refined, s, _ = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with other noise. (The runs of the next two seeds draw the same noise, but for other networks.)
+    mu, _ = common.encode(model.vae, real, model.device)
+    x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
+    # The same codes with other noise: that of the runs with the next two seeds, which have other networks.
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
-    real_features = fid.extract(setup.extractor, real)[0]  # (N, f)
+    real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
     # How far the three refined images of a code lie from their mean: 0 if all are the same.
     spread = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
@@ -512,7 +514,7 @@ def adaptivity(folder, state, model, setup):
         terciles[name] = {"sse": float(error[index].mean()),
                           "vae": scores_against_originals(x_hat[index], real_features[index], setup),
                           "refined": scores_against_originals(refined[index], real_features[index], setup),
-                          "consistency": float(spread[index].mean())}  # 0 would be perfect
+                          "spread": float(spread[index].mean())}
     shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
     common.save_grid(folder / "uncertainty.png",
                      {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]},
@@ -529,9 +531,10 @@ def adaptivity(folder, state, model, setup):
 def cost(model, setup):
     """What the conditioning costs in sampling: seconds and GFLOPs of refining an image with it and without it
     (`fixed`), with the same U-Net. The two are timed in turn, on this machine."""
-    unet, steps = model.networks[-1]["unet"], setup.evaluation["sample_steps"]
+    unet = model.networks[-1]["unet"]  # the last network is the refiner; see load_model
+    steps = setup.evaluation["sample_steps"]
 
-    def fixed_denoiser(x_hat, z):
+    def fixed_denoiser(x_hat, z, clean):
         return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
     models = {"fixed": dataclasses.replace(model, denoiser_for=fixed_denoiser), "this": model}
@@ -547,60 +550,34 @@ def cost(model, setup):
             for name in models}
 
 
-MEAN_STEPS = 2  # in adaptive_refinement: so few that one step more or less can be seen in the scores
-
-
-def steps_and_starts_by_tercile(s, mean_steps, start):
-    """Ways to refine N images (a multiple of 3), by terciles of s (N,). All take `mean_steps` steps on average.
-
-        even                 the same number of steps for all images, beginning at `start`
-        even_middle_start    the same, but beginning at three quarters of `start`, the mean start of adaptive_start
-        adaptive_steps       more steps for the least sure third, fewer for the surest
-        adaptive_start       the least sure third begins at `start`, the middle one at three quarters of it, and the
-                             surest at half of it, with less noise
-        shuffled_steps, shuffled_start    the last two as controls, by the s of another image
-
-    Returns {way: [(indices, steps, start) of the surest third, of the middle one, of the least sure]}."""
-    fewer, more = mean_steps // 2, 2 * mean_steps - mean_steps // 2  # 1 and 3 if mean_steps is 2
-    half, middle = start // 2, 3 * start // 4
-    thirds, other_thirds = s.argsort().tensor_split(3), s.roll(1).argsort().tensor_split(3)
-    ways = {
-        "even": (thirds, [mean_steps] * 3, [start] * 3),
-        "even_middle_start": (thirds, [mean_steps] * 3, [middle] * 3),
-        "adaptive_steps": (thirds, [fewer, mean_steps, more], [start] * 3),
-        "shuffled_steps": (other_thirds, [fewer, mean_steps, more], [start] * 3),
-        "adaptive_start": (thirds, [mean_steps] * 3, [half, middle, start]),
-        "shuffled_start": (other_thirds, [mean_steps] * 3, [half, middle, start]),
-    }
-    return {name: [(indices[k], steps[k], starts[k]) for k in range(3)]
-            for name, (indices, steps, starts) in ways.items()}
-
-
 def adaptive_refinement(model, uncertainty, setup):
-    """Scores and seconds per image of every way of steps_and_starts_by_tercile, for generated images. All images are
-    refined once with each pair (steps, start) that occurs in a way. From these the images of each way are put
-    together, so that an image has the same z and noise in all ways."""
+    """Scores of generated images that all take two steps on average:
+
+        even              two steps for every image
+        adaptive_steps    one step for the third of the images with the lowest s, three for that with the highest
+        shuffled_steps    the same, by the s of another image: a control
+
+    (Two are so few that one step more or less can be seen in the scores.) All images are refined once with each number
+    of steps, and the three sets are put together from these, so that an image has the same z and noise in all."""
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
-    done = {}  # (steps, start): refined images, s, seconds per image
+    refined = {}  # by the number of steps: images (count, 3, H, W), uint8
+    for steps in (1, 2, 3):
+        noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
+        _, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
 
-    def refine_once(steps, start):
-        if (steps, start) not in done:
-            noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
-            done[steps, start] = refine_all(model, uncertainty, z, steps, noise_seed, start)[1:]
-        return done[steps, start]
+    def with_steps_by(uncertainties):
+        images = torch.empty_like(refined[2])
+        for third, steps in zip(uncertainties.argsort().tensor_split(3), (1, 2, 3), strict=True):
+            images[third] = refined[steps][third]
+        return images
 
-    _, s, _ = refine_once(MEAN_STEPS, model.diffusion.start)
-    result = {"mean_steps": MEAN_STEPS, "images": count}
-    for name, thirds in steps_and_starts_by_tercile(s, MEAN_STEPS, model.diffusion.start).items():
-        images, seconds = torch.empty(count, *model.shape, dtype=torch.uint8), 0.0
-        for index, steps, start in thirds:
-            refined, _, seconds_per_image = refine_once(steps, start)
-            images[index] = refined[index]
-            seconds += seconds_per_image / 3
+    result = {"mean_steps": 2, "images": count}
+    for name, images in (("even", refined[2]), ("adaptive_steps", with_steps_by(s)),
+                         ("shuffled_steps", with_steps_by(s.roll(1)))):
         result[name] = {setup.fd: setup.score(images)[setup.fd],
-                        "hf_energy": fid.hf_energy(images, setup.test.images), "seconds_per_image": seconds}
+                        "hf_energy": fid.hf_energy(images, setup.test.images)}
     return result
 
 
@@ -612,7 +589,7 @@ def read_flags(argv):
     parser.add_argument("--conditioning", choices=STRATEGIES, default="film",
                         help="how the refiner uses x_hat (default: %(default)s)")
     parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
-                        help="where s comes from (default: %(default)s); posterior: the naive choice, to see why not")
+                        help="where s comes from (default: %(default)s); posterior is a trap, see the top of the file")
     args = parser.parse_args(argv)
     if args.uncertainty != "regressed" and args.conditioning == "fixed":
         common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
@@ -624,21 +601,23 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
-    own |= common.settings_for(train | args.changes, "refiner", like="unet")  # U-Net and conditioner are one network
+    # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name.
+    own |= common.settings_for(train | args.changes, "refiner", like="unet")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             vae = build_vae(train)
             refiner = build_refiner(train, vae.latent_dim)
-        return common.print_settings(train, evaluation, vae=vae, **refiner)
+        return common.print_settings(train, evaluation, vae=vae, unet=refiner["unet"],
+                                     conditioner=refiner["conditioner"])
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.
-    folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", without=common.OF_UNET)
+    folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    vae_model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
-    # The first row of the VAE's scores is of the prior under which it was trained, whichever --prior is given.
+    # Runs with other --prior share this folder. So its first row of scores is always of the prior under which the VAE
+    # was trained, and no run has to measure it again.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
@@ -661,11 +640,12 @@ def main(argv=None):
     state = (common.finished_state(folder, settings | own, args.resume)
              or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]
+    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     all_metrics[folder] = fid.evaluate(folder, setup, state, model)
     tables = all_metrics[folder]["tables"]
-    if "uncertainty" not in tables:
-        tables["uncertainty"] = rank_facts | adaptivity(folder, state, model, setup)
+    if "adaptivity" not in tables:
+        tables["uncertainty"] = rank_facts
+        tables["adaptivity"] = adaptivity(folder, state, model, setup)
         common.write_json(folder / "metrics.json", all_metrics[folder])
     common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)

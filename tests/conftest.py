@@ -35,4 +35,4 @@ def tiny():
     nn.init.normal_(vae.decoder.body[-1].weight, std=2)
     vae = common.frozen(vae, vae.state_dict(), CPU)
     return common.Model("tiny", CPU, (3, 32, 32), diffusion, (vae,), vae, {"gaussian": common.StandardNormal(8)},
-                        lambda x_hat, z: oracle(diffusion, x_hat))
+                        lambda x_hat, z, clean: oracle(diffusion, x_hat))

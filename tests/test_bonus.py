@@ -69,7 +69,7 @@ def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypa
     model, stats = bonus.load_model(state, CPU), ae_state["scale"]
     autoencoder, unet = model.networks
     assert same(dict(autoencoder.state_dict()), state["autoencoder"]) and same(dict(unet.state_dict()), state["unet"])
-    assert model.denoiser_for(None, None) is unet and model.shape == (4, 8, 8)
+    assert model.denoiser_for(None, None, None) is unet and model.shape == (4, 8, 8)
     mu, sd = bonus.encode_all(autoencoder, data.images, CPU)
     assert mu.shape == (150, 4, 8, 8) and not torch.allclose(stats["sd"], torch.ones(1), atol=0.05)
     scale = lambda z: (z - stats["mean"]) / stats["sd"]  # noqa: E731
@@ -101,7 +101,7 @@ def test_what_is_decoded():
     """Latents are not clamped, unlike images. The noise of the robustness table is added before they are decoded."""
     decoded = []
     model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),  # where v is 0, the predicted x0 is a x_t
-                         denoiser_for=lambda x_hat, z: lambda x, t: torch.zeros_like(x),
+                         denoiser_for=lambda x_hat, z, clean: lambda x, t: torch.zeros_like(x),
                          decode=lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
     for temperature in (1.0, 100.0):
         common.generate(dataclasses.replace(model, temperature=temperature), 1, "none", "dpm", 5, 0, 1)

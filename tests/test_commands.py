@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import expect_error, settings, small_shapes
@@ -236,7 +237,7 @@ def test_guided_extrapolates_from_its_guide(smoke, tmp_path, monkeypatch):
         common.save_state(path, state)
     models = [*(stage1.load_model(state, "form1", torch.device("cpu")) for state in states), model]
     (x, x_hat), t = torch.randn(2, 1, 3, 32, 32), torch.tensor([200])
-    better, worse, guided = (model.denoiser_for(x_hat, None)(x, t) for model in models)
+    better, worse, guided = (model.denoiser_for(x_hat, None, None)(x, t) for model in models)
     assert torch.equal(guided, better + 0.5 * (better - worse)) and not torch.equal(better, worse)
 
 
@@ -300,10 +301,10 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert set(tables["prior_log_density"]) == {"gaussian", "gmm", "flow"}
         if "vae" in variant:
             continue
-        controls, costs = tables["uncertainty"]["controls"], tables["uncertainty"]["cost"]
+        controls, costs = tables["adaptivity"]["controls"], tables["adaptivity"]["cost"]
         assert set(controls) == {"images", "true", "shuffled"}
-        assert set(tables["uncertainty"]["terciles"]) == {"images", "sure", "middle", "unsure"}
-        assert tables["uncertainty"]["adaptive_refinement"]["mean_steps"] == 2
+        assert set(tables["adaptivity"]["terciles"]) == {"images", "sure", "middle", "unsure"}
+        assert tables["adaptivity"]["adaptive_refinement"]["mean_steps"] == 2
         assert tables["bits_per_dim"]["bound"]["value"] > 0
         assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
         if variant == "stage3-gmm-fixed":
@@ -484,43 +485,52 @@ def pretrained(smoke, tmp_path, monkeypatch):
 
 
 def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, monkeypatch, capsys):
-    """The images are those of the run, but for a few grey levels, since weights are stored in half precision. Fewer
-    than there are change nothing. Other settings replace them."""
-    monkeypatch.setitem(common.EVAL, "batch", 32)
+    """The images are those of the run, but for a few grey levels, since weights are stored in half precision.
+    samples.png shows them, and --export writes them: those that it already wrote are kept, unless the settings or the
+    weights differ."""
     stage1.main(["--pretrained", "--device", "cpu"])
     home = Path("runs") / "shapes-pretrained"
-    places = [home / "samples", home / "samples-vae"]
-    assert capsys.readouterr().out.split() == [str(path) for path in (*places, home / "samples.png")]
-    states = (common.load_checkpoint(folder_of(variant, tmp_path) / "checkpoint.pt")
-              for variant in ("stage1-form1", "stage1-guided"))
+    assert capsys.readouterr().out.split() == [str(home / "samples.png")]
+    assert {*Path().rglob("*")} == {Path("runs"), home, home / "samples.png"}
+    states = [common.load_checkpoint(folder_of(variant, tmp_path) / "checkpoint.pt")
+              for variant in ("stage1-form1", "stage1-guided")]
     model = stage1.load_model(stage1.with_guide(*states), "guided", torch.device("cpu"))
-    x_hat, images, _ = common.generate(model, 64, "gmm", "dpm", 10, 0, 32)
-    for place, expected in zip(places, (images, x_hat), strict=True):
-        ours = read(place, 64)
-        assert 0 < (ours.int() - expected.int()).abs().max() <= 3 and len(list(place.iterdir())) == 65
+    x_hat, images, _ = common.generate(model, 64, "gmm", "dpm", 10, 0, 36)
     with Image.open(home / "samples.png") as picture:
+        left = picture.width - 12 * 98  # the width of the labels
+        for row, expected in enumerate((x_hat, images)):  # the first of six rows shows x_hat, the second the refined
+            tile = picture.crop((left + 98, row * 98, left + 98 + 96, row * 98 + 96)).resize((32, 32), 0)
+            assert (torch.tensor(np.asarray(tile)).permute(2, 0, 1).int() - expected[1].int()).abs().max() <= 3
         assert picture.height == 6 * 98
-    assert [*Path().iterdir()] == [Path("runs")] and len([*Path("runs").rglob("*")]) == 4 + 2 * 65
 
+    places = [home / "samples", home / "samples-vae"]
+    stage1.main(["--pretrained", "--device", "cpu", "--export", "64"])
+    assert capsys.readouterr().out.split() == [str(path) for path in (home / "samples.png", *places)]
+    for place, expected in zip(places, (images, x_hat), strict=True):
+        assert 0 < (read(place, 64).int() - expected.int()).abs().max() <= 3 and len(list(place.iterdir())) == 65
     before = content(home)
     stage1.main(["--pretrained", "--device", "cpu", "--export", "5"])
     assert "64 samples are there already, more than the 5" in capsys.readouterr().out
-    assert {path: data for path, data in content(home).items() if path.name != "samples.png"} == {
-        path: data for path, data in before.items() if path.name != "samples.png"}
+    assert content(home) == before
     flags = "--sampler ddim --sample-steps 3 --prior gaussian --temperature 0.5 --seed 3 --export 5"
     stage1.main(["--pretrained", "--device", "cpu", *flags.split()])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "replaced" in line] == [
         str(place) for place in places]
     cool = dataclasses.replace(model, temperature=0.5)
-    expected = common.generate(cool, 5, "gaussian", "ddim", 3, 3, 32)[1]
+    expected = common.generate(cool, 5, "gaussian", "ddim", 3, 3, 36)[1]
     assert (read(places[0], 5).int() - expected.int()).abs().max() <= 3
     assert [len(common.find_images(place)) for place in places] == [5, 5]
+    guide = pretrained[1]
+    guide.rename(guide.with_name("guide-0000000a.pt"))  # stands for newer weights of another hash
+    monkeypatch.setattr(common, "load_hashed", lambda found, **words: torch.load(found[0], weights_only=True))
+    stage1.main(["--pretrained", "--device", "cpu", *flags.split()])
+    assert capsys.readouterr().out.count("samples of other settings (run_id") == 2
 
 
-def test_pretrained_refuses(pretrained, capsys):
+def test_pretrained_refuses(pretrained, monkeypatch, capsys):
     """One line for each of: a damaged file, two files or none for the data set, another variant, budget or image size,
-    flags of training and of scores, no images."""
-    for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-<hash8>.pt"]),
+    flags of training and of scores, no images, several processes."""
+    for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-*.pt"]),
                          ("--export 0", ["--export 0"]),
                          ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
                          ("--variant form1", ["--variant", "guided", "leave"]),
@@ -539,6 +549,8 @@ def test_pretrained_refuses(pretrained, capsys):
         for found in common.find_hashed(path.parent, name):
             found.unlink()
         expect_error(capsys, lambda: stage1.main(["--pretrained"]), name, "0 files")
+    monkeypatch.setattr(common, "RANKS", 2)
+    expect_error(capsys, lambda: stage1.main(["--pretrained"]), "--pretrained", "one process", "torchrun")
     assert not any(Path().iterdir())
 
 

@@ -140,7 +140,7 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     train = settings()
     unet, decode = common.build_unet(train, 3), nn.Conv2d(3, 3, 3)
     nn.init.normal_(unet.out.weight, std=0.1)
-    model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z: unet, decode=decode)
+    model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z, clean: unet, decode=decode)
     monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
     common.choose_precision(model)
     assert not model.reduced
@@ -436,7 +436,7 @@ def test_attention_and_costs_by_hand():
         (2 * 64 * 16 * 64 + 4 * 64 * 64 * 16) / 1e9)
     vae = SimpleNamespace(latent_dim=5, decoder=lambda z: linear(z).view(1, 3, 10, 12))
     model = common.Model("m", torch.device("meta"), (3, 10, 12), None, (linear, convolution, convolution), vae,
-                         denoiser_for=lambda x_hat, z: lambda x, t: convolution(x_hat), decode=convolution)
+                         denoiser_for=lambda x_hat, z, clean: lambda x, t: convolution(x_hat), decode=convolution)
     parameters, decoding, convolving = 5 * 360 + 2 * (3 * 9 * 3 + 3), 2 * 5 * 360 / 1e9, 2 * 27 * 3 * 120 / 1e9
     for changes, gflops in (({}, decoding + 2 * convolving), ({"decode": None}, decoding + convolving),
                             ({"denoiser_for": None, "decode": None}, decoding), ({"vae": None}, 2 * convolving)):
@@ -1056,6 +1056,19 @@ def test_generate(tiny):
         with common.autocast(CPU, tiny.reduced):
             exact = common.to_uint8(tiny.vae.decoder(torch.zeros(4, 8)))
         assert torch.equal(common.generate(tiny, 4, "zero", "dpm", 2, 0, 4)[0], exact)
+
+
+def test_damage_is_not_in_the_clean_x_hat(tiny):
+    """The refiner is shown x_hat with noise, and beside it Dec(z) without. If no noise was added, both are the same."""
+    shown, denoiser_for = [], tiny.denoiser_for
+    tiny.denoiser_for = lambda x_hat, z, clean: shown.append((x_hat, z, clean)) or denoiser_for(x_hat, z, clean)
+    for damage in (0.0, 0.3):
+        common.generate(tiny, 4, "gaussian", "dpm", 2, 0, 4, damage)
+        x_hat, z, clean = shown.pop()
+        assert torch.equal(clean, tiny.vae.decoder(z))
+        assert float((x_hat - clean).std()) == pytest.approx(damage, rel=0.05)
+    common.refine(tiny, x_hat, z, common.generator(0), "dpm", 2)
+    assert shown[0][2] is shown[0][0] is x_hat
 
 
 def test_encode_and_fit_mixture(tiny, monkeypatch, capsys):

@@ -431,12 +431,12 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "extract", lambda _, images: (  # knows the class of real images, says 0 for all others
         None, torch.eye(20)[labels[:count] * ((images.float() - real[:count].float()).abs().mean() < 2)]))
     batches, refine, pictures, sharpnesses, diagnose = [], common.refine, {}, [], fid.diagnose
-    monkeypatch.setattr(common, "refine", lambda *how: batches.append(
-        (len(how[1]), how[3].initial_seed(), *how[4:6])) or refine(*how))
+    monkeypatch.setattr(common, "refine", lambda *how, **named: batches.append(
+        (len(how[1]), how[3].initial_seed(), *how[4:6])) or refine(*how, **named))
     monkeypatch.setattr(fid, "diagnose", lambda *how: sharpnesses.append(how[2]) or diagnose(*how))
     monkeypatch.setattr(common, "save_grid", lambda path, rows, *titles: pictures.update({path.name: rows}))
     start = {30: 0, 20: 0, 10: 20}
-    tiny.denoiser_for = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(
+    tiny.denoiser_for = lambda x_hat, z, clean: oracle(tiny.diffusion, common.to_float(
         real[:4] if len(z) == 4 else real[start[len(z)]:start[len(z)] + len(z)]))
     setup = SimpleNamespace(test=images_of(50), train={"seed": 2}, extractor=SimpleNamespace(name="local-other-0"),
                             evaluation={"grid_count": count, "sample_steps": 3, "batch": 20})
@@ -577,7 +577,7 @@ def test_trajectory(tiny, tmp_path, monkeypatch):
     pictures, real = [], images_of(2).images
     monkeypatch.setattr(common, "save_grid", lambda *how: pictures.append(how))
     tiny.diffusion = common.Diffusion("v", start=400)
-    tiny.denoiser_for = lambda x_hat, z: oracle(tiny.diffusion, common.to_float(real))
+    tiny.denoiser_for = lambda x_hat, z, clean: oracle(tiny.diffusion, common.to_float(real))
     z = torch.randn(2, 8, generator=common.generator(0))
     x_hat = common.to_uint8(tiny.vae.decoder(z))
     for steps, indices in ((7, [7, 5, 3, 1]), (4, [4, 3, 2, 1]), (1, [1, 1, 1, 1])):
@@ -610,7 +610,7 @@ def test_bits_per_dim_by_hand(with_vae, tiny, monkeypatch):
         return dict(nats)
 
     monkeypatch.setattr(common, "diffusion_nats", diffusion_nats)
-    tiny.denoiser_for = lambda x_hat, z: (x_hat, z)
+    tiny.denoiser_for = lambda x_hat, z, clean: (x_hat, z)
     tiny.priors["far"] = SimpleNamespace(log_prob=lambda z: torch.tensor([-100.0, -300.0]))
     if not with_vae:
         tiny.vae = None

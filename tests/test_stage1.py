@@ -213,7 +213,7 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
         if variant == "guided":
             assert same(dict(networks[-1].state_dict()), state["guide"]) and not same(state["guide"], state["unet"])
             expected = stage1.guide_away(expected, stage1.denoiser(networks[-1], x_hat, variant), 0.5)
-        assert torch.equal(model.denoiser_for(x_hat, None)(x, t), expected(x, t))
+        assert torch.equal(model.denoiser_for(x_hat, None, None)(x, t), expected(x, t))
 
 
 def test_guided_prediction():
@@ -252,8 +252,8 @@ def test_augmentation_is_for_training_alone(trained, tmp_path, monkeypatch):
     for unet in (ours.networks[-1], form1.networks[-1]):  # a new U-Net is nearly zero
         nn.init.constant_(unet.out.bias, 0.5)
         nn.init.constant_(unet.out.weight, 0.1)
-    predicted = ours.denoiser_for(x_hat, None)(x, t)
-    assert torch.equal(predicted, form1.denoiser_for(x_hat, None)(x, t))
+    predicted = ours.denoiser_for(x_hat, None, None)(x, t)
+    assert torch.equal(predicted, form1.denoiser_for(x_hat, None, None)(x, t))
     assert torch.equal(predicted, ours.networks[-1](torch.cat([x, x_hat], 1), t))
     assert torch.equal(common.generate(ours, 4, "gmm", "dpm", 2, 0, 4)[1],
                        common.generate(form1, 4, "gmm", "dpm", 2, 0, 4)[1])
@@ -279,7 +279,7 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
         model, seen = stage1.load_model(trained["form1"], "form1", CPU), []
         model.diffusion, model.temperature = common.Diffusion("v", start=first), temperature
         unet = lambda x, t: seen.append(x.clone()) or torch.zeros_like(x[:, :3])  # noqa: E731
-        model.denoiser_for = lambda x_hat, z: stage1.denoiser(unet, x_hat, "form1")
+        model.denoiser_for = lambda x_hat, z, clean: stage1.denoiser(unet, x_hat, "form1")
         common.generate(model, count, "gaussian", sampler, steps, 0, batch, damage)
         x_start, x_hat = torch.cat(seen[::steps])[:count].chunk(2, 1)  # the first U-Net call of each batch
         a, s = (float(factor[first]) for factor in (model.diffusion.x0_scale, model.diffusion.eps_scale))

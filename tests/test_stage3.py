@@ -260,35 +260,11 @@ def test_image_coupling_inverse(colour):
     assert torch.equal(y[:, :, stays], x[:, :, stays])
 
 
-@pytest.mark.parametrize("mean_steps,start", [(10, 400), (25, 290), (2, 1000)])
-def test_ways_to_refine_keep_the_mean_and_the_order(mean_steps, start):
-    """Every way gives each image steps and a start. Both never fall as s rises (in the controls: the s of another
-    image), and their means are the same with and without adapting them."""
-    s = torch.randperm(30, generator=common.generator(0)).float()
-    ways = stage3.steps_and_starts_by_tercile(s, mean_steps, start)
-    half, middle, fewer = start // 2, 3 * start // 4, mean_steps // 2
-    assert [third[1:] for third in ways["adaptive_steps"]] == [
-        (fewer, start), (mean_steps, start), (2 * mean_steps - fewer, start)]
-    assert [third[1:] for third in ways["adaptive_start"]] == [
-        (mean_steps, half), (mean_steps, middle), (mean_steps, start)]
-    for name, thirds in ways.items():
-        assert sorted(torch.cat([index for index, *_ in thirds]).tolist()) == list(range(30))
-        given = torch.empty(30, 2)
-        for index, *third in thirds:
-            given[index] = torch.tensor(third).float()
-        steps, starts = given[(s.roll(1) if "shuffled" in name else s).argsort()].T
-        assert (steps.diff() >= 0).all() and (starts.diff() >= 0).all() and float(steps.mean()) == mean_steps
-        assert float(starts.mean()) == pytest.approx(middle if "start" in name else start, abs=1)
-        assert name == "even" or len({third[1:] for third in thirds}) == (1 if name == "even_middle_start" else 3)
-    for what in ("steps", "start"):
-        assert [third[1:] for third in ways[f"shuffled_{what}"]] == [third[1:] for third in ways[f"adaptive_{what}"]]
-
-
 def planted_model(**changes):
     """PLANTED with a refiner whose images depend on x_hat and on the noise."""
     model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), PLANTED,
                          {"gaussian": common.StandardNormal(8), "other": None},
-                         lambda x_hat, z: lambda x, t: 0.3 * x - 0.1 * x_hat)
+                         lambda x_hat, z, clean: lambda x, t: 0.3 * x - 0.1 * x_hat)
     return dataclasses.replace(model, **changes)
 
 
@@ -303,10 +279,9 @@ def score(images):
 
 
 def test_refine_all(monkeypatch):
-    """x_hat and s of every code, in their order. The seconds are those of the clock, divided by the number of images.
-    Neither the noise that x_start of one chunk has, nor the noise that its steps add, occurs in another chunk."""
-    z, noises, clock = common.StandardNormal(8).sample(250, common.generator(3)), [], iter([100.0, 150.0])
-    sample = common.sample
+    """x_hat and s of every code, in their order. Neither the noise that x_start of one chunk has, nor the noise that
+    its steps add, occurs in another chunk."""
+    z, noises, sample = common.StandardNormal(8).sample(250, common.generator(3)), [], common.sample
 
     def record(diffusion, denoise, x, sampler, steps, gen, **how):
         noises.append(x.clone())  # x_start at T is the noise alone
@@ -314,9 +289,8 @@ def test_refine_all(monkeypatch):
         return sample(diffusion, denoise, x, sampler, steps, gen, **how)
 
     monkeypatch.setattr(common, "sample", record)
-    monkeypatch.setattr(stage3, "time", SimpleNamespace(time=lambda: next(clock)))
-    x_hat, refined, s, seconds = stage3.refine_all(planted_model(), first_of_z, z, 3, 7, start=1000)
-    assert torch.equal(x_hat, common.to_uint8(PLANTED.decoder(z))) and torch.equal(s, z[:, 0]) and seconds == 0.2
+    x_hat, refined, s = stage3.refine_all(planted_model(diffusion=common.Diffusion("v")), first_of_z, z, 3, 7)
+    assert torch.equal(x_hat, common.to_uint8(PLANTED.decoder(z))) and torch.equal(s, z[:, 0])
     assert [len(noise) for noise in noises] == [100, 100, 100, 100, 50, 50] and refined.shape == (250, 3, 8, 8)
     for i, noise in enumerate(noises):
         assert not any(torch.equal(noise[:50], other[:50]) for other in noises[i + 1:])
@@ -337,7 +311,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
     test, saved, loaded = images(70, 0), {}, []
     model = planted_model(temperature=0.7)
-    other = planted_model(denoiser_for=lambda x_hat, z: lambda x, t: 0.1 * x + 0.2 * x_hat)
+    other = planted_model(denoiser_for=lambda x_hat, z, clean: lambda x, t: 0.1 * x + 0.2 * x_hat)
     setup = SimpleNamespace(evaluation={"grid_count": 44, "probe_steps": 3}, train={"seed": 2}, extractor=None,
                             test=test, data=images(70, 9))
     state = {"uncertainty": {"mean": torch.ones(1)}, "train": {"uncertainty": "variance"}}
@@ -358,7 +332,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
     def against_originals(images, index):
         a, b = pixels(None, images[index])[0], pixels(None, real[index])[0]
-        return {"fd_to_these": fid.frechet_distance(fid.moments(a), fid.moments(b)),
+        return {"fd_to_originals": fid.frechet_distance(fid.moments(a), fid.moments(b)),
                 "feature_distance": float((a - b).norm(dim=1).mean()),
                 "hf_energy": fid.hf_energy(images[index], test.images)["value"]}
 
@@ -370,7 +344,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
     for i, name in enumerate(("sure", "middle", "unsure")):
         index = order[22 * i : 22 * i + 22]
         assert tables["terciles"][name] == {
-            "sse": pytest.approx(float(error[index].mean())), "consistency": pytest.approx(float(spread[index].mean())),
+            "sse": pytest.approx(float(error[index].mean())), "spread": pytest.approx(float(spread[index].mean())),
             "vae": pytest.approx(against_originals(x_hat, index)),
             "refined": pytest.approx(against_originals(refined, index))}
     sse = [tables["terciles"][name]["sse"] for name in ("sure", "middle", "unsure")]
@@ -392,38 +366,28 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
 
 def test_adaptive_refinement(monkeypatch):
-    """Each image is the one that common.refine makes with the steps and the start of its third. z comes from the
-    headline's prior. Seconds are the mean over the thirds. If all thirds are equal, so are all ways, bit for bit."""
-    refine_all, real, model = stage3.refine_all, images_of(20).images, planted_model()
-    scored, of_real = [], []
-
-    def refine_in_planted_seconds(model, uncertainty, z, steps, seed, start):
-        return *refine_all(model, uncertainty, z, steps, seed, start)[:3], steps + start / 1000
-
+    """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the
+    control: the s of the image before it), or 2 for all. z comes from the headline's prior."""
+    real, model, scored, of_real = images_of(20).images, planted_model(), [], []
     setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 3}, fd="fd",
                             score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
-    monkeypatch.setattr(stage3, "MEAN_STEPS", 4)
-    monkeypatch.setattr(stage3, "refine_all", refine_in_planted_seconds)
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
     table = stage3.adaptive_refinement(model, first_of_z, setup)
     z = common.StandardNormal(8).sample(249, common.generator(85_003))
-    ways = stage3.steps_and_starts_by_tercile(z[:, 0], 4, 400)
-    assert list(table) == ["mean_steps", "images", *ways] and (table["mean_steps"], table["images"]) == (4, 249)
-    assert not any(map(torch.equal, scored, scored[1:])) and all(images is real for images in of_real)
-    for images, (name, thirds) in zip(scored, ways.items(), strict=True):
-        for index, steps, start in thirds:
-            changed = dataclasses.replace(model, diffusion=common.Diffusion("v", start=start))
-            parts = [common.refine(changed, PLANTED.decoder(part), part, common.generator(89_000 + 2 * i), "dpm", steps)
-                     for i, part in enumerate(z.split(100))]
-            assert torch.equal(images[index], common.to_uint8(torch.cat(parts))[index])
-        seconds = sum(steps + start / 1000 for _, steps, start in thirds) / 3
-        assert table[name] == {"fd": score(images)["fd"], "hf_energy": {"value": images.float().var()},
-                               "seconds_per_image": pytest.approx(seconds)}
-    monkeypatch.setattr(stage3, "steps_and_starts_by_tercile", lambda s, n, start: {
-        name: [(index, n, start) for index in by.argsort().tensor_split(3)] for name, by in (("a", s), ("b", -s))})
-    stage3.adaptive_refinement(model, first_of_z, setup)
-    assert torch.equal(*scored[-2:])
+    rank = z[:, 0].argsort().argsort()  # of each image's s among all
+    assert list(table) == ["mean_steps", "images", "even", "adaptive_steps", "shuffled_steps"]
+    assert (table["mean_steps"], table["images"]) == (2, 249) and all(images is real for images in of_real)
+    refined = {steps: common.to_uint8(torch.cat([
+        common.refine(model, PLANTED.decoder(part), part, common.generator(89_000 + 2 * i), "dpm", steps)
+        for i, part in enumerate(z.split(100))])) for steps in (1, 2, 3)}
+    own, other = rank // 83 + 1, rank.roll(1) // 83 + 1  # thirds have 83 images
+    ways = {"even": torch.full((249,), 2), "adaptive_steps": own, "shuffled_steps": other}
+    for images, (name, steps) in zip(scored, ways.items(), strict=True):
+        assert int(steps.sum()) == 2 * 249
+        assert torch.equal(images, torch.stack([refined[n][k] for k, n in enumerate(steps.tolist())]))
+        assert table[name] == {"fd": score(images)["fd"], "hf_energy": {"value": images.float().var()}}
+    assert not any(map(torch.equal, scored, scored[1:]))
 
 
 def test_cost_by_hand(monkeypatch):
@@ -446,7 +410,7 @@ def test_cost_by_hand(monkeypatch):
 
     seen, timed, unet, uncertainty = [], [], UNet(6, 3, 3, padding=1), torch.nn.Conv2d(3, 1, 3, padding=1)
     first = common.randn((50, 8), common.generator(0))
-    model = planted_model(networks=(None, {"unet": unet}), denoiser_for=lambda x_hat, z: (
+    model = planted_model(networks=(None, {"unet": unet}), denoiser_for=lambda x_hat, z, clean: (
         uncertainty(x_hat), lambda x, t: unet(torch.cat([x, 0.5 * x_hat], 1), t))[1])
     monkeypatch.setattr(common, "time_in_turn", planted_seconds)
     for batch, count in ((80, 50), (20, 20)):
@@ -509,7 +473,7 @@ def test_what_is_fitted_ex_post(vae_prior):
 
 def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     """The uncertainty is fitted to training images and examined on others. Both runs are evaluated under the prior that
-    the flag names, at its temperature, and each image with its own s."""
+    the flag names, the refiner at the flag's temperature, and each image with its own s."""
     data, test, evaluated, loaded, load_model = images_of(100), images_of(80, seed=2), [], [], stage3.load_model
     monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append(how) or load_model(*args, **how))
     monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
@@ -522,13 +486,13 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     stage3.main("--budget smoke --device cpu --seed 2 --uncertainty posterior --temperature 0.8 --steps 2".split())
     names = ["stage3-vae-flow-s2", "stage3-flow-film-posterior-s2"]
     of_vae, of_refiner = (json.loads((tmp_path / name / "metrics.json").read_text())["tables"] for name in names)
-    assert evaluated == [(name, "flow", 0.8) for name in names] and loaded == [{}, {}]
+    assert evaluated == [(names[0], "flow", 1.0), (names[1], "flow", 0.8)] and loaded == [{}, {}]
     state = common.load_checkpoint(tmp_path / names[0] / "checkpoint.pt")
     vae = common.frozen(stage3.build_vae(state["train"]), state["vae"], CPU)
     ranks, of_training = (stage3.rank_errors(stage3.round_trip(vae, images, 75_002, CPU), state["uncertainty"])
                           for images in (test.images, data.images))
     assert of_vae == {"bits_per_dim": 1, "uncertainty": ranks, "components": ["vae", "smoke"]} and ranks != of_training
-    assert of_refiner == {"bits_per_dim": 1, "uncertainty": ranks | {"of": names[1], "by": "film"}}
+    assert of_refiner == {"bits_per_dim": 1, "uncertainty": ranks, "adaptivity": {"of": names[1], "by": "film"}}
     assert f"regressed: rank correlation with held-out squared errors {ranks['regressed']['correlation']:.3f}" in (
         capsys.readouterr().out)
 
@@ -615,8 +579,9 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float
     z = common.randn((3, model.vae.latent_dim), common.generator(0))
     damaged = torch.zeros(3, 3, 32, 32)  # s does not depend on the x_hat that the refiner is shown
     with torch.no_grad():
-        s_vec, s = stage3.uncertainty_of(model.vae, z, model.vae.decoder(z), stats, source)
-        model.denoiser_for(damaged, z)
+        clean = model.vae.decoder(z) + 0.01  # nor is z decoded again
+        s_vec, s = stage3.uncertainty_of(model.vae, z, clean, stats, source)
+        model.denoiser_for(damaged, z, clean)
         assert torch.equal(seen[-1][1], damaged) and torch.equal(seen[-1][2], s_vec) and torch.equal(seen[-1][3], s)
-        stage3.load_model(state, CPU, shuffled=True).denoiser_for(damaged, z)
+        stage3.load_model(state, CPU, shuffled=True).denoiser_for(damaged, z, clean)
         assert torch.equal(seen[-1][2], s_vec.roll(1, 0)) and torch.equal(seen[-1][3], s.roll(1, 0))
