@@ -4,12 +4,13 @@ The claim: most of an image's numbers carry detail that an autoencoder can resto
 diffused instead, each of the many passes of the U-Net costs a fraction. What the autoencoder cannot restore is lost.
 
     autoencoder   z = Enc(x), (B, 4, H/4, W/4);   loss = SSE(x, Dec(z)) + beta KL(q(z|x) || N(0, I)), with a small beta
-    scaling       z' = (z - mean) / sd per channel, over the training set. The diffusion process assumes data of about
-                  unit variance; without the scaling the result is noise. It is undone before decoding.
+    scaling       z' = (z - mean) / sd per channel, over the training set. The noise schedule is made for data of about
+                  unit variance: it would add too much noise to a smaller latent, and too little to a larger one. The
+                  scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    no gradient   of the diffusion loss reaches the autoencoder. The target of that loss depends on the encoder, which
-                  could make the loss small by making the latent small.
+    frozen        The autoencoder is trained first, and the diffusion loss does not train it. The target of that loss
+                  depends on the encoder, which could make the loss small by making the latent small.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
@@ -161,7 +162,7 @@ def load_model(state, device):
     return model
 
 
-# --- What it saves ---------------------------------------------------------------------------------------------------
+# --- What it saves: measuring machinery, to be looked up -------------------------------------------------------------
 
 def peak_memory(run, device):
     """Peak memory of run() in MB, beyond what is in use before: as the GPU counts it or, on a CPU, from the profiler's
@@ -173,7 +174,8 @@ def peak_memory(run, device):
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    # The profiler's raw events include one for each allocation (bytes > 0) and each release (bytes < 0).
+    # The profiler's raw events include one for each allocation (bytes > 0) and each release (bytes < 0). torch has no
+    # public list of them.
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     in_use = itertools.accumulate((event.nbytes() for event in events), initial=0)
@@ -181,14 +183,15 @@ def peak_memory(run, device):
 
 
 class CostProbe:
-    """The parts of sampling, and of training, with one U-Net, so that each can be measured: passes of the U-Net on
-    `unet_shape`, and one pass of the decoder on `code` (B, ...). In pixel space this is the VAE's decoder, which makes
-    x_hat from z; in the latent space it is the autoencoder's, which makes the image from a latent."""
+    """Runs one part of sampling or training at a time, so that it can be measured: a pass of a U-Net whose input has
+    the shape `unet_shape`, a pass of the decoder `decode` on `code` (B, ...), or a training step of the U-Net. In pixel
+    space the decoder is the VAE's, which makes x_hat from z. In the latent space it is the autoencoder's, which makes
+    the image from a latent."""
 
     def __init__(self, unet, unet_shape, decode, code, reduced):
         self.unet, self.decode, self.code, self.device, self.reduced = unet, decode, code, code.device, reduced
         self.x = torch.randn(len(code), *unet_shape, device=self.device)
-        self.t = torch.full((len(code),), 500, device=self.device)
+        self.t = torch.full((len(code),), 500, device=self.device)  # no cost depends on the time
 
     @torch.no_grad()
     def evaluate_unet(self, n):
@@ -201,12 +204,14 @@ class CostProbe:
             self.decode(self.code[:n])
 
     def train_step(self, n):
-        """Forward and backward of the U-Net, without an optimiser. (In pixel space a step also runs the frozen VAE.)"""
-        self.unet.requires_grad_(True)  # networks that sample are frozen
+        """Forward and backward pass of the U-Net, without an optimiser. (In pixel space a real step also runs the
+        frozen VAE. It is left out here, so latent diffusion saves a little more than we say.)"""
+        self.unet.train().requires_grad_(True)  # a network that samples is frozen
         with common.autocast(self.device, self.reduced):
             loss = self.unet(self.x[:n], self.t[:n]).square().mean()
         loss.backward()
         self.unet.zero_grad(set_to_none=True)
+        self.unet.eval().requires_grad_(False)
 
 
 def write_profile(path, probe, batch):
@@ -221,11 +226,11 @@ def write_profile(path, probe, batch):
     common.write(path, table.encode())
 
 
-def sampling_costs(probes, steps, batch, train_batch):
-    """What sampling costs with each of {name: CostProbe}, as {name: costs}: seconds per image when sampled one by one
-    and in batches, the seconds per image of a training step, the peak memory, and FLOPs. The probes are timed in turn.
-    An image's seconds and FLOPs are those of one pass times `steps`, and those of decoding. The memory is that of one
-    pass or that of decoding, whichever is larger."""
+def all_costs(probes, steps, batch, train_batch):
+    """What each of {name: CostProbe} costs, as {name: costs}: seconds per image when images are sampled one by one and
+    in batches, the seconds per image of a training step, the peak memory, and FLOPs. The probes are timed in turn. An
+    image's seconds and FLOPs are those of one pass times `steps`, and those of decoding. The memory is that of one pass
+    or that of decoding, whichever is larger."""
     device, train_batch = probes["pixel"].device, min(batch, train_batch)
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
@@ -260,7 +265,7 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    costs = sampling_costs(probes, steps, batch, train["batch"])
+    costs = all_costs(probes, steps, batch, train["batch"])
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -299,9 +304,12 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args)
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
-    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")  # its rates are the VAE's
-    if "beta" in args.changes:
-        common.fail("--set beta: the autoencoder's is BETA in bonus_latent.py, which no flag changes; leave it out")
+    # The autoencoder is trained with the settings of a VAE. Training looks them up under the name of the network.
+    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
+    for key in ("beta", "start", "guidance", "components", "tied", "flow_steps"):
+        if key in args.changes:
+            common.fail(f"--set {key}: nothing in this stage depends on it (the autoencoder's weight of the KL is BETA "
+                        "in bonus_latent.py); leave it out")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

@@ -149,23 +149,23 @@ def planted_sampler(inputs, outputs, channels, reduced=False):
 @pytest.mark.parametrize("reduced", [False, True])
 def test_parts_of_sampling(reduced, tmp_path):
     """A pass of the U-Net, decoding, and a training step, of so many images, in the precision of the model. A training
-    step leaves no gradient behind. The profile shows a pass."""
+    step leaves no gradient behind, and the network frozen as it was. The profile shows a pass."""
     sampler, calls = planted_sampler(2, 4, 1, reduced)
     sampler.evaluate_unet(4)
     sampler.decode_codes(5)
     sampler.train_step(3)
     assert calls == [("unet", 4, reduced), ("decode", 5, reduced), ("train", 3, reduced)]
-    assert all(p.requires_grad and p.grad is None for p in sampler.unet.parameters()) and len(sampler.x.unique()) == 300
+    assert not any(p.requires_grad or p.grad is not None for p in sampler.unet.parameters())
+    assert not sampler.unet.training and len(sampler.x.unique()) == 300
     bonus.write_profile(tmp_path / "profile.txt", sampler, 6)
     assert calls[3:] == [("unet", 6, reduced)] and "conv2d" in (tmp_path / "profile.txt").read_text()
 
 
-def test_sampling_costs_by_hand(monkeypatch):
+def test_all_costs_by_hand(monkeypatch):
     """With planted times for a pass of each U-Net, for decoding and for a training step, in which both samplers are
     timed together. Seconds per image are those of all steps and of decoding, over the size of the batch; the memory is
     that of a pass or of decoding, whichever needs more, which here is the pass of the first and the decoding of the
-    second. A 3x3
-    convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1 channels. The
+    second. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1 channels. The
     second sampler has other channels, and takes ten times as long."""
     planted = {name: planted_sampler(*channels) for name, channels in (("pixel", (2, 4, 1)), ("latent", (1, 2, 5)))}
     samplers = {name: sampler for name, (sampler, _) in planted.items()}
@@ -194,7 +194,7 @@ def test_sampling_costs_by_hand(monkeypatch):
     monkeypatch.setattr(common, "time_in_turn", planted_seconds)
     monkeypatch.setattr(bonus, "peak_memory", planted_memory)
     for train_batch, used in ((4, 4), (10, 6)):  # a training step cannot use more images than there are
-        costs = bonus.sampling_costs(samplers, 20, 6, train_batch)
+        costs = bonus.all_costs(samplers, 20, 6, train_batch)
         assert costs["pixel"] == pytest.approx({
             "seconds_per_image_batch_1": 20 * 3 + 31, "seconds_per_image": (20 * 13 + 36) / 6, "peak_memory_mb": 600,
             "train_seconds_per_image": 7, "gflops_per_pass": 3600e-9, "gflops_per_image": (20 * 3600 + 1350) * 1e-9})
@@ -223,7 +223,7 @@ def test_savings_by_hand(tmp_path, monkeypatch):
     model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z,
                          reduced=True)
     setup = SimpleNamespace(evaluation={"sample_steps": 9, "batch": 5})
-    monkeypatch.setattr(bonus, "sampling_costs", planted)
+    monkeypatch.setattr(bonus, "all_costs", planted)
     monkeypatch.setattr(bonus, "write_profile", lambda *args: profiles.append(args))
     result = bonus.savings(tmp_path, model, train, setup)
     saved = dict(zip(keys[:2] + keys[3:], (50, 25, 90, -100, 75), strict=True))
@@ -261,6 +261,8 @@ def test_ceiling_by_hand(tmp_path, monkeypatch):
     assert torch.equal(rows["real"], real[:12]) and torch.equal(rows["autoencoder"], x_hat[:12])
 
 
-def test_beta_is_no_setting_of_the_autoencoder(capsys):
-    """It has a weight of its own, so a changed one would name a run without changing it."""
-    expect_error(capsys, lambda: bonus.main("--budget smoke --device cpu --set beta=0.5".split()), "--set beta", "BETA")
+def test_settings_that_change_nothing_are_refused(capsys):
+    """They would name a run without changing it."""
+    for change in ("beta=0.5", "start=300", "guidance=1", "components=3", "tied=true", "flow_steps=5"):
+        flags = ["--budget", "smoke", "--device", "cpu", "--set", change]
+        expect_error(capsys, lambda flags=flags: bonus.main(flags), f"--set {change.split('=')[0]}:", "BETA")
