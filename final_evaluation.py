@@ -62,7 +62,7 @@ TITLES = {"uncertainty": 16}
 VARIANTS = {
     "stage1-vae": "the VAE alone: its coarse image `x_hat`",
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
-    "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model",
+    "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model; codes come from a fitted Gaussian mixture",
     "stage1-form2": "the same in the other formulation of DiffuseVAE",
     "stage1-guided": "`form1`; each prediction is moved away from that of a worse refiner, which was trained for a "
                      "tenth of the steps",
@@ -192,19 +192,22 @@ NUMBERS = {
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows the first six tables, TABLES.md shows all of them.
+# seeds. REPORT.md shows the first seven tables, TABLES.md shows all of them.
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                 "fd; is; precision; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 stage1-augmented shapes/stage2-* stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "fd before; fd; fd against stage1-form1; hf_energy; kl_nats; noise fd"),
+    "joint": ("stage1-form1 stage1-augmented stage2-anneal stage2-kendall stage2-anneal-grad-none "
+              "stage2-anneal-from-vae", "fd before; fd; fd against stage1-form1; hf_energy; kl_nats; noise fd"),
+    "losses": ("shapes/stage1-form1 shapes/stage2-sum shapes/stage2-anneal shapes/stage2-anneal-w* "
+               "shapes/stage2-kendall shapes/stage2-bound",
+               "fd; fd against stage1-form1; precision; hf_energy; kl_nats; bits/dim"),
     "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, gaussian; fd, mixture; fd, flow"),
-    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
+    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-variance")),
                      "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
     "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
                          "seconds saved, %; memory saved, %"),
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
-                   "fd; is; diversity; noise fd; seconds; train minutes"),
+                   "fd; is; diversity; noise fd; evaluations; seconds"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
@@ -212,8 +215,8 @@ TABLES = {
     "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
               "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path length; probe, class; "
               "probe, bands; bits/dim"),
-    "losses": ("shapes/stage1-form1 shapes/stage2-* stage2-*=*",
-               "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
+    "losses, more": ("stage1-form1 stage2-* stage2-*=*",
+                     "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
                "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
@@ -701,8 +704,9 @@ def table_claims(everything, claims, adjust=False):
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 def markdown(header, rows):
+    """A table of texts. A | in a text, as in q(z|x), is escaped, or it would end its cell."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
 
 
 def a_run_of(results):
@@ -1061,14 +1065,17 @@ def chart_steps(everything):
     steps by the thirds of their own s, or by the s of another image. Bars: means over seeds; lines: one sd."""
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
-            for x, variant in enumerate(CONDITIONINGS):
-                seeds = results.get(variant, {})
-                even, by_s = values_by_seed(seeds, "steps evenly"), values_by_seed(seeds, name)
-                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in by_s]
-                if changes:
-                    axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
-                             yerr=sd_for_bar(changes))
+        for x, variant in enumerate(CONDITIONINGS):
+            seeds = results.get(variant, {})
+            even = values_by_seed(seeds, "steps evenly")
+            if not even:
+                axis.text(x, 0, "no run", ha="center", va="bottom", fontsize=8, color="#777777")
+                continue
+            for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
+                by_s = values_by_seed(seeds, name)
+                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in even]
+                axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
+                         yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
         axis.set_xticks(range(len(CONDITIONINGS)), [variant.rsplit("-", 1)[1] for variant in CONDITIONINGS])
         axis.set(title=dataset, ylabel="change of fd in percent")

@@ -165,8 +165,8 @@ def test_all_costs_by_hand(monkeypatch):
     """With planted times for a pass of each U-Net, for decoding and for a training step, in which both samplers are
     timed together. Seconds per image are those of all steps and of decoding, over the size of the batch; the memory is
     that of a pass or of decoding, whichever needs more, which here is the pass of the first and the decoding of the
-    second. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1 channels. The
-    second sampler has other channels, and takes ten times as long."""
+    second. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1
+    channels. The second sampler has other channels, and takes ten times as long."""
     planted = {name: planted_sampler(*channels) for name, channels in (("pixel", (2, 4, 1)), ("latent", (1, 2, 5)))}
     samplers = {name: sampler for name, (sampler, _) in planted.items()}
     trained = []

@@ -595,11 +595,15 @@ def test_the_note_explains_the_cells(tmp_path):
 def test_every_pattern_fits_a_variant(tmp_path):
     """A misspelt one would leave lines of a table, or of a chart, out."""
     changed = [metrics(f"{variant}-beta=0.5", train={"beta": 0.5}) for variant in VARIANTS]
-    everything = load(tmp_path, *map(metrics, VARIANTS), *changed)
+    everything = load(tmp_path, *map(metrics, [*VARIANTS, "stage2-anneal-w0.1"]), *changed)
     for variants, _ in final.TABLES.values():
         for pattern in variants.split():
             assert len(final.table_of(everything, pattern, "fd").splitlines()) > 4, pattern
     assert {*final.LOOKS} <= {*VARIANTS}  # of charts, which draw_line looks up by the variant's name
+
+
+def test_a_bar_in_a_cell_is_escaped():
+    assert final.markdown(["a", "q(z|x)"], [["b|c", "d"]]) == "| a | q(z\\|x) |\n| --- | --- |\n| b\\|c | d |"
 
 
 def test_the_sentence_about_the_data(tmp_path):
@@ -795,7 +799,7 @@ def test_chart_of_claims(tmp_path):
 
 def test_chart_of_steps(tmp_path):
     """The change in percent against even steps, paired by seed: mean and sd over seeds. A single run has no bar of an
-    sd. All data sets have the same scale."""
+    sd. Where there is no run, the chart says so. All data sets have the same scale."""
     runs = []
     for dataset, seed, even, by_s, by_other in (("shapes", 0, 10, 9, 11), ("shapes", 1, 20, 19, 21),
                                                 ("cifar10", 0, 10, 8, 9)):
@@ -814,6 +818,8 @@ def test_chart_of_steps(tmp_path):
     assert [bar.patches[0].get_height() for bar in single_bars] == pytest.approx([-20, -10])
     assert [len(bar.errorbar.lines[2][0].get_segments()[0]) for bar in single_bars] == [0, 0]
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[0] < -20 and axes[0].get_ylim()[1] > 7.5
+    assert [[(text.get_text(), text.get_position()[0]) for text in axis.texts] for axis in axes] == [
+        [("no run", 0), ("no run", 1), ("no run", 3)]] * 2
 
 
 def test_chart_of_priors(tmp_path):
