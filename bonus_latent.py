@@ -314,7 +314,7 @@ def main(argv=None):
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
-        return common.print_settings(train, evaluation, **networks)
+        return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
     ae_folder, settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)
     ae_state = (common.finished_state(ae_folder, settings | own, args.resume)

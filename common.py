@@ -948,18 +948,18 @@ def find_hashed(folder, name):
     return sorted(Path(folder).glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.pt"))
 
 
-def load_hashed(found, flag, advice, sha256=None):
-    """Load the one file in the list `found`, on the CPU. Fails, naming `flag` and giving `advice`, if there is not
-    exactly one, if it cannot be read, or if the sha256 of its bytes is wrong: it must begin with the eight digits in
-    the file's name, or equal `sha256` if that is given."""
+def load_hashed(found, what, advice, sha256=None):
+    """Load the one file in the list `found`, on the CPU. Fails, saying `what` is loaded and giving `advice`, if there
+    is not exactly one, if it cannot be read, or if the sha256 of its bytes is wrong: it must begin with the eight
+    digits in the file's name, or equal `sha256` if that is given."""
     if len(found) != 1:
-        fail(f"{flag}: {len(found)} files, one is needed; {advice}")
+        fail(f"{what}: {len(found)} files, one is needed; {advice}")
     try:
         data = found[0].read_bytes()
     except OSError as error:
-        fail(f"{flag} {found[0]}: {error.strerror}; {advice}")
+        fail(f"{what} {found[0]}: {error.strerror}; {advice}")
     if not hashlib.sha256(data).hexdigest().startswith(sha256 or found[0].stem[-8:]):
-        fail(f"{flag} {found[0]}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
+        fail(f"{what} {found[0]}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
@@ -1872,8 +1872,8 @@ def name_changes(changes):
     return "".join(f"-{key}={value:g}" if type(value) is float else f"-{key}={value}" for key, value in changes.items())
 
 
-def print_settings(train, evaluation, **networks):
-    """What --dry-run shows: settings and numbers of parameters, as one JSON object."""
+def print_settings(train, evaluation, networks):
+    """What --dry-run shows: settings, and the numbers of parameters of {name: network}, as one JSON object."""
     sizes = {name: count_parameters(network) for name, network in networks.items()}
     print(json.dumps({"settings": {"train": train, "eval": evaluation}, "parameters": sizes}, indent=1))
 

@@ -192,7 +192,7 @@ NUMBERS = {
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows the first seven tables, TABLES.md shows all of them.
+# seeds. REPORT.md shows the first eight tables, TABLES.md shows all of them.
 TABLES = {
     "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                 "fd; is; precision; hf_energy; evaluations; seconds"),
@@ -201,6 +201,8 @@ TABLES = {
     "losses": ("shapes/stage1-form1 shapes/stage2-sum shapes/stage2-anneal shapes/stage2-anneal-w* "
                "shapes/stage2-kendall shapes/stage2-bound",
                "fd; fd against stage1-form1; precision; hf_energy; kl_nats; bits/dim"),
+    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
+              "fd, gaussian; fd, mixture; fd of real codes"),
     "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, gaussian; fd, mixture; fd, flow"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-variance")),
                      "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
@@ -212,9 +214,8 @@ TABLES = {
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
-    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "hf_energy; fd, mixture; fd, gaussian; fd of real codes; posterior variance; path length; probe, class; "
-              "probe, bands; bits/dim"),
+    "codes, more": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
+                    "hf_energy; posterior variance; path length; probe, class; probe, bands; bits/dim"),
     "losses, more": ("stage1-form1 stage2-* stage2-*=*",
                      "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
@@ -1247,7 +1248,7 @@ def collect_weights(checkpoint, home, name, parts):
     small, the encoder is left out, which sampling does not need, and matrices have half precision. Returns its path."""
     state = common.load_checkpoint(checkpoint)
     state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-    kept = {"train": state["train"], "seconds": state["seconds"]}
+    kept = {"train": state["train"], "run_id": state["run_id"]}
     kept |= {part: common.half(state[part]) for part in parts}
     path = common.save_state(home / f"{name}-*.pt", kept)  # which puts a hash of the file in place of the star
     for older in {*common.find_hashed(home, name)} - {path}:

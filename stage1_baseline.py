@@ -11,28 +11,27 @@ model decides *how it looks*.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published; our own settings use v (common.Diffusion). They also group the
-                      times into 20 noise levels. The loss of an image is divided by the running mean of the losses at
-                      its level, so that all levels count alike (Training.even_levels).
+                      The target is eps as published. Our own settings use v (common.Diffusion), and let all noise
+                      levels count alike: the times are divided into 20 levels, and an image's loss is divided by the
+                      running mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The process is the plain one. The U-Net sees x_t and x_hat, concatenated.
-       Formulation 2  As published, the noisy image is y_t = x_t + x_hat, and the U-Net sees y_t and x_hat. Since x_hat
-                      is known, y_t can be computed from x_t at any time. So we keep x_t, in training and in sampling,
-                      and the code differs in one place: x_hat is added to x_t before the U-Net sees it.
+       Formulation 2  The published process is the plain one, shifted by x_hat: y_t = x_t + x_hat at every t. The U-Net
+                      sees y_t and x_hat; the noise and the target are those of the plain process. So we run the plain
+                      process on x_t, in training and in sampling, and add x_hat before the U-Net sees it.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
                       because these codes never follow N(0, I) exactly.
 
-    4. Where to begin As published (Formulation 1), the reverse process begins with pure noise at t = T. But x_hat
-                      already shows roughly what x0 looks like. So we begin earlier, at t = `start`:
-                          x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      The refiner was trained on sqrt(abar) x0 + sqrt(1 - abar) eps. The two differ by
-                      sqrt(abar) (x_hat - x0), the VAE's error. It goes unnoticed if the noise is much larger:
-                      fid.check_start asks for noise with six times the standard deviation of this difference, a rule
-                      of thumb.
-                      Only the times 1..start are trained, so the network spends all of its training where it is used,
-                      and fewer sampling steps are enough. A better VAE allows a smaller `start`.
+    4. Where to begin As published, x_t begins as pure noise at t = T. But x_hat already shows roughly what x0 looks
+                      like. So we begin earlier, at t = `start`. With a = abar_start:
+                          x_start = sqrt(a) x_hat + sqrt(1 - a) eps
+                      In training, x0 stands in the place of x_hat. The difference between the two,
+                      sqrt(a) (x_hat - x0), must be small beside the noise. As a rule of thumb, fid.check_start asks
+                      that sqrt(1 - a) is at least six times its standard deviation. Only the times 1..start are
+                      trained, so the network spends all of its training where it is used, and fewer sampling steps are
+                      enough. A better VAE allows a smaller `start`.
 
     5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. The idea is that it makes the
                       same errors as the refiner, but larger ones. Then the difference of their predictions points away
@@ -42,12 +41,12 @@ model decides *how it looks*.
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). Stage 2 compares with it: there, too, the refiner learns from
-                      an x_hat with errors, that of an unfinished VAE.
+                      the noise is no input of the U-Net). It is a control for stage 2. There the refiner is trained
+                      beside a VAE that is still learning, and so it sees bad images, too.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
-        python stage1_baseline.py --variant guided       the guide and, since it needs them, VAE and Formulation 1
+        python stage1_baseline.py --variant guided       VAE, Formulation 1 and its guide
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
                                                          a diffusion model without a VAE
         python stage1_baseline.py --dataset cifar10 --pretrained     36 samples in half a minute; nothing is trained
@@ -109,10 +108,10 @@ def denoiser(unet, x_hat, variant):
 
 
 def guide_away(denoise, denoise_worse, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that extrapolates from the guide's prediction,
-    `denoise_worse`, to the refiner's and beyond, by the share `guidance` of their difference. The paper does so with
-    predicted images, we do so with predicted eps or v. The result is the same: at a given x_t, eps and v have the form
-    a + b * (predicted image), with the same a and b for both networks."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that predicts
+    refiner + guidance * (refiner - guide), where `denoise` is the refiner and `denoise_worse` the guide. (`guidance` is
+    the paper's w - 1.) The paper guides the predicted image, we guide eps or v. That is the same: at a given x_t both
+    are linear functions of the predicted image, eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma."""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
@@ -157,7 +156,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
                 x_hat, _, _ = vae(x0, z_noise)  # (B, 3, H, W)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
-        if variant == "augmented":  # with noise of another strength for every image
+        if variant == "augmented":  # every image gets noise of a strength of its own
             sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
             x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
@@ -174,7 +173,8 @@ def load_model(state, variant, device):
     """The common.Model of a variant, built from its checkpoint alone. (The checkpoint of `guided` is made by
     with_guide.)"""
     train, size = state["train"], state["train"]["image_size"]
-    model = common.Model(variant, device, shape=(3, size, size), diffusion=build_diffusion(train, variant, device))
+    diffusion = build_diffusion(train, variant, device)  # of which a VAE alone makes no use
+    model = common.Model(variant, device, shape=(3, size, size), diffusion=diffusion)
     if variant != "uncond":
         model.vae = common.frozen(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
@@ -183,29 +183,25 @@ def load_model(state, variant, device):
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
-    if variant == "guided":
+        # Only stage 3 makes use of z and `clean`.
+        model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
+    if variant == "guided":  # a denoiser_for that takes the place of the one above
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.networks += (guide,)
         model.evaluations = 2
-
-    def denoiser_for(x_hat, z, clean):  # only stage 3 makes use of z and `clean`
-        denoise = denoiser(unet, x_hat, variant)
-        if variant != "guided":
-            return denoise
-        return guide_away(denoise, denoiser(guide, x_hat, variant), train["guidance"])
-
-    if variant != "vae":
-        model.denoiser_for = denoiser_for
+        model.denoiser_for = lambda x_hat, z, clean: guide_away(
+            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
     common.choose_precision(model)
     return model
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide. The log is that of the guide's
-    training; that of the refiner's is shown with form1."""
+    """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide. Its log is the guide's. (form1's
+    log is drawn with the results of form1.)"""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}  # form1 has none of its own; see main
+    # In form1's settings `guidance` is always the default: main leaves out what --set makes of it.
+    state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]
     state["seconds"] = form1["seconds"] + guide["seconds"]
     state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
@@ -215,19 +211,18 @@ def with_guide(form1, guide):
 def draw_pretrained(args, evaluation, device):
     """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. The weights
     can only sample: the encoder is missing, and matrices are stored in half precision."""
-    files, packs = [], {}  # the two files of weights, and their contents
+    weights = {}
     for name in ("form1", "guide"):
-        found = common.find_hashed(PRETRAINED / args.dataset, name)  # a list; load_hashed fails unless it has one path
-        packs[name] = common.load_hashed(found, flag=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
-                                         advice="take another --dataset, or train: leave --pretrained out")
-        files += found
-    state = packs["form1"] | {"guide": packs["guide"]["unet"]}
-    state["run_id"] = "+".join(file.stem for file in files)  # by which export tells samples of other weights
+        weights[name] = common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
+                                           what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
+                                           advice="take another --dataset, or train: leave --pretrained out")
+    state = weights["form1"] | {"guide": weights["guide"]["unet"]}
+    state["run_id"] = f"{weights['form1']['run_id']}+{weights['guide']['run_id']}"
     # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
     model.temperature = evaluation["temperature"]  # of the noise from which sampling begins
-    evaluation["batch"] = 36  # no more than samples.png shows
+    evaluation["batch"] = 36  # `generate` draws whole batches, and samples.png shows 36 images
     folder = Path(args.out) / f"{args.dataset}-pretrained"
     prior, sampler, steps = common.headline(model, evaluation)
     x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
@@ -251,13 +246,13 @@ def read_flags(argv):
     if args.pretrained:
         if common.RANKS > 1:
             common.fail("--pretrained: one process is enough; run it without torchrun")
-        # Flags that would have no effect are refused.
+        # Flags of training and scoring would have no effect.
         for flag in ("variant", "budget", "image_size", "steps", "batch_size", "set", "eval_samples", "features",
                      "weights", "compile"):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")
-        args.variant, args.budget = ["guided"], "cpu"
+        args.variant, args.budget = ["guided"], "cpu"  # sampler and steps are those of the budget
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
         chosen.add("form1")  # whose predictions are moved away from those of the guide
@@ -269,19 +264,20 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # what --set changes; otherwise setup.folder_and_settings does this
+        train |= args.changes  # by --set. In a real run, folder_and_settings applies them.
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
-            networks |= {f"unet of {variant}": common.build_unet(train, CHANNELS[variant])
-                         for variant in args.variant if variant != "vae"}
-        return common.print_settings(train, evaluation, **networks)
+            for variant in args.variant:
+                if variant != "vae":
+                    networks[f"unet of {variant}"] = common.build_unet(train, CHANNELS[variant])
+        return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)
     setup = fid.Setup(args, train, evaluation, device)  # loads the data and the feature network of the scores
     all_metrics = {}  # by folder
 
-    # What --set changes is part of a run's folder and settings, except for what the run ignores: the VAE does not
-    # depend on the settings of the U-Net, and only `guided` depends on `guidance`.
+    # Every --set KEY=VALUE becomes part of a run's folder and settings, unless KEY begins with a text in `ignored`. So
+    # the VAE is trained once, whatever is set in the U-Net. Only `guided` depends on `guidance`.
     # finished_state returns the checkpoint of a finished run, or None where it has to be trained.
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE

@@ -7,10 +7,10 @@ samples become better, and the latent space smoother?
 The loss has two terms.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
-    diffusion term  D * M. M is the mean squared error of the U-Net's prediction at x_t, divided by its running mean at
-                    this noise level (common.Training.even_levels), so M is about 1. D is the number of pixel values of
-                    an image: SSE is a sum over these, so M, a mean over them, is multiplied by D. (The `paper` budget
-                    does not divide; there M is the plain error.)
+    diffusion term  D * M. M is the U-Net's squared error at x_t, averaged over the pixel values and divided by its
+                    running mean at this noise level (common.Training.even_levels), so it stays near 1. D, the number of
+                    pixel values, brings it to the size of a sum over pixel values, as SSE is one. So D M is always near
+                    D: what counts is its gradient. (The `paper` budget does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced:
 
@@ -19,34 +19,39 @@ The loss has two terms.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
                     a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size. Since
-                    M stays near 1, b stays near log D. What is learned is a, and lambda = exp(a - b) is about E / D.
+                    M stays near 1, b stays near log D. What is learned is a. The ratio of the two factors, exp(a - b),
+                    corresponds to lambda and becomes about E / D.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
                     weight 1, and the bound of a diffusion process that begins at x_start, made of x_hat and noise
-                    (bound_loss). There is no SSE of its own. On shapes the VAE collapses: images become useless.
+                    (bound_loss). x_hat is compared with x in the term for x_start, where SSE has the factor 0.5 (at
+                    start = 400). On shapes the VAE collapses: the code stays empty, and images are useless.
 
 How one backward pass serves both networks: the VAE should follow the gradient of E + lambda D M, but the U-Net that of
-M alone, as in stage 1, whatever lambda is. The loss is E + M. The U-Net is shown a copy of x_hat, through which
-gradients pass back multiplied by lambda D (scale_gradient). So the U-Net gets the gradient of M, and the VAE gets that
-of lambda D M. (Under `kendall`, E is multiplied by exp(-a), and exp(-b) stands for lambda. Under `bound`, the U-Net's
-gradient is that of the bound divided by D.)
+M alone, as in stage 1, whatever lambda is. The loss whose gradient is computed is E + M, which is right for the U-Net.
+M's gradient reaches the VAE only through the x_hat that the U-Net is shown. There it is multiplied by lambda D on its
+way back (scale_gradient). (Under `kendall` exp(-a) and exp(-b) take the places of 1 and lambda. Under `bound`, the
+U-Net's gradient is that of the bound divided by D.)
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
-`none`. With `none` the networks do not influence each other's gradients, which is stage 1 with both learning at once.
+`none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
+is not finished yet.
 
 What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
-The log shows both: `kl_nats`, `active_units`, `gradient_share` (the diffusion term's share of the gradient at x_hat)
-and `v_mse_own` and `v_mse_shuffled` (the U-Net's plain mean squared error if it is shown the right x_hat, and that of
-another image; if they are equal, the refiner ignores x_hat). If the U-Net predicts eps, the names begin with `eps`.
+The log shows both: `kl_nats`, `active_units`, `weight` (lambda), `gradient_share` (the diffusion term's share of the
+gradient at x_hat), and `v_mse_own` and `v_mse_shuffled` (the U-Net's plain mean squared error if it is shown the right
+x_hat, and that of another image; if they are equal, the refiner ignores x_hat). If the U-Net predicts eps, the names
+begin with `eps`.
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
 Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
-        `interpolation.png`. Then some minutes for measurements on the side: of the latent space, and of the number of
-        components that a mixture needs for these codes. On shapes more of the samples are real shapes than in stage 1
-        (a higher precision), and the KL is more than twice as large. The Frechet distance is about the same.
+        `interpolation.png`, with that of stage 1 beside it. Then some minutes for measurements on the side: of the
+        latent space, and of the number of components that a mixture needs for these codes. On shapes more samples show
+        one of the six shapes than in stage 1 (a higher precision), and the KL is more than twice as large. The Frechet
+        distance is about the same, and paths through the latent space are not straighter.
 """
 
 import argparse
@@ -70,10 +75,10 @@ def denoiser(unet, x_hat):
 
 
 def scale_gradient(x_hat, scale, sse_norm):
-    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or tensor ().
+    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor.
 
-    Also returns `gradient_share`, a tensor () that the backward pass fills in: |g| / (|g| + sse_norm), where g is the
-    scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. It is for the log."""
+    Also returns `gradient_share`, a scalar tensor that the backward pass fills in: |g| / (|g| + sse_norm), where g is
+    the scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. It is for the log."""
     gradient_share = torch.zeros((), device=x_hat.device)
 
     def scale_and_record(gradient):
@@ -102,25 +107,26 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D."""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (The VAE's
+    gradient is then so small that `vae_clip` does not limit it, as it may under the other losses.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
         self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))  # D is the number of pixel values
 
-    def forward(self, elbo, diffusion):
+    def forward(self, elbo, diffusion_term):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,)."""
         a, b = self.a_and_b
-        return (-a).exp() * elbo + a + (-b).exp() * diffusion + b
+        return (-a).exp() * elbo + a + (-b).exp() * diffusion_term + b
 
 
 def loss_weights(train, step, balance):
-    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers, or tensors ().
+    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers or scalar tensors.
     The first one is needed for the log alone."""
     if train["loss"] == "kendall":
         sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, diffusion_weight = 0.0, 1.0  # there is no SSE beside the diffusion term
+        sse_weight, diffusion_weight = 0.0, 1.0  # the SSE is inside the diffusion term; see bound_loss
     else:
         sse_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
@@ -132,20 +138,19 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     """An unbiased estimate of the diffusion process's bound given x_hat (DDPM eq. 5), from one time per image: (B,)
     nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
 
-    The bound has a term for x_start and a sum over t (common.py, section 5). The terms of the sum are largest at small
-    t, so these times are drawn more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,).
-    (The power 4 was found by trying.) A term is divided by the probability of its time,
-    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
+    The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step) and, for t = 1, the
+    nats of the pixels given x_1 (common.data_nats). The terms over t are largest at small t, so these times are drawn
+    more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,). (The power 4 was found by
+    trying.) A term is divided by the probability of its time, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
-    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), KL_t of the times from 2 on
+    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), right for times from 2 on
     first = t == 1
-    if first.any():  # for t = 1 the term is L_0
-        nats = nats.clone()
+    if first.any():
         nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
     # If the process begins before T, the term for x_start is the SSE of x_hat times 2 abar / (1 - abar): 0.5 at 400.
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
@@ -209,7 +214,7 @@ def train_joint(folder, train, data, device, vae_state=None):
             # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
             # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
             sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
-            # The same values, but gradients that pass back are multiplied by lambda D.
+            # The same values, but gradients that pass back are multiplied by the term's weight times D.
             shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values, sse_norm)
 
             # M, the U-Net's loss.
@@ -222,7 +227,7 @@ def train_joint(folder, train, data, device, vae_state=None):
                 logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the plain squared error
                 unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
             if train["loss"] == "kendall":
-                # D M is detached: here it trains only b. It trains the networks as M, which is added below.
+                # In this sum D M has to train b alone, so it is detached. The networks learn from unet_loss, below.
                 vae_loss = balance(vae_loss, pixel_values * unet_loss.detach())  # (B,)
         # For the log: lambda, which `kendall` learns as exp(a - b). `bound` has no SSE to compare with.
         weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
@@ -261,9 +266,10 @@ def slerp(a, b, w):
 
 
 def smoothness(features):
-    """How directly one image turns into another, from features along paths (P, K, f). `end_distance` is the mean
-    distance of a path's two ends. `path_over_distance` is the mean length of a path over that; 1 is a straight line.
-    (If end_distance is 0, nothing changes along the paths, and path_over_distance says nothing.)"""
+    """How directly one image turns into another, from features (P, K, f) of the K images along each of P paths.
+    `end_distance` is the mean distance between the two ends of a path. `path_over_distance` is the mean length of the
+    paths, divided by end_distance; 1 is a straight line. (If end_distance is 0, nothing changes along the paths, and
+    path_over_distance says nothing.)"""
     segments = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
     return {"path_over_distance": float(segments.sum(1).mean() / ends.mean().clamp(min=1e-9)),
@@ -291,14 +297,14 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
     count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the distance
     pairs = min(pairs, count)
-    first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths
+    first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
 
     def decode_and_refine(z, first=0):
         """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. The noise depends
         on that number alone."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
-        # Two seeds for each code, since `refine` takes this seed and the next one.
+        # The same noise for all points of a path, another one for each part of a hundred codes.
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -355,7 +361,7 @@ def read_flags(argv):
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
-        # `anneal` is what --loss is if it is left out.
+        # Neither changes what the VAE learns, so only their defaults are allowed; that of --loss is `anneal`.
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
@@ -376,7 +382,8 @@ def read_flags(argv):
 def results_of_stage1(setup):
     """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`: of those that were run here for as many
     steps as this run, and evaluated alike."""
-    results, same = {}, ("vae_steps", "unet_steps", "batch")
+    results = {}
+    same = ("vae_steps", "unet_steps", "batch")  # set by --steps and --batch-size, which are not part of a run's name
     for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
         folder, settings = setup.folder_and_settings(name, ignored=ignored)
         metrics = fid.read_metrics(folder / "metrics.json", setup.evaluation)
@@ -392,7 +399,7 @@ def main(argv=None):
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
-        return common.print_settings(train, evaluation, **networks)
+        return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
     folder, settings = setup.folder_and_settings(name)
     settings |= own
@@ -400,7 +407,8 @@ def main(argv=None):
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         if (vae_folder / "checkpoint.pt").is_file():
-            vae_state = common.finished_state(vae_folder, vae_settings, resume=True)  # None if it is unfinished
+            # With resume=True it returns None if the VAE is unfinished, in place of an error.
+            vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:
             common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "
                         "with --resume if it was stopped")
@@ -411,16 +419,17 @@ def main(argv=None):
     metrics = fid.evaluate(folder, setup, state, model)
     common.export(args, folder, state, model, setup.evaluation)
     tables = metrics["tables"]
-    if "latent_space" not in tables:
+    if "latent_space" not in tables:  # they are there if this run was measured before
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
         tables["components"] = fid.by_components(model, setup, settings)  # fd by the size of the mixture
         common.write_json(folder / "metrics.json", metrics)
 
-    # If both runs of stage 1 are there, measure form1 in the same way.
+    # If stage 1 was run, measure its form1 in the same way.
     stage1 = results_of_stage1(setup)
-    checkpoint_path = setup.folder_and_settings("stage1-form1", ignored=("guidance",))[0] / "checkpoint.pt"
-    if len(stage1) == 2 and checkpoint_path.is_file() and "latent_space_stage1" not in tables:
-        form1 = load_model(common.load_checkpoint(checkpoint_path), device)
+    form1_folder, _ = setup.folder_and_settings("stage1-form1", ignored=("guidance",))
+    form1_is_there = form1_folder in stage1 and (form1_folder / "checkpoint.pt").is_file()
+    if form1_is_there and "latent_space_stage1" not in tables:
+        form1 = load_model(common.load_checkpoint(form1_folder / "checkpoint.pt"), device)
         form1.temperature = setup.evaluation["temperature"]
         tables["latent_space_stage1"] = latent_space(folder / "interpolation-stage1.png", form1, setup)
         tables["components_stage1"] = fid.by_components(form1, setup, settings)
@@ -432,9 +441,8 @@ def main(argv=None):
             print(f"{label}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
                   f"{numbers['end_distance']:.3f} (refined, slerp)")
     if len(stage1) < 2:
-        print(f"no complete results of stage 1 in {setup.home}; to compare: python stage1_baseline.py "
-              f"--dataset {args.dataset} --budget {train['budget']} --seed {args.seed} --data-dir {args.data_dir} "
-              f"--out {args.out}")
+        print(f"no complete results of stage 1 in {setup.home}; to compare, run stage1_baseline.py with the same flags "
+              "(without those of this stage)")
 
 
 if __name__ == "__main__":

@@ -608,8 +608,7 @@ def main(argv=None):
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             vae = build_vae(train)
             refiner = build_refiner(train, vae.latent_dim)
-        return common.print_settings(train, evaluation, vae=vae, unet=refiner["unet"],
-                                     conditioner=refiner["conditioner"])
+        return common.print_settings(train, evaluation, {"vae": vae} | dict(refiner))
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.

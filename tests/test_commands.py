@@ -251,7 +251,7 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
     """Without results of stage 1 it says which command makes them. With them, both stages are in one table, and stage
     1's latent space is measured, too, once."""
     home, printed = smoke("stage2")
-    assert "python stage1_baseline.py --dataset shapes --budget smoke --seed 0" in printed
+    assert "run stage1_baseline.py with the same flags" in printed
     latent = load(home, "stage2-anneal")["tables"]["latent_space"]
     assert set(latent) == {"images", "posterior", "slerp", "probe_class_accuracy", "probe_r2"}
     assert set(latent["probe_r2"]) == set(common.FACTORS) and latent["slerp"]["refined"]["path_over_distance"] >= 1
@@ -520,11 +520,8 @@ def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, monkeypatch, 
     expected = common.generate(cool, 5, "gaussian", "ddim", 3, 3, 36)[1]
     assert (read(places[0], 5).int() - expected.int()).abs().max() <= 3
     assert [len(common.find_images(place)) for place in places] == [5, 5]
-    guide = pretrained[1]
-    guide.rename(guide.with_name("guide-0000000a.pt"))  # stands for newer weights of another hash
-    monkeypatch.setattr(common, "load_hashed", lambda found, **words: torch.load(found[0], weights_only=True))
-    stage1.main(["--pretrained", "--device", "cpu", *flags.split()])
-    assert capsys.readouterr().out.count("samples of other settings (run_id") == 2
+    assert json.loads((places[0] / "settings.json").read_text())["run_id"] == "+".join(
+        state["run_id"] for state in states)
 
 
 def test_pretrained_refuses(pretrained, monkeypatch, capsys):
@@ -576,21 +573,19 @@ def test_collect_keeps_one_file_of_weights_each(pretrained, smoke, tmp_path):
 @pytest.mark.parametrize("dataset,size", [("shapes", 32), ("cifar10", 32), ("celeba64", 64)])
 def test_committed_weights(dataset, size):
     """Two files of at most 6 MB hold the networks that the cpu budget trains today. The guide was trained for a tenth
-    of the refiner's steps, with its other settings. (Weights of the former version have no `unet_steps`.)"""
+    of the refiner's steps, with its other settings."""
     (path,), (guide_path,) = (common.find_hashed(stage1.PRETRAINED / dataset, name) for name in ("form1", "guide"))
     state, guide = (common.load_hashed([found], "", "") for found in (path, guide_path))
     train = common.budget("cpu", dataset, size)[0]
-    assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "seconds", "unet"}
-    assert set(state) == {"train", "seconds", "vae", "unet", "gmm"}
-    former = "unet_steps" not in state["train"]
-    keys = {"encoder", "decoder", "unet"} | (set() if former else {"vae_steps", "unet_steps", "even_levels"})
+    assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "run_id", "unet"}
+    assert set(state) == {"train", "run_id", "vae", "unet", "gmm"}
+    keys = ("encoder", "decoder", "unet", "vae_steps", "unet_steps", "even_levels")
     assert {key: state["train"][key] for key in keys} == {key: train[key] for key in keys}
     expected = state["train"] | {"unet_steps": train["unet_steps"] // 10, "guidance": train["guidance"]}
     shared = expected.keys() & guide["train"].keys() & {*train, "seed"}
     assert all(guide["train"][key] == expected[key] for key in shared)
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
-    states = (pack | {"log": [], "run_id": ""} for pack in (state, guide))
-    stage1.load_model(stage1.with_guide(*states), "guided", torch.device("cpu"))
+    stage1.load_model(state | {"guide": guide["unet"]}, "guided", torch.device("cpu"))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -676,11 +671,11 @@ def test_dry_run_of_changed_settings(name, small, capsys):
     """It shows them, and what follows from them: the rates of networks that have a U-Net's or a VAE's, and the sizes of
     the networks. All else is as without --set."""
     printed = []
-    for changes in ([], ["--set", "unet_lr=0.5", "vae_lr=0.25", "start=300", "batch=7", "pool=true"]):
+    for changes in ([], ["--set", "unet_lr=0.5", "vae_lr=0.25", "unet_steps=300", "batch=7", "pool=true"]):
         COMMANDS[name]([*SMOKE, "--dry-run", *changes])
         printed.append(json.loads(capsys.readouterr().out))
     plain, changed = (found["settings"]["train"] for found in printed)
-    expected = {"unet_lr": 0.5, "vae_lr": 0.25, "start": 300, "batch": 7, "pool": True}
+    expected = {"unet_lr": 0.5, "vae_lr": 0.25, "unet_steps": 300, "batch": 7, "pool": True}
     expected |= {"stage3": {"refiner_lr": 0.5}, "bonus": {"autoencoder_lr": 0.25}}.get(name, {})
     assert changed == plain | expected and all(plain[key] != value for key, value in expected.items())
     assert printed[0]["settings"]["eval"] == printed[1]["settings"]["eval"] and not list(small.iterdir())
