@@ -14,8 +14,8 @@ Conventions, used by every file:
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
     Networks and batches have the memory format channels_last, in which convolutions are faster. Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
-    Losses have the shape (B,), one value per image: a KL or a bound in nats, a `sse` as a sum over all pixel values, a
-    `*_mse` as a mean over them.
+    Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is a squared error
+    summed over all pixel values in [0, 1]; `eps_mse` and `v_mse` are means over them, of images in [-1, 1].
     Every random draw that decides a result comes from an explicit generator. The two exceptions are initial weights and
     dropout masks: they use torch's global generator, which is seeded before a network is built and before every step.
 """
@@ -92,8 +92,9 @@ class Diffusion:
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
     Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small, so that errors
-    grow. From v it is not, which helps short trainings. `start` is the time at which the reverse process begins: T, or
-    earlier where an x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled."""
+    grow. From v, x0 is computed without a division, which helps short trainings. `start` is the time at which the
+    reverse process begins: T, or earlier where an x_hat already shows roughly what x0 looks like. Only the times
+    1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -160,8 +161,8 @@ def time_grid(start, steps):
     """The times that sampling in `steps` steps visits, in rising order: 0 = tau_0 < ... < tau_steps = start.
 
     tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided.
-    The maximum with i keeps all times distinct: the square begins below i, and grows by more than 1 a step once it is
-    above i."""
+    The maximum with i keeps all times distinct: at first the squares lie so close together that they would round to the
+    same times."""
     return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
 
 
@@ -169,21 +170,22 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
     `previous` is (t, x0) of the step before, or None in the first step.
 
-    DDIM and this solver follow the same path from noise to image, the solution of a differential equation. Write
-    x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were
-    constant during the step, this would be exact:
+    With ever more steps, DDIM's path from noise to image approaches a smooth curve (the "probability flow ODE"). A
+    solver follows this curve in few steps. Write x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and
+    sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. It extrapolates the last two predictions linearly, along lambda = log(a / sigma):
+    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma), the variable in which the curve
+    is an integral over the predicted x0. The two latest predictions are extrapolated linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
-    if previous is not None and t_next > 0:  # not in the first step, nor in the last, where lambda_next is infinite
+    if previous is not None and t_next > 0:  # not in the first step, nor in the final one: its lambda_next is infinite
         t_before, x0_before = previous
         # lambda is half the logit of alpha_bar, since a^2 = alpha_bar and sigma^2 = 1 - alpha_bar.
         lambda_before, lambda_t, lambda_next = diffusion.alpha_bar[[t_before, t, t_next]].logit() / 2
-        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))  # length of the last step over this one's
+        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))  # the step before, as a multiple of this one
         x0 = x0 + (x0 - x0_before) / (2 * r)
     return sigma_ratio * x + (a_next - a_t * sigma_ratio) * x0
 
@@ -197,7 +199,7 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
                large_variance if every time is visited. With skipped times it is small_variance, since the large one
                would leave visible noise in the image.
-        ddim   deterministic, of first order (Song et al. 2021, eq. 12 with eta = 0)
+        ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
     (tests/test_common.py: test_oracle_returns_x0, test_samplers_improve_in_their_order)"""
@@ -229,7 +231,7 @@ class BottleneckBlock(nn.Module):
     """The VAE's residual block (VDVAE, Child 2021, as DiffuseVAE uses it): (B, C, H, W) -> the same shape.
 
     Four convolutions (1x1, 3x3, 3x3, 1x1) with a GELU before each, half as many channels in between, and no
-    normalisation. At resolution 1 a 3x3 window would see only padding, so its convolutions are 1x1."""
+    normalisation. At resolution 1 all of a 3x3 window but its centre is padding, so the convolutions are 1x1."""
 
     def __init__(self, width, resolution=None):
         super().__init__()
@@ -247,34 +249,6 @@ class BottleneckBlock(nn.Module):
         return x + h
 
 
-class PatchConv2d(nn.Conv2d):
-    """A convolution whose window equals its stride k: (B, C, H, W) -> (B, out, H/k, W/k).
-
-    Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
-    multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
-    for bfloat16 give wrong results (on processors with AMX). The weights have nn.Conv2d's shape, (out, C, k, k)."""
-
-    def forward(self, x):
-        (b, c, h, w), k = x.shape, self.stride[0]
-        # Axes: image, block row, row within the block, block column, column within the block, channel
-        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)
-        blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), ordered alike
-        return F.linear(blocks, matrix, self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
-
-
-class PatchConvTranspose2d(nn.ConvTranspose2d):
-    """The reverse of PatchConv2d, without bias: every pixel becomes a k x k block. (B, C, H, W) -> (B, out, k H, k W).
-    The weights have the shape that they have in nn.ConvTranspose2d, (C, out, k, k)."""
-
-    def forward(self, x):
-        (b, _, h, w), k = x.shape, self.stride[0]
-        matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
-        blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
-        blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
-        return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
-
-
 def init_keeping_variance(conv, fan_in):
     """Draw a layer's weights so that its output has its input's variance. `fan_in`: inputs that add up to an output."""
     nn.init.normal_(conv.weight, std=fan_in**-0.5)
@@ -285,11 +259,12 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has `blocks` + 1 blocks, which is how the
-    published tables count. Then the resolution changes: as published (`pool`) by average pooling and a 1x1 convolution,
-    otherwise by a strided convolution. The strided convolution has a weight for every position in its window. An
-    average does not tell positions apart, and the published network averages all the way down to 1x1. It can learn
-    where things are from the zero padding at the border, but not in a short training.
+    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has `blocks` + 1 blocks, since the published
+    tables count the block before a change of resolution apart. Then the resolution changes: as published (`pool`) by
+    average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d, see section 11). The strided
+    convolution has a weight for every position in its window. An average does not tell positions apart, and the
+    published network averages all the way down to 1x1. It can still learn where things are, from the zero padding at
+    the border, but not in a short training.
     """
 
     def __init__(self, table, pool):
@@ -347,10 +322,10 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The bottleneck-residual VAE of DiffuseVAE (Pandey et al. 2022); its code z is a vector, (B, d)."""
 
-    def __init__(self, encoder, decoder, pool):
+    def __init__(self, encoder_table, decoder_table, pool):
         super().__init__()
-        self.encoder, self.decoder = Encoder(encoder, pool), Decoder(decoder, pool)
-        self.latent_dim = encoder[-1][1]
+        self.encoder, self.decoder = Encoder(encoder_table, pool), Decoder(decoder_table, pool)
+        self.latent_dim = encoder_table[-1][1]
 
     def forward(self, x0, noise):
         """x0 (B, 3, H, W), noise (B, d) standard normal -> x_hat, mu, logvar."""
@@ -387,8 +362,8 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer: the largest power of two that
-    divides a quarter of the width.
+    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer, so that a group has at least four
+    channels: the largest power of two that divides a quarter of the width.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
@@ -448,14 +423,14 @@ class UNet(nn.Module):
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
     from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
-    up than on the way down. It takes the map that entered the level; in our small networks, which save this block, that
-    map stays unused. `attention` lists the resolutions that have self-attention; the middle of the network always has
-    it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    up than on the way down, which takes the map that entered the level. Most levels of our small networks save this
+    block, and leave that map unused. `attention` lists the resolutions that have self-attention; the middle of the
+    network always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
-        width = table[0][1]  # from here on: of the feature map that the next layer gets
+        width = table[0][1]  # from here on: the channels that the next layer gets; every layer that is added changes it
         self.frequencies, emb_dim = width // 2, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -486,8 +461,8 @@ class UNet(nn.Module):
                 self.up[-1].append(block(width + skip_width, level_width, resolution))
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. Making
-        # them has drawn random numbers, though, on which the weights of later layers, and so all results, depend.
+        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. They
+        # are made all the same, because the initial weights of all later layers depend on the random numbers drawn.
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -515,7 +490,7 @@ class UNet(nn.Module):
 
 
 def build_vae(train):
-    """The VAE of the settings `train`, a dictionary (see TRAIN in section 8)."""
+    """The VAE of the settings `train`, a dictionary as `budget` makes it (section 8)."""
     return VAE(train["encoder"], train["decoder"], train["pool"])
 
 
@@ -553,17 +528,19 @@ class GaussianMixture:
 
     As published, each component has a covariance of its own. If they are `tied`, all components share one. Then even
     thousands of components can be fitted, each to a handful of codes.
-    Attributes, float32 on the CPU: weights (K,), means (K, d), factors, the lower Cholesky factors of the covariances
-    (K, d, d), or of the one covariance that all components share (1, d, d)."""
+    Attributes, float32 on the CPU:
+        weights (K,)
+        means   (K, d)
+        factors (K, d, d) or, if tied, (1, d, d): the lower Cholesky factors of the covariances"""
 
     def __init__(self, weights, means, factors):
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
 
     @classmethod
-    def fit(cls, z, components, seed, tied=False, rounds=6, few=10_000):
+    def fit(cls, z, components, seed, tied=False, rounds=6, subset=10_000):
         """The mixture fitted to codes z (N, d). At first its means are random codes, and every covariance is the one of
-        all codes together. Then come `rounds` of EM on a part of the codes, for speed (`few` of them, or 20 for each
-        component if that is more), and two rounds on all codes."""
+        all codes together. Then come `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
+        each component if that is more), and two rounds on all codes."""
         centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
         # In random order, since the first ones are used below, and image files may be sorted by class.
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
@@ -571,7 +548,7 @@ class GaussianMixture:
         weights = torch.full((len(means),), 1 / len(means))
         mixture = cls(weights, means, torch.linalg.cholesky(z.T.cov() + cls.ridge(z))[None])
         for _ in range(rounds):
-            mixture = mixture.em_round(z[: max(few, 20 * components)], tied)
+            mixture = mixture.em_round(z[: max(subset, 20 * components)], tied)
         for _ in range(2):
             mixture = mixture.em_round(z, tied)
         mixture.means += centre.cpu()
@@ -592,14 +569,14 @@ class GaussianMixture:
         for part, log_joint in self.log_joints(z):
             belongs = log_joint.softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-            if tied:  # the shared covariance needs the sum over all components, whose shares of a z add up to 1
+            if tied:  # summed over all components: sum_k belongs_k z z' = z z', since each row adds up to 1
                 products[0] += part.T @ part
             else:
                 for k in range(count):
-                    own = belongs[:, k] > 0  # for many d, most z belong to one component, and exactly 0 to the others
+                    own = belongs[:, k] > 0  # in high dimensions most of these are exactly 0 in float32: skip them
                     products[k] += (belongs[own, k, None] * part[own]).T @ part[own]
-        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'. If it is shared, the last
-        # term is averaged over components: sum_k mass_k mean_k mean_k' = sums' means, because mass_k mean_k = sums_k.
+        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'. If it is shared, it is
+        # 1/N sum_n z z' - 1/N sum_k mass_k mean_k mean_k', where mass_k mean_k = sums_k.
         means = sums / mass[:, None]
         if tied:
             covariances = ((products[0] - sums.T @ means) / len(z))[None]
@@ -652,13 +629,13 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion
+    diffusion: Diffusion  # a VAE alone has one, too, that is never used
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
-    # denoiser_for(x_hat, z, clean) -> denoise(x, t) for `sample`. x_hat is what the refiner is shown. Only stage 3
-    # looks at the code z and at `clean`, the image that was decoded from z: evaluation may have added noise to x_hat.
-    # A VAE alone has no denoiser_for.
+    # denoiser_for(x_hat, z, clean) -> denoise(x, t) for `sample`. x_hat is what the refiner is shown, z its code. clean
+    # is Dec(z), which differs from x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone
+    # has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
     evaluations: int = 1  # of networks in each sampling step
@@ -701,7 +678,8 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
-    the device, from a generator whose seed is one higher. `trajectory`: see sample."""
+    the device, from a generator whose seed is one higher; so calls with the same `gen` share that noise. `trajectory`:
+    see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -723,7 +701,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first
     before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
     batches between them."""
     parts, offsets = [], range(first, first + count, batch)
-    offsets = offsets[RANK::RANKS]  # this process's share; with a single process, all of them
+    offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
         gen = generator(1_000_000 * (seed + 1) + offset)  # see SEEDS in section 11
@@ -775,7 +753,8 @@ def kl_step(diffusion, x0, x0_predicted, t):
 
 def kl_prior(diffusion, x0, x_hat=None):
     """The bound's first term, KL(q(x_start | x0) || p(x_start)), (B,) nats. If the process begins at T, p is N(0, I).
-    If it begins earlier, p and q have the same variance, and their means are those of x_hat and of x0."""
+    If it begins earlier, p and q have the same variance, and their means are sqrt(alpha_bar) x_hat and
+    sqrt(alpha_bar) x0."""
     bar = float(diffusion.alpha_bar[diffusion.start])
     if diffusion.start == diffusion.T:
         return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
@@ -843,7 +822,8 @@ def draw_shapes(count, seed):
     period = torch.where(detail == 2, torch.randint(3, 5, (count,), generator=gen), 8)
     radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
     lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
-    # HSV to RGB at full saturation and value: a channel is a trapezium over the circle of hues, shifted by a third each
+    # HSV to RGB at full saturation and value. Hues are a circle of 360 degrees, with red at 0, green at 120 and blue at
+    # 240. A channel is 1 within 60 degrees of its own hue, and falls to 0 over the next 60.
     pure_hue = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
     colour = pure_hue * 0.75 + 0.2
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -1019,7 +999,8 @@ UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of 
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
-    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # of the optimiser Muon, for matrices and convolutions; 0: Adam for all
+    # Learning rate of the optimiser Muon (section 12), for matrices and convolutions; 0: Adam for all.
+    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 0.05,  # share of the steps (or, from 1 on, number of steps) over which the rates rise from 0
     "decay": True,  # then they fall linearly to 0; False: they stay
@@ -1035,7 +1016,7 @@ TRAIN = {
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
     "dropout": 0.0, "heads": 1,  # of the U-Net
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
-    "guidance": 0.5,  # the share of (refiner - guide) that stage 1's `guided` adds to the refiner's prediction
+    "guidance": 0.5,  # the share of (refiner - guide) that `guided` adds to the refiner's prediction; see stage 1
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
@@ -1100,7 +1081,8 @@ def budget(name, dataset, size):
 
 
 def settings_for(train, name, like):
-    """Settings for a network called `name` (rates, clipping, averaging; see Training): those of the network `like`."""
+    """The settings of the network `like` (rates, clipping, averaging; see Training) under the keys of the network
+    `name`: {"refiner_lr": train["unet_lr"], ...}."""
     return {f"{name}_{key}": train[f"{like}_{key}"] for key in ("lr", "muon_lr", "clip", "ema")}
 
 
@@ -1178,8 +1160,9 @@ def load_images(dataset, split, data_dir="data", image_size=None):
             reason = str(error).split("\n")[0][:100]
             layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
-            inside = {"cifar10", "cifar-10-batches-py", "celeba", "img_align_celeba"} & {*folder.resolve().parts}
-            remedy = (f"give the folder that holds {min(inside)}" if inside else
+            names = {"cifar10", "cifar-10-batches-py", "celeba", "img_align_celeba"}
+            inside = [part for part in folder.resolve().parts if part in names]
+            remedy = (f"give the folder that holds {inside[0]}" if inside else
                       f"put {layout} there or name the folder that holds it")
             fail(f"no images of {dataset} in --data-dir {folder.resolve()} and no download ({reason}); {remedy}, or "
                  "use shapes, which need no data")
@@ -1213,9 +1196,10 @@ def decode_files(files, size, crop, cache):
 
 # `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script. All of them draw the same random
 # numbers, take their own slice of every training batch, and average their gradients, so their networks stay equal. They
-# share the images to be sampled between them; the first process alone computes scores and writes files. The number of
-# processes changes nothing but the speed, rounding, and the masks of dropout. DistributedDataParallel does the same,
-# and besides overlaps sending with computing.
+# share the images to be sampled between them; the first process alone computes their scores and writes files. The
+# number of processes changes nothing but the speed, rounding, and the masks of dropout. (torch's
+# DistributedDataParallel wraps a network's forward pass. Here the stages call parts of a network, such as vae.encoder,
+# so the gradients are averaged plainly, after the backward pass.)
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process's number; how many
 
 
@@ -1298,7 +1282,7 @@ def keep_freed_memory():
 
 # ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
 
-# What is added to --seed for each purpose, so that no two purposes draw the same random numbers.
+# What is added to --seed for each purpose, so that the purposes of a run draw different random numbers.
 SEEDS = {
     "training": 1,  # batches, mirroring, noise and times of a training
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
@@ -1331,8 +1315,8 @@ def autocast(device, reduced):
 
 
 def relative_errors(exact, reduced):
-    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor: infinite if only `reduced` has
-    values that are not finite, nan if `exact` has such values, or is zero like `reduced`."""
+    """Two lists of tensors -> |exact - reduced| / |exact| for each pair, as a tensor. It is infinite if only `reduced`
+    has values that are not finite. It is nan if `exact` has such values, or if both are zero."""
     errors = []
     for a, b in zip(exact, reduced, strict=True):
         difference = (a.float() - b.float()).nan_to_num(nan=math.inf)
@@ -1431,6 +1415,34 @@ def ridge_regression(x, y, ridge=1e-3):
     return weight, y.mean(0) - mean @ weight
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose window equals its stride k: (B, C, H, W) -> (B, out, H/k, W/k).
+
+    Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
+    multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
+    for bfloat16 give wrong results (on processors with AMX). The weights have nn.Conv2d's shape, (out, C, k, k)."""
+
+    def forward(self, x):
+        (b, c, h, w), k = x.shape, self.stride[0]
+        # Axes: image, block row, row within the block, block column, column within the block, channel
+        blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)
+        blocks = blocks.transpose(2, 3).reshape(b, h // k, w // k, k * k * c)  # (B, H/k, W/k, k k C)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # (out, k k C), ordered alike
+        return F.linear(blocks, matrix, self.bias).permute(0, 3, 1, 2)  # (B, out, H/k, W/k)
+
+
+class PatchConvTranspose2d(nn.ConvTranspose2d):
+    """The reverse of PatchConv2d, without bias: every pixel becomes a k x k block. (B, C, H, W) -> (B, out, k H, k W).
+    The weights have the shape that they have in nn.ConvTranspose2d, (C, out, k, k)."""
+
+    def forward(self, x):
+        (b, _, h, w), k = x.shape, self.stride[0]
+        matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
+        blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
+        blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
+        return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
+
+
 # ---- 12. Training ----------------------------------------------------------------------------------------------------
 
 def orthogonalise(matrix, rounds=5):
@@ -1465,9 +1477,11 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])  # average = momentum average + (1 - momentum) gradient
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov: one more step of averaging
-                # More outputs than inputs: a larger step, so that each single output changes as much (Jordan's factor).
-                tall = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * tall)
+                # Jordan's factor: more outputs than inputs make the step larger, so that each single output changes as
+                # much. (Of a transposed convolution shape[0] are the inputs; there it makes no difference, since the
+                # factor is 1.)
+                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
 
 
 def lock(folder):
@@ -1578,7 +1592,7 @@ class Training:
         name = self.folder.name
         with locked, tqdm(total=self.all_steps, initial=self.steps_taken, unit="step", desc=name) as self.bar:
             previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-            self.clock = time.time()  # when the time that is not yet in self.seconds began
+            self.clock = time.time()  # self.seconds counts up to this moment
             try:
                 yield
             finally:
@@ -1717,7 +1731,7 @@ class Training:
     def finish(self, seconds_before=0.0, **parts):
         """Save and return the finished checkpoint: the averaged weights of each network under its name, and `parts`,
         whatever else the model consists of. Its `seconds` contain what was done after the last training step, such as
-        fitting a prior. `seconds_before` is what the networks that it builds on took."""
+        fitting a prior. `seconds_before` is the training time of the checkpoint it builds on, such as the VAE's."""
         seconds = self.seconds + time.time() - self.clock
         return save_finished(self.folder, {"train": self.train, "run_id": self.run_id, "seconds": seconds,
                                            "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
@@ -1811,7 +1825,8 @@ LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "tem
 
 def read_settings(args):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
-    `args.changes` then holds what --set changes in the train settings; fid.Setup.folder_and_settings applies it."""
+    `args.changes` then holds what --set changes in the train settings. It is kept apart, because a run takes only
+    those changes on which it depends (fid.Setup.folder_and_settings)."""
     sys.excepthook = end_in_a_line
     for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
@@ -1845,7 +1860,8 @@ def parse_changes(texts, train):
     """--set KEY=VALUE ... -> {key: value}. Exits if there is no such train setting, or if the value is of another type
     or out of range. What the shapes of the networks consist of (lists, and `heads`) cannot be set."""
     changes = {}
-    settable = {key: value for key, value in train.items() if not isinstance(value, list) and key != "heads"}
+    settable = {key: value for key, value in train.items()
+                if not isinstance(value, list) and key not in ("heads", "compile")}  # --compile is a flag of its own
     for text in texts:
         key, _, word = text.partition("=")
         if key not in settable:
@@ -1856,7 +1872,11 @@ def parse_changes(texts, train):
         elif isinstance(old, str):
             allowed, value = "eps or v", word if word in ("eps", "v") else None
         else:
-            low, high = {"start": (1, 1000), "dropout": (0, 1)}.get(key, (int(isinstance(old, int)), 10**9))
+            low, high = (1 if isinstance(old, int) else 0), 10**9
+            if key == "start":
+                low, high = 2, 1000  # the bound on the likelihood needs two times
+            elif key == "dropout" or key.endswith("_ema"):
+                high = 1
             allowed, value = f"a {'whole ' if isinstance(old, int) else ''}number from {low} to {high:,}", None
             with contextlib.suppress(ValueError):
                 value = type(old)(word)
@@ -1953,7 +1973,7 @@ def export(args, folder, state, model, evaluation):
             wait_for_all()  # all processes have read the note
             for image in place.glob("*.png") if RANK == 0 else ():
                 image.unlink()
-        write_json(note, settings)  # last, so that samples of a killed command are never taken for others
+        write_json(note, settings)  # only after the old samples are gone, so that they are never taken for new ones
     wait_for_all()
     there = len(find_images(places[0]))
     if there > args.export:

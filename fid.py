@@ -72,7 +72,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
-    branch_pool(avg_pool2d(x)) in its own code. The first hook keeps x, the second has branch_pool read pool(x)."""
+    branch_pool(avg_pool2d(x)) in its own code. The first hook keeps x. What the second returns, pool(x), takes the
+    place of branch_pool's input."""
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
     block.branch_pool.register_forward_pre_hook(lambda branch_pool, arguments: pool(inputs.pop()))
@@ -196,8 +197,8 @@ def save_local(net, name, folder=None):
 
 
 def trained_on(stored, folder):
-    """The share, 0 to 1, that files now in `folder` and files that a network was trained on have in common: the number
-    of common files over the larger of both numbers. `stored` is what save_local wrote."""
+    """How much of what is in `folder` now a network was trained on, from 0 to 1: the number of files that are in both,
+    over the larger of the two numbers of files. `stored` is what save_local wrote."""
     marks, known = set(file_marks(folder)), set(stored.get("files") or ())
     return len(marks & known) / max(len(marks), len(known))
 
@@ -291,8 +292,9 @@ CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 
 def frechet_distance(a, b):
     """The Frechet distance (top of this file) of two Moments, in squared units of the features. With S_i = R_i R_i^T,
-    S_1 S_2 has the nonzero eigenvalues of C C^T, where C = R_1^T R_2. So tr (S_1 S_2)^(1/2) is the sum of the singular
-    values of C. That is exact for N < d too, and needs no matrix square root."""
+    S_1 S_2 = R_1 (R_1^T R_2 R_2^T) has the nonzero eigenvalues of (R_1^T R_2 R_2^T) R_1 = C C^T, where C = R_1^T R_2,
+    since AB and BA have the same ones. So tr (S_1 S_2)^(1/2) is the sum of the singular values of C. That is exact for
+    N < d too, and needs no matrix square root."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
     delta = a.mean - b.mean
@@ -406,9 +408,9 @@ def jackknife(score, x):
 
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that consists of means over pairs of images, such as KID, without computing pairs again.
-    `value` is the score. image_means (N,) has for each image the mean over its pairs, counted so that the score depends
-    on the image by twice this number (see `scores`). So if images are left out the score changes, to first order, by
-    twice the change of the mean of image_means."""
+    `value` is the score. image_means (N,) has for each image the mean over its pairs. An image occurs in pairs as the
+    first and as the second member. So if images are left out the score changes, to first order, by twice the change of
+    the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -460,19 +462,21 @@ def scores(extractor, generated, ref, progress=False):
     "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
         fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
-        kid                 over all pairs if either side has fewer than 2,000 images, else over 100 subsets of 1,000
+        kid                 if either side has fewer than 2,000 images: over all pairs with the first 2,000 real ones;
+                            else over 100 subsets of 1,000
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
         floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
     count, device = len(generated), ref.features.device
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    row["is"] = jackknife(  # shuffled here, so that its parts stay nearly the same where a group is left out
+    row["is"] = jackknife(  # shuffled once: its ten parts should stay nearly the same if a group is left out
         lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
-    # KID depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). The interval needs these means roughly.
-    # So the y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and the x_j up to 5,000 real ones.
+    # KID is mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of real images x and generated ones y. So it
+    # depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). The interval needs these means roughly: the
+    # y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and the x_j up to 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
@@ -623,7 +627,8 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # Some rows are asked for twice (the noise probe's clean row is also in the grid); lru_cache keeps the last ones.
+    # Some rows are asked for twice (the noise probe's clean row is also in the grid). lru_cache keeps the last ones, by
+    # (prior, sampler, steps, count, damage).
     draw = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw(prior, sampler, steps, evaluation["count"], 0.0)
@@ -670,6 +675,18 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
             "rise": mean - clean}
 
 
+def nearest_rows(queries, rows):
+    """For each row of `queries` (N, d): the distance to the nearest of `rows` (M, d), and its index. It takes some rows
+    at a time, since all N M distances may not fit into memory."""
+    distance, index = torch.full((len(queries),), math.inf, dtype=torch.float64), torch.zeros(len(queries)).long()
+    for first in range(0, len(rows), 2000):
+        part_distance, part_index = distances(queries.double(), rows[first : first + 2000].double()).min(1)
+        closer = part_distance < distance
+        distance = torch.where(closer, part_distance, distance)
+        index = torch.where(closer, first + part_index, index)
+    return distance, index
+
+
 def copies(folder, images, setup):
     """Does a model copy training images? The distance of generated images, uint8 (N, 3, H, W), to the nearest training
     image, and the same for as many held-out images: by pixels (the root of the mean squared difference, in grey
@@ -683,16 +700,17 @@ def copies(folder, images, setup):
     sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {"images": count}
     nearest = {}  # (kind of distance, side): distances and indices, each (N,)
     for side, chosen in sides.items():
-        both = torch.cat([chosen, chosen.flip(3)] if mirrored else [chosen])
-        pixels = both.flatten(1).float()
-        parts = [torch.cdist(pixels, part.flatten(1).float()) for part in train.split(2000)]
-        by_kind = {"pixels": torch.cat(parts, 1) / pixels.shape[1] ** 0.5,
-                   "features": distances(extract(setup.extractor, both)[0].double(),
-                                         setup.reference.features.cpu().double())}
-        for kind, values in by_kind.items():  # (N or 2 N, training images)
-            nearest[kind, side] = values.view(-1, count, len(train)).amin(0).min(1)
+        both = torch.cat([chosen, chosen.flip(3)] if mirrored else [chosen])  # (N, 3, H, W) or (2 N, 3, H, W)
+        features, _ = extract(setup.extractor, both)
+        by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
+                   "features": nearest_rows(features, setup.reference.features.cpu())}
+        for kind, (distance, index) in by_kind.items():  # of an image or of its mirror image, whichever is nearer
+            distance, nearer = distance.view(-1, count).min(0)
+            nearest[kind, side] = distance, index.view(-1, count)[nearer, torch.arange(count)]
+        distance, index = nearest["pixels", side]
+        nearest["pixels", side] = distance / both[0].numel() ** 0.5, index
     for kind in ("pixels", "features"):
-        generated, held_out = nearest[kind, "generated"].values, nearest[kind, "held_out"].values
+        (generated, _), (held_out, _) = nearest[kind, "generated"], nearest[kind, "held_out"]
         table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
                        "closer": float((generated < held_out.quantile(0.01)).float().mean())}
     distance, index = nearest["features", "generated"]
@@ -813,10 +831,9 @@ def check_start(diffusion, x_hat, real):
 
 @torch.no_grad()
 def bits_per_dim(model, prior, setup):
-    """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x), these are
-    `kl`, which is log q(z | x) - log p(z) under the prior of this name, and those of common.diffusion_nats for x_hat =
-    Dec(z).
-    """
+    """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) they are
+        kl                       log q(z | x) - log p(z), under the model's prior of the name `prior`
+        prior, diffusion, data   those of common.diffusion_nats, with x_hat = Dec(z)"""
     evaluation = setup.evaluation
     gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
     images = setup.test.images[: evaluation["bits_images"]].to(model.device)
@@ -871,16 +888,17 @@ IMAGES_SEEN = {"cifar10": 800_000}  # in training; of other data 200,000, but ea
 def augment(x, gen, crop=False):
     """A random view of each float image of x (B, 3, S, S): mirrored or not, and shifted by up to an eighth of its side.
     With `crop`, in place of the shift, a square of 25 to 100% of the area, enlarged, with jitter of colour, contrast
-    and brightness. No view is blurred or noisy on purpose, since features must not ignore blur and noise."""
+    and brightness. But for the enlarging no view is blurred, nor is any noisy: features must not ignore these."""
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
     scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
     reach = 1 - scale if crop else torch.full_like(scale, 0.25)  # the largest shift; 0.25 is an eighth of 2
     pixel = 2 / x.shape[-1]
-    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))  # shifts by whole pixels blur nothing
+    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))  # whole pixels, which need no blur
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
-    theta = torch.stack([scale * mirror, zero, dx, zero, scale, dy]).view(2, 3, -1).permute(2, 0, 1)  # (B, 2, 3)
+    # (B, 2, 3): the rows (mirror * scale, 0, dx) and (0, scale, dy) of each image
+    theta = torch.stack([scale * mirror, zero, dx, zero, scale, dy]).view(2, 3, -1).permute(2, 0, 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if crop:
@@ -903,7 +921,7 @@ def train_network(data, seed=0, batch=256):
     the squared error of a regression of the true factors where these are known (shapes), so that features hold more
     than the class. Without labels the loss is contrastive, and clusters of features become the classes."""
     torch.manual_seed(seed)  # the initial weights
-    gen, cpu = torch.Generator().manual_seed(seed), torch.device("cpu")
+    gen, cpu = generator(seed), torch.device("cpu")
     images, labels, factors = data.images, data.labels, data.factors
     classes = PSEUDO_CLASSES if labels is None else int(labels.max()) + 1
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
@@ -966,7 +984,7 @@ def examine(extractor, train, test):
     """What an extractor's numbers mean: a dict, for the JSON beside its weights, measured on held-out images. `train`
     and `test` are common.ImageData. The keys of "noise" are in units of the pixel range, those of "blur" in pixels."""
     from scipy.ndimage import gaussian_filter
-    gen, images = torch.Generator().manual_seed(0), test.images.float()
+    gen, images = generator(0), test.images.float()
     ref = make_reference(extractor, train.images)
     features, logits = extract(extractor, test.images)
     classes = logits.argmax(1) if test.labels is None else test.labels
@@ -1008,12 +1026,15 @@ def train_local(name, data_dir="data"):
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
     home = OWN_FEATURES_DIR if own else FEATURES_DIR
     found = common.find_hashed(home, train.name)
-    outdated = [path for path in found if own and trained_on(torch.load(path, weights_only=True), data_dir) < UNCHANGED]
-    if found == outdated:  # or both are empty
-        kept = save_local(train_network(train), train.name, data_dir if own else None)
-        for path in outdated:
-            for file in {path, path.with_suffix(".json")} - {kept}:
-                file.unlink(missing_ok=True)
+    outdated, current = [], []
+    for path in found:
+        stored = load_hashed([path], f"--train-local {name}:", "remove this file")
+        (outdated if own and trained_on(stored, data_dir) < UNCHANGED else current).append(path)
+    if not current:
+        current = [save_local(train_network(train), train.name, data_dir if own else None)]
+    for path in outdated:
+        for file in {path, path.with_suffix(".json")} - {*current}:
+            file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = home / extractor.name.removeprefix("local-")  # without a suffix
     report = json.dumps(examine(extractor, train, test), indent=1)

@@ -723,7 +723,7 @@ def test_priors_against_torch_distributions_and_moments():
     component = nearest_component(gmm, z)
     assert float((component[1:] == component[:-1]).double().mean()) == pytest.approx(0.58, abs=0.02)
 
-    fit, again = (common.GaussianMixture.fit(z[component.argsort()], 2, 0, rounds=100, few=4000) for _ in range(2))
+    fit, again = (common.GaussianMixture.fit(z[component.argsort()], 2, 0, rounds=100, subset=4000) for _ in range(2))
     order, held_out = fit.means[:, 0].argsort(), gmm.sample(8000, gen)
     assert torch.allclose(fit.weights[order], gmm.weights, atol=0.015)
     assert torch.allclose(fit.means[order], gmm.means, atol=0.05)
@@ -931,13 +931,14 @@ def test_settings_that_are_changed(capsys):
 
 SET_ERRORS = [
     (["steps=5", "unet=[]", "attention=16", "heads=3", "encoder=1", "seed=1", "image_size=64", "dataset=cifar10", "=3",
-      "Beta=1"],
+      "Beta=1", "compile=true"],
      ["no such setting", "vae_steps, unet_steps", "beta, pool"]),
     (["beta", "beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],
      ["must be a number from 0 to 1,000,000,000"]),
     (["vae_steps=1.5", "vae_steps=1e3", "batch=-1", "components=many"],
      ["must be a whole number from", "to 1,000,000,000"]),
-    (["start=0", "start=1001", "start=12.5"], ["must be a whole number from 1 to 1,000"]),
+    (["start=1", "start=1001", "start=12.5"], ["must be a whole number from 2 to 1,000"]),
+    (["vae_ema=1.5", "unet_ema=-1", "dropout=2"], ["must be a number from 0 to 1"]),
     (["tied=1", "even_levels=yes", "pool=", "decay"], ["must be true or false"]),
     (["objective=x0", "objective=EPS", "objective"], ["must be eps or v"])]
 

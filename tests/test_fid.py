@@ -551,6 +551,15 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     fid.main(["--train-local", folder])
     new, = own.glob("*.pt")
     assert new != path and {file.name for file in own.iterdir()} == {new.name, f"{new.stem}.json"}
+    path.write_bytes(before)  # as if the command had been killed before it removed the outdated network
+    with monkeypatch.context() as again:
+        again.setattr(fid, "train_network", None)
+        fid.main(["--train-local", folder])
+    assert [*own.glob("*.pt")] == [new]
+    whole = new.read_bytes()
+    new.write_bytes(whole[:5000])
+    expect_error(capsys, lambda: fid.main(["--train-local", folder]), "--train-local", new.name, "remove this file")
+    new.write_bytes(whole)
     fid.main([folder, other])
     for i in range(10):  # known files that are gone count, too
         (tmp_path / "mine.v1 [new]" / f"{i:04}.png").unlink()
