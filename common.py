@@ -1288,6 +1288,7 @@ SEEDS = {
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
     "flow": 3,  # the same for the flow that is fitted after training (stage 3)
     "reconstruction": 50_000,  # noise with which reconstructions of held-out images are refined
+    "trajectory": 55_000,  # codes and noise of trajectory.png
     "bits_per_dim": 60_000,
     "held_out_codes": 70_000,
     "round_trip": 75_000,  # codes of held-out images whose error is compared with the predicted one (stage 3)

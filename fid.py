@@ -637,6 +637,7 @@ def measure_samples(folder, model, setup):
                         {model.name: images_of_headline})
     if both:
         tables["before_refinement"] = setup.score(x_hat) | {"hf_energy": hf_energy(x_hat, setup.test.images)}
+        draw_trajectory(folder, model, prior, setup)
     rows = [row]
     for other in model.priors:
         if other != prior:
@@ -745,7 +746,7 @@ def by_components(model, setup, train):
 def measure_vae(folder, model, setup):
     """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, the log-density
     of codes under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
-    reconstructions.png and, of a refiner, trajectory.png."""
+    reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
     all_mu, all_logvar = common.encode(model.vae, test.images, model.device)
     z = common.reparameterise(all_mu, all_logvar,
@@ -769,7 +770,6 @@ def measure_vae(folder, model, setup):
     if model.denoiser_for is not None:
         pictures["refined"] = refined[:12]
         tables["start"] = check_start(model.diffusion, x_hat, real)
-        draw_trajectory(folder, model, mu[:4].to(model.device), setup)
     common.save_grid(folder / "reconstructions.png", pictures)
     tables["prior_log_density"] = {name: mean_score(prior.log_prob(z)) for name, prior in model.priors.items()}
     # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
@@ -782,12 +782,13 @@ def measure_vae(folder, model, setup):
 
 
 @torch.no_grad()
-def draw_trajectory(folder, model, z, setup):
-    """trajectory.png: how refinement goes from x_hat and noise to the image, for a few codes z (N, d). Two rows for
-    each code: the noisy image x_t, and the clean image that the network predicts from it."""
+def draw_trajectory(folder, model, prior, setup):
+    """trajectory.png: how refinement goes from x_hat and noise to the image, for four codes that the prior of this name
+    draws. Two rows for each code: the noisy image x_t, and the clean image that the network predicts from it."""
     steps, trajectory = setup.evaluation["sample_steps"], []
+    gen = generator(common.SEEDS["trajectory"] + setup.train["seed"])
+    z = model.priors[prior].sample(4, gen).to(model.device)
     x_hat = model.vae.decoder(z)
-    gen = generator(common.SEEDS["reconstruction"] + setup.train["seed"])
     image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory=trajectory)
     shown = [trajectory[round(i * (len(trajectory) - 1) / 3)] for i in range(4)]  # four steps, the first and last too
     noisy = [x_hat, *(x for _, x, _ in shown), image]

@@ -250,7 +250,7 @@ def dotted(count, level):
 def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     """A model, a setup and a list of the rows that measure_samples asks for. `measure` returns, for the n-th of them, a
     score of n, and images with dots: x_hat of grey level n and refined images of grey level 100 + n. `copies` returns
-    the number of its images and their grey level."""
+    the number of its images and their grey level. `draw_trajectory` is left out."""
     drawn = []
 
     def measure(model, setup, *how):
@@ -259,6 +259,7 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
             dotted(how[3], level) for level in (len(drawn), 100 + len(drawn)))
 
     monkeypatch.setattr(fid, "measure", measure)
+    monkeypatch.setattr(fid, "draw_trajectory", lambda *how: None)
     if stub_copies:
         monkeypatch.setattr(fid, "copies", lambda folder, images, setup: (len(images), images[0, 0, 0, 0].item()))
     model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion("v"), vae=object(), denoiser_for=object(),
@@ -455,7 +456,7 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     batches.clear()
     tables = fid.measure_vae(tmp_path, tiny, setup)
     seed = common.SEEDS["reconstruction"] + 2
-    assert batches == [(size, seed, "dpm", 3) for size in (20, 10, 4)]  # four for the picture of the trajectory
+    assert batches == [(size, seed, "dpm", 3) for size in (20, 10)]
     all_mu, all_logvar = tiny.vae.encoder(common.to_float(real))
     mu, logvar = all_mu[:count], all_logvar[:count]
     found, x_hat = tables["reconstruction"], common.to_uint8(tiny.vae.decoder(mu))
@@ -582,22 +583,22 @@ def test_where_refinement_should_begin():
 
 
 def test_trajectory(tiny, tmp_path, monkeypatch):
-    """Two rows for each code: from x_hat over four x_t, or over what is predicted from them, to the image. The first
-    and the last step are among them."""
-    pictures, real = [], images_of(2).images
+    """Two rows for each of four codes of a prior: from x_hat over four x_t, or over what is predicted from them, to the
+    image. The first and the last step are among them."""
+    pictures, real = [], images_of(4).images
     monkeypatch.setattr(common, "save_grid", lambda *how: pictures.append(how))
     tiny.diffusion = common.Diffusion("v", start=400)
     tiny.denoiser_for = lambda x_hat, z, clean: oracle(tiny.diffusion, common.to_float(real))
-    z = torch.randn(2, 8, generator=common.generator(0))
+    z = torch.randn(4, 8, generator=common.generator(common.SEEDS["trajectory"] + 3))
     x_hat = common.to_uint8(tiny.vae.decoder(z))
     for steps, indices in ((7, [7, 5, 3, 1]), (4, [4, 3, 2, 1]), (1, [1, 1, 1, 1])):
         setup = SimpleNamespace(evaluation={"sample_steps": steps}, train={"seed": 3})
-        fid.draw_trajectory(tmp_path, tiny, z, setup)
+        fid.draw_trajectory(tmp_path, tiny, "gaussian", setup)
         path, rows, titles = pictures.pop()
         times = [common.time_grid(400, steps)[i] for i in indices]
         assert path == tmp_path / "trajectory.png" and titles == ["x_hat", *(f"t = {t}" for t in times), "image"]
-        assert list(rows) == ["1 x_t", "1 x0", "2 x_t", "2 x0"]
-        for k in range(2):
+        assert list(rows) == [f"{k} {label}" for k in (1, 2, 3, 4) for label in ("x_t", "x0")]
+        for k in range(4):
             for row in (rows[f"{k + 1} x_t"], rows[f"{k + 1} x0"]):
                 assert len(row) == 6 and torch.equal(row[0], x_hat[k])
                 assert (row[5].int() - real[k].int()).abs().max() <= 1
