@@ -331,7 +331,8 @@ def main(argv=None):
         tables["ceiling"] = ceiling(folder, model, setup)
         tables["savings"] = savings(folder, model, settings, setup)
         common.write_json(folder / "metrics.json", metrics)
-    common.export(args, folder, state, model, setup.evaluation)
+    if args.export:
+        common.export(args, folder, state, model, setup.evaluation)
     fid.print_results({folder: metrics}, setup)
     saved = tables["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "

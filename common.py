@@ -1959,8 +1959,6 @@ def export(args, folder, state, model, evaluation):
 
     Batches whose files are all there are not drawn again, so an export that was killed goes on, and a larger one adds
     to a smaller one. Samples that were drawn with other settings, or by another training, are replaced."""
-    if args.export is None:
-        return
     model = dataclasses.replace(model, temperature=evaluation["temperature"])
     prior, sampler, steps = headline(model, evaluation)
     settings = {"prior": prior, "sampler": sampler, "steps": steps, "temperature": evaluation["temperature"],

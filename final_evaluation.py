@@ -1248,7 +1248,7 @@ def collect_weights(checkpoint, home, name, parts):
     small, the encoder is left out, which sampling does not need, and matrices have half precision. Returns its path."""
     state = common.load_checkpoint(checkpoint)
     state["vae"] = {key: value for key, value in state["vae"].items() if key.startswith("decoder.")}
-    kept = {"train": state["train"], "run_id": state["run_id"]}
+    kept = {key: state[key] for key in ("train", "run_id", "seconds", "log")}
     kept |= {part: common.half(state[part]) for part in parts}
     path = common.save_state(home / f"{name}-*.pt", kept)  # which puts a hash of the file in place of the star
     for older in {*common.find_hashed(home, name)} - {path}:

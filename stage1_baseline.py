@@ -16,22 +16,23 @@ model decides *how it looks*.
                       running mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The process is the plain one. The U-Net sees x_t and x_hat, concatenated.
-       Formulation 2  The published process is the plain one, shifted by x_hat: y_t = x_t + x_hat at every t. The U-Net
-                      sees y_t and x_hat; the noise and the target are those of the plain process. So we run the plain
-                      process on x_t, in training and in sampling, and add x_hat before the U-Net sees it.
+       Formulation 2  In the paper every noisy image is shifted by x_hat: y_t = x_t + x_hat for t from 1 on. So sampling
+                      begins with x_hat + eps in place of eps. The noise and the target are the same. Subtracting x_hat
+                      turns this into the plain process. So we run that, and add x_hat only to what the U-Net sees.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
                       because these codes never follow N(0, I) exactly.
 
     4. Where to begin As published, x_t begins as pure noise at t = T. But x_hat already shows roughly what x0 looks
-                      like. So we begin earlier, at t = `start`. With a = abar_start:
-                          x_start = sqrt(a) x_hat + sqrt(1 - a) eps
-                      In training, x0 stands in the place of x_hat. The difference between the two,
-                      sqrt(a) (x_hat - x0), must be small beside the noise. As a rule of thumb, fid.check_start asks
-                      that sqrt(1 - a) is at least six times its standard deviation. Only the times 1..start are
-                      trained, so the network spends all of its training where it is used, and fewer sampling steps are
-                      enough. A better VAE allows a smaller `start`.
+                      like. So we begin earlier, at t = `start`:
+                          x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
+                      In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. x_start differs from
+                      that by sqrt(abar) (x_hat - x0), which must be small beside the noise. As a rule of thumb,
+                      fid.check_start asks that sqrt(1 - abar) is at least six times the standard deviation of this
+                      difference, over all pixel values. Only the times 1..start are trained, so the network spends all
+                      of its training where it is used, and fewer sampling steps are enough. A better VAE allows a
+                      smaller `start`.
 
     5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. The idea is that it makes the
                       same errors as the refiner, but larger ones. Then the difference of their predictions points away
@@ -41,8 +42,8 @@ model decides *how it looks*.
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). It is a control for stage 2. There the refiner is trained
-                      beside a VAE that is still learning, and so it sees bad images, too.
+                      the noise is no input of the U-Net). In stage 2 the refiner is trained beside a VAE that is still
+                      learning, and so it sees bad images, too. `augmented` shows what bad images alone achieve.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -111,7 +112,7 @@ def guide_away(denoise, denoise_worse, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that predicts
     refiner + guidance * (refiner - guide), where `denoise` is the refiner and `denoise_worse` the guide. (`guidance` is
     the paper's w - 1.) The paper guides the predicted image, we guide eps or v. That is the same: at a given x_t both
-    are linear functions of the predicted image, eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma."""
+    have the form constant + constant * (predicted image), and the weights 1 + guidance and -guidance add up to 1."""
 
     def denoise_guided(xt, t):
         prediction = denoise(xt, t)
@@ -164,6 +165,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
+    # The checkpoint contains the VAE and its mixture, and the training time of both networks.
     return training.finish(seconds_before=vae_state["seconds"], vae=vae_state["vae"], gmm=vae_state["gmm"])
 
 
@@ -196,28 +198,27 @@ def load_model(state, variant, device):
 
 
 def with_guide(form1, guide):
-    """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide. Its log is the guide's. (form1's
-    log is drawn with the results of form1.)"""
+    """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # In form1's settings `guidance` is always the default: main leaves out what --set makes of it.
+    # form1 does not depend on `guidance`, so it is trained without --set guidance=...; the guide's settings have it.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
-    state["log"] = guide["log"]
+    state["log"] = guide["log"]  # which fid.evaluate draws as training.png; form1's own run shows form1's
     state["seconds"] = form1["seconds"] + guide["seconds"]
     state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
     return state
 
 
 def draw_pretrained(args, evaluation, device):
-    """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. The weights
-    can only sample: the encoder is missing, and matrices are stored in half precision."""
-    weights = {}
+    """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. To keep
+    their files small, the encoder is left out, and matrices are stored in half precision."""
+    weights = []
     for name in ("form1", "guide"):
-        weights[name] = common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
-                                           what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
-                                           advice="take another --dataset, or train: leave --pretrained out")
-    state = weights["form1"] | {"guide": weights["guide"]["unet"]}
-    state["run_id"] = f"{weights['form1']['run_id']}+{weights['guide']['run_id']}"
+        # The one file NAME-<hash>.pt. The two texts are for the message if there is none.
+        weights.append(common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
+                                          what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
+                                          advice="take another --dataset, or train: leave --pretrained out"))
+    state = with_guide(*weights)
     # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
@@ -228,7 +229,8 @@ def draw_pretrained(args, evaluation, device):
     x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
-    common.export(args, folder, state, model, evaluation)
+    if args.export:  # --export N
+        common.export(args, folder, state, model, evaluation)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def read_flags(argv):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")
-        args.variant, args.budget = ["guided"], "cpu"  # sampler and steps are those of the budget
+        args.variant, args.budget = ["guided"], "cpu"  # the budget decides on sampler and steps
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
         chosen.add("form1")  # whose predictions are moved away from those of the guide
@@ -264,7 +266,7 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # by --set. In a real run, folder_and_settings applies them.
+        train |= args.changes  # read_settings has put there what --set changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -276,11 +278,10 @@ def main(argv=None):
     setup = fid.Setup(args, train, evaluation, device)  # loads the data and the feature network of the scores
     all_metrics = {}  # by folder
 
-    # Every --set KEY=VALUE becomes part of a run's folder and settings, unless KEY begins with a text in `ignored`. So
-    # the VAE is trained once, whatever is set in the U-Net. Only `guided` depends on `guidance`.
-    # finished_state returns the checkpoint of a finished run, or None where it has to be trained.
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
+        # Every --set KEY=VALUE becomes part of the run's folder and settings, except for those in `ignored`: the VAE
+        # does not depend on settings of the U-Net. finished_state returns None if the run has to be trained.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
@@ -303,7 +304,8 @@ def main(argv=None):
         model = load_model(state, variant, device)
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)
-        common.export(args, folder, state, model, setup.evaluation)
+        if args.export:
+            common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 
 

@@ -417,7 +417,8 @@ def main(argv=None):
     model = load_model(state, device)
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
-    common.export(args, folder, state, model, setup.evaluation)
+    if args.export:
+        common.export(args, folder, state, model, setup.evaluation)
     tables = metrics["tables"]
     if "latent_space" not in tables:  # they are there if this run was measured before
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)

@@ -646,7 +646,8 @@ def main(argv=None):
         tables["uncertainty"] = rank_facts
         tables["adaptivity"] = adaptivity(folder, state, model, setup)
         common.write_json(folder / "metrics.json", all_metrics[folder])
-    common.export(args, folder, state, model, setup.evaluation)
+    if args.export:
+        common.export(args, folder, state, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 
 

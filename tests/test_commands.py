@@ -577,15 +577,16 @@ def test_committed_weights(dataset, size):
     (path,), (guide_path,) = (common.find_hashed(stage1.PRETRAINED / dataset, name) for name in ("form1", "guide"))
     state, guide = (common.load_hashed([found], "", "") for found in (path, guide_path))
     train = common.budget("cpu", dataset, size)[0]
-    assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {"train", "run_id", "unet"}
-    assert set(state) == {"train", "run_id", "vae", "unet", "gmm"}
+    assert max(path.stat().st_size, guide_path.stat().st_size) <= 6e6 and set(guide) == {
+        "train", "run_id", "seconds", "log", "unet"}
+    assert set(state) == {"train", "run_id", "seconds", "log", "vae", "unet", "gmm"}
     keys = ("encoder", "decoder", "unet", "vae_steps", "unet_steps", "even_levels")
     assert {key: state["train"][key] for key in keys} == {key: train[key] for key in keys}
     expected = state["train"] | {"unet_steps": train["unet_steps"] // 10, "guidance": train["guidance"]}
     shared = expected.keys() & guide["train"].keys() & {*train, "seed"}
     assert all(guide["train"][key] == expected[key] for key in shared)
     state["vae"] |= {f"encoder.{name}": value for name, value in common.build_vae(train).encoder.state_dict().items()}
-    stage1.load_model(state | {"guide": guide["unet"]}, "guided", torch.device("cpu"))
+    stage1.load_model(stage1.with_guide(state, guide), "guided", torch.device("cpu"))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ def test_refiner_training_by_hand(variant, objective, recorded, trained, tmp_pat
 @pytest.mark.parametrize("sampler,steps,start", [("ddpm", 1000, 1000), ("ddpm", 20, 1000), ("ddim", 15, 1000),
                                                  ("ddim", 15, 300)])
 def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
-    """The published Formulation 2 is written out here in x_t = y_t + x_hat. It begins with x_T = x_hat + noise, or
-    earlier with x_hat + sqrt(A) x_hat + sqrt(1 - A) noise. It predicts x0 = (x_t - x_hat - sqrt(1 - A_t) eps) /
-    sqrt(A_t), clamped, and x_hat is subtracted at the end. A step of DDPM has the mean c1 x0 + c2 x_t + (1 - c2) x_hat,
+    """The published Formulation 2 is written out here in y_t = x_t + x_hat. It begins with y_T = x_hat + noise, or
+    earlier with x_hat + sqrt(A) x_hat + sqrt(1 - A) noise. It predicts x0 = (y_t - x_hat - sqrt(1 - A_t) eps) /
+    sqrt(A_t), clamped, and x_hat is subtracted at the end. A step of DDPM has the mean c1 x0 + c2 y_t + (1 - c2) x_hat,
     and the variance beta if all times are visited, else beta_tilde. A step of DDIM gives sqrt(A_s) x0 + sqrt(1 - A_s)
-    eps + x_hat. The plain process in y with `denoiser(..., "form2")` must give the same images."""
+    eps + x_hat. The plain process in x with `denoiser(..., "form2")` must give the same images."""
     torch.manual_seed(0)
     unet = nn.Conv2d(6, 3, 3, padding=1).double()
     predict = lambda x, t: unet(x) * torch.cos(t / 300.0)[:, None, None, None]  # noqa: E731 - a random eps-network
@@ -145,25 +145,25 @@ def test_formulation_2_is_formulation_1_after_the_shift(sampler, steps, start):
     diffusion.x0_scale, diffusion.eps_scale = diffusion.alpha_bar.sqrt(), (1 - diffusion.alpha_bar).sqrt()  # float64
     x_hat, first = (common.randn((2, 3, 5, 5), gen).double() for _ in range(2))
     denoise = stage1.denoiser(predict, x_hat, "form2")
-    y = common.sample(diffusion, denoise, diffusion.x_start(x_hat, first), sampler, steps, common.generator(1))
+    x = common.sample(diffusion, denoise, diffusion.x_start(x_hat, first), sampler, steps, common.generator(1))
 
     bar, grid, noise = diffusion.alpha_bar, common.time_grid(start, steps), common.generator(1)
-    x = x_hat + (first if start == 1000 else bar[start].sqrt() * x_hat + (1 - bar[start]).sqrt() * first)
+    y = x_hat + (first if start == 1000 else bar[start].sqrt() * x_hat + (1 - bar[start]).sqrt() * first)
     with torch.no_grad():
         for t, s in zip(grid[:0:-1], grid[-2::-1], strict=True):
-            eps = predict(torch.cat([x, x_hat], 1), torch.full((2,), t))
-            x0 = ((x - x_hat - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()).clamp(-1, 1)
+            eps = predict(torch.cat([y, x_hat], 1), torch.full((2,), t))
+            x0 = ((y - x_hat - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()).clamp(-1, 1)
             if sampler == "ddim":
-                eps = (x - x_hat - bar[t].sqrt() * x0) / (1 - bar[t]).sqrt()  # agrees with the clamped x0
-                x = bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * eps + x_hat
+                eps = (y - x_hat - bar[t].sqrt() * x0) / (1 - bar[t]).sqrt()  # agrees with the clamped x0
+                y = bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * eps + x_hat
                 continue
             beta = 1 - bar[t] / bar[s]
             c1, c2 = bar[s].sqrt() * beta / (1 - bar[t]), (bar[t] / bar[s]).sqrt() * (1 - bar[s]) / (1 - bar[t])
-            x = c1 * x0 + c2 * x + (1 - c2) * x_hat
+            y = c1 * x0 + c2 * y + (1 - c2) * x_hat
             if s > 0:
                 sigma2 = beta if steps == 1000 else beta * (1 - bar[s]) / (1 - bar[t])
-                x = x + sigma2.sqrt() * common.randn(x.shape, noise)
-    assert torch.allclose(x - x_hat, y, atol=1e-8)
+                y = y + sigma2.sqrt() * common.randn(y.shape, noise)
+    assert torch.allclose(y - x_hat, x, atol=1e-8)
 
 
 @pytest.mark.parametrize("variant", list(stage1.CHANNELS)[:4])
