@@ -7,7 +7,7 @@ them. README.md has a glossary of the words used here.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
-        python final_evaluation.py --runs runs         new runs -> runs/REPORT.md, beside the numbers in results/
+        python final_evaluation.py --runs runs         compares new runs with those in results/, in runs/REPORT.md
         python final_evaluation.py --collect RUN ...   copies metrics, figures and weights of run folders into results/
 """
 
@@ -29,8 +29,8 @@ import common
 import fid
 
 ROOT = Path(__file__).resolve().parent
-# The order of data sets and of variants in tables: by the first of these with which a name begins, then by the
-# alphabet. The empty text at the end stands for all other names.
+# The order of data sets and of variants in tables: names are sorted by which of these beginnings they have (the first
+# that fits), then by the alphabet. The empty text at the end fits all other names.
 DATASET_ORDER = ("shapes", "cifar10", "celeba64", "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 # The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
@@ -44,8 +44,8 @@ WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
 # Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
-# is a variant, one of its pictures, and the share of the picture's height (below the titles of its columns, which are
-# TITLES pixels high) at which the strip begins and ends.
+# is (variant, picture, top, bottom): the band between these fractions of the picture's height. The titles of a
+# picture's columns, TITLES pixels high, do not count.
 SHEETS = {
     # the first 12 of 36 samples
     "sheet": [(variant, "samples", 0, 1 / 3) for variant in MAIN_VARIANTS],
@@ -93,7 +93,8 @@ VARIANTS = {
 #    "seconds_per_image": 0.0141,
 #    "fd_local": {"value": 1.21, "low": 1.02, "high": 1.40},
 #    "precision_local": {"value": 0.875, "low": null, "high": null}}
-# All but the headline, and also probes (measurements on the side, such as the one with noise), rest on fewer images.
+# Only the headline rests on all images. Other rows, and probes (measurements on the side, such as the one with noise),
+# rest on fewer.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
     "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
@@ -161,20 +162,19 @@ NUMBERS = {
     "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
     "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
     "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
-    # What it costs to sample with one run's U-Net, with its conditioning and, the same network, without it: seconds and
-    # GFLOPs of refining one image. The two were timed in turn, so that other work on the machine slowed both.
+    # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning ("conditioned") and without
+    # it ("plain"). The two were timed in turn, so that other work on the machine slowed both.
     "seconds, conditioned": "tables/uncertainty/cost/this/seconds_per_image",
     "seconds, plain": "tables/uncertainty/cost/fixed/seconds_per_image",
     "gflops, conditioned": "tables/uncertainty/cost/this/gflops",
     "gflops, plain": "tables/uncertainty/cost/fixed/gflops",
-    # The code of one image is refined three times, from different noise. This is the mean distance, in features, of
-    # each of the three images to the mean of the three: of the third of the images with the lowest s, and of that with
-    # the highest.
+    # Each code is refined three times, from different noise. The spread is the mean distance, in features, of these
+    # refinements to their mean: for the third of the codes with the lowest s, and for the third with the highest.
     "spread, sure": "tables/uncertainty/terciles/sure/consistency",
     "spread, unsure": "tables/uncertainty/terciles/unsure/consistency",
-    # The mean distance, in features, of generated images and of held-out ones to the nearest training image. The
-    # closest 1% of the held-out images lie within some distance; `closer` is the share of the generated ones that do.
-    # It is about 0.01 if nothing is copied.
+    # The mean distance, in features, of generated images and of held-out ones to the nearest training image. Let r be
+    # the distance within which 1% of the held-out images have a training image. `closer` is the share of the generated
+    # images that have one within r. It is about 0.01 if nothing is copied.
     "nearest, samples": "tables/copies/features/generated",
     "nearest, held out": "tables/copies/features/held_out",
     "closer": "tables/copies/features/closer",
@@ -246,7 +246,7 @@ PRIMARY_CLAIMS = [
     ("**Latent space**: does joint training smooth it?",
      ("path length", "stage2-anneal"), ("path length", "stage1-form1"))]
 
-CLAIMS = [  # of all others, the most important ones
+CLAIMS = [  # the most important of all other claims
     ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
     ("Does beginning from `x_hat` help, against pure noise?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
@@ -259,9 +259,9 @@ CLAIMS = [  # of all others, the most important ones
     ("Do steps by each image's `s` help?",
      ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film")),
     ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
-    ("What does training with noise cost without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
+    ("Does training with noise lose fd without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
     ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed")),
-    ("What does latent diffusion cost?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
+    ("Does latent diffusion lose fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
     ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
@@ -307,8 +307,8 @@ FURTHER_CLAIMS = [  # only in TABLES.md
      ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))]
 
 # The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
-# are those of Okabe and Ito (2008), "Color Universal Design", with grey and with the wine red, the sand and the indigo
-# of Tol (2021), "Colour Schemes".
+# are those of Okabe and Ito (2008), "Color Universal Design", with grey, a dark brown, and the wine red, the sand and
+# the indigo of Tol (2021), "Colour Schemes".
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
@@ -318,7 +318,6 @@ LOOKS = {
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
-OTHER_DATASET_LOOKS = ("#999999", "v", 0.4)
 PRIOR_LOOKS = {"gaussian": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 
 
@@ -368,9 +367,10 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # The headline's own prior belongs to `priors`, too, but with as few images as the other priors have. Say that the
-    # headline is "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is the row of
-    # steps["dpm 10"], which has 200. A VAE alone has no steps, and all of its rows have as many images.
+    # `priors` also needs the headline's own prior, from a row with as few images as the other priors have. Say that
+    # the headline is "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is the
+    # row steps["dpm 10"], which has 200. A VAE alone has no steps. All of its rows have equally many images, so the
+    # headline itself is taken.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
         priors[headline["prior"]] = steps[same_steps]
@@ -408,7 +408,7 @@ def images_behind(metrics, name):
             images = part.get("n_generated", images)
             part = part.get(key)
     if "/latent_space/" in place_of(name) and not isinstance(part, dict):
-        return None  # of a path or a probe: there, `images` counts only those behind the scores
+        return None  # in latent_space, `images` is of the scores, not of plain numbers (path length, probes)
     return images
 
 
@@ -461,8 +461,8 @@ def settings_of_variant(metrics):
 
 def check_comparable(path, metrics, first):
     """Exit if a result cannot be compared with those that were read before it: with all of its data set, or with other
-    seeds of its variant. `first`, {(data set or variant, setting): (path, value)}, holds the first result that has a
-    setting. What this result is the first to have is added to it."""
+    seeds of its variant. `first`, {(data set or variant, setting): (path, value)}, holds the value that was read first,
+    and its file. Settings that are new are added."""
     dataset, variant = metrics["run"]["dataset"], metrics["run"]["variant"]
     groups = {dataset: shared_settings(metrics), f"{dataset} {variant}": settings_of_variant(metrics)}
     for group, settings in groups.items():
@@ -540,7 +540,8 @@ def values_by_seed(seeds, name):
 
 
 def rounded(x, digits):
-    """A number as text with this many significant digits, zeros at the end included, or with all before the point."""
+    """A number as text with this many significant digits: 2.5 becomes 2.50. A larger one keeps all digits before the
+    point: 1,234."""
     return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
 
 
@@ -763,8 +764,8 @@ def fits(dataset, variant, patterns):
 
 
 def with_note(table, names, settings=()):
-    """A table and, below it, sentences about the settings of its data sets and about its cells. Only those kinds of
-    cells are explained that it has. `names`: of the numbers in it."""
+    """A table and, below it, sentences about the settings of its data sets, and about those notations in its cells that
+    occur. `names`: its columns."""
     kinds = []
     if " ± " in table:
         kinds.append("a ± b: mean ± sd over seeds")
@@ -916,7 +917,7 @@ def long_tables(everything, tables, folder):
             if columns:
                 parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
     parts += ["## features", table_of_features(folder)]
-    benchmark = Path(folder) / "benchmark.txt"
+    benchmark = Path(folder) / "benchmark.txt"  # what `python tests/benchmark.py` printed
     if benchmark.is_file():
         parts.append(f"## benchmark\n\n```\n{benchmark.read_text().strip()}\n```")
     return "\n\n".join(parts) + "\n"
@@ -1000,7 +1001,7 @@ def chart_claims(everything):
         return None
     figure, (axis,) = new_chart(1, 0.45 * len(claims) + 1.6)
     for dataset, found in changes.items():
-        colour, marker, shift = DATASET_LOOKS.get(dataset, OTHER_DATASET_LOOKS)
+        colour, marker, shift = DATASET_LOOKS[dataset]
         for row, change in enumerate(found):
             if change is None:
                 continue
@@ -1038,7 +1039,7 @@ def chart_cost(everything):
             seeds, points = results.get(variant, {}), {}
             for steps in (2, 4, 6, 10, 25):
                 costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())
-                if costs:
+                if costs:  # evaluations are the same for all seeds, and of seconds only the first seed counts
                     points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd")
             draw_line(axis, variant, points)
         log_scale(axis, "xy")
@@ -1062,8 +1063,8 @@ def chart_noise(everything):
 
 
 def chart_steps(everything):
-    """By how many percent fd changes against two sampling steps for every image, if the images get one, two or three
-    steps by the thirds of their own s, or by the s of another image. Bars: means over seeds; lines: one sd."""
+    """The change of fd, in percent, if the thirds of the images by s get one, two and three steps, against two steps
+    for all. Blue: by the image's own s; orange: by that of another image. Bars: means over seeds; lines: one sd."""
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for x, variant in enumerate(CONDITIONINGS):
@@ -1116,8 +1117,8 @@ def chart_priors(everything):
 
 
 def chart_recipe(everything):
-    """What changed settings do to form1, on shapes with seed 0: bars of fd and hf_energy of runs with --set, below that
-    of the unchanged run, on which dots show the unchanged runs of all seeds. Most runs change one setting; the names of
+    """What changed settings do to form1, on shapes: fd and hf_energy. The top bar is form1 with seed 0, with a dot for
+    each of its seeds. Below it is a bar for each run with --set, of seed 0. Most runs change one setting; the names of
     some have two."""
     results = everything.get("shapes", {})
     unchanged = results.get("stage1-form1", {})

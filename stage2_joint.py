@@ -401,7 +401,7 @@ def main(argv=None):
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
-    folder, settings = setup.folder_and_settings(name)
+    folder, settings = setup.folder_and_settings(name, ignored=("guidance",))
     settings |= own
     vae_state = None
     if args.from_vae:

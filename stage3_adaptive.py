@@ -3,20 +3,20 @@
 Two claims. First, the codes of a trained VAE do not follow N(0, I), so codes drawn from N(0, I) are unlike those that
 the decoder was trained on. A normalising flow (RealNVP, Dinh et al. 2017) can learn their distribution and be the prior
 instead. Second, where the VAE is unsure its x_hat is misleading. There the refiner should rely less on x_hat, and it
-might take more steps or begin with more noise.
+might take more steps.
 
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
     estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
-    It is trained in three parts (60% and 40% were found by trying):
+    VAE and flow are trained in three parts (60% and 40% were found by trying). That estimate is used in the second:
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
         the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
                                      KL to N(0, I), and trains both.
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
-    The rival is the Gaussian mixture of stage 1, fitted to the same codes; with how many components it does as well as
-    the flow is measured, too.
+    The rival is the Gaussian mixture of stage 1, fitted to the same codes. How many components it needs to do as well
+    as the flow is measured, too.
 
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
@@ -32,8 +32,9 @@ Uncertainty
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
         posterior  The obvious measure, and a trap: the variance of q(z|x). It is like `variance`, but in training
-                   s_vec comes from the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised in the same way.
-                   When sampling there is no x, so the refiner then meets an s of another kind than it was trained with.
+                   s_vec comes from the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised with the mean
+                   and sd of the latter. When sampling there is no x, so the refiner then meets an s of another kind
+                   than it was trained with.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
@@ -316,7 +317,7 @@ def build_vae(train):
     trained with the settings vae_*. Codes are not drawn from vae.flow, but from a copy that is fitted further (see
     fit_ex_post)."""
     vae = common.build_vae(train)
-    # Not train["vae_prior"]: the settings of stage 1's VAE, with which this function is called, too, do not have it.
+    # .get, because this function is also called with the settings of stage 1's VAE, which have no vae_prior
     vae.flow = RealNVP(vae.latent_dim) if train.get("vae_prior") == "flow" else None
     return vae
 
@@ -342,8 +343,8 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
-    codes. For a VAE with a flow, also do what fit_ex_post does. (Without a flow this is stage 1's train_vae, and its
-    checkpoint is stage 1's; get_vae_state does the rest.) Returns the finished checkpoint."""
+    codes. If the VAE has a flow, fit_ex_post is called as well. If it has none, the result is stage 1's checkpoint, and
+    get_vae_state calls fit_ex_post. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -418,7 +419,9 @@ def train_refiner(folder, train, vae_state, data, device):
                 z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
                 x_hat, s_vec, s = vae.decoder(z), None, None
                 if kind == "posterior":
-                    s_vec, s = s_vec_and_s(z, logvar, stats, kind)
+                    with torch.autocast(x0.device.type, enabled=False):  # see uncertainty_of
+                        _, exact_logvar = vae.encoder(x0)
+                    s_vec, s = s_vec_and_s(z, exact_logvar, stats, kind)
                 elif train["conditioning"] != "fixed":  # `fixed` needs no s
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
@@ -439,7 +442,7 @@ def load_model(state, device, shuffled=False):
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
-                         # the networks that sampling uses: vae.flow is not among them, since `flow` takes its place
+                         # all networks whose parameters count; vae.flow is replaced by `flow`
                          networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
@@ -493,14 +496,15 @@ def adaptivity(folder, state, model, setup):
         adaptive_refinement  generated images, with steps that depend on s
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    # The images in each third: half as many as a row of scores has, or all held-out images if those are fewer.
+    # Images per third: grid_count // 2, or a third of the held-out images if that is fewer.
     per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with other noise: that of the runs with the next two seeds, which have other networks.
+    # The same codes with two other noises. (1,000 is added for each --seed, so these are the noises of the next two
+    # seeds. That does no harm, since their runs have other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
@@ -551,10 +555,10 @@ def cost(model, setup):
 
 
 def adaptive_refinement(model, uncertainty, setup):
-    """Scores of generated images that all take two steps on average:
+    """Scores of three sets of generated images. In each, the mean number of steps is two:
 
         even              two steps for every image
-        adaptive_steps    one step for the third of the images with the lowest s, three for that with the highest
+        adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
         shuffled_steps    the same, by the s of another image: a control
 
     (Two are so few that one step more or less can be seen in the scores.) All images are refined once with each number
@@ -562,10 +566,10 @@ def adaptive_refinement(model, uncertainty, setup):
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
+    noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
     refined = {}  # by the number of steps: images (count, 3, H, W), uint8
     for steps in (1, 2, 3):
-        noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
-        _, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
+        _, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)  # z, and so s, is always the same
 
     def with_steps_by(uncertainties):
         images = torch.empty_like(refined[2])
@@ -576,7 +580,8 @@ def adaptive_refinement(model, uncertainty, setup):
     result = {"mean_steps": 2, "images": count}
     for name, images in (("even", refined[2]), ("adaptive_steps", with_steps_by(s)),
                          ("shuffled_steps", with_steps_by(s.roll(1)))):
-        result[name] = {setup.fd: setup.score(images)[setup.fd],
+        scores = setup.score(images)
+        result[name] = {setup.fd: scores[setup.fd],  # setup.fd is the name of the Frechet distance
                         "hf_energy": fid.hf_energy(images, setup.test.images)}
     return result
 
@@ -615,12 +620,12 @@ def main(argv=None):
     folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    # Runs with other --prior share this folder. So its first row of scores is always of the prior under which the VAE
-    # was trained, and no run has to measure it again.
+    # Runs with --prior gaussian and gmm share this folder. So its first row of scores is not of --prior, but of the
+    # prior under which the VAE was trained.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
-    if "uncertainty" not in vae_metrics["tables"]:
+    if "uncertainty" not in vae_metrics["tables"]:  # it is there if this VAE was measured before
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
         vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup, settings)
@@ -635,7 +640,7 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
-    folder, settings = setup.folder_and_settings(name)
+    folder, settings = setup.folder_and_settings(name, ignored=("guidance",))
     state = (common.finished_state(folder, settings | own, args.resume)
              or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)
