@@ -150,28 +150,28 @@ NUMBERS = {
     "rank, posterior": "tables/uncertainty/posterior/correlation",
     # The fd of reconstructed images to their originals, for the third of the images with the lowest s (sure) and for
     # the third with the highest (unsure): of the VAE's images, and of the refined ones.
-    "sure, VAE": "tables/uncertainty/terciles/sure/vae/fd_to_these",
-    "unsure, VAE": "tables/uncertainty/terciles/unsure/vae/fd_to_these",
-    "sure, refined": "tables/uncertainty/terciles/sure/refined/fd_to_these",
-    "unsure, refined": "tables/uncertainty/terciles/unsure/refined/fd_to_these",
+    "sure, VAE": "tables/adaptivity/terciles/sure/vae/fd_to_originals",
+    "unsure, VAE": "tables/adaptivity/terciles/unsure/vae/fd_to_originals",
+    "sure, refined": "tables/adaptivity/terciles/sure/refined/fd_to_originals",
+    "unsure, refined": "tables/adaptivity/terciles/unsure/refined/fd_to_originals",
     # The same for all images, refined with their own s and with the s of another image.
-    "own s": "tables/uncertainty/controls/true/fd_to_these",
-    "other s": "tables/uncertainty/controls/shuffled/fd_to_these",
+    "own s": "tables/adaptivity/controls/true/fd_to_originals",
+    "other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
     # The fd of samples with two sampling steps for every image (so few that one more or less shows); with one step for
     # the surest third of the images, two for the next and three for the last; and the same, by the s of another image.
-    "steps evenly": "tables/uncertainty/adaptive_refinement/even/fd",
-    "steps by s": "tables/uncertainty/adaptive_refinement/adaptive_steps/fd",
-    "steps by other s": "tables/uncertainty/adaptive_refinement/shuffled_steps/fd",
+    "steps evenly": "tables/adaptivity/adaptive_refinement/even/fd",
+    "steps by s": "tables/adaptivity/adaptive_refinement/adaptive_steps/fd",
+    "steps by other s": "tables/adaptivity/adaptive_refinement/shuffled_steps/fd",
     # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning ("conditioned") and without
     # it ("plain"). The two were timed in turn, so that other work on the machine slowed both.
-    "seconds, conditioned": "tables/uncertainty/cost/this/seconds_per_image",
-    "seconds, plain": "tables/uncertainty/cost/fixed/seconds_per_image",
-    "gflops, conditioned": "tables/uncertainty/cost/this/gflops",
-    "gflops, plain": "tables/uncertainty/cost/fixed/gflops",
+    "seconds, conditioned": "tables/adaptivity/cost/this/seconds_per_image",
+    "seconds, plain": "tables/adaptivity/cost/fixed/seconds_per_image",
+    "gflops, conditioned": "tables/adaptivity/cost/this/gflops",
+    "gflops, plain": "tables/adaptivity/cost/fixed/gflops",
     # Each code is refined three times, from different noise. The spread is the mean distance, in features, of these
     # refinements to their mean: for the third of the codes with the lowest s, and for the third with the highest.
-    "spread, sure": "tables/uncertainty/terciles/sure/consistency",
-    "spread, unsure": "tables/uncertainty/terciles/unsure/consistency",
+    "spread, sure": "tables/adaptivity/terciles/sure/spread",
+    "spread, unsure": "tables/adaptivity/terciles/unsure/spread",
     # The mean distance, in features, of generated images and of held-out ones to the nearest training image. Let r be
     # the distance within which 1% of the held-out images have a training image. `closer` is the share of the generated
     # images that have one within r. It is about 0.01 if nothing is copied.
@@ -340,24 +340,6 @@ def plain_names(part):
     return {"fd" if key == "fid" else key.removesuffix("_local"): plain_names(value) for key, value in part.items()}
 
 
-def from_former_version(metrics):
-    """Add what results of the former version lack: the committed ones of CIFAR-10 and faces. To be deleted, together
-    with its call in `load_all`, when these are measured anew."""
-    if "steps" in metrics["rows"][0]:
-        return
-    for row in metrics["rows"]:
-        row["steps"] = row["nfe"]
-        if metrics["run"]["variant"].startswith("stage1-guided"):
-            row["nfe"] *= 2  # a guided step was counted once
-    robustness = metrics["tables"].get("robustness")
-    if robustness:
-        scores = robustness["scores"]
-        noisy = [scores[name]["fd"]["value"] for name in ("noise 0.1", "noise 0.2", "noise 0.4")]
-        robustness["mean"] = statistics.mean(noisy)
-        robustness["rise"] = robustness["mean"] - scores["clean"]["fd"]["value"]
-        robustness["images"] = metrics["run"]["eval"]["grid_count"]
-
-
 def name_rows(metrics):
     """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors` (see NUMBERS)."""
     headline, *others = metrics["rows"]
@@ -443,19 +425,18 @@ def shared_settings(metrics):
         if key not in ("prior", "grid", "batch"):
             settings[key] = value
     # Settings of the training that all stages have, except those that this run changes on purpose by --set KEY=VALUE,
-    # which its name tells. Results of the former version have none.
+    # which its name tells.
     changed = re.findall(r"-(\w+)=", run["variant"])
-    train = run.get("train", {})
     for key in common.TRAIN:
-        if key in train and key not in changed:
-            settings[key] = train[key]
+        if key not in changed:
+            settings[key] = run["train"][key]
     return settings
 
 
 def settings_of_variant(metrics):
     """What all seeds of a variant must share: the sizes of the networks, and all train settings except the seed."""
     run = metrics["run"]
-    train = {key: value for key, value in run.get("train", {}).items() if key not in ("seed", "data_dir")}
+    train = {key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
     return {"parameters": run["parameters"]} | train
 
 
@@ -489,7 +470,6 @@ def load_all(paths):
     for path in sorted(map(Path, paths)):
         metrics = plain_names(load_metrics(path))
         check_comparable(path, metrics, first)
-        from_former_version(metrics)
         name_rows(metrics)
         run = metrics["run"]
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
@@ -734,9 +714,8 @@ def table_data(everything):
     for dataset, results in everything.items():
         metrics = a_run_of(results)
         run = metrics["run"]
-        train = run.get("train")  # results of the former version have none
-        steps = (f"{train['vae_steps']:,} and {train['unet_steps']:,} steps of {train['batch']} images" if train
-                 else f"{run['train_images']:,} images each")
+        train = run["train"]
+        steps = f"{train['vae_steps']:,} and {train['unet_steps']:,} steps of {train['batch']} images"
         samples = f"{metrics['rows'][0]['n_generated']:,} ({run['eval']['grid_count']})"
         rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, f"`{run['features']}`",
                      cell({run["seed"]: metrics}, "floor")])

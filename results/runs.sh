@@ -28,6 +28,7 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
+    run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 2 ]; then
     run stage2_joint.py --diffusion-weight 0.003
@@ -49,6 +50,7 @@ shapes)
     done
     run stage2_joint.py --loss sum
     run stage2_joint.py --loss bound
+    run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
     run stage2_joint.py --gradient decoder
     run stage3_adaptive.py --uncertainty variance
     run stage3_adaptive.py --uncertainty posterior

@@ -313,6 +313,16 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
             assert costs["this"]["gflops"] > costs["fixed"]["gflops"]
 
 
+def test_final_evaluation_finds_what_the_stages_write(smoke):
+    """Every number that final_evaluation.py looks for in a table stands in the metrics of some stage."""
+    paths = [path for stage in COMMANDS for path in (smoke(stage)[0] / "runs").glob("*/*/metrics.json")]
+    found = [final.plain_names(json.loads(path.read_text())) for path in paths]
+    places = {place for place in final.NUMBERS.values()
+              if place.startswith("tables/") and "/components/" not in place}  # smoke runs compare smaller mixtures
+    assert len(places) > 40
+    assert {place for place in places if all(final.at_place(metrics, place) is None for metrics in found)} == set()
+
+
 def test_bonus_savings(smoke):
     """Savings follow from the counted FLOPs of stage 1's refiner, of the latent U-Net and of the decoder."""
     home, printed = smoke("bonus")

@@ -99,16 +99,16 @@ def measured(seed=0):
                        "6000": {"fd_local": score(296), "log_density": score(-297)}},
         "uncertainty": {
             "variance": {"correlation": 300.0, "conclusion": "s ranks"}, "regressed": {"correlation": 301.0},
-            "posterior": {"correlation": 302.0},
-            "terciles": {"images": 101, **{name: {"sse": 1.0, "consistency": fd + 5,
-                                                  "vae": {"fd_to_these": fd, "hf_energy": 2.0},
-                                                  "refined": {"fd_to_these": fd + 1, "hf_energy": 3.0}}
+            "posterior": {"correlation": 302.0}},
+        "adaptivity": {
+            "terciles": {"images": 101, **{name: {"sse": 1.0, "spread": fd + 5,
+                                                  "vae": {"fd_to_originals": fd, "hf_energy": 2.0},
+                                                  "refined": {"fd_to_originals": fd + 1, "hf_energy": 3.0}}
                                            for name, fd in (("sure", 310.0), ("middle", 312.0), ("unsure", 314.0))}},
-            "controls": {"images": 301, "true": {"fd_to_these": 320.0}, "shuffled": {"fd_to_these": 321.0}},
+            "controls": {"images": 301, "true": {"fd_to_originals": 320.0}, "shuffled": {"fd_to_originals": 321.0}},
             "adaptive_refinement": {"mean_steps": 2, "images": 999, **{
-                name: {"fd_local": score(fd), "hf_energy": score(1), "seconds_per_image": 0.1} for name, fd in
-                (("even", 330), ("even_middle_start", 331), ("adaptive_steps", 332), ("shuffled_steps", 333),
-                 ("adaptive_start", 334), ("shuffled_start", 335))}},
+                name: {"fd_local": score(fd), "hf_energy": score(1)} for name, fd in
+                (("even", 330), ("adaptive_steps", 332), ("shuffled_steps", 333))}},
             "cost": {"fixed": {"seconds_per_image": 340.0, "gflops": 341.0},
                      "this": {"seconds_per_image": 342.0, "gflops": 343.0}}},
         "copies": {"images": 204, "pixels": {"generated": 350.0, "held_out": 351.0, "closer": 352.0},
@@ -215,7 +215,7 @@ def test_times_are_those_of_the_first_seed(tmp_path):
     places = final.all_places(seeds[2])
     of_first = {place for place in places if len(final.values_by_seed(seeds, place)) == 1}
     assert of_first == {place for place in places if re.search("seconds|minutes", place)
-                        and not place.startswith(("tables/uncertainty/cost", "tables/savings"))}
+                        and not place.startswith(("tables/adaptivity/cost", "tables/savings"))}
     assert {"run/train_seconds", "steps/dpm 6/seconds_per_image"} < of_first
 
 
@@ -233,30 +233,6 @@ def test_rows_by_name(tmp_path):
                    "stage1-form1": {"steps dpm 5": 20, "steps dpm 25": 12, "priors gaussian": 30, "priors gmm": 12},
                    "stage1-guided": {"steps dpm 5": 20, "priors gaussian": 30}}
     assert all(m["headline"]["fd"] == score(10) and m["run"]["train_minutes"] == 1.5 for m in found.values())
-
-
-def test_results_of_the_former_version_are_read(tmp_path):
-    """Their rows have no `steps`, and count a guided step once. Their noise has neither mean nor rise, and rests on as
-    many images as the further rows. Their runs have no `train`. To be removed when all results are remade."""
-    many = []
-    for variant in ("stage1-form1", "stage1-guided"):
-        former = metrics(variant, train=None, eval=EVAL | {"grid_count": 60})
-        for r in former["rows"]:
-            r["nfe"] = r.pop("steps")
-        noise = {"clean": 10, "noise 0.1": 11, "noise 0.2": 14, "noise 0.4": 20}
-        former["tables"]["robustness"] = {"nfe": 10, "scores": {name: {"fd_local": score(fd)}
-                                                                for name, fd in noise.items()}}
-        many.append(former)
-    del many[1]["tables"]["robustness"]
-    results = load(tmp_path, *many)["shapes"]
-    form1, guided = results["stage1-form1"][0], results["stage1-guided"][0]
-    for m, evaluations in ((form1, 25), (guided, 50)):
-        assert final.number(m, "steps/dpm 5/fd") == score(20) and final.number(m, "priors/gmm/fd") == score(12)
-        assert final.number(m, "evaluations") == evaluations
-    assert [final.cell({0: form1}, name) for name in ("noise fd", "noise rise")] == ["15 (60)", "5 (60)"]
-    assert final.cell({0: guided}, "noise fd") == ""
-    new = load(tmp_path / "new", metrics())["shapes"]["stage1-form1"][0]
-    assert (final.number(new, "noise fd"), final.number(new, "evaluations")) == (20, 50)  # as they are
 
 
 def test_all_places():
@@ -472,13 +448,12 @@ def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
 
 def test_what_a_run_changes_on_purpose_is_not_compared(tmp_path, capsys):
     """The name of a run tells what --set changed. All else is compared, with the first result that has the setting,
-    even if a run that changes it comes first, or one of the former version, which has no settings."""
+    even if a run that changes it comes first."""
     train = {"beta": 0.25, "start": 300, "even_levels": False, "unet_lr": 1e-5}
     name = "bonus-latent-beta=0.25-start=300-even_levels=False-unet_lr=1e-05"
-    former = metrics("bonus-a", train=None)
-    fine = [former, metrics(name, train=train), metrics(), metrics("stage2-anneal-unet_lr=1e-05", train={
+    fine = [metrics(name, train=train), metrics(), metrics("stage2-anneal-unet_lr=1e-05", train={
         "unet_lr": 1e-5}), metrics("stage2-sum-start=300", dataset="cifar10", train={"start": 300})]
-    assert len(load(tmp_path / "fine", *fine)["shapes"]) == 4
+    assert len(load(tmp_path / "fine", *fine)["shapes"]) == 3
     for key, value in (("dropout", 0.5), ("beta", 0.5), ("start", 301), ("unet_lr", 1.0)):
         expect_error(capsys, lambda key=key, value=value: load(tmp_path / key, *fine, metrics("stage3-x", train={
             key: value})), f": {key} was {common.TRAIN[key]}, is now {value}; remove", "stage3-x-s0.json",
@@ -759,8 +734,8 @@ def test_chart_of_claims(tmp_path):
     runs = []
     for seed, ratio in enumerate((0.5, 0.51, 0.49)):  # of anneal to form1, and of guided to form1 the same
         runs += [metrics(seed=seed), metrics("stage2-anneal", seed, 10 * ratio), metrics("stage1-guided", seed, 5.0)]
-    runs += [metrics("stage1-vae", 0, 40.0), metrics("stage1-form1", dataset="photos"),
-             metrics("stage1-vae", 0, 5.0, dataset="photos")]
+    runs += [metrics("stage1-vae", 0, 40.0), metrics("stage1-form1", dataset="celeba64"),
+             metrics("stage1-vae", 0, 5.0, dataset="celeba64")]
     everything = load(tmp_path, *runs)
     axis, = final.chart_claims(everything).axes
     texts = [label.get_text().split("\n") for label in axis.get_yticklabels()]
@@ -778,11 +753,11 @@ def test_chart_of_claims(tmp_path):
             intervals[names[round(ys[0] - dataset_shift)]] = tuple(xs)
         elif len(xs) == 1:
             look = "x" if line.get_marker() == "x" else line.get_markerfacecolor() == line.get_color()
-            shift = -0.25 if ys[0] % 1 == 0.75 else 0.4  # of shapes, and of data sets that have no colour of their own
+            shift = -0.25 if ys[0] % 1 == 0.75 else 0.25  # of shapes, and of celeba64
             marks[names[round(ys[0] - shift)], shift] = pytest.approx(xs[0]), look
     quality, refinement = names[0], "Does refinement improve the VAE's samples?"
     assert marks[quality, -0.25] == ((0.5 * 0.51 * 0.49) ** (1 / 3), True)
-    assert marks[refinement, -0.25] == (0.25, "x") and marks[refinement, 0.4] == (2, "x")  # one run each
+    assert marks[refinement, -0.25] == (0.25, "x") and marks[refinement, 0.25] == (2, "x")  # one run each
     assert marks["Does guidance by a worse refiner help?", -0.25] == (0.5, True)
     log_ratios = [math.log(x) for x in (0.5, 0.51, 0.49)]
     low, high = ttest_1samp(log_ratios, 0).confidence_interval()
@@ -805,7 +780,7 @@ def test_chart_of_steps(tmp_path):
                                                 ("cifar10", 0, 10, 8, 9)):
         found = metrics("stage3-flow-film", seed, dataset=dataset)
         names = {"even": even, "adaptive_steps": by_s, "shuffled_steps": by_other}
-        found["tables"]["uncertainty"] = {"adaptive_refinement": {
+        found["tables"]["adaptivity"] = {"adaptive_refinement": {
             name: {"fd_local": score(fd)} for name, fd in names.items()}}
         runs.append(found)
     axes = final.chart_steps(load(tmp_path, *runs, metrics("stage3-flow-fixed"))).axes
