@@ -31,10 +31,10 @@ Uncertainty
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
-        posterior  The obvious measure, and a trap: the variance of q(z|x). It is like `variance`, but in training
-                   s_vec comes from the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised with the mean
-                   and sd of the latter. When sampling there is no x, so the refiner then meets an s of another kind
-                   than it was trained with.
+        posterior  The obvious measure: the variance of q(z|x). It is like `variance`, but in training s_vec comes from
+                   the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised with the mean and sd of the
+                   latter. When sampling there is no x, so the refiner then meets an s of another kind than it was
+                   trained with. One may expect that to hurt; in the one run that we made it did not.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
@@ -594,7 +594,7 @@ def read_flags(argv):
     parser.add_argument("--conditioning", choices=STRATEGIES, default="film",
                         help="how the refiner uses x_hat (default: %(default)s)")
     parser.add_argument("--uncertainty", choices=("regressed", "variance", "posterior"), default="regressed",
-                        help="where s comes from (default: %(default)s); posterior is a trap, see the top of the file")
+                        help="where s comes from (default: %(default)s); see the top of the file")
     args = parser.parse_args(argv)
     if args.uncertainty != "regressed" and args.conditioning == "fixed":
         common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
