@@ -113,8 +113,8 @@ def use_everything():
 FAULTS = {  # what is planted: a function, what is replaced in its source, by what, and what the error says
     "noise of x_start": (common, "refine", ".to(model.device)", "", "same device"),
     "noise of a step": (common, "refine", "seed() + 1, model.device)", "seed() + 1)", "same device"),
-    "damage": (common, "generate", "damage * randn(x_hat.shape, damage_gen).to(model.device)",
-               "damage * randn(x_hat.shape, damage_gen)", "same device"),
+    "damage": (common, "generate", "damage * randn(clean.shape, damage_gen).to(model.device)",
+               "damage * randn(clean.shape, damage_gen)", "same device"),
     "code": (common, "generate", "sample(batch, gen).to(model.device)", "sample(batch, gen)", "same device"),
     "network": (common, "frozen", "network.to(device, memory_format=torch.channels_last)", "network", "same device"),
     "images": (common, "encode", "chunk.to(device)", "chunk", "same device"),

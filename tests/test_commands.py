@@ -622,7 +622,7 @@ def test_committed_weights(dataset, size):
       for dataset, layout in (
         ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
     *((name, f"--set {text}", [f"--set {text}: ", word]) for name in COMMANDS for text, word in (
-        ("guidance=much", "number"), ("start=1001", "from 1 to 1,000"), ("steps=5", "no such setting"))),
+        ("guidance=much", "number"), ("start=1001", "from 2 to 1,000"), ("steps=5", "no such setting"))),
     ("stage2", "--from-vae", ["stage1-vae-s0", "holds no finished VAE"]),
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),

@@ -50,7 +50,8 @@ def simplify(change, train=None, scores=False):
     Without `scores`, nothing is evaluated, there are 100 images, and a checkpoint is saved every tenth step."""
     smoke, savings = common.budget, {"device": "", "sampler_steps": 0, "batch": 0, "saved_percent": {}}
     path = {"path_over_distance": 1.0, "end_distance": 1.0}
-    tables = {"savings": savings, "uncertainty": {}, "components": {}, "latent_space": {"slerp": {"refined": path}}}
+    tables = {"savings": savings, "uncertainty": {}, "adaptivity": {}, "components": {},
+              "latent_space": {"slerp": {"refined": path}}}
     change(common, "draw_shapes", small_shapes)
     if not scores:
         change(common, "budget", lambda *args: (smoke(*args)[0] | (train or {}), smoke(*args)[1]))
