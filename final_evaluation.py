@@ -1059,6 +1059,7 @@ def chart_steps(everything):
                          yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
         axis.set_xticks(range(len(CONDITIONINGS)), [variant.rsplit("-", 1)[1] for variant in CONDITIONINGS])
+        axis.set_xlim(-0.5, len(CONDITIONINGS) - 0.5)
         axis.set(title=dataset, ylabel="change of fd in percent")
     low = min(axis.get_ylim()[0] for axis in axes)  # the same scale everywhere, so that small changes look small
     high = max(axis.get_ylim()[1] for axis in axes)
