@@ -705,9 +705,9 @@ def copies(folder, images, setup):
         features, _ = extract(setup.extractor, both)
         by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
                    "features": nearest_rows(features, setup.reference.features.cpu())}
-        for kind, (distance, index) in by_kind.items():  # of an image or of its mirror image, whichever is nearer
-            distance, nearer = distance.view(-1, count).min(0)
-            nearest[kind, side] = distance, index.view(-1, count)[nearer, torch.arange(count)]
+        for kind, (distance, index) in by_kind.items():  # the smaller one of an image and its mirror image
+            distance, row = distance.view(-1, count).min(0)
+            nearest[kind, side] = distance, index.view(-1, count)[row, torch.arange(count)]
         distance, index = nearest["pixels", side]
         nearest["pixels", side] = distance / both[0].numel() ** 0.5, index
     for kind in ("pixels", "features"):
