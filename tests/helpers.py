@@ -101,3 +101,12 @@ def flags(*argv):
     parser = argparse.ArgumentParser()
     common.add_flags(parser, ("gaussian", "gmm"), "gmm")
     return parser.parse_args(argv, argparse.Namespace(changes={}))
+
+
+def denoiser_of(predict):
+    """The denoiser_for of a planted model. Its prediction is predict(x, x_hat), whatever the rest is."""
+    def denoiser_for(x_hat, z, clean):
+        def denoise(x, t):
+            return predict(x, x_hat)
+        return denoise
+    return denoiser_for

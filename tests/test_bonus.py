@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, evened, expect_error, images_of, same, settings
+from helpers import CPU, denoiser_of, evened, expect_error, images_of, same, settings
 
 import bonus_latent as bonus
 import common
@@ -101,7 +101,7 @@ def test_what_is_decoded():
     """Latents are not clamped, unlike images. The noise of the robustness table is added before they are decoded."""
     decoded = []
     model = common.Model("latent", CPU, (4, 8, 8), common.Diffusion("v"),  # where v is 0, the predicted x0 is a x_t
-                         denoiser_for=lambda x_hat, z, clean: lambda x, t: torch.zeros_like(x),
+                         denoiser_for=denoiser_of(lambda x, x_hat: torch.zeros_like(x)),
                          decode=lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
     for temperature in (1.0, 100.0):
         common.generate(dataclasses.replace(model, temperature=temperature), 1, "none", "dpm", 5, 0, 1)

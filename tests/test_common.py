@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, draw_all, expect_error, flags, oracle, plant_wrong_bfloat16, same, settings
+from helpers import CPU, denoiser_of, draw_all, expect_error, flags, oracle, plant_wrong_bfloat16, same, settings
 from PIL import Image
 from torch import nn
 
@@ -436,7 +436,7 @@ def test_attention_and_costs_by_hand():
         (2 * 64 * 16 * 64 + 4 * 64 * 64 * 16) / 1e9)
     vae = SimpleNamespace(latent_dim=5, decoder=lambda z: linear(z).view(1, 3, 10, 12))
     model = common.Model("m", torch.device("meta"), (3, 10, 12), None, (linear, convolution, convolution), vae,
-                         denoiser_for=lambda x_hat, z, clean: lambda x, t: convolution(x_hat), decode=convolution)
+                         denoiser_for=denoiser_of(lambda x, x_hat: convolution(x_hat)), decode=convolution)
     parameters, decoding, convolving = 5 * 360 + 2 * (3 * 9 * 3 + 3), 2 * 5 * 360 / 1e9, 2 * 27 * 3 * 120 / 1e9
     for changes, gflops in (({}, decoding + 2 * convolving), ({"decode": None}, decoding + convolving),
                             ({"denoiser_for": None, "decode": None}, decoding), ({"vae": None}, 2 * convolving)):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, evened, expect_error, images_of, oracle, planted_setup, same, settings
+from helpers import CPU, denoiser_of, evened, expect_error, images_of, oracle, planted_setup, same, settings
 from torch import nn
 
 import common
@@ -362,7 +362,7 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
 
     (train_code, train), (code, test) = data(400, 1, 0.0), data(260, 2, 0.33)
     model = common.Model("joint", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), ROW,
-                         denoiser_for=lambda x_hat, z, clean: lambda x, t: 0.3 * x - 0.1 * x_hat)
+                         denoiser_for=denoiser_of(lambda x, x_hat: 0.3 * x - 0.1 * x_hat))
     setup = SimpleNamespace(data=train, test=test, train={"seed": 5}, extractor=None, fd="fd", score=score,
                             evaluation={"grid_count": 20, "probe_steps": 3})
     saved = {}

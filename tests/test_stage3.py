@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, images_of, planted_setup, same, settings
+from helpers import CPU, denoiser_of, images_of, planted_setup, same, settings
 
 import common
 import fid
@@ -264,7 +264,7 @@ def planted_model(**changes):
     """PLANTED with a refiner whose images depend on x_hat and on the noise."""
     model = common.Model("", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), PLANTED,
                          {"gaussian": common.StandardNormal(8), "other": None},
-                         lambda x_hat, z, clean: lambda x, t: 0.3 * x - 0.1 * x_hat)
+                         denoiser_of(lambda x, x_hat: 0.3 * x - 0.1 * x_hat))
     return dataclasses.replace(model, **changes)
 
 
@@ -311,7 +311,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
     test, saved, loaded = images(70, 0), {}, []
     model = planted_model(temperature=0.7)
-    other = planted_model(denoiser_for=lambda x_hat, z, clean: lambda x, t: 0.1 * x + 0.2 * x_hat)
+    other = planted_model(denoiser_for=denoiser_of(lambda x, x_hat: 0.1 * x + 0.2 * x_hat))
     setup = SimpleNamespace(evaluation={"grid_count": 44, "probe_steps": 3}, train={"seed": 2}, extractor=None,
                             test=test, data=images(70, 9))
     state = {"uncertainty": {"mean": torch.ones(1)}, "train": {"uncertainty": "variance"}}
