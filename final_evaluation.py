@@ -111,7 +111,7 @@ NUMBERS = {
     "fd, 25 steps": "steps/dpm 25/fd",
     "fd, ddim 25": "steps/ddim 25/fd",  # 25 steps of DDIM; all others are of DPM-Solver++
     "hf_energy, 6 steps": "steps/dpm 6/hf_energy",
-    "fd, gaussian": "priors/gaussian/fd",  # with codes from N(0, I)
+    "fd, N(0, I)": "priors/gaussian/fd",  # with codes from N(0, I)
     "fd, mixture": "priors/gmm/fd",  # with codes from the Gaussian mixture that is fitted after training
     "fd, flow": "priors/flow/fd",  # with codes from the flow
     "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
@@ -132,7 +132,7 @@ NUMBERS = {
     # the mean of all images.
     "probe, class": "tables/latent_space/probe_class_accuracy",
     "probe, bands": "tables/latent_space/probe_r2/detail",
-    "log p, gaussian": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
+    "log p, N(0, I)": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
     # Does one prior find the codes likely that the other one draws? density_of_samples/JUDGE/SOURCE is the mean
@@ -162,12 +162,12 @@ NUMBERS = {
     "steps evenly": "tables/adaptivity/adaptive_refinement/even/fd",
     "steps by s": "tables/adaptivity/adaptive_refinement/adaptive_steps/fd",
     "steps by other s": "tables/adaptivity/adaptive_refinement/shuffled_steps/fd",
-    # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning ("conditioned") and without
-    # it ("plain"). The two were timed in turn, so that other work on the machine slowed both.
-    "seconds, conditioned": "tables/adaptivity/cost/this/seconds_per_image",
-    "seconds, plain": "tables/adaptivity/cost/fixed/seconds_per_image",
-    "gflops, conditioned": "tables/adaptivity/cost/this/gflops",
-    "gflops, plain": "tables/adaptivity/cost/fixed/gflops",
+    # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning on s and without it. They
+    # were timed in turn, so that other work on the machine slowed both.
+    "seconds with s": "tables/adaptivity/cost/this/seconds_per_image",
+    "seconds without s": "tables/adaptivity/cost/fixed/seconds_per_image",
+    "gflops with s": "tables/adaptivity/cost/this/gflops",
+    "gflops without s": "tables/adaptivity/cost/fixed/gflops",
     # Each code is refined three times, from different noise. The spread is the mean distance, in features, of these
     # refinements to their mean: for the third of the codes with the lowest s, and for the third with the highest.
     "spread, sure": "tables/adaptivity/terciles/sure/spread",
@@ -202,9 +202,9 @@ TABLES = {
                "shapes/stage2-kendall shapes/stage2-bound",
                "fd; fd against stage1-form1; precision; hf_energy; kl_nats; bits/dim"),
     "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "fd, gaussian; fd, mixture; fd of real codes"),
-    "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, gaussian; fd, mixture; fd, flow"),
-    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-variance")),
+              "fd, N(0, I); fd, mixture; fd of real codes"),
+    "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow"),
+    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                      "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
     "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
                          "seconds saved, %; memory saved, %"),
@@ -218,15 +218,15 @@ TABLES = {
                     "hf_energy; posterior variance; path length; probe, class; probe, bands; bits/dim"),
     "losses, more": ("stage1-form1 stage2-* stage2-*=*",
                      "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
-    "priors": ("stage3-vae-*", "fd, gaussian; fd, mixture; fd, flow; log p, gaussian; log p, mixture; log p, flow; "
+    "priors": ("stage3-vae-*", "fd, N(0, I); fd, mixture; fd, flow; log p, N(0, I); log p, mixture; log p, flow; "
                "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
     "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                     "rank, regressed; rank, variance; rank, posterior; is; spread, sure; spread, unsure"),
     "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
-                             "steps evenly; steps by s; steps by other s; own s; other s; seconds, conditioned; "
-                             "seconds, plain; gflops, conditioned; gflops, plain"),
+                             "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
+                             "seconds without s; gflops with s; gflops without s"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
@@ -240,7 +240,7 @@ OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
     ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
-     ("seconds, conditioned", "stage3-flow-film"), ("seconds, plain", "stage3-flow-film")),
+     ("seconds with s", "stage3-flow-film"), ("seconds without s", "stage3-flow-film")),
     ("**Robustness**: does joint training help against noise?",
      ("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")),
     ("**Latent space**: does joint training smooth it?",
@@ -253,7 +253,7 @@ CLAIMS = [  # the most important of all other claims
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
     ("Is a flow better than N(0, I), each with its own VAE?",
-     ("fd, flow", "stage3-flow-fixed"), ("fd, gaussian", "stage1-form1")),
+     ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
     ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed")),
     ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
     ("Do steps by each image's `s` help?",
@@ -264,9 +264,9 @@ CLAIMS = [  # the most important of all other claims
     ("Does latent diffusion lose fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
 
 FURTHER_CLAIMS = [  # only in TABLES.md
-    ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, gaussian", "stage1-form1")),
+    ("Does a fitted prior help?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1")),
     ("Does a flow improve the VAE's samples against N(0, I)?",
-     ("fd, flow", "stage3-vae-flow"), ("fd, gaussian", "stage1-vae")),
+     ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
     ("Does a flow improve the VAE's samples against a mixture?",
      ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
     ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
@@ -291,7 +291,7 @@ FURTHER_CLAIMS = [  # only in TABLES.md
     ("Does dividing the loss by its mean at each noise level help?",
      ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),
     ("Does guidance help against noise on `x_hat`?", ("noise fd", "stage1-guided"), ("noise fd", "stage1-form1")),
-    ("Does a fitted prior help unrefined samples?", ("fd, mixture", "stage1-vae"), ("fd, gaussian", "stage1-vae")),
+    ("Does a fitted prior help unrefined samples?", ("fd, mixture", "stage1-vae"), ("fd, N(0, I)", "stage1-vae")),
     ("Given a mixture, does a flow-trained VAE help?",
      ("fd, mixture", "stage3-flow-fixed"), ("fd, mixture", "stage1-form1")),
     ("With the codes of real images, is it the gradient that helps?",
@@ -318,7 +318,7 @@ LOOKS = {
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
-PRIOR_LOOKS = {"gaussian": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
+PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 
 
 # --- Reading results -------------------------------------------------------------------------------------------------
@@ -755,7 +755,7 @@ def with_note(table, names, settings=()):
     if any(" against " in name for name in names):
         kinds.append("against: the change in percent, over the seeds that both have")
     if any(is_of_first_seed(name) for name in names):
-        kinds.append("times: first seed")
+        kinds.append("times: first seed (seconds: for one image)")
     sentences = list(settings)
     if kinds:
         sentences.append(f"{'; '.join(kinds)}.")
@@ -1030,8 +1030,9 @@ def chart_noise(everything):
     """fd against the standard deviation of noise on x_hat."""
     figure, axes = new_chart(len(everything), 3.6)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for variant in ("stage1-vae", "stage1-form1", "stage1-augmented", "stage2-anneal", "stage2-kendall",
-                        "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film"):
+        for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
+                        "stage2-kendall", "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed",
+                        "stage3-flow-film"):
             seeds, points = results.get(variant, {}), {}
             for name, sd in fid.NOISE.items():
                 points[sd] = values_by_seed(seeds, f"tables/robustness/scores/{name}/fd")
@@ -1089,7 +1090,7 @@ def chart_priors(everything):
                 xs = [density for density, _ in points[prior].values()]
                 ys = [fd for _, fd in points[prior].values()]
                 if xs:
-                    axis.plot(xs, ys, marker, color=colour, label=f"{prior}, {trained}".replace("gaussian", "N(0, I)"),
+                    axis.plot(xs, ys, marker, color=colour, label=f"{prior}, {trained}",
                               markerfacecolor=colour if variant == "stage3-vae-flow" else "white")
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")

@@ -2,48 +2,50 @@
 
 The claim: a VAE draws an image in one pass from a compact code, but the image is blurred. A diffusion model draws sharp
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
-model decides *how it looks*.
+model decides *how it looks*. (Below, names in `quotes` are settings, or variants that --variant chooses.)
 
     1. The VAE        It is trained to reconstruct x from its code z:
                           z ~ q(z|x),   x_hat = Dec(z),   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))
-                      As published, beta is 1. With a smaller beta the code holds more of the image, and it becomes
-                      harder to model how codes are distributed (see 3).
+                      As published, beta is 1. Our own budgets have 0.04 (shapes) or 0.25. With a smaller beta the code
+                      holds more of the image, and it becomes harder to model how codes are distributed (see 3).
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published. Our own settings use v (common.Diffusion), and let all noise
-                      levels count alike: the times are divided into 20 levels, and an image's loss is divided by the
-                      running mean of the losses at its level (Training.even_levels).
+                      The target is eps as published. Our own budgets use v (common.Diffusion). They also let all
+                      noise levels count alike, since the plain MSE is largest at the lowest levels, where only grain
+                      is decided: the times are divided into 20 levels, and an image's loss is divided by the running
+                      mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
-       Formulation 1  The process is the plain one. The U-Net sees x_t and x_hat, concatenated.
-       Formulation 2  In the paper every noisy image is shifted by x_hat: y_t = x_t + x_hat for t from 1 on. So sampling
-                      begins with x_hat + eps in place of eps. The noise and the target are the same. Subtracting x_hat
-                      turns this into the plain process. So we run that, and add x_hat only to what the U-Net sees.
+       Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
+       Formulation 2  In the paper every noisy image is shifted by x_hat: y_t = x_t + x_hat. So sampling begins with
+                      eps + x_hat in place of eps. The target is the same. If x_hat is subtracted from every y_t, the
+                      plain process remains. So we run the plain process here, too, and only the U-Net's input differs:
+                      it is x_t + x_hat and x_hat, concatenated.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
                       because these codes never follow N(0, I) exactly.
 
-    4. Where to begin As published, x_t begins as pure noise at t = T. But x_hat already shows roughly what x0 looks
-                      like. So we begin earlier, at t = `start`:
+    4. Where to begin As published, sampling begins with pure noise, at t = T, and t falls from there. But x_hat already
+                      shows roughly what x0 looks like. So we leave the noisiest part out and begin at t = `start`:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
                       In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. x_start differs from
-                      that by sqrt(abar) (x_hat - x0), which must be small beside the noise. As a rule of thumb,
-                      fid.check_start asks that sqrt(1 - abar) is at least six times the standard deviation of this
-                      difference, over all pixel values. Only the times 1..start are trained, so the network spends all
-                      of its training where it is used, and fewer sampling steps are enough. A better VAE allows a
-                      smaller `start`.
+                      that by sqrt(abar) (x_hat - x0), which the noise has to hide. As a rule of thumb, sqrt(1 - abar)
+                      should be at least six times the standard deviation of this difference, taken over all pixel
+                      values. (If it is not, fid.check_start prints a warning.) Only the times 1..start are trained. So
+                      no training is spent on times that sampling never visits, and fewer sampling steps are enough. A
+                      better VAE allows a smaller `start`.
 
-    5. Guidance       Take the same U-Net, trained for a tenth of the steps: the guide. The idea is that it makes the
-                      same errors as the refiner, but larger ones. Then the difference of their predictions points away
-                      from these errors, and `guided` adds half of this difference to the refiner's prediction:
+    5. Guidance       Train a second U-Net of the same size for a tenth of the steps: the guide. The idea is that it
+                      makes the same errors as the refiner, but larger ones. Then the difference of their predictions
+                      points away from these errors, and `guided` adds half of this difference to the refiner's:
                           prediction = refiner + 0.5 (refiner - guide)
                       Each sampling step evaluates both networks. (The tenth and the half were found by trying.)
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). In stage 2 the refiner is trained beside a VAE that is still
-                      learning, and so it sees bad images, too. `augmented` shows what bad images alone achieve.
+                      the noise is no input of the U-Net). It is a control for stage 2, where the refiner learns beside
+                      a VAE that is still learning, and so sees bad x_hat, too.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -68,8 +70,8 @@ import torch
 import common
 import fid
 
-# The variants, in the order of their evaluation, and the input channels of their U-Nets. x_t has 3 channels. If the
-# U-Net also sees x_hat, that adds 3. `vae` has no U-Net.
+# The variants, in the order in which they are run. With each stands how many channels the input of its U-Net has: 3 of
+# x_t and, if the U-Net also sees x_hat, 3 of that. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
 # `augmented` adds noise to x_hat with an sd between 0 and this. Evaluation, too, tests noise up to 0.4 (fid.NOISE).
 AUGMENTATION = 0.4
@@ -108,15 +110,15 @@ def denoiser(unet, x_hat, variant):
     return denoise
 
 
-def guide_away(denoise, denoise_worse, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): a `denoise` that predicts
-    refiner + guidance * (refiner - guide), where `denoise` is the refiner and `denoise_worse` the guide. (`guidance` is
-    the paper's w - 1.) The paper guides the predicted image, we guide eps or v. That is the same: at a given x_t both
-    have the form constant + constant * (predicted image), and the weights 1 + guidance and -guidance add up to 1."""
+def guide_away(refiner, guide, guidance):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
+    functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
+    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t each of eps and
+    v is a constant plus a constant times x0, and the weights 1 + guidance and -guidance add up to 1."""
 
     def denoise_guided(xt, t):
-        prediction = denoise(xt, t)
-        return prediction + guidance * (prediction - denoise_worse(xt, t))
+        prediction = refiner(xt, t)
+        return prediction + guidance * (prediction - guide(xt, t))
 
     return denoise_guided
 
@@ -125,7 +127,10 @@ def guide_away(denoise, denoise_worse, guidance):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, then fit the Gaussian mixture to the codes of its training images. `train` holds the settings
-    (common.TRAIN). Returns the finished checkpoint."""
+    (common.TRAIN). Returns the finished checkpoint: a dictionary of weights, settings and log.
+
+    A common.Training hands out batches of images and random numbers. Its `step` takes the losses of a batch, (B,), does
+    the backward pass of their mean, updates the networks, and logs the means of the numbers in the dictionary."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -141,8 +146,8 @@ def train_vae(folder, train, data, device):
 
 
 def train_refiner(folder, train, variant, vae_state, data, device):
-    """Train a refiner behind the frozen VAE of the checkpoint `vae_state`, or the control `uncond`, which has none.
-    Returns the finished checkpoint, which contains the VAE as well."""
+    """Train a refiner behind the frozen VAE of the checkpoint `vae_state`. Returns the finished checkpoint, which
+    contains the VAE as well. The control `uncond` has no VAE, and makes no use of `vae_state`."""
     torch.manual_seed(train["seed"])
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
@@ -193,7 +198,7 @@ def load_model(state, variant, device):
         model.evaluations = 2
         model.denoiser_for = lambda x_hat, z, clean: guide_away(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
-    common.choose_precision(model)
+    common.choose_precision(model)  # bfloat16 where the device has it and the outputs agree with those of float32
     return model
 
 
@@ -201,9 +206,9 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # form1 does not depend on `guidance`, so it is trained without --set guidance=...; the guide's settings have it.
+    # form1 is trained without a guide, so --set guidance=... does not reach its settings (see main), but the guide's.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
-    state["log"] = guide["log"]  # which fid.evaluate draws as training.png; form1's own run shows form1's
+    state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
     state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
     return state
@@ -214,7 +219,8 @@ def draw_pretrained(args, evaluation, device):
     their files small, the encoder is left out, and matrices are stored in half precision."""
     weights = []
     for name in ("form1", "guide"):
-        # The one file NAME-<hash>.pt. The two texts are for the message if there is none.
+        # The file NAME-<hash>.pt, whose name holds the hash of its contents. `what` and `advice` are the two parts of
+        # the message if it is missing or damaged.
         weights.append(common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
                                           what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
                                           advice="take another --dataset, or train: leave --pretrained out"))
@@ -254,7 +260,7 @@ def read_flags(argv):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")
-        args.variant, args.budget = ["guided"], "cpu"  # the budget decides on sampler and steps
+        args.variant, args.budget = ["guided"], "cpu"  # a budget is a set of settings, here for the sampling
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
         chosen.add("form1")  # whose predictions are moved away from those of the guide
@@ -266,7 +272,7 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # read_settings has put there what --set changes
+        train |= args.changes  # what --set changes; read_settings keeps it apart from `train`
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -280,9 +286,10 @@ def main(argv=None):
 
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
-        # Every --set KEY=VALUE becomes part of the run's folder and settings, except for those in `ignored`: the VAE
-        # does not depend on settings of the U-Net. finished_state returns None if the run has to be trained.
+        # Every run has a folder and settings of its own: `train` with the changes of --set, which become part of the
+        # folder's name. `ignored` are the settings on which the run does not depend. For the VAE these are the U-Net's.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
+        # finished_state returns None if the run has to be trained.
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided

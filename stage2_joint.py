@@ -8,29 +8,33 @@ The loss has two terms.
 
     ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
     diffusion term  D * M. M is the U-Net's squared error at x_t, averaged over the pixel values and divided by its
-                    running mean at this noise level (common.Training.even_levels), so it stays near 1. D, the number of
-                    pixel values, brings it to the size of a sum over pixel values, as SSE is one. So D M is always near
-                    D: what counts is its gradient. (The `paper` budget does not divide; there M is the plain error.)
+                    running mean at this noise level (common.Training.even_levels). The running mean counts as a
+                    constant when gradients are computed. So M still teaches, though its value stays near 1. D is the
+                    number of pixel values. It gives D M the size of a sum over pixel values, as SSE is one. (The
+                    `paper` budget does not divide; there M is the plain error.)
 
-`--loss` says how they are balanced:
+`--loss` says how they are balanced. The default is `anneal`.
 
     sum             E + lambda D M, with one fixed weight lambda.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
-                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size. Since
-                    M stays near 1, b stays near log D. What is learned is a. The ratio of the two factors, exp(a - b),
-                    corresponds to lambda and becomes about E / D.
+                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size. Where
+                    M stays near 1, b stays near log D, and what is learned is a. In place of lambda stands the weight
+                    of the diffusion term relative to that of E: exp(-b) / exp(-a) = exp(a - b), which comes to about
+                    E / D.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
-                    weight 1, and the bound of a diffusion process that begins at x_start, made of x_hat and noise
-                    (bound_loss). x_hat is compared with x in the term for x_start, where SSE has the factor 0.5 (at
-                    start = 400). On shapes the VAE collapses: the code stays empty, and images are useless.
+                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). If the process begins
+                    before T, the latter contains KL(q(x_start | x) || p(x_start | x_hat)), which is 0.5 SSE(x, x_hat)
+                    at start = 400. On shapes the VAE collapses: the code stays empty, and images are useless.
 
-How one backward pass serves both networks: the VAE should follow the gradient of E + lambda D M, but the U-Net that of
-M alone, as in stage 1, whatever lambda is. The loss whose gradient is computed is E + M, which is right for the U-Net.
-M's gradient reaches the VAE only through the x_hat that the U-Net is shown. There it is multiplied by lambda D on its
-way back (scale_gradient). (Under `kendall` exp(-a) and exp(-b) take the places of 1 and lambda. Under `bound`, the
-U-Net's gradient is that of the bound divided by D.)
+How one backward pass serves both networks. The VAE should follow the gradient of E + lambda D M. The U-Net should
+follow that of M alone, so that it learns as in stage 1, whatever lambda is. So we
+    1. compute the gradient of E + M. This is right for the U-Net, since E does not depend on it.
+    2. multiply M's gradient by lambda D where it passes from the U-Net back into x_hat (scale_gradient). This is the
+       only way from M to the VAE, so the VAE gets the gradient of E + lambda D M.
+Under `kendall`, exp(-a) and exp(-b) take the places of 1 and lambda. Under `bound`, the KL of z takes the place of E, M
+is the bound given x_hat, divided by D, and lambda is 1.
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
@@ -38,10 +42,15 @@ is not finished yet.
 
 What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
-The log shows both: `kl_nats`, `active_units`, `weight` (lambda), `gradient_share` (the diffusion term's share of the
-gradient at x_hat), and `v_mse_own` and `v_mse_shuffled` (the U-Net's plain mean squared error if it is shown the right
-x_hat, and that of another image; if they are equal, the refiner ignores x_hat). If the U-Net predicts eps, the names
-begin with `eps`.
+The log shows both:
+
+    kl_nats, active_units       how much information is in z
+    weight                      lambda
+    gradient_share              the diffusion term's share of the gradient at x_hat (under `bound` always 1: there
+                                all of that gradient comes from the diffusion term)
+    v_mse_own, v_mse_shuffled   the U-Net's plain mean squared error if it is shown the right x_hat, and if it is shown
+                                that of another image. If they are equal, the refiner ignores x_hat. (If the U-Net
+                                predicts eps, the names begin with `eps`.)
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
@@ -49,9 +58,10 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
 Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
         `interpolation.png`, with that of stage 1 beside it. Then some minutes for measurements on the side: of the
-        latent space, and of the number of components that a mixture needs for these codes. On shapes more samples show
-        one of the six shapes than in stage 1 (a higher precision), and the KL is more than twice as large. The Frechet
-        distance is about the same, and paths through the latent space are not straighter.
+        latent space, and of how the samples depend on the number of components of the mixture that codes are drawn
+        from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and the KL is
+        more than twice as large. The Frechet distance is about the same, and paths through the latent space are not
+        straighter.
 """
 
 import argparse
@@ -74,16 +84,17 @@ def denoiser(unet, x_hat):
     return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
 
-def scale_gradient(x_hat, scale, sse_norm):
+def scale_gradient(x_hat, scale, sse_gradient_norm):
     """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor.
 
-    Also returns `gradient_share`, a scalar tensor that the backward pass fills in: |g| / (|g| + sse_norm), where g is
-    the scaled gradient and `sse_norm` the norm of the gradient that the SSE sends to x_hat. It is for the log."""
+    Also returns a scalar tensor for the log, `gradient_share`. It is 0 until the backward pass, which writes into it
+    |g| / (|g| + sse_gradient_norm), where g is the scaled gradient. `sse_gradient_norm` is the norm of the gradient
+    that the SSE sends to x_hat."""
     gradient_share = torch.zeros((), device=x_hat.device)
 
     def scale_and_record(gradient):
         gradient = scale * gradient
-        gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_norm + 1e-12))
+        gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_gradient_norm + 1e-12))
         return gradient
 
     x_hat_copy = x_hat.view_as(x_hat)  # a tensor of its own in the graph, so that a hook on it leaves x_hat alone
@@ -107,8 +118,9 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (The VAE's
-    gradient is then so small that `vae_clip` does not limit it, as it may under the other losses.)"""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (This also
+    makes the VAE's gradient small, so that the limit `vae_clip`, which is meant for a sum over pixel values, has no
+    effect.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
@@ -126,7 +138,7 @@ def loss_weights(train, step, balance):
     if train["loss"] == "kendall":
         sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, diffusion_weight = 0.0, 1.0  # the SSE is inside the diffusion term; see bound_loss
+        sse_weight, diffusion_weight = 0.0, 1.0  # the SSE is inside the diffusion term, if anywhere; see bound_loss
     else:
         sse_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
@@ -141,18 +153,20 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step) and, for t = 1, the
     nats of the pixels given x_1 (common.data_nats). The terms over t are largest at small t, so these times are drawn
     more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,). (The power 4 was found by
-    trying.) A term is divided by the probability of its time, P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4)."""
+    trying.) This t is at most k if u is at most (k / start)^(1/4). So its probability is
+    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4), and a term is divided by that of its time."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
-    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,), right for times from 2 on
-    first = t == 1
+    nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,)
+    first = t == 1  # these images get another term
     if first.any():
         nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
-    # If the process begins before T, the term for x_start is the SSE of x_hat times 2 abar / (1 - abar): 0.5 at 400.
+    # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). With the pixel values in
+    # [0, 1], as in SSE, |x0 - x_hat|^2 is 4 SSE. So this is SSE times 2 abar / (1 - abar), or 0.5 SSE at 400.
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
@@ -178,7 +192,7 @@ def watch_training(vae, unet, diffusion, images):
 
 def train_joint(folder, train, data, device, vae_state=None):
     """Train VAE and refiner together, the VAE from scratch or from the checkpoint `vae_state` of stage 1. Returns the
-    finished checkpoint, which has the same parts as that of stage 1's refiner.
+    finished checkpoint, which has the parts of that of stage 1's refiner (and `balance`, under `kendall`).
     (tests/test_stage2.py: test_one_backward_pass_is_two)"""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
@@ -190,7 +204,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     balance = Balance(pixel_values)  # which only `kendall` uses
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
-    # Whether images are mirrored is the refiner's choice. (`paper` mirrors them for the refiner, and not for the VAE.)
+    # In `paper`, images are mirrored for the refiner but not for the VAE. Here both see the same images: the refiner's.
     training = common.Training(folder, train, device, data.images, steps=joint_steps(train), flip=train["unet_flip"],
                                **networks)
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:256]
@@ -201,23 +215,25 @@ def train_joint(folder, train, data, device, vae_state=None):
         u = training.uniform()  # (B,), for the training times
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
         with training.autocast():
-            # E, the VAE's own loss.
+            # The part of the loss that does not depend on the U-Net: E or, under `bound`, the KL of z.
             mu, logvar = vae.encoder(x0)
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            vae_loss = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            elbo_term = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             sse_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
             # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
             # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
-            sse_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
+            sse_gradient_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
-            shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values, sse_norm)
+            shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values,
+                                                   sse_gradient_norm)
 
-            # M, the U-Net's loss.
+            # The part that the U-Net learns from, and through `shown` the VAE: M or, under `bound`, the bound given
+            # x_hat, divided by D.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
                 logged = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per pixel value
@@ -227,11 +243,12 @@ def train_joint(folder, train, data, device, vae_state=None):
                 logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the plain squared error
                 unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
             if train["loss"] == "kendall":
-                # In this sum D M has to train b alone, so it is detached. The networks learn from unet_loss, below.
-                vae_loss = balance(vae_loss, pixel_values * unet_loss.detach())  # (B,)
+                # exp(-a) E trains the VAE and a. exp(-b) D M has to train b alone, so M is detached here: the networks
+                # get its gradient from unet_loss, below.
+                elbo_term = balance(elbo_term, pixel_values * unet_loss.detach())  # (B,)
         # For the log: lambda, which `kendall` learns as exp(a - b). `bound` has no SSE to compare with.
         weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
-        training.step(vae_loss + unet_loss,
+        training.step(elbo_term + unet_loss,
                       {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight,
                        "gradient_share": gradient_share},  # filled in by the backward pass
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
@@ -288,20 +305,21 @@ def linear_probe(train_x, train_y, test_x, test_y):
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
-        posterior   the Frechet distance of images made from these codes, so that no prior is involved
+        posterior   the Frechet distance of images that are made from these codes (reconstructions), in place of a
+                    prior's
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
         probe       how well a linear function of the code tells the image's class and, of shapes, its factors
     The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
     same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
-    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the distance
+    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the distance; the budget says how many
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
 
     def decode_and_refine(z, first=0):
-        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. The noise depends
-        on that number alone."""
+        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. Beside the run's
+        seed, the noise depends on that number alone."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
         # The same noise for all points of a path, another one for each part of a hundred codes.
@@ -361,12 +379,12 @@ def read_flags(argv):
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
-        # Neither changes what the VAE learns, so only their defaults are allowed; that of --loss is `anneal`.
+        # With this flag no weight has an effect (but for the scale of E under `kendall`), so they keep their defaults.
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
-    if args.loss == "kendall":  # a and b are trained by Adam (without Muon), without clipping and averaging
+    if args.loss == "kendall":  # a and b are trained by Adam alone, without clipping and averaging
         # Adam moves a by up to 0.05 a step. On shapes a has to fall by 5.5, and there are 750 steps.
         own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
@@ -380,8 +398,8 @@ def read_flags(argv):
 
 
 def results_of_stage1(setup):
-    """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`: of those that were run here for as many
-    steps as this run, and evaluated alike."""
+    """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`, as far as they are there. A run with other
+    steps, another batch size or another evaluation than this one is left out."""
     results = {}
     same = ("vae_steps", "unet_steps", "batch")  # set by --steps and --batch-size, which are not part of a run's name
     for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
@@ -407,7 +425,7 @@ def main(argv=None):
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         if (vae_folder / "checkpoint.pt").is_file():
-            # With resume=True it returns None if the VAE is unfinished, in place of an error.
+            # With resume=True an unfinished VAE gives None. (Otherwise it would be an error to find one.)
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:
             common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "

@@ -128,13 +128,13 @@ EXPECTED = {
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
     "evaluations": (20, 1000),
     "fd, 6 steps": (150, 200), "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
-    "hf_energy, 6 steps": (157, 200), "fd, gaussian": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
+    "hf_energy, 6 steps": (157, 200), "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
     "noise rise": (231, 201), "noise 0 fd": (240, 201), "noise 0.4 fd": (243, 201),
     "fd of real codes": (261, 202), "path length": (263, None), "probe, class": (265, None),
     "probe, bands": (266, None),
-    "log p, gaussian": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
+    "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
     "flow's log p of mixture samples": (-282, None), "mixture's log p of flow samples": (-281, None),
     "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
     "fd, 6000 components": (296, 203),
@@ -142,8 +142,8 @@ EXPECTED = {
     "sure, VAE": (310, 101), "unsure, VAE": (314, 101),
     "sure, refined": (311, 101), "unsure, refined": (315, 101), "own s": (320, 301), "other s": (321, 301),
     "steps evenly": (330, 999), "steps by s": (332, 999), "steps by other s": (333, 999),
-    "seconds, conditioned": (342, None), "seconds, plain": (340, None), "gflops, conditioned": (343, None),
-    "gflops, plain": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
+    "seconds with s": (342, None), "seconds without s": (340, None), "gflops with s": (343, None),
+    "gflops without s": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
     "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205),
     "GFLOPs saved, %": (375, None), "seconds saved, %": (371, None), "seconds saved, %, batch 1": (370, None),
     "memory saved, %": (372, None)}
@@ -200,7 +200,7 @@ def test_arrows():
         "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "GFLOPs saved, %", "seconds saved, %",
         "seconds saved, %, batch 1", "memory saved, %"}
     assert {name for name, arrow in arrows.items() if not arrow} == {
-        "hf_energy", "hf_energy, 6 steps", "evaluations", "kl_nats", "posterior variance", "log p, gaussian",
+        "hf_energy", "hf_energy, 6 steps", "evaluations", "kl_nats", "posterior variance", "log p, N(0, I)",
         "log p, mixture", "log p, flow", "flow's log p of mixture samples", "mixture's log p of flow samples",
         "rank, regressed", "rank, variance", "rank, posterior", "spread, sure", "spread, unsure", "nearest, samples",
         "nearest, held out", "closer", "closer, pixels"}
@@ -262,7 +262,7 @@ def test_cells(tmp_path):
     slow["tables"]["components"] = {"images": 1500, "30": {"fd_local": score(7)}}
     del slow["tables"]["bits_per_dim"]
     seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
-    names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, gaussian", "fd, mixture", "bits/dim",
+    names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
              "noise fd", "noise 0.4 fd", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
     cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
@@ -384,7 +384,7 @@ def test_guiding_questions():
     """What the four questions compare. The first side is what the question asks about."""
     assert {question.split("**")[1]: sides for question, *sides in final.PRIMARY_CLAIMS} == {
         "Quality": [("fd", "stage2-anneal"), ("fd", "stage1-form1")],
-        "Efficiency": [("seconds, conditioned", "stage3-flow-film"), ("seconds, plain", "stage3-flow-film")],
+        "Efficiency": [("seconds with s", "stage3-flow-film"), ("seconds without s", "stage3-flow-film")],
         "Robustness": [("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")],
         "Latent space": [("path length", "stage2-anneal"), ("path length", "stage1-form1")]}
 
@@ -553,16 +553,16 @@ def test_the_note_explains_the_cells(tmp_path):
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
     data = {dataset: final.describe_data(dataset, results) for dataset, results in everything.items()}
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
-    images, times = "(n): measured on n images", "times: first seed"
+    images, times = "(n): measured on n images", "times: first seed (seconds: for one image)"
     for patterns, columns, note in (
             ("cifar10/*", "fd", f"*{data['cifar10']} {interval}.*"),
             ("shapes/*", "fd", f"*{data['shapes']} {spread}.*"),
-            ("cifar10/*", "fd, gaussian", f"*{data['cifar10']} {interval}; {images}.*"),
+            ("cifar10/*", "fd, N(0, I)", f"*{data['cifar10']} {interval}; {images}.*"),
             ("cifar10/*", "seconds", f"*{data['cifar10']} {times}.*"),
             ("*", "fd; seconds; noise fd", f"*{' '.join(data.values())} {spread}; {interval}; {images}; {times}.*")):
         assert final.table_of(everything, patterns, columns).splitlines()[-1] == note
     plain = "| shapes stage3-flow-film | 1.5 |"
-    assert final.with_note(plain, ["seconds, conditioned"]) == plain  # taken in turn
+    assert final.with_note(plain, ["seconds with s"]) == plain  # taken in turn
     assert final.with_note(plain, ["fd"], ["shapes: drawn."]) == f"{plain}\n\n*shapes: drawn.*"
     assert final.table_overview(everything).endswith(f" {spread}; {interval}.*")
 
@@ -642,7 +642,8 @@ def test_long_tables(tmp_path):
     for name, place in final.NUMBERS.items():
         assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
     assert final.describe_data("cifar10", everything["cifar10"]) in stage2
-    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2 and "times: first seed" in stage2
+    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2
+    assert "times: first seed (seconds: for one image)" in stage2
     features = text.split("## features\n")[1].split("\n## ")[0].strip().splitlines()
     assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
                         "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
@@ -741,7 +742,7 @@ def test_chart_of_claims(tmp_path):
     texts = [label.get_text().split("\n") for label in axis.get_yticklabels()]
     names = [question for question, _ in texts]
     assert [sides for _, sides in texts][:2] == ["fd: stage2-anneal / stage1-form1",
-                                                 "stage3-flow-film: seconds, conditioned / seconds, plain"]
+                                                 "stage3-flow-film: seconds with s / seconds without s"]
     assert "fd, mixture of stage1-form1 / fd of stage1-vae" == final.describe_sides(
         ("?", ("fd, mixture", "stage1-form1"), ("fd", "stage1-vae")))
     assert names[0] == "Quality: does joint training help?" and len(names) == len(final.PRIMARY_CLAIMS + final.CLAIMS)
