@@ -42,7 +42,7 @@ CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "s
 # file of weights, and the parts of the checkpoint that this file holds.
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
-FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "interpolation-stage1", "copies")
+FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
 # Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
 # is (variant, picture, top, bottom): the band between these fractions of the picture's height. The titles of a
 # picture's columns, TITLES pixels high, do not count.
@@ -122,7 +122,7 @@ NUMBERS = {
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "noise 0 fd": "tables/robustness/scores/clean/fd",
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
-    # The next four are measured by stage 2, which also measures them for stage 1 (see `share_tables_of_stage1`).
+    # The next four are measured by stage 2, also for stage 1.
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
     # 1 is a straight line.
@@ -476,22 +476,8 @@ def load_all(paths):
     ordered = {}
     for dataset in in_order(found, DATASET_ORDER):
         results = found[dataset]
-        share_tables_of_stage1(results)
         ordered[dataset] = {variant: results[variant] for variant in in_order(results, VARIANT_ORDER)}
     return ordered
-
-
-def share_tables_of_stage1(results):
-    """Stage 2 measures the latent space of stage1-form1 beside its own, and mixtures of several sizes. Move these
-    tables from the metrics of stage 2 to those of stage1-form1 of the same seed. (A run with a changed setting has
-    measured another form1.)"""
-    form1 = results.get("stage1-form1", {})
-    for variant, seeds in results.items():
-        for seed, metrics in seeds.items():
-            for name in ("latent_space", "components"):
-                table = metrics["tables"].pop(f"{name}_stage1", None)
-                if table and seed in form1 and "=" not in variant:
-                    form1[seed]["tables"].setdefault(name, table)
 
 
 # --- Numbers as text -------------------------------------------------------------------------------------------------

@@ -46,8 +46,6 @@ The log shows both:
 
     kl_nats, active_units       how much information is in z
     weight                      lambda
-    gradient_share              the diffusion term's share of the gradient at x_hat (under `bound` always 1: there
-                                all of that gradient comes from the diffusion term)
     v_mse_own, v_mse_shuffled   the U-Net's plain mean squared error if it is shown the right x_hat, and if it is shown
                                 that of another image. If they are equal, the refiner ignores x_hat. (If the U-Net
                                 predicts eps, the names begin with `eps`.)
@@ -84,22 +82,11 @@ def denoiser(unet, x_hat):
     return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
 
 
-def scale_gradient(x_hat, scale, sse_gradient_norm):
-    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor.
-
-    Also returns a scalar tensor for the log, `gradient_share`. It is 0 until the backward pass, which writes into it
-    |g| / (|g| + sse_gradient_norm), where g is the scaled gradient. `sse_gradient_norm` is the norm of the gradient
-    that the SSE sends to x_hat."""
-    gradient_share = torch.zeros((), device=x_hat.device)
-
-    def scale_and_record(gradient):
-        gradient = scale * gradient
-        gradient_share.copy_(gradient.norm() / (gradient.norm() + sse_gradient_norm + 1e-12))
-        return gradient
-
+def scale_gradient(x_hat, scale):
+    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor."""
     x_hat_copy = x_hat.view_as(x_hat)  # a tensor of its own in the graph, so that a hook on it leaves x_hat alone
-    x_hat_copy.register_hook(scale_and_record)
-    return x_hat_copy, gradient_share
+    x_hat_copy.register_hook(lambda gradient: scale * gradient)
+    return x_hat_copy
 
 
 def joint_steps(train):
@@ -133,17 +120,17 @@ class Balance(nn.Module):
 
 
 def loss_weights(train, step, balance):
-    """The factors of the SSE and of the diffusion term in the loss that the VAE follows: two numbers or scalar tensors.
-    The first one is needed for the log alone."""
+    """The factors of E and of the diffusion term in the loss that the VAE follows: two numbers or scalar tensors.
+    (Under `bound`, those of the KL of z and of the bound given x_hat.)"""
     if train["loss"] == "kendall":
-        sse_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
+        elbo_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        sse_weight, diffusion_weight = 0.0, 1.0  # the SSE is inside the diffusion term, if anywhere; see bound_loss
+        elbo_weight, diffusion_weight = 1.0, 1.0
     else:
-        sse_weight, diffusion_weight = 1.0, lambda_at(train, step)
+        elbo_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
         diffusion_weight = 0.0
-    return sse_weight, diffusion_weight
+    return elbo_weight, diffusion_weight
 
 
 def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
@@ -224,13 +211,9 @@ def train_joint(folder, train, data, device, vae_state=None):
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            sse_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
-            # For the log: the norm of the gradient that the mean SSE sends to x_hat. An image's SSE is a sum of squares
-            # divided by 4 (see squared_error), so its gradient is 2 (x_hat - x0) / 4; the mean is over len(x0) images.
-            sse_gradient_norm = sse_weight * 2 * (x_hat.detach() - x0).norm() / 4 / len(x0)
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
-            shown, gradient_share = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values,
-                                                   sse_gradient_norm)
+            elbo_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
+            shown = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values)
 
             # The part that the U-Net learns from, and through `shown` the VAE: M or, under `bound`, the bound given
             # x_hat, divided by D.
@@ -246,11 +229,8 @@ def train_joint(folder, train, data, device, vae_state=None):
                 # exp(-a) E trains the VAE and a. exp(-b) D M has to train b alone, so M is detached here: the networks
                 # get its gradient from unet_loss, below.
                 elbo_term = balance(elbo_term, pixel_values * unet_loss.detach())  # (B,)
-        # For the log: lambda, which `kendall` learns as exp(a - b). `bound` has no SSE to compare with.
-        weight = diffusion_weight if train["loss"] == "bound" else diffusion_weight / sse_weight
-        training.step(elbo_term + unet_loss,
-                      {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight,
-                       "gradient_share": gradient_share},  # filled in by the backward pass
+        weight = diffusion_weight / elbo_weight  # lambda, which `kendall` learns as exp(a - b)
+        training.step(elbo_term + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(vae_state["seconds"] if vae_state else 0.0,
@@ -397,6 +377,16 @@ def read_flags(argv):
     return args, own, name
 
 
+def add_tables(folder, model, metrics, setup):
+    """Add to the metrics of a run what this stage measures, if it is not there yet: its latent space, and the Frechet
+    distance by the number of components of the mixture."""
+    tables = metrics["tables"]
+    if "latent_space" not in tables:
+        tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
+        tables["components"] = fid.by_components(model, setup, metrics["run"]["train"])
+        common.write_json(folder / "metrics.json", metrics)
+
+
 def results_of_stage1(setup):
     """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`, as far as they are there. A run with other
     steps, another batch size or another evaluation than this one is left out."""
@@ -437,27 +427,21 @@ def main(argv=None):
     metrics = fid.evaluate(folder, setup, state, model)
     if args.export:
         common.export(args, folder, state, model, setup.evaluation)
-    tables = metrics["tables"]
-    if "latent_space" not in tables:  # they are there if this run was measured before
-        tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
-        tables["components"] = fid.by_components(model, setup, settings)  # fd by the size of the mixture
-        common.write_json(folder / "metrics.json", metrics)
+    add_tables(folder, model, metrics, setup)
 
     # If stage 1 was run, measure its form1 in the same way.
     stage1 = results_of_stage1(setup)
     form1_folder, _ = setup.folder_and_settings("stage1-form1", ignored=("guidance",))
-    form1_is_there = form1_folder in stage1 and (form1_folder / "checkpoint.pt").is_file()
-    if form1_is_there and "latent_space_stage1" not in tables:
+    if form1_folder in stage1 and (form1_folder / "checkpoint.pt").is_file():
         form1 = load_model(common.load_checkpoint(form1_folder / "checkpoint.pt"), device)
         form1.temperature = setup.evaluation["temperature"]
-        tables["latent_space_stage1"] = latent_space(folder / "interpolation-stage1.png", form1, setup)
-        tables["components_stage1"] = fid.by_components(form1, setup, settings)
-        common.write_json(folder / "metrics.json", metrics)
-    fid.print_results(stage1 | {folder: metrics}, setup)
-    for label, key in (("stage 1", "latent_space_stage1"), (name, "latent_space")):
-        if key in tables:
-            numbers = tables[key]["slerp"]["refined"]
-            print(f"{label}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
+        add_tables(form1_folder, form1, stage1[form1_folder], setup)
+    all_metrics = stage1 | {folder: metrics}
+    fid.print_results(all_metrics, setup)
+    for folder, metrics in all_metrics.items():
+        if "latent_space" in metrics["tables"]:
+            numbers = metrics["tables"]["latent_space"]["slerp"]["refined"]
+            print(f"{folder.name}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
                   f"{numbers['end_distance']:.3f} (refined, slerp)")
     if len(stage1) < 2:
         print(f"no complete results of stage 1 in {setup.home}; to compare, run stage1_baseline.py with the same flags "

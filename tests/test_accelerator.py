@@ -69,7 +69,7 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
     assert len(metrics) == (4 if float64 else 14)
     assert all(found["run"]["device"].startswith(pretend.NAME) for found in metrics.values())
     if not float64:
-        assert metrics["stage2-anneal-s0"]["tables"]["latent_space_stage1"]["posterior"]
+        assert metrics["stage1-form1-s0"]["tables"]["latent_space"]["posterior"]
         assert metrics["bonus-latent-s0"]["tables"]["savings"]["device"] == pretend.NAME
 
 

@@ -355,7 +355,7 @@ def test_claims(tmp_path):
     for seed in range(3):
         joint = metrics("stage2-anneal", seed, 5.0 + seed / 2)
         joint["tables"]["latent_space"] = {"slerp": {"refined": {"path_over_distance": 1.2}}}
-        joint["tables"]["latent_space_stage1"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
+        many[seed]["tables"]["latent_space"] = {"slerp": {"refined": {"path_over_distance": 1.5 + seed / 10}}}
         many.append(joint)
     everything = load(tmp_path, *many, metrics(dataset="cifar10"), metrics("stage1-vae", 0, 40.0))
     primary = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
@@ -485,23 +485,6 @@ def test_the_order_of_tables(tmp_path):
     found = load(tmp_path, *many)
     assert [*found] == ["shapes", "cifar10", "celeba64", "a-folder"]
     assert all([*results] == variants for results in found.values())
-
-
-def test_stage_2_measures_the_latent_space_of_stage_1(tmp_path):
-    """Its table moves to form1 of the same seed, if there is one, and stays there if form1 has one of its own."""
-    table = {"images": 40, "posterior": {"refined": score(5)}}
-    joint = [metrics("stage2-anneal", seed) for seed in (0, 1)]
-    for seed, m in enumerate(joint):
-        m["tables"] |= {"latent_space_stage1": table | {"n": seed}, "latent_space": table | {"n": 10}}
-    own = metrics(seed=3)
-    own["tables"]["latent_space"] = table | {"n": 20}
-    joint_3 = metrics("stage2-sum", seed=3)
-    joint_3["tables"]["latent_space_stage1"] = table | {"n": 30}
-    found = load(tmp_path, *joint, metrics(), own, joint_3)["shapes"]
-    assert {seed: m["tables"]["latent_space"]["n"] for seed, m in found["stage1-form1"].items()} == {0: 0, 3: 20}
-    assert {seed: m["tables"]["latent_space"]["n"] for seed, m in found["stage2-anneal"].items()} == {0: 10, 1: 10}
-    assert not any("latent_space_stage1" in m["tables"] for seeds in found.values() for m in seeds.values())
-    assert final.cell({0: found["stage1-form1"][0]}, "fd of real codes") == "5 [4, 6] (40)"
 
 
 def test_a_damaged_file_is_named(tmp_path, capsys):
