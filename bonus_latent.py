@@ -16,7 +16,7 @@ Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     all that a GPU user types
 Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
         latent diffusion can hardly surpass, are in metrics.json under `ceiling`.
-        `savings.png` shows what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
+        The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
         FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
         from torch.profiler.
         On shapes latent diffusion takes less than half the seconds if images are sampled in batches, but more if they
@@ -29,7 +29,6 @@ import os
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -183,10 +182,9 @@ def peak_memory(run, device):
 
 
 class CostProbe:
-    """Runs one part of sampling or training at a time, so that it can be measured: a pass of a U-Net whose input has
-    the shape `unet_shape`, a pass of the decoder `decode` on `code` (B, ...), or a training step of the U-Net. In pixel
-    space the decoder is the VAE's, which makes x_hat from z. In the latent space it is the autoencoder's, which makes
-    the image from a latent."""
+    """Runs one part of sampling at a time, so that it can be measured: a pass of a U-Net whose input has the shape
+    `unet_shape`, or a pass of the decoder `decode` on `code` (B, ...). In pixel space the decoder is the VAE's, which
+    makes x_hat from z. In the latent space it is the autoencoder's, which makes the image from a latent."""
 
     def __init__(self, unet, unet_shape, decode, code, reduced):
         self.unet, self.decode, self.code, self.device, self.reduced = unet, decode, code, code.device, reduced
@@ -203,16 +201,6 @@ class CostProbe:
         with common.autocast(self.device, self.reduced):
             self.decode(self.code[:n])
 
-    def train_step(self, n):
-        """Forward and backward pass of the U-Net, without an optimiser. (In pixel space a real step also runs the
-        frozen VAE. It is left out here, so latent diffusion saves a little more than we say.)"""
-        self.unet.train().requires_grad_(True)  # a network that samples is frozen
-        with common.autocast(self.device, self.reduced):
-            loss = self.unet(self.x[:n], self.t[:n]).square().mean()
-        loss.backward()
-        self.unet.zero_grad(set_to_none=True)
-        self.unet.eval().requires_grad_(False)
-
 
 def write_profile(path, probe, batch):
     """The table of torch.profiler: the costliest operators of one pass of the U-Net."""
@@ -226,24 +214,22 @@ def write_profile(path, probe, batch):
     common.write(path, table.encode())
 
 
-def all_costs(probes, steps, batch, train_batch):
+def all_costs(probes, steps, batch):
     """What each of {name: CostProbe} costs, as {name: costs}: seconds per image when images are sampled one by one and
-    in batches, the seconds per image of a training step, the peak memory, and FLOPs. The probes are timed in turn. An
-    image's seconds and FLOPs are those of one pass times `steps`, and those of decoding. The memory is that of one pass
-    or that of decoding, whichever is larger."""
-    device, train_batch = probes["pixel"].device, min(batch, train_batch)
+    in batches, the peak memory, and FLOPs. The probes are timed in turn. An image's seconds and FLOPs are those of one
+    pass times `steps`, and those of decoding. The memory is that of one pass or that of decoding, whichever is
+    larger."""
+    device = probes["pixel"].device
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
         one_pass = common.time_in_turn({k: partial(probe.evaluate_unet, n) for k, probe in probes.items()}, device)
         decoding = common.time_in_turn({k: partial(probe.decode_codes, n) for k, probe in probes.items()}, device)
         for name in probes:
             costs[name][key] = (steps * one_pass[name] + decoding[name]) / n
-    training = common.time_in_turn({k: partial(probe.train_step, train_batch) for k, probe in probes.items()}, device)
     for name, probe in probes.items():
         pass_gflops = common.count_gflops(partial(probe.evaluate_unet, 1))
         memory = max(peak_memory(partial(run, batch), device) for run in (probe.evaluate_unet, probe.decode_codes))
-        costs[name] |= {"train_seconds_per_image": training[name] / train_batch,
-                        "peak_memory_mb": memory,
+        costs[name] |= {"peak_memory_mb": memory,
                         "gflops_per_pass": pass_gflops,
                         "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(probe.decode_codes, 1))}
     return costs
@@ -251,8 +237,8 @@ def all_costs(probes, steps, batch, train_batch):
 
 def savings(folder, model, train, setup):
     """Latent against pixel space on this machine, with the same sampler and steps: the costs of both, and what is saved
-    in percent, drawn in savings.png. The pixel network is stage 1's refiner; no cost depends on its weights. The two
-    U-Nets differ in size: each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
+    in percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets differ in size:
+    each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)
@@ -265,17 +251,9 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    costs = all_costs(probes, steps, batch, train["batch"])
+    costs = all_costs(probes, steps, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axis = figure.add_subplot()
-    bars = axis.barh([key.replace("_", " ") for key in saved], list(saved.values()), color="tab:blue")
-    axis.bar_label(bars, fmt="%.0f%%", padding=3)
-    axis.axvline(0, color="black", linewidth=0.8)
-    # 15 percent on the left are room for the label of a bar that goes there
-    axis.set(xlabel="saved by latent diffusion, % of pixel space", xlim=(min(0, *saved.values()) - 15, 115))
-    common.write_with(folder / "savings.png", figure.savefig, format="png", dpi=110)
     return {"device": str(device), "sampler_steps": steps, "batch": batch, **costs, "saved_percent": saved}
 
 
@@ -332,7 +310,7 @@ def main(argv=None):
         tables["savings"] = savings(folder, model, settings, setup)
         common.write_json(folder / "metrics.json", metrics)
     if args.export:
-        common.export(args, folder, state, model, setup.evaluation)
+        common.export(args, folder, model, setup.evaluation)
     fid.print_results({folder: metrics}, setup)
     saved = tables["savings"]
     print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "

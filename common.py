@@ -691,16 +691,16 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
 
 
 @torch.no_grad()
-def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0, first=0):
+def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     """Generate `count` images. Returns x_hat (grey if there is no VAE) and the refined images, uint8 (count, 3, H, W)
     on the CPU, and the seconds per image.
 
     Every batch has a generator of its own. So, at the same `batch`, image k is made from the same z and noise whatever
-    the sampler, the steps and the count. `first`, a multiple of `batch`, is the number of the first image.
+    the sampler, the steps and the count.
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
     before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
     batches between them."""
-    parts, offsets = [], range(first, first + count, batch)
+    parts, offsets = [], range(0, count, batch)
     offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
@@ -1368,22 +1368,6 @@ def count_gflops(run):
     return counter.get_total_flops() / 1e9
 
 
-def count_cost(model):
-    """{"parameters": of all the model's networks, "gflops": to decode one z and to denoise one image once}. A guided
-    model evaluates two networks for the latter."""
-    x, t = torch.zeros(1, *model.shape, device=model.device), torch.ones(1, device=model.device).long()
-    z = None if model.vae is None else torch.zeros(1, model.vae.latent_dim, device=model.device)
-
-    def run():
-        x_hat = x if model.vae is None else model.vae.decoder(z)
-        if model.denoiser_for is not None:
-            model.denoiser_for(x_hat, z, x_hat)(x, t)
-        if model.decode is not None:
-            model.decode(x)
-
-    return {"parameters": sum(count_parameters(network) for network in model.networks), "gflops": count_gflops(run)}
-
-
 def time_in_turn(runs, device, repeats=7):
     """The median seconds of each of {name: function}, after two calls of each to warm up. They are called in turn, so
     that a machine that slows down slows all of them."""
@@ -1821,7 +1805,7 @@ def add_flags(parser, priors=(), default_prior=None):
 
 
 LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "temperature": (0, 2),
-          "sample_steps": (1, 1000), "eval_samples": (40, 10**6), "export": (1, 10**6)}  # flag: smallest, largest
+          "sample_steps": (1, 1000), "eval_samples": (40, 10**6), "export": (1, 10**5)}  # flag: smallest, largest
 
 
 def read_settings(args):
@@ -1953,42 +1937,23 @@ def load_checkpoint(path):
         fail(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason}); remove it to train again")
 
 
-def export(args, folder, state, model, evaluation):
+def export(args, folder, model, evaluation):
     """--export N: write the first N samples as FOLDER/samples/00000.png, ... and, of a model with a VAE and a refiner,
-    the VAE's images as FOLDER/samples-vae/00000.png, ... They are the first images of the headline scores.
-
-    Batches whose files are all there are not drawn again, so an export that was killed goes on, and a larger one adds
-    to a smaller one. Samples that were drawn with other settings, or by another training, are replaced."""
-    model = dataclasses.replace(model, temperature=evaluation["temperature"])
+    the VAE's images as FOLDER/samples-vae/00000.png, ... They are the first images of the headline scores. The images
+    of an earlier export are deleted."""
     prior, sampler, steps = headline(model, evaluation)
-    settings = {"prior": prior, "sampler": sampler, "steps": steps, "temperature": evaluation["temperature"],
-                "batch": evaluation["batch"], "seed": args.seed, "run_id": state["run_id"]}
-    both = model.vae is not None and model.denoiser_for is not None
-    places = [folder / name for name in (("samples", "samples-vae") if both else ("samples",))]
-    for place in places:
-        note = place / "settings.json"
-        if note.is_file() and (difference := first_difference(json.loads(note.read_text()), settings)):
-            print(f"{place}: samples of other settings ({difference}) are replaced")
-            wait_for_all()  # all processes have read the note
-            for image in place.glob("*.png") if RANK == 0 else ():
-                image.unlink()
-        write_json(note, settings)  # only after the old samples are gone, so that they are never taken for new ones
-    wait_for_all()
-    there = len(find_images(places[0]))
-    if there > args.export:
-        print(f"{places[0]}: {there} samples are there already, more than the {args.export} that --export asks for")
-    share = evaluation["batch"] * RANKS  # a batch for each process
-    for first in tqdm(range(0, args.export, share), desc=f"{folder.name}: samples", unit="batch"):
-        names = [f"{k:05}.png" for k in range(first, min(first + share, args.export))]
-        if all((place / name).is_file() for place in places for name in names):
-            continue
-        x_hat, images, _ = generate(model, len(names), prior, sampler, steps, args.seed, evaluation["batch"],
-                                    first=first)
-        for place, part in zip(places, (images, x_hat), strict=False):
-            for name, image in zip(names, part, strict=True):
-                write_with(place / name, Image.fromarray(image.permute(1, 2, 0).numpy()).save, format="png")
+    x_hat, images, _ = generate(model, args.export, prior, sampler, steps, args.seed, evaluation["batch"])
+    parts = {"samples": images}
+    if model.vae is not None and model.denoiser_for is not None:
+        parts["samples-vae"] = x_hat
+    for name, part in parts.items():
+        for image in (folder / name).glob("*.png") if RANK == 0 else ():
+            image.unlink()
+        for k, image in enumerate(part):
+            pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+            write_with(folder / name / f"{k:05}.png", Image.fromarray(pixels).save, format="png")
+        print(folder / name)
     wait_for_all()  # the first process has written all
-    print(*places, sep="\n")
 
 
 # ---- 14. Pictures ----------------------------------------------------------------------------------------------------
@@ -2014,25 +1979,6 @@ def save_grid(path, rows, columns=()):
     write_with(path, page.save, format="png")
 
 
-def save_chart(path, panels):
-    """Save line charts, three in a row (four charts: two by two). `panels` is a list of dictionaries with title, x and
-    y (names of the axes) and lines {label: (xs, ys)}."""
-    from matplotlib.figure import Figure
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    handles, colours = {}, {}  # by label; a label has the same colour in every panel
-    for i, panel in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, i)
-        for label, (xs, ys) in panel["lines"].items():
-            colour = colours.setdefault(label, f"C{len(colours)}")
-            handles[label], = axis.plot(xs, ys, colour, marker="o" if len(xs) < 30 else None)
-        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    write_with(path, figure.savefig, format="png", dpi=110)
-
-
 def draw_samples(folder, parts):
     """samples.png: the first 36 images of each of `parts` {label: uint8 (N, 3, H, W)}, twelve in a row, with the rows
     of all parts in turn."""
@@ -2046,9 +1992,16 @@ def draw_samples(folder, parts):
 
 def draw_training(folder, log):
     """training.png: a chart of every column of the log, a list of rows. Returns the last row."""
+    from matplotlib.figure import Figure
     steps = [row["step"] for row in log]
     names = [name for name in log[0] if name != "step"]
-    save_chart(folder / "training.png", [
-        {"title": f"{folder.name}: {name}", "x": "step", "y": name,
-         "lines": {name: (steps, [row[name] for row in log])}} for name in names])
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    for i, name in enumerate(names, 1):
+        axis = figure.add_subplot(rows, columns, i)
+        axis.plot(steps, [row[name] for row in log], marker="o" if len(log) < 30 else None)
+        axis.set(title=f"{folder.name}: {name}", xlabel="step")
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
+    write_with(folder / "training.png", figure.savefig, format="png", dpi=110)
     return {name: log[-1][name] for name in names}

@@ -603,7 +603,7 @@ def evaluate(folder, setup, state, model):
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
-           **common.count_cost(model),
+           "parameters": sum(map(common.count_parameters, model.networks)),
            "train_seconds": state["seconds"] + state["seconds_before"],
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}

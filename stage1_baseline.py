@@ -236,7 +236,7 @@ def draw_pretrained(args, evaluation, device):
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
     if args.export:  # --export N
-        common.export(args, folder, state, model, evaluation)
+        common.export(args, folder, model, evaluation)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def main(argv=None):
         model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)
         if args.export:
-            common.export(args, folder, state, model, setup.evaluation)
+            common.export(args, folder, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 
 

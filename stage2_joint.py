@@ -426,7 +426,7 @@ def main(argv=None):
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
     if args.export:
-        common.export(args, folder, state, model, setup.evaluation)
+        common.export(args, folder, model, setup.evaluation)
     add_tables(folder, model, metrics, setup)
 
     # If stage 1 was run, measure its form1 in the same way.

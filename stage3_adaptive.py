@@ -652,7 +652,7 @@ def main(argv=None):
         tables["adaptivity"] = adaptivity(folder, state, model, setup)
         common.write_json(folder / "metrics.json", all_metrics[folder])
     if args.export:
-        common.export(args, folder, state, model, setup.evaluation)
+        common.export(args, folder, model, setup.evaluation)
     fid.print_results(all_metrics, setup)
 
 

@@ -133,8 +133,7 @@ class Network(torch.nn.Conv2d):
 
     def forward(self, x, t=None):
         assert t is None or t.tolist() == [500] * len(x)
-        kind = "decode" if t is None else "train" if torch.is_grad_enabled() else "unet"
-        self.calls.append((kind, len(x), torch.is_autocast_enabled("cpu")))
+        self.calls.append(("decode" if t is None else "unet", len(x), torch.is_autocast_enabled("cpu")))
         return super().forward(x)
 
 
@@ -148,28 +147,23 @@ def planted_sampler(inputs, outputs, channels, reduced=False):
 
 @pytest.mark.parametrize("reduced", [False, True])
 def test_parts_of_sampling(reduced, tmp_path):
-    """A pass of the U-Net, decoding, and a training step, of so many images, in the precision of the model. A training
-    step leaves no gradient behind, and the network frozen as it was. The profile shows a pass."""
+    """A pass of the U-Net, and decoding, of so many images, in the precision of the model. The profile shows a pass."""
     sampler, calls = planted_sampler(2, 4, 1, reduced)
     sampler.evaluate_unet(4)
     sampler.decode_codes(5)
-    sampler.train_step(3)
-    assert calls == [("unet", 4, reduced), ("decode", 5, reduced), ("train", 3, reduced)]
-    assert not any(p.requires_grad or p.grad is not None for p in sampler.unet.parameters())
-    assert not sampler.unet.training and len(sampler.x.unique()) == 300
+    assert calls == [("unet", 4, reduced), ("decode", 5, reduced)] and len(sampler.x.unique()) == 300
     bonus.write_profile(tmp_path / "profile.txt", sampler, 6)
-    assert calls[3:] == [("unet", 6, reduced)] and "conv2d" in (tmp_path / "profile.txt").read_text()
+    assert calls[2:] == [("unet", 6, reduced)] and "conv2d" in (tmp_path / "profile.txt").read_text()
 
 
 def test_all_costs_by_hand(monkeypatch):
-    """With planted times for a pass of each U-Net, for decoding and for a training step, in which both samplers are
-    timed together. Seconds per image are those of all steps and of decoding, over the size of the batch; the memory is
-    that of a pass or of decoding, whichever needs more, which here is the pass of the first and the decoding of the
-    second. A 3x3 convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1
-    channels. The second sampler has other channels, and takes ten times as long."""
+    """With planted times for a pass of each U-Net and for decoding, in which both samplers are timed together. Seconds
+    per image are those of all steps and of decoding, over the size of the batch; the memory is that of a pass or of
+    decoding, whichever needs more, which here is the pass of the first and the decoding of the second. A 3x3
+    convolution of 2 to 4 channels at 5x5 has 2 x 4 x 2 x 9 x 25 FLOPs; decoding is another one, of 3 to 1 channels. The
+    second sampler has other channels, and takes ten times as long."""
     planted = {name: planted_sampler(*channels) for name, channels in (("pixel", (2, 4, 1)), ("latent", (1, 2, 5)))}
     samplers = {name: sampler for name, (sampler, _) in planted.items()}
-    trained = []
 
     def what(run, calls):  # what a function calls, with how many images
         calls.clear()
@@ -181,8 +175,7 @@ def test_all_costs_by_hand(monkeypatch):
         seconds = {}
         for name, run in runs.items():
             kind, count = what(run, planted[name][1])
-            trained.extend([count] if kind == "train" else [])
-            seconds[name] = {"unet": 1 + 2 * count, "decode": 30 + count, "train": 7 * count}[kind]
+            seconds[name] = {"unet": 1 + 2 * count, "decode": 30 + count}[kind]
         assert list(runs) == ["pixel", "latent"]
         return {"pixel": seconds["pixel"], "latent": 10 * seconds["latent"]}
 
@@ -193,31 +186,26 @@ def test_all_costs_by_hand(monkeypatch):
 
     monkeypatch.setattr(common, "time_in_turn", planted_seconds)
     monkeypatch.setattr(bonus, "peak_memory", planted_memory)
-    for train_batch, used in ((4, 4), (10, 6)):  # a training step cannot use more images than there are
-        costs = bonus.all_costs(samplers, 20, 6, train_batch)
-        assert costs["pixel"] == pytest.approx({
-            "seconds_per_image_batch_1": 20 * 3 + 31, "seconds_per_image": (20 * 13 + 36) / 6, "peak_memory_mb": 600,
-            "train_seconds_per_image": 7, "gflops_per_pass": 3600e-9, "gflops_per_image": (20 * 3600 + 1350) * 1e-9})
-        assert costs["latent"] == pytest.approx({
-            "seconds_per_image_batch_1": 10 * (20 * 3 + 31), "seconds_per_image": 10 * (20 * 13 + 36) / 6,
-            "peak_memory_mb": 54, "train_seconds_per_image": 70, "gflops_per_pass": 900e-9,
-            "gflops_per_image": (20 * 900 + 6750) * 1e-9})
-        assert trained == [used, used]
-        trained.clear()
+    costs = bonus.all_costs(samplers, 20, 6)
+    assert costs["pixel"] == pytest.approx({
+        "seconds_per_image_batch_1": 20 * 3 + 31, "seconds_per_image": (20 * 13 + 36) / 6, "peak_memory_mb": 600,
+        "gflops_per_pass": 3600e-9, "gflops_per_image": (20 * 3600 + 1350) * 1e-9})
+    assert costs["latent"] == pytest.approx({
+        "seconds_per_image_batch_1": 10 * (20 * 3 + 31), "seconds_per_image": 10 * (20 * 13 + 36) / 6,
+        "peak_memory_mb": 54, "gflops_per_pass": 900e-9, "gflops_per_image": (20 * 900 + 6750) * 1e-9})
 
 
 def test_savings_by_hand(tmp_path, monkeypatch):
     """Both costs are of the same steps, batches, settings and precision: of stage 1's U-Net, which has 6 channels, with
     its VAE's decoder, and of this stage's U-Net and decoder. The saving is 100 (1 - latent / pixel) percent. A cost
     that the device does not show, 0, has none. Each U-Net has a profile, of a whole batch."""
-    train, calls, profiles = tiny(batch=7), [], []
-    keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "train_seconds_per_image",
-            "gflops_per_pass", "gflops_per_image")
+    train, calls, profiles = tiny(), [], []
+    keys = ("seconds_per_image_batch_1", "seconds_per_image", "peak_memory_mb", "gflops_per_pass", "gflops_per_image")
 
-    def planted(samplers, steps, batch, train_batch):
-        calls.append((samplers, steps, batch, train_batch))
+    def planted(samplers, steps, batch):
+        calls.append((samplers, steps, batch))
         return {name: dict(zip(keys, values, strict=True)) for name, values in (
-            ("pixel", (8, 4, 0, 10, 5, 1)), ("latent", (4, 3, 0, 1, 10, 0.25)))}
+            ("pixel", (8, 4, 0, 5, 1)), ("latent", (4, 3, 0, 10, 0.25)))}
 
     unet = bonus.build_unet(train)
     model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z,
@@ -226,12 +214,12 @@ def test_savings_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(bonus, "all_costs", planted)
     monkeypatch.setattr(bonus, "write_profile", lambda *args: profiles.append(args))
     result = bonus.savings(tmp_path, model, train, setup)
-    saved = dict(zip(keys[:2] + keys[3:], (50, 25, 90, -100, 75), strict=True))
-    assert result["saved_percent"] == pytest.approx(saved) and (tmp_path / "savings.png").is_file()
-    assert list(result["pixel"].values()) == [8, 4, 0, 10, 5, 1] and result["latent"]["gflops_per_pass"] == 10
+    saved = dict(zip(keys[:2] + keys[3:], (50, 25, -100, 75), strict=True))
+    assert result["saved_percent"] == pytest.approx(saved)
+    assert list(result["pixel"].values()) == [8, 4, 0, 5, 1] and result["latent"]["gflops_per_pass"] == 10
     assert (result["device"], result["sampler_steps"], result["batch"]) == ("cpu", 9, 5)
     (samplers, *numbers), = calls
-    assert list(samplers) == ["pixel", "latent"] and numbers == [9, 5, 7]
+    assert list(samplers) == ["pixel", "latent"] and numbers == [9, 5]
     assert profiles == [(tmp_path / f"profile-{name}.txt", samplers[name], 5) for name in samplers]
     for name, shape, code in (("pixel", (6, 32, 32), (5, 8)), ("latent", (4, 8, 8), (5, 4, 8, 8))):
         sampler = samplers[name]

@@ -137,8 +137,8 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
                          ("bits_per_dim", "bits")):
         monkeypatch.setattr(fid, name, lambda *how, name=name, result=result: measured.append((name, how)) or result)
     monkeypatch.setattr(common, "draw_training", lambda folder, log: {"last": log[-1]})
-    monkeypatch.setattr(common, "count_cost", lambda model: {"parameters": 7, "gflops": 8.0})
     folder, data = tmp_path / "form1-s3", images_of(30)
+    tiny.networks = (torch.nn.Linear(3, 4), torch.nn.Linear(2, 3))  # 16 and 9 parameters
     train = {"budget": "cpu", "seed": 3, "vae_steps": 7, "unet_steps": 20, "batch": 5}
     state = {"train": train, "run_id": "a", "seconds": 12.5, "seconds_before": 30.25,
              "log": [{"step": 1}, {"step": 20}]}
@@ -147,9 +147,8 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     metrics = fid.evaluate(folder, setup, state, tiny)
     run = metrics["run"]
     expected = {"dataset": "toy", "crop": "box", "data_note": "JPEG copies", "variant": "form1", "budget": "cpu",
-                "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 7, "gflops": 8.0,
-                "train_seconds": 42.75, "torch": torch.__version__, "train": train,
-                "eval": {"count": 50}}
+                "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 25,
+                "train_seconds": 42.75, "torch": torch.__version__, "train": train, "eval": {"count": 50}}
     assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device", "commit"}
     assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)") and run["commit"]
     assert metrics["rows"] == [{"prior": "first"}, {"prior": "second"}] and metrics["schema"] == 1
@@ -399,8 +398,7 @@ def test_copies_of_a_run_that_mirrors_its_images(tmp_path, monkeypatch):
     seen, data, train = [], images_of(20), settings(unet_flip=False)
     monkeypatch.setattr(fid, "extract", lambda extractor, images: seen.append(len(images)) or (
         torch.zeros(len(images), 2), None))
-    for name in ("draw_training", "count_cost"):
-        monkeypatch.setattr(common, name, lambda *how: {})
+    monkeypatch.setattr(common, "draw_training", lambda *how: {})
     reference = SimpleNamespace(features=torch.zeros(20, 2))
     setup = planted_setup(tmp_path, train, changes={"unet_flip": True}, **vars(setup) | {
         "data": data, "test": data, "reference": reference, "extractor": SimpleNamespace(name="")})

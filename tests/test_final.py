@@ -42,7 +42,7 @@ def metrics(variant="stage1-form1", seed=0, distance=10.0, train=(), **run):
     """Metrics with a headline of 100 images, and rows of 50: one of another prior and two of other steps. The fd of
     every row differs. `train`: changed train settings, or None if the metrics shall have none."""
     facts = {"dataset": "shapes", "crop": "none", "data_note": "drawn", "variant": variant, "budget": "cpu",
-             "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6, "gflops": 0.5, "train_images": 7040,
+             "seed": seed, "features": "local-a", "n_real": 5, "parameters": 10**6,
              "train_seconds": 90.0, "device": "cpu", "commit": "c", "torch": "2", "eval": EVAL}
     if train is not None:
         facts["train"] = TRAIN | {"seed": seed} | dict(train)
@@ -73,7 +73,7 @@ def load(folder, *many):
 def measured(seed=0):
     """Metrics of a run that measured everything that a stage can measure, and each number is another one."""
     found = metrics("stage2-anneal", seed, eval=EVAL | {"count": 1000, "grid_count": 200, "sample_steps": 10})
-    found["run"] |= {"train_seconds": 6600.0, "parameters": 8, "gflops": 9}
+    found["run"] |= {"train_seconds": 6600.0, "parameters": 8}
     found["rows"] = [row("gmm", "dpm", 10, 1000, 100), row("gaussian", "dpm", 10, 200, 110),
                      row("flow", "dpm", 10, 200, 120), row("gmm", "ddim", 6, 200, 130),
                      row("gmm", "ddim", 25, 200, 140), row("gmm", "dpm", 6, 200, 150), row("gmm", "dpm", 10, 200, 160),
@@ -366,15 +366,16 @@ def test_claims(tmp_path):
     assert quality[1].startswith("-50% (95%: ") and quality[2] == "not measured"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
     assert noise[1].startswith("-50% (95%: ")
-    path = cells_of(primary, "**Latent space**: does joint training smooth it?")  # of stage 1, as stage 2 measured it
+    path = cells_of(primary, "**Latent space**: does joint training smooth it?")
     assert path[1].startswith("-25% (95%: ")
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
     assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (")
     claims = final.table_claims(everything, final.CLAIMS)
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
-    further = final.table_claims(everything, final.FURTHER_CLAIMS)
-    assert cells_of(further, "Does a fitted prior help?")[2] == "12 / 30: -60% (one run)"
+    question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
+    fitted = final.table_claims(everything, [question])
+    assert cells_of(fitted, "Fitted?")[2] == "12 / 30: -60% (one run)"
     for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
                         (claims, "without adjustment")):
         assert note in table and "budget `cpu`, 100 samples, features `local-a`" in table
@@ -566,7 +567,7 @@ def test_a_bar_in_a_cell_is_escaped():
 
 def test_the_sentence_about_the_data(tmp_path):
     """It describes a run without changed settings, if there is one, and all numbers come from the metrics."""
-    few = metrics("stage1-vae-batch=8", train={"batch": 8}, train_images=1760)
+    few = metrics("stage1-vae-batch=8", train={"batch": 8})
     results = load(tmp_path / "a", few, metrics("stage2-sum"))["shapes"]
     assert final.describe_data("shapes", results) == (
         "shapes: drawn, budget `cpu`, 100 samples, features `local-a`.")
@@ -583,7 +584,7 @@ def test_the_sentence_about_the_data(tmp_path):
 
 def test_long_tables(tmp_path):
     """All tables. Every number of every stage by its place, with one line for each; settings are none. Then the feature
-    networks and the benchmark."""
+    networks."""
     many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
     many[3]["run"]["dataset"] = "cifar10"
     everything = load(tmp_path, *many)
@@ -593,12 +594,11 @@ def test_long_tables(tmp_path):
         report = {"accuracy": value, "floor": value / 5, "noise": {"0.1": 76.5}, "note": "x"}
         (tmp_path / "features" / f"{name}.json").write_text(json.dumps(
             report if "shapes" in name else report | {"size": 64}))
-    (tmp_path / "benchmark.txt").write_text("fast\n")
     tables = final.all_tables(everything)
     text = final.long_tables(everything, tables, tmp_path)
     assert re.findall("## (.*)", text) == ["data", "variants", "overview", *final.TABLES, "questions", "claims",
                                            "further claims", "shapes, stage1", "shapes, bonus", "cifar10, stage2",
-                                           "features", "benchmark"]
+                                           "features"]
     assert text.split("## variants\n\n")[1].split("\n\n")[0].splitlines() == [
         "| variant | what it is | seeds, shapes | seeds, cifar10 |", "| --- | --- | --- | --- |", *(
             f"| `{variant}` | {final.VARIANTS[variant]} | {seeds} |" for variant, seeds in
@@ -615,7 +615,7 @@ def test_long_tables(tmp_path):
                  "| steps/dpm 5/fd | 20 [19, 21] (50) | 21.5 ± 2.1 (50) |",
                  "| priors/gaussian/hf_energy | 37 [36, 38] (50) | 41.5 ± 6.4 (50) |",
                  "| robustness/scores/noise 0.1/fd | 11 [10, 12] (50) | 12.7 ± 2.3 (50) |",
-                 "| run/train_minutes | 1.5 | 1.5 |", "| run/gflops | 0.5 | 0.5 |"):
+                 "| run/train_minutes | 1.5 | 1.5 |"):
         assert stage1.count(f"\n{line}\n") == 1
     lines = stage2.split("| --- |")[1].splitlines()
     places = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
@@ -627,11 +627,10 @@ def test_long_tables(tmp_path):
     assert final.describe_data("cifar10", everything["cifar10"]) in stage2
     assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2
     assert "times: first seed (seconds: for one image)" in stage2
-    features = text.split("## features\n")[1].split("\n## ")[0].strip().splitlines()
+    features = text.split("## features\n")[1].strip().splitlines()
     assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
                         "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
                         "| size | 64 |  |"]
-    assert text.endswith("## benchmark\n\n```\nfast\n```\n")
     assert "| Does `fade` help? | fd: stage3-flow-fade / stage3-flow-fixed | not measured | not measured |" in text
 
 

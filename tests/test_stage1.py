@@ -230,7 +230,7 @@ def test_guided_prediction():
 
 def test_a_guided_checkpoint_contains_its_guide(trained):
     """Weights, log and guidance of the guide, the seconds of both trainings, a run_id that changes with either. The
-    rest is form1's, and so the seconds of the VAE count once. Its cost counts both networks."""
+    rest is form1's, and so the seconds of the VAE count once. Its model counts both U-Nets."""
     form1, guide = trained["form1"] | {"seconds": 5.0}, trained["form2"] | {"seconds": 2.0}
     guide |= {"train": guide["train"] | {"guidance": 0.3}}
     state = stage1.with_guide(form1, guide)
@@ -238,10 +238,8 @@ def test_a_guided_checkpoint_contains_its_guide(trained):
     assert state["seconds"] == 7 and state["seconds_before"] == trained["vae"]["seconds"] > 0
     assert form1["run_id"] != guide["run_id"] and state["run_id"] == f"{form1['run_id']}+{guide['run_id']}"
     assert all(state[key] is form1[key] for key in form1.keys() - {"log", "seconds", "run_id", "train"})
-    vae, plain, guided = (common.count_cost(stage1.load_model(trained[name], name, CPU))
-                          for name in ("vae", "form1", "guided"))
-    for key in ("parameters", "gflops"):
-        assert guided[key] - plain[key] == pytest.approx(plain[key] - vae[key]) and plain[key] > vae[key] > 0
+    for name, networks in (("vae", 1), ("form1", 2), ("guided", 3)):
+        assert len(stage1.load_model(trained[name], name, CPU).networks) == networks
 
 
 def test_augmentation_is_for_training_alone(trained, tmp_path, monkeypatch):

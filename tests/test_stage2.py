@@ -290,8 +290,7 @@ def test_model_of_a_checkpoint(tmp_path):
     (x, x_hat), t, z = torch.randn(2, 3, 3, 32, 32), torch.tensor([1, 100, 300]), torch.randn(3, 8)
     assert torch.equal(ours.denoiser_for(x_hat, None, None)(x, t), theirs.denoiser_for(x_hat, None, None)(x, t))
     assert torch.equal(ours.vae.decoder(z), theirs.vae.decoder(z))
-    assert ours.diffusion.start == 300 and ours.shape == theirs.shape and common.count_cost(ours) == common.count_cost(
-        theirs)
+    assert ours.diffusion.start == 300 and ours.shape == theirs.shape and len(ours.networks) == len(theirs.networks)
     for name, prior in theirs.priors.items():
         assert torch.equal(ours.priors[name].log_prob(z), prior.log_prob(z))
 
