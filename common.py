@@ -75,9 +75,9 @@ def to_uint8(x):
 # ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Posterior(NamedTuple):
-    """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Sampling goes from x_t to the less
-    noisy x_next, which is next in sampling and has the earlier time. Two choices of the variance are in use (DDPM,
-    section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
+    """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Sampling runs backwards in time:
+    x_next is the image after a step of sampling, with less noise than x_t. Two choices of the variance are in use
+    (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
     "fixedlarge") is the variance of the noise that the forward process adds on its way from x_next to x_t."""
 
     x0_factor: float
@@ -423,8 +423,9 @@ class UNet(nn.Module):
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
     from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
-    up than on the way down, which takes the map that entered the level. Most levels of our small networks save this
-    block, and leave that map unused. `attention` lists the resolutions that have self-attention; the middle of the
+    up than on the way down, which takes the map that entered the level: (32, 128, 2, 3) puts three maps on the stack
+    and takes three. Most levels of our small networks save this block, and leave that map unused: (32, 32, 1, 1) puts
+    two on it and takes one. `attention` lists the resolutions that have self-attention; the middle of the
     network always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
@@ -1016,7 +1017,7 @@ TRAIN = {
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
     "dropout": 0.0, "heads": 1,  # of the U-Net
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
-    "guidance": 0.5,  # the share of (refiner - guide) that `guided` adds to the refiner's prediction; see stage 1
+    "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the refiner's prediction; see stage 1
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
@@ -1648,7 +1649,7 @@ class Training:
         loss.mean().backward()
         for network in self.networks.values():
             average_over_processes([p.grad for p in network.parameters()])
-        if self.trial is not None:
+        if self.trial is not None:  # a trial of bfloat16 (try_reduced_precision): keep the gradients, change nothing
             gradients = []
             for network in self.networks.values():
                 gradients += [p.grad.clone() for p in network.parameters()]

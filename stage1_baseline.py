@@ -2,11 +2,12 @@
 
 The claim: a VAE draws an image in one pass from a compact code, but the image is blurred. A diffusion model draws sharp
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
-model decides *how it looks*. (Below, names in `quotes` are settings, or variants that --variant chooses.)
+model decides *how it looks*. (Below, a name in
+backticks is a setting, a score, or a variant that --variant chooses.)
 
-    1. The VAE        It is trained to reconstruct x from its code z:
-                          z ~ q(z|x),   x_hat = Dec(z),   loss = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I))
-                      As published, beta is 1. Our own budgets have 0.04 (shapes) or 0.25. With a smaller beta the code
+    1. The VAE        It is trained to reconstruct an image x0 from its code z:
+                          z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
+                      As published, beta is 1. We train with 0.04 (shapes) or 0.25. With a smaller beta the code
                       holds more of the image, and it becomes harder to model how codes are distributed (see 3).
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
@@ -17,10 +18,10 @@ model decides *how it looks*. (Below, names in `quotes` are settings, or variant
                       mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
-       Formulation 2  In the paper every noisy image is shifted by x_hat: y_t = x_t + x_hat. So sampling begins with
-                      eps + x_hat in place of eps. The target is the same. If x_hat is subtracted from every y_t, the
-                      plain process remains. So we run the plain process here, too, and only the U-Net's input differs:
-                      it is x_t + x_hat and x_hat, concatenated.
+       Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat. We
+                      keep x_t, and add x_hat only where the U-Net is shown the noisy image: its input is x_t + x_hat
+                      and x_hat, concatenated. That comes to the same, since x_hat is known. Target and sampling are
+                      those of Formulation 1.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -31,10 +32,10 @@ model decides *how it looks*. (Below, names in `quotes` are settings, or variant
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
                       In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. x_start differs from
                       that by sqrt(abar) (x_hat - x0), which the noise has to hide. As a rule of thumb, sqrt(1 - abar)
-                      should be at least six times the standard deviation of this difference, taken over all pixel
-                      values. (If it is not, fid.check_start prints a warning.) Only the times 1..start are trained. So
-                      no training is spent on times that sampling never visits, and fewer sampling steps are enough. A
-                      better VAE allows a smaller `start`.
+                      should be at least six times the standard deviation of sqrt(abar) (x_hat - x0), taken over all
+                      pixel values. (If it is less, fid.check_start prints a warning.) Only the times 1..start are
+                      trained. So no training is spent on times that sampling never visits, and fewer sampling steps
+                      are enough. A better VAE allows a smaller `start`.
 
     5. Guidance       Train a second U-Net of the same size for a tenth of the steps: the guide. The idea is that it
                       makes the same errors as the refiner, but larger ones. Then the difference of their predictions
@@ -45,7 +46,8 @@ model decides *how it looks*. (Below, names in `quotes` are settings, or variant
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
                       the noise is no input of the U-Net). It is a control for stage 2, where the refiner learns beside
-                      a VAE that is still learning, and so sees bad x_hat, too.
+                      a VAE that is still learning, and so sees bad x_hat, too. What `augmented` achieves as well is not
+                      due to the gradient that the VAE gets there.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -70,8 +72,8 @@ import torch
 import common
 import fid
 
-# The variants, in the order in which they are run. With each stands how many channels the input of its U-Net has: 3 of
-# x_t and, if the U-Net also sees x_hat, 3 of that. `vae` has no U-Net.
+# The variants, in the order in which they are run, and the number of input channels of their U-Nets: 3 for x_t, and 3
+# more if the U-Net also sees x_hat. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
 # `augmented` adds noise to x_hat with an sd between 0 and this. Evaluation, too, tests noise up to 0.4 (fid.NOISE).
 AUGMENTATION = 0.4
@@ -110,11 +112,12 @@ def denoiser(unet, x_hat, variant):
     return denoise
 
 
-def guide_away(refiner, guide, guidance):
+def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
-    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t each of eps and
-    v is a constant plus a constant times x0, and the weights 1 + guidance and -guidance add up to 1."""
+    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same. With x_t = a x0 + sigma eps,
+    eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma: both are a constant plus a constant times x0. The weights
+    1 + guidance and -guidance add up to 1, so the constant stays and x0 is guided."""
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -196,7 +199,7 @@ def load_model(state, variant, device):
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.networks += (guide,)
         model.evaluations = 2
-        model.denoiser_for = lambda x_hat, z, clean: guide_away(
+        model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
     common.choose_precision(model)  # bfloat16 where the device has it and the outputs agree with those of float32
     return model
@@ -206,7 +209,7 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # form1 is trained without a guide, so --set guidance=... does not reach its settings (see main), but the guide's.
+    # The settings of form1 ignore `--set guidance=...` (see main). So the value is taken from those of the guide.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -217,14 +220,14 @@ def with_guide(form1, guide):
 def draw_pretrained(args, evaluation, device):
     """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. To keep
     their files small, the encoder is left out, and matrices are stored in half precision."""
-    weights = []
+    checkpoints = []
     for name in ("form1", "guide"):
         # The file NAME-<hash>.pt, whose name holds the hash of its contents. `what` and `advice` are the two parts of
         # the message if it is missing or damaged.
-        weights.append(common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
+        checkpoints.append(common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
                                           what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
                                           advice="take another --dataset, or train: leave --pretrained out"))
-    state = with_guide(*weights)
+    state = with_guide(*checkpoints)
     # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
@@ -260,7 +263,7 @@ def read_flags(argv):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")
-        args.variant, args.budget = ["guided"], "cpu"  # a budget is a set of settings, here for the sampling
+        args.variant, args.budget = ["guided"], "cpu"  # the settings for which these weights were trained
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
         chosen.add("form1")  # whose predictions are moved away from those of the guide
@@ -272,7 +275,7 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # what --set changes; read_settings keeps it apart from `train`
+        train |= args.changes  # of --set; they are kept apart, since a run takes only those on which it depends (below)
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -286,10 +289,12 @@ def main(argv=None):
 
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
-        # Every run has a folder and settings of its own: `train` with the changes of --set, which become part of the
-        # folder's name. `ignored` are the settings on which the run does not depend. For the VAE these are the U-Net's.
+        # A run's settings are `train` with the changes of --set, and its folder is named after these changes. Changes
+        # of `ignored` settings are left out of both. The VAE does not depend on the U-Net's settings, so runs with
+        # another U-Net find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
-        # finished_state returns None if the run has to be trained.
+        # finished_state returns None if the run has to be trained, or (with --resume) trained further: a Training finds
+        # the unfinished checkpoint in the folder by itself.
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided

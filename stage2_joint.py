@@ -6,12 +6,12 @@ samples become better, and the latent space smoother?
 
 The loss has two terms.
 
-    ELBO term       E = SSE(x, x_hat) + beta KL(q(z|x) || N(0, I)), exactly as in stage 1
-    diffusion term  D * M. M is the U-Net's squared error at x_t, averaged over the pixel values and divided by its
-                    running mean at this noise level (common.Training.even_levels). The running mean counts as a
-                    constant when gradients are computed. So M still teaches, though its value stays near 1. D is the
-                    number of pixel values. It gives D M the size of a sum over pixel values, as SSE is one. (The
-                    `paper` budget does not divide; there M is the plain error.)
+    VAE term        E = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I)), exactly as in stage 1
+    diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
+                    pixel values and divided by its running mean at this noise level (common.Training.even_levels). So
+                    M stays near 1, but its gradient does not vanish, since the running mean counts as a constant.
+                    Multiplied by D, it has the size of a sum over pixel values, as SSE is one. (The `paper` budget does
+                    not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
@@ -19,22 +19,23 @@ The loss has two terms.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
-                    a is 0 where a = log E, that by b where b = log(D M). So each term is divided by its own size. Where
-                    M stays near 1, b stays near log D, and what is learned is a. In place of lambda stands the weight
-                    of the diffusion term relative to that of E: exp(-b) / exp(-a) = exp(a - b), which comes to about
-                    E / D.
+                    a is 0 where a = log E, that by b where b = log(D M). So a tends to log E, and b to log(D M), which
+                    is log D where M is near 1. The ratio of the two weights, exp(a - b), plays the part of lambda. It
+                    tends to E / D.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
-                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). If the process begins
-                    before T, the latter contains KL(q(x_start | x) || p(x_start | x_hat)), which is 0.5 SSE(x, x_hat)
-                    at start = 400. On shapes the VAE collapses: the code stays empty, and images are useless.
+                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of the
+                    latter compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At start = 400 this
+                    is 0.5 SSE(x0, x_hat). On shapes the VAE collapses: the code stays empty, and images are useless.
 
-How one backward pass serves both networks. The VAE should follow the gradient of E + lambda D M. The U-Net should
-follow that of M alone, so that it learns as in stage 1, whatever lambda is. So we
-    1. compute the gradient of E + M. This is right for the U-Net, since E does not depend on it.
-    2. multiply M's gradient by lambda D where it passes from the U-Net back into x_hat (scale_gradient). This is the
-       only way from M to the VAE, so the VAE gets the gradient of E + lambda D M.
-Under `kendall`, exp(-a) and exp(-b) take the places of 1 and lambda. Under `bound`, the KL of z takes the place of E, M
-is the bound given x_hat, divided by D, and lambda is 1.
+How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
+U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M. The U-Net gets
+the gradient of M, which is right. M reaches the VAE only through x_hat. Where M's gradient leaves the U-Net and enters
+x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
+
+    loss            E             its weight    M                           lambda
+    sum, anneal     as above      1             as above                    fixed, or rising
+    kendall         as above      exp(-a)       as above                    exp(-b)
+    bound           the KL of z   1             the bound given x_hat / D   1
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
@@ -42,7 +43,7 @@ is not finished yet.
 
 What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
-The log shows both:
+The log shows both, and lambda:
 
     kl_nats, active_units       how much information is in z
     weight                      lambda
@@ -55,11 +56,11 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
 Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
-        `interpolation.png`, with that of stage 1 beside it. Then some minutes for measurements on the side: of the
-        latent space, and of how the samples depend on the number of components of the mixture that codes are drawn
-        from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and the KL is
-        more than twice as large. The Frechet distance is about the same, and paths through the latent space are not
-        straighter.
+        `interpolation.png`. (Stage 1's form1 gets one, too, if it is there.) Then some minutes for measurements on the
+        side: of the latent space, and of how the samples depend on the number of components of the mixture that codes
+        are drawn from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and
+        the KL is more than twice as large. The Frechet distance is about the same, and paths through the latent space
+        are not straighter.
 """
 
 import argparse
@@ -105,32 +106,30 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (This also
-    makes the VAE's gradient small, so that the limit `vae_clip`, which is meant for a sum over pixel values, has no
-    effect.)"""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (So the
+    limit of the VAE's gradient, `vae_clip`, never acts here: it is meant for a loss that is a sum over pixel values.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
         self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))  # D is the number of pixel values
 
-    def forward(self, elbo, diffusion_term):
+    def forward(self, vae_term, diffusion_term):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,)."""
         a, b = self.a_and_b
-        return (-a).exp() * elbo + a + (-b).exp() * diffusion_term + b
+        return (-a).exp() * vae_term + a + (-b).exp() * diffusion_term + b
 
 
 def loss_weights(train, step, balance):
-    """The factors of E and of the diffusion term in the loss that the VAE follows: two numbers or scalar tensors.
-    (Under `bound`, those of the KL of z and of the bound given x_hat.)"""
+    """The weight of E and lambda, by the table above: two numbers or scalar tensors."""
     if train["loss"] == "kendall":
-        elbo_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
+        vae_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
-        elbo_weight, diffusion_weight = 1.0, 1.0
+        vae_weight, diffusion_weight = 1.0, 1.0
     else:
-        elbo_weight, diffusion_weight = 1.0, lambda_at(train, step)
+        vae_weight, diffusion_weight = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
         diffusion_weight = 0.0
-    return elbo_weight, diffusion_weight
+    return vae_weight, diffusion_weight
 
 
 def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
@@ -140,7 +139,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step) and, for t = 1, the
     nats of the pixels given x_1 (common.data_nats). The terms over t are largest at small t, so these times are drawn
     more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,). (The power 4 was found by
-    trying.) This t is at most k if u is at most (k / start)^(1/4). So its probability is
+    trying.) The probability that t is at most k is that of u^4 <= k / start, which is (k / start)^(1/4). So
     P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4), and a term is divided by that of its time."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
@@ -148,8 +147,9 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     t = t.to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
+    # kl_step is defined from t = 2 on. Images with t = 1 get another term, below.
     nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,)
-    first = t == 1  # these images get another term
+    first = t == 1
     if first.any():
         nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
     # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). With the pixel values in
@@ -179,7 +179,7 @@ def watch_training(vae, unet, diffusion, images):
 
 def train_joint(folder, train, data, device, vae_state=None):
     """Train VAE and refiner together, the VAE from scratch or from the checkpoint `vae_state` of stage 1. Returns the
-    finished checkpoint, which has the parts of that of stage 1's refiner (and `balance`, under `kendall`).
+    finished checkpoint, with the same entries as that of stage 1's form1 (and `balance`, under `kendall`).
     (tests/test_stage2.py: test_one_backward_pass_is_two)"""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
@@ -202,21 +202,20 @@ def train_joint(folder, train, data, device, vae_state=None):
         u = training.uniform()  # (B,), for the training times
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
         with training.autocast():
-            # The part of the loss that does not depend on the U-Net: E or, under `bound`, the KL of z.
+            # E: the part of the loss that does not depend on the U-Net.
             mu, logvar = vae.encoder(x0)
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            elbo_term = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            vae_term = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
-            elbo_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
+            vae_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
             shown = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values)
 
-            # The part that the U-Net learns from, and through `shown` the VAE: M or, under `bound`, the bound given
-            # x_hat, divided by D.
+            # M: what the U-Net learns from and, through `shown`, the VAE.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
                 logged = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per pixel value
@@ -225,12 +224,13 @@ def train_joint(folder, train, data, device, vae_state=None):
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the plain squared error
                 unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
+            vae_loss = vae_term  # (B,)
             if train["loss"] == "kendall":
-                # exp(-a) E trains the VAE and a. exp(-b) D M has to train b alone, so M is detached here: the networks
-                # get its gradient from unet_loss, below.
-                elbo_term = balance(elbo_term, pixel_values * unet_loss.detach())  # (B,)
-        weight = diffusion_weight / elbo_weight  # lambda, which `kendall` learns as exp(a - b)
-        training.step(elbo_term + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight},
+                # exp(-a) E + a + exp(-b) D M + b. The last part has to train b alone, so M is detached here. The
+                # networks get its gradient from unet_loss, below.
+                vae_loss = balance(vae_term, pixel_values * unet_loss.detach())
+        weight = diffusion_weight / vae_weight  # for the log: lambda or, under `kendall`, exp(a - b)
+        training.step(vae_loss + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(vae_state["seconds"] if vae_state else 0.0,
@@ -285,8 +285,7 @@ def linear_probe(train_x, train_y, test_x, test_y):
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
-        posterior   the Frechet distance of images that are made from these codes (reconstructions), in place of a
-                    prior's
+        posterior   the Frechet distance of images that are made from these codes, not from codes of a prior
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
         probe       how well a linear function of the code tells the image's class and, of shapes, its factors
     The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
@@ -298,11 +297,10 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
 
     def decode_and_refine(z, first=0):
-        """Codes (N, d), the number of the first one -> the VAE's images and the refined ones, uint8. Beside the run's
-        seed, the noise depends on that number alone."""
+        """Codes (N, d) -> the VAE's images and the refined ones, uint8. `first` is the number of the first code: each
+        part of a hundred codes has another noise. All points of a path have the same."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
-        # The same noise for all points of a path, another one for each part of a hundred codes.
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -359,7 +357,8 @@ def read_flags(argv):
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
-        # With this flag no weight has an effect (but for the scale of E under `kendall`), so they keep their defaults.
+        # The diffusion term does not train the VAE then, so all weights would make the same run. (Under `kendall` the
+        # scale of E would differ.) So that this run has one name, only the default is allowed.
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
@@ -415,7 +414,7 @@ def main(argv=None):
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         if (vae_folder / "checkpoint.pt").is_file():
-            # With resume=True an unfinished VAE gives None. (Otherwise it would be an error to find one.)
+            # resume=True: an unfinished VAE gives None, and then the message below
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:
             common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "

@@ -212,7 +212,7 @@ def test_a_checkpoint_alone_rebuilds_its_model(variant, trained, monkeypatch):
         expected = stage1.denoiser(unet, x_hat, variant)
         if variant == "guided":
             assert same(dict(networks[-1].state_dict()), state["guide"]) and not same(state["guide"], state["unet"])
-            expected = stage1.guide_away(expected, stage1.denoiser(networks[-1], x_hat, variant), 0.5)
+            expected = stage1.guided_denoiser(expected, stage1.denoiser(networks[-1], x_hat, variant), 0.5)
         assert torch.equal(model.denoiser_for(x_hat, None, None)(x, t), expected(x, t))
 
 
@@ -224,7 +224,7 @@ def test_guided_prediction():
     def predicts(number):
         return lambda xt, t: calls.append((number, xt, t)) or torch.full_like(xt, number)
 
-    assert torch.equal(stage1.guide_away(predicts(5.0), predicts(1.0), 0.75)(x, t), x + 5 + 0.75 * 4)
+    assert torch.equal(stage1.guided_denoiser(predicts(5.0), predicts(1.0), 0.75)(x, t), x + 5 + 0.75 * 4)
     assert calls == [(5.0, x, t), (1.0, x, t)]
 
 
