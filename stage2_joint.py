@@ -107,7 +107,7 @@ def lambda_at(train, step):
 
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (So the
-    limit of the VAE's gradient, `vae_clip`, never acts here: it is meant for a loss that is a sum over pixel values.)"""
+    limit of the VAE's gradient, `vae_clip`, never acts here: it is meant for a sum over pixel values.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
