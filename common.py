@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from scipy.cluster.vq import kmeans2
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -539,17 +540,27 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, subset=10_000):
-        """The mixture fitted to codes z (N, d). At first its means are random codes, and every covariance is the one of
-        all codes together. Then come `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
-        each component if that is more), and two rounds on all codes."""
+        """The mixture fitted to codes z (N, d). A first mixture is improved by `rounds` of EM on a part of the codes,
+        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes.
+
+        The first mixture has the cluster means of k-means, and one covariance, that of the codes about the mean of
+        their cluster. A few rounds from random codes instead end in a worse mixture: on faces its samples, refined,
+        have a fifth more fd. But k-means of the thousands of components that a `tied` mixture may have would take
+        minutes. So there the first means are random codes, and the first covariance is that of all codes."""
         centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
         # In random order, since the first ones are used below, and image files may be sorted by class.
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
-        means = z[:components]
+        part = z[: max(subset, 20 * components)]
+        if tied:
+            means, errors = z[:components], z
+        else:
+            means, cluster = kmeans2(part.numpy(), components, minit="++", rng=seed)
+            means = torch.from_numpy(means)
+            errors = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
-        mixture = cls(weights, means, torch.linalg.cholesky(z.T.cov() + cls.ridge(z))[None])
+        mixture = cls(weights, means, torch.linalg.cholesky(errors.T.cov() + cls.ridge(z))[None])
         for _ in range(rounds):
-            mixture = mixture.em_round(z[: max(subset, 20 * components)], tied)
+            mixture = mixture.em_round(part, tied)
         for _ in range(2):
             mixture = mixture.em_round(z, tied)
         mixture.means += centre.cpu()
