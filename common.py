@@ -545,7 +545,7 @@ class GaussianMixture:
 
         The first mixture has the cluster means of k-means, and one covariance, that of the codes about the mean of
         their cluster. (From random codes, so few rounds end in a worse mixture: on faces the fd of refined samples was
-        a third higher.) But k-means of the thousands of components that a `tied` mixture may have would take minutes.
+        clearly higher.) But k-means of the thousands of components that a `tied` mixture may have would take minutes.
         So there the first means are random codes, and the first covariance is that of all codes."""
         centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
         # In random order, since the first ones are used below, and image files may be sorted by class.
