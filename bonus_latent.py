@@ -9,18 +9,20 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
                   scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    frozen        The autoencoder is trained first, and the diffusion loss does not train it. The target of that loss
-                  depends on the encoder, which could make the loss small by making the latent small.
+    frozen        The autoencoder is trained first, and the diffusion loss does not train it. That loss is measured on
+                  the encoder's own output, so an encoder trained by it could lower it without learning anything: by
+                  making the latent small.
 
 Run     python bonus_latent.py                        shapes, on a laptop
-        python bonus_latent.py --dataset celeba64     all that a GPU user types
+        python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
 Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
-        latent diffusion can hardly surpass, are in metrics.json under `ceiling`.
+        latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
         The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
         FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
         from torch.profiler.
-        On shapes latent diffusion takes less than half the seconds if images are sampled in batches, but more if they
-        are sampled one by one. Its Frechet distance is seven times as high: it has to draw everything from noise.
+        On shapes latent diffusion takes less than half the seconds of stage 1's refiner if images are sampled in
+        batches, and more seconds than it if they are sampled one by one. Its Frechet distance is seven times that of
+        stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
 """
 
 import argparse
@@ -36,7 +38,8 @@ import common
 import fid
 from common import to_float, to_uint8
 
-CHANNELS, FACTOR = 4, 4  # of the latent; by how much it is smaller than the image, in each direction
+CHANNELS = 4  # of the latent
+FACTOR = 4  # by how much the latent is smaller than the image, in each direction
 BETA = 0.01  # the autoencoder's weight of the KL: small, so that it only keeps the latent from spreading out
 # The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
 # how many times smaller the level is than the latent, its width, its blocks on the way down, its blocks on the way up.
@@ -104,7 +107,8 @@ def encode_all(autoencoder, images, device, batch=500):
 
 
 def train_autoencoder(folder, train, data, device):
-    """Train the autoencoder and measure the scale of its latent. Returns the finished checkpoint."""
+    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE (`vae_steps` and so
+    on; see main). Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -137,13 +141,14 @@ def train_latent(folder, train, ae_state, data, device):
     for mu_and_sd in training:  # (B, 8, h, w)
         mu, sd = mu_and_sd.chunk(2, 1)
         z = mu + sd * training.normal(*latent_shape(train))  # (B, 4, h, w), drawn anew in every step
-        z = ((z - scale["mean"]) / scale["sd"]).contiguous(memory_format=torch.channels_last)
+        scaled = ((z - scale["mean"]) / scale["sd"]).contiguous(memory_format=torch.channels_last)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..T
         eps = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
-            loss = diffusion.simple_loss(unet, z, t, eps)  # (B,)
+            loss = diffusion.simple_loss(unet, scaled, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
-    return training.finish(ae_state["seconds"], autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
+    return training.finish(seconds_before=ae_state["seconds"],
+                           autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ def load_model(state, device):
     model = common.Model("latent", device, shape=latent_shape(train),
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
                          denoiser_for=lambda x_hat, z, clean: unet,  # nothing conditions it
-                         decode=lambda z: autoencoder.decode(z * scale["sd"] + scale["mean"]))
+                         decode=lambda scaled: autoencoder.decode(scaled * scale["sd"] + scale["mean"]))
     common.choose_precision(model)
     return model
 
@@ -222,8 +227,9 @@ def all_costs(probes, steps, batch):
     device = probes["pixel"].device
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
-        one_pass = common.time_in_turn({k: partial(probe.evaluate_unet, n) for k, probe in probes.items()}, device)
-        decoding = common.time_in_turn({k: partial(probe.decode_codes, n) for k, probe in probes.items()}, device)
+        passes = {name: partial(probe.evaluate_unet, n) for name, probe in probes.items()}
+        decodings = {name: partial(probe.decode_codes, n) for name, probe in probes.items()}
+        one_pass, decoding = common.time_in_turn(passes, device), common.time_in_turn(decodings, device)
         for name in probes:
             costs[name][key] = (steps * one_pass[name] + decoding[name]) / n
     for name, probe in probes.items():
@@ -305,7 +311,7 @@ def main(argv=None):
     model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
     metrics = fid.evaluate(folder, setup, state, model)
     tables = metrics["tables"]
-    if "savings" not in tables:
+    if "savings" not in tables:  # they are there if this run was measured before
         tables["ceiling"] = ceiling(folder, model, setup)
         tables["savings"] = savings(folder, model, settings, setup)
         common.write_json(folder / "metrics.json", metrics)

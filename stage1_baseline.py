@@ -2,26 +2,30 @@
 
 The claim: a VAE draws an image in one pass from a compact code, but the image is blurred. A diffusion model draws sharp
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
-model decides *how it looks*. (Below, a name in
-backticks is a setting, a score, or a variant that --variant chooses.)
+model decides *how it looks*.
+
+Names in backticks are settings, scores, or variants that --variant chooses.
 
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
-                      As published, beta is 1. We train with 0.04 (shapes) or 0.25. With a smaller beta the code
-                      holds more of the image, and it becomes harder to model how codes are distributed (see 3).
+                      As published, beta is 1. We train with 0.04 on shapes and 0.25 on real images (common.budget).
+                      With a smaller beta the code holds more of the image, and it becomes harder to model how codes
+                      are distributed (see 3).
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
                       The target is eps as published. Our own budgets use v (common.Diffusion). They also let all
-                      noise levels count alike, since the plain MSE is largest at the lowest levels, where only grain
-                      is decided: the times are divided into 20 levels, and an image's loss is divided by the running
-                      mean of the losses at its level (Training.even_levels).
+                      noise levels count alike. The plain MSE is largest at the lowest levels, where the noise can
+                      hardly be told from fine texture, and where only grain is decided. So the times are divided into
+                      20 levels, and an image's loss is divided by the running mean of the losses at its level
+                      (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
        Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat. We
                       keep x_t, and add x_hat only where the U-Net is shown the noisy image: its input is x_t + x_hat
-                      and x_hat, concatenated. That comes to the same, since x_hat is known. Target and sampling are
-                      those of Formulation 1.
+                      and x_hat, concatenated. This is the paper's process, since x_hat is known and can be subtracted
+                      again. Target and sampling are those of Formulation 1. So the two differ only in what the U-Net's
+                      first convolution is given; we compare them because the paper does.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -45,9 +49,10 @@ backticks is a setting, a score, or a variant that --variant chooses.)
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). It is a control for stage 2, where the refiner learns beside
-                      a VAE that is still learning, and so sees bad x_hat, too. What `augmented` achieves as well is not
-                      due to the gradient that the VAE gets there.
+                      the noise is no input of the U-Net). It is a control for stage 2, where VAE and refiner learn
+                      together. If that is better than `form1`, there are two possible reasons: the VAE gets the
+                      refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning. In
+                      `augmented` there is only the second. So a gain that it shares is not due to the gradient.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -59,8 +64,8 @@ Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16
         The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png the images of the VAE are above and the
         refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
         real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
-        clearer outlines and stripes. `fd_local` is a distance to the real images, measured in the features of a small
-        network: it is a quarter to a third lower after refinement.
+        clearer outlines and stripes. `fd_local` is the Frechet distance to the real images, in the features of a small
+        network that was trained locally, here: it is a quarter to a third lower after refinement.
 """
 
 import argparse
@@ -116,8 +121,8 @@ def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
     w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same. With x_t = a x0 + sigma eps,
-    eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma: both are a constant plus a constant times x0. The weights
-    1 + guidance and -guidance add up to 1, so the constant stays and x0 is guided."""
+    eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma. So at a given x_t both are c + k x0, with the same c and k
+    for both networks. The weights 1 + guidance and -guidance add up to 1, so the result is c + k (guided x0)."""
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -198,7 +203,7 @@ def load_model(state, variant, device):
     if variant == "guided":  # a denoiser_for that takes the place of the one above
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.networks += (guide,)
-        model.evaluations = 2
+        model.evaluations = 2  # of a network, in every step of sampling
         model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
     common.choose_precision(model)  # bfloat16 where the device has it and the outputs agree with those of float32
@@ -209,10 +214,11 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # The settings of form1 ignore `--set guidance=...` (see main). So the value is taken from those of the guide.
+    # form1 does not depend on `guidance`, so its checkpoint may hold another value than --set gave. The guide has that.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
+    # Scores are kept with the run_id of the weights. So they are measured again if either network was trained again.
     state["run_id"] = f"{form1['run_id']}+{guide['run_id']}"
     return state
 
@@ -238,7 +244,7 @@ def draw_pretrained(args, evaluation, device):
     x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
-    if args.export:  # --export N
+    if args.export:  # write images as PNG files
         common.export(args, folder, model, evaluation)
 
 
@@ -263,7 +269,7 @@ def read_flags(argv):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")
-        args.variant, args.budget = ["guided"], "cpu"  # the settings for which these weights were trained
+        args.variant, args.budget = ["guided"], "cpu"  # the only weights that there are, and their settings
     chosen = set(args.variant or ["vae", "form1"])
     if "guided" in chosen:
         chosen.add("form1")  # whose predictions are moved away from those of the guide
@@ -275,7 +281,8 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        train |= args.changes  # of --set; they are kept apart, since a run takes only those on which it depends (below)
+        # The changes of --set are not in `train` yet: each run below takes those on which it depends. Here, show all.
+        train |= args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -293,8 +300,8 @@ def main(argv=None):
         # of `ignored` settings are left out of both. The VAE does not depend on the U-Net's settings, so runs with
         # another U-Net find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
-        # finished_state returns None if the run has to be trained, or (with --resume) trained further: a Training finds
-        # the unfinished checkpoint in the folder by itself.
+        # finished_state returns None if the run has to be trained. An unfinished run is an error without --resume. With
+        # it, the answer is None as well: the Training finds the unfinished checkpoint in the folder and goes on.
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided
