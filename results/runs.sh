@@ -33,6 +33,9 @@ fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 2 ]; then
     run stage2_joint.py --diffusion-weight 0.003
 fi
+if [ "$dataset" = celeba64 ] && [ "$seed" = 0 ]; then
+    run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
+fi
 if [ "$dataset" = celeba64 ] && [ "$seed" -lt 2 ]; then
     run stage1_baseline.py --variant form1 --set even_levels=false
     run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000
