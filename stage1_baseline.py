@@ -16,7 +16,7 @@ Names in backticks are settings, scores, or variants that --variant chooses.
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
                       The target is eps as published. Our own budgets use v (common.Diffusion). They also let all
                       noise levels count alike. The plain MSE is largest at the lowest levels, where the noise can
-                      hardly be told from fine texture, and where only grain is decided. So the times are divided into
+                      hardly be seen beside fine texture, and where only grain is decided. So the times are divided into
                       20 levels, and an image's loss is divided by the running mean of the losses at its level
                       (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
