@@ -426,8 +426,8 @@ class UNet(nn.Module):
     from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
     up than on the way down, which takes the map that entered the level: (32, 128, 2, 3) puts three maps on the stack
     and takes three. Most levels of our small networks save this block, and leave that map unused: (32, 32, 1, 1) puts
-    two on it and takes one. `attention` lists the resolutions that have self-attention; the middle of the
-    network always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    two on it and takes one. `attention` lists the resolutions that have self-attention; the middle of the network
+    always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
@@ -554,7 +554,7 @@ class GaussianMixture:
         if tied:
             means, errors = z[:components], z
         else:
-            means, cluster = kmeans2(part.numpy(), components, minit="++", rng=seed)
+            means, cluster = kmeans2(part.numpy(), min(components, len(part)), minit="++", rng=seed)
             means = torch.from_numpy(means)
             errors = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
@@ -709,6 +709,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
 
     Every batch has a generator of its own. So, at the same `batch`, image k is made from the same z and noise whatever
     the sampler, the steps and the count.
+
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
     before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
     batches between them."""

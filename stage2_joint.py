@@ -32,8 +32,8 @@ U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So w
 the gradient of M, which is right. M reaches the VAE only through x_hat. Where M's gradient leaves the U-Net and enters
 x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
 
-    loss            E             its weight    M                           lambda
-    sum, anneal     as above      1             as above                    fixed, or rising
+    loss            E             its weight    M                           weight of D M
+    sum, anneal     as above      1             as above                    lambda: fixed, or rising
     kendall         as above      exp(-a)       as above                    exp(-b)
     bound           the KL of z   1             the bound given x_hat / D   1
 
@@ -41,7 +41,7 @@ x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
 is not finished yet.
 
-What can go wrong: the refiner profits from any information about x in x_hat. So the encoder may be pushed to put x's
+What can go wrong: the refiner profits from any information about x0 in x_hat. So the encoder may be pushed to put x0's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
 The log shows both, and lambda:
 
@@ -120,7 +120,7 @@ class Balance(nn.Module):
 
 
 def loss_weights(train, step, balance):
-    """The weight of E and lambda, by the table above: two numbers or scalar tensors."""
+    """The weights of E and of D M (see the table at the top): two numbers or scalar tensors."""
     if train["loss"] == "kendall":
         vae_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
