@@ -14,8 +14,9 @@ Conventions, used by every file:
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
     Networks and batches have the memory format channels_last, in which convolutions are faster. Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
-    Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is a squared error
-    summed over all pixel values in [0, 1]; `eps_mse` and `v_mse` are means over them, of images in [-1, 1].
+    Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
+    of images in [0, 1], summed over pixel values; `eps_mse` and `v_mse` are means over pixel values, of images in
+    [-1, 1].
     Every random draw that decides a result comes from an explicit generator. The two exceptions are initial weights and
     dropout masks: they use torch's global generator, which is seeded before a network is built and before every step.
 """
@@ -175,9 +176,10 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     solver follows this curve in few steps. Write x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and
     sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
+    (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma), the variable in which the curve
-    is an integral over the predicted x0. The two latest predictions are extrapolated linearly:
+    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma), since the curve obeys
+    d(x / sigma) / d lambda = (a / sigma) x0. The two latest predictions are extrapolated linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -261,11 +263,11 @@ class Encoder(nn.Module):
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
     [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has `blocks` + 1 blocks, since the published
-    tables count the block before a change of resolution apart. Then the resolution changes: as published (`pool`) by
-    average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d, see section 11). The strided
-    convolution has a weight for every position in its window. An average does not tell positions apart, and the
-    published network averages all the way down to 1x1. It can still learn where things are, from the zero padding at
-    the border, but not in a short training.
+    tables leave out the block right before a change of resolution. Then the resolution changes: as published (`pool`)
+    by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d: nn.Conv2d, computed as a
+    matrix product, see section 11). The strided convolution has a weight for every position in its window. An average
+    does not tell positions apart, and the published network averages all the way down to 1x1. It can still learn where
+    things are, from the zero padding at the border, but not in a short training.
     """
 
     def __init__(self, table, pool):
@@ -425,9 +427,9 @@ class UNet(nn.Module):
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
     from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
     up than on the way down, which takes the map that entered the level: (32, 128, 2, 3) puts three maps on the stack
-    and takes three. Most levels of our small networks save this block, and leave that map unused: (32, 32, 1, 1) puts
-    two on it and takes one. `attention` lists the resolutions that have self-attention; the middle of the network
-    always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
+    and takes three. Most levels of our small networks do without this block, and leave that map unused: (32, 32, 1, 1)
+    puts two maps on the stack and takes one. `attention` lists the resolutions that have self-attention; the middle of
+    the network always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
     """
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
@@ -544,9 +546,9 @@ class GaussianMixture:
         for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes.
 
         The first mixture has the cluster means of k-means, and one covariance, that of the codes about the mean of
-        their cluster. (From random codes, so few rounds end in a worse mixture: on faces the fd of refined samples was
-        clearly higher.) But k-means of the thousands of components that a `tied` mixture may have would take minutes.
-        So there the first means are random codes, and the first covariance is that of all codes."""
+        their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd of refined
+        samples was clearly higher.) But k-means of the thousands of components that a `tied` mixture may have would
+        take minutes. So there the first means are random codes, and the first covariance is that of all codes."""
         centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
         # In random order, since the first ones are used below, and image files may be sorted by class.
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
@@ -606,9 +608,10 @@ class GaussianMixture:
         groups = len(self.factors)  # number of covariances: K or, if tied, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
-        white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)  # L^-1 mean
+        white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)
+        # white_means: L^-1 mean, (K, 1, d) or, if tied, (1, K, d). log_scale: (K, 1, 1) or, if tied, (1, 1, K).
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
-        log_scale = (self.weights.log() - log_det).view(groups, 1, -1)  # (groups, 1, K / groups)
+        log_scale = (self.weights.log() - log_det).view(groups, 1, -1)
         constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
         rows = max(100, min(2000, 750_000 // count))  # so that a part and its logarithms stay in a processor's cache
         for part in z.cpu().split(rows):
@@ -649,7 +652,7 @@ class Model:
     # is Dec(z), which differs from x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone
     # has no denoiser_for.
     denoiser_for: Callable | None = None
-    decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus)
+    decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # of networks in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
     reduced: bool = False  # whether it samples in bfloat16; see choose_precision
@@ -666,8 +669,8 @@ def encode(vae, images, device, batch=500):
 def draw_codes(vae, images, train, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
-    N images get 60,000 // N codes each, but at least one and at most ten. From a few codes a prior would learn the
-    random part of these draws."""
+    N images get 60,000 // N codes each, but at least one and at most ten. With only a few codes in all, a prior would
+    also fit the noise that happened to be drawn."""
     gen = generator(train["seed"] + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -690,8 +693,8 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
-    the device, from a generator whose seed is one higher; so calls with the same `gen` share that noise. `trajectory`:
-    see sample."""
+    the device, from a new generator whose seed is that of `gen` plus one. So if `refine` is called several times with
+    one `gen`, the steps have the same noise every time, though x_start does not. `trajectory`: see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -1516,9 +1519,10 @@ class Training:
         state = training.finish(...)                # the finished checkpoint
 
     `networks` are given by name. For each NAME, the settings `train` hold the learning rates NAME_lr (Adam) and
-    NAME_muon_lr, the largest norm of a gradient NAME_clip, and the decay NAME_ema of the moving average of the weights.
-    A checkpoint is written every minute, on SIGTERM and on Ctrl-C. If the folder has an unfinished one, training goes
-    on from there, and ends with the same bits as if it had never been stopped (tests/test_training.py).
+    NAME_muon_lr (Muon, the optimizer above), the largest norm of a gradient NAME_clip, and the decay NAME_ema of the
+    moving average of the weights. A checkpoint is written every minute, on SIGTERM and on Ctrl-C. If the folder has an
+    unfinished one, training goes on from there, and ends with the same bits as if it had never been stopped
+    (tests/test_training.py).
     """
 
     def __init__(self, folder, train, device, images, steps, flip, **networks):
@@ -1565,7 +1569,7 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        yield from self.try_reduced_precision()  # two batches, from which nothing is learned
+        yield from self.try_reduced_precision()  # two batches to try bfloat16 with; nothing is learned from them
         self.compile_networks()
         with self.running():
             while self.steps_taken < self.all_steps:
@@ -1740,8 +1744,8 @@ class Training:
         random numbers are as they were.
 
         What is tried is the kernels, so all matrices have random weights meanwhile. With the true weights, errors could
-        not be judged. At the start some are zero and let no gradient through. Later the gradients are small sums of
-        large terms, which rounding alone changes by up to a half."""
+        not be judged. In a new run some are zero and let no gradient through. In a resumed run the gradients are small
+        sums of large terms, which rounding alone changes by up to a half."""
         if not self.reduced:
             return
         random_numbers = self.gen.get_state()

@@ -14,18 +14,19 @@ Names in backticks are settings, scores, or variants that --variant chooses.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published. Our own budgets use v (common.Diffusion). They also let all
-                      noise levels count alike. The plain MSE is largest at the lowest levels, where the noise can
-                      hardly be seen beside fine texture, and where only grain is decided. So the times are divided into
-                      20 levels, and an image's loss is divided by the running mean of the losses at its level
-                      (Training.even_levels).
+                      The target is eps as published. Our own settings (every --budget but `paper`) use
+                          v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
+                      They also let all noise levels count alike. The plain MSE is largest at the lowest levels, since
+                      weak noise can hardly be told from fine texture. But all that is decided at these levels is the
+                      grain of the image. So the times are divided into 20 levels, and an image's loss is divided by the
+                      running mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
        Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat. We
                       keep x_t, and add x_hat only where the U-Net is shown the noisy image: its input is x_t + x_hat
-                      and x_hat, concatenated. This is the paper's process, since x_hat is known and can be subtracted
-                      again. Target and sampling are those of Formulation 1. So the two differ only in what the U-Net's
-                      first convolution is given; we compare them because the paper does.
+                      and x_hat, concatenated. That is the same process: since x_hat is known, y_t can be computed from
+                      x_t and x_t from y_t. Target and sampling are those of Formulation 1. So the two differ only in
+                      what the U-Net's first convolution is given; we compare them because the paper does.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -51,8 +52,9 @@ Names in backticks are settings, scores, or variants that --variant chooses.
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
                       the noise is no input of the U-Net). It is a control for stage 2, where VAE and refiner learn
                       together. If that is better than `form1`, there are two possible reasons: the VAE gets the
-                      refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning. In
-                      `augmented` there is only the second. So a gain that it shares is not due to the gradient.
+                      refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning.
+                      `augmented` imitates only the second: its VAE is finished, and in training noise makes x_hat bad.
+                      So if `augmented` is better than `form1` as well, that gain is not due to the gradient.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -65,7 +67,7 @@ Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16
         refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
         real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
         clearer outlines and stripes. `fd_local` is the Frechet distance to the real images, in the features of a small
-        network that was trained locally, here: it is a quarter to a third lower after refinement.
+        network that was trained on the same data set. It is a quarter to a third lower after refinement.
 """
 
 import argparse
@@ -120,9 +122,10 @@ def denoiser(unet, x_hat, variant):
 def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
-    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same. With x_t = a x0 + sigma eps,
-    eps = (x_t - a x0) / sigma and v = (a x_t - x0) / sigma. So at a given x_t both are c + k x0, with the same c and k
-    for both networks. The weights 1 + guidance and -guidance add up to 1, so the result is c + k (guided x0)."""
+    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same. Write x_t = a x0 + sigma eps,
+    with a^2 + sigma^2 = 1. Then eps = (x_t - a x0) / sigma, and v = a eps - sigma x0 = (a x_t - x0) / sigma. So at a
+    given x_t, eps and v each have the form c + k x0, where c and k are the same for refiner and guide. The weights
+    1 + guidance and -guidance add up to 1, so the guided eps or v is c + k (guided x0)."""
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -194,11 +197,11 @@ def load_model(state, variant, device):
         model.vae = common.frozen(common.build_vae(train), state["vae"], device)
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
-        model.networks += (model.vae,)
+        model.networks += (model.vae,)  # all that the model consists of, to count its parameters
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
-        # Only stage 3 makes use of z and `clean`.
+        # `clean` is x_hat before evaluation adds noise to it. Only stage 3 makes use of z and `clean`.
         model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
     if variant == "guided":  # a denoiser_for that takes the place of the one above
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
@@ -214,7 +217,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # form1 does not depend on `guidance`, so its checkpoint may hold another value than --set gave. The guide has that.
+    # Only sampling uses the setting `guidance`. The run of form1 ignores it (see main), so its checkpoint may hold
+    # another value than `--set guidance=...` gave. The run of the guide does not ignore it, so its checkpoint has it.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -240,7 +244,7 @@ def draw_pretrained(args, evaluation, device):
     model.temperature = evaluation["temperature"]  # of the noise from which sampling begins
     evaluation["batch"] = 36  # `generate` draws whole batches, and samples.png shows 36 images
     folder = Path(args.out) / f"{args.dataset}-pretrained"
-    prior, sampler, steps = common.headline(model, evaluation)
+    prior, sampler, steps = common.headline(model, evaluation)  # those by which a model is judged first
     x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
@@ -281,7 +285,8 @@ def main(argv=None):
     args = read_flags(argv)
     train, evaluation, device = common.read_settings(args)
     if args.dry_run:
-        # The changes of --set are not in `train` yet: each run below takes those on which it depends. Here, show all.
+        # read_settings leaves the changes of --set in args.changes, since each run below takes only those on which it
+        # depends. Here, show all.
         train |= args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
