@@ -953,7 +953,7 @@ def chart_claims(everything):
             axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
             axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
                       markerfacecolor=colour if is_significant(change) else "white")
-        axis.plot([], [], color=colour, label=dataset, linewidth=4)  # an entry of the legend
+        axis.plot([], [], marker=marker, color=colour, label=dataset, linewidth=1.5)  # an entry of the legend
     axis.axvline(1, color="black", linewidth=1)
     axis.axhspan(-0.6, len(PRIMARY_CLAIMS) - 0.5, color="#f3ecd8", zorder=0)  # the four guiding questions
     labels = []
