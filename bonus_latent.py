@@ -99,9 +99,9 @@ def build_unet(train):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_all(autoencoder, images, device, batch=500):
+def encode_all(autoencoder, images, device):
     """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device."""
-    parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(batch)]
+    parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(500)]
     mu, logvar = torch.cat([mu for mu, _ in parts]), torch.cat([logvar for _, logvar in parts])
     return mu, (0.5 * logvar).exp()
 
@@ -222,7 +222,7 @@ def write_profile(path, probe, batch):
 def all_costs(probes, steps, batch):
     """What each of {name: CostProbe} costs, as {name: costs}: seconds per image when images are sampled one by one and
     in batches, the peak memory, and FLOPs. The probes are timed in turn. An image's seconds and FLOPs are those of one
-    pass times `steps`, and those of decoding. The memory is that of one pass or that of decoding, whichever is
+    pass times {name: steps}, and those of decoding. The memory is that of one pass or that of decoding, whichever is
     larger."""
     device = probes["pixel"].device
     costs = {name: {} for name in probes}
@@ -231,13 +231,14 @@ def all_costs(probes, steps, batch):
         decodings = {name: partial(probe.decode_codes, n) for name, probe in probes.items()}
         one_pass, decoding = common.time_in_turn(passes, device), common.time_in_turn(decodings, device)
         for name in probes:
-            costs[name][key] = (steps * one_pass[name] + decoding[name]) / n
+            costs[name][key] = (steps[name] * one_pass[name] + decoding[name]) / n
     for name, probe in probes.items():
         pass_gflops = common.count_gflops(partial(probe.evaluate_unet, 1))
         memory = max(peak_memory(partial(run, batch), device) for run in (probe.evaluate_unet, probe.decode_codes))
         costs[name] |= {"peak_memory_mb": memory,
                         "gflops_per_pass": pass_gflops,
-                        "gflops_per_image": steps * pass_gflops + common.count_gflops(partial(probe.decode_codes, 1))}
+                        "gflops_per_image": steps[name] * pass_gflops + common.count_gflops(
+                            partial(probe.decode_codes, 1))}
     return costs
 
 
@@ -257,7 +258,8 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    costs = all_costs(probes, steps, batch)
+    # From x_hat there are only `start` times, and so at most as many steps.
+    costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
     return {"device": str(device), "sampler_steps": steps, "batch": batch, **costs, "saved_percent": saved}
@@ -267,12 +269,9 @@ def savings(folder, model, train, setup):
 def ceiling(folder, model, setup):
     """Scores of the autoencoder's reconstructions of held-out images. Latent diffusion can hardly be better. Writes
     reconstructions.png."""
-    autoencoder, parts = model.networks[0], []
-    real = setup.test.images[: setup.evaluation["count"]]
-    for chunk in real.split(500):
-        mu, _ = encode_all(autoencoder, chunk, setup.device)
-        parts.append(to_uint8(autoencoder.decode(mu)).cpu())
-    x_hat = torch.cat(parts)
+    autoencoder, real = model.networks[0], setup.test.images[: setup.evaluation["count"]]
+    mu, _ = encode_all(autoencoder, real, setup.device)
+    x_hat = torch.cat([to_uint8(autoencoder.decode(part)).cpu() for part in mu.split(500)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
     return setup.score(x_hat) | {"images": len(real), "hf_energy": fid.hf_energy(x_hat, setup.test.images),
                                  "psnr_db": fid.psnr_db(x_hat, real)}
@@ -285,15 +284,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)
-    train, evaluation, device = common.read_settings(args)
+    # (beta: the autoencoder's weight of the KL is BETA, above.)
+    train, evaluation, device = common.read_settings(
+        args, unused=("beta", "start", "guidance", "components", "tied", "flow_steps"))
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
     # The autoencoder is trained with the settings of a VAE. Training looks them up under the name of the network.
     own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
-    for key in ("beta", "start", "guidance", "components", "tied", "flow_steps"):
-        if key in args.changes:
-            common.fail(f"--set {key}: nothing in this stage depends on it (the autoencoder's weight of the KL is BETA "
-                        "in bonus_latent.py); leave it out")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

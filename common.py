@@ -666,12 +666,12 @@ def encode(vae, images, device, batch=500):
     return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
 
-def draw_codes(vae, images, train, device):
+def draw_codes(vae, images, seed, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
     N images get 60,000 // N codes each, but at least one and at most ten. With only a few codes in all, a prior would
     also fit the noise that happened to be drawn."""
-    gen = generator(train["seed"] + SEEDS["mixture"])
+    gen = generator(seed + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
     z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
@@ -682,7 +682,7 @@ def draw_codes(vae, images, train, device):
 
 def fit_mixture(vae, images, train, device):
     """The Gaussian mixture fitted to codes of the training images: its attributes, for a checkpoint."""
-    z = draw_codes(vae, images, train, device)
+    z = draw_codes(vae, images, train["seed"], device)
     mixture = GaussianMixture.fit(z, train["components"], train["seed"], train["tied"])
     return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
 
@@ -921,7 +921,7 @@ def write_with(path, save, **options):
     """Write what `save(file, **options)` produces: a picture's .save, a figure's .savefig, np.savez, torch.save."""
     buffer = io.BytesIO()
     save(buffer, **options)
-    write(path, buffer.getvalue())
+    write(path, buffer.getbuffer())
 
 
 def write_json(path, data):
@@ -934,8 +934,9 @@ def save_state(path, state):
     of the sha256 of its bytes. Returns the path."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    path = path.with_name(path.name.replace("*", hashlib.sha256(buffer.getvalue()).hexdigest()[:8]))
-    write(path, buffer.getvalue())
+    data = buffer.getbuffer()
+    path = path.with_name(path.name.replace("*", hashlib.sha256(data).hexdigest()[:8]))
+    write(path, data)
     return path
 
 
@@ -1104,7 +1105,7 @@ def settings_for(train, name, like):
 
 # ---- 9. Data sets ----------------------------------------------------------------------------------------------------
 
-DATASETS = ("shapes", "cifar10", "celeba64")
+DATASETS = {"shapes": 32, "cifar10": 32, "celeba64": 64}  # name: size of an image's side, in pixels
 
 
 @dataclasses.dataclass
@@ -1147,10 +1148,15 @@ def list_split(dataset, split, folder):
         return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
-        part = dict(line.split()[:2] for line in partition.read_text().splitlines() if line.strip())
-        chosen = [p for p in files if part.get(p.name) == {"train": "0", "test": "2"}[split]]
+        part = {}  # by the name of a file, without its suffix: copies may have another one than the file lists
+        for line in partition.read_text().splitlines():
+            if line.strip():
+                name, number = line.split()[:2]
+                part[Path(name).stem] = number
+        chosen = [p for p in files if part.get(p.stem) == {"train": "0", "test": "2"}[split]]
     width, height = read_image(chosen[0]).size if chosen else (178, 218)
-    return chosen, None, "celeba-148", "as published" if width == 178 else f"JPEG copies at {width}x{height}"
+    kind = "JPEG" if jpeg else "lossless"
+    return chosen, None, "celeba-148", "as published" if width == 178 else f"{kind} copies at {width}x{height}"
 
 
 def load_images(dataset, split, data_dir="data", image_size=None):
@@ -1160,7 +1166,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     if dataset == "shapes":
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
-    folder, size = Path(data_dir), image_size or {"cifar10": 32}.get(dataset, 64)
+    folder, size = Path(data_dir), image_size or DATASETS.get(dataset, 64)
     if dataset == "folder" and (found := len(find_images(folder))) < 60:  # a tenth is held out
         fail(f"--data-dir {folder}: found {found} images there; give a folder that holds at least 60")
     files, labels, crop, note = list_split(dataset, split, folder)
@@ -1199,9 +1205,9 @@ def decode_files(files, size, crop, cache):
     listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
     key = hashlib.sha256(f"{crop} {size}\n{listing}".encode()).hexdigest()
     with contextlib.suppress(Exception):  # there is no cache, or it is damaged: decode again
-        stored = np.load(cache)
-        if str(stored["key"]) == key:
-            return stored["images"]
+        with np.load(cache) as stored:
+            if str(stored["key"]) == key:
+                return stored["images"]
     images = np.stack([decode_file(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     write_with(cache, np.savez, images=images, key=key)
@@ -1212,7 +1218,7 @@ def decode_files(files, size, crop, cache):
 
 # `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script. All of them draw the same random
 # numbers, take their own slice of every training batch, and average their gradients, so their networks stay equal. They
-# share the images to be sampled between them; the first process alone computes their scores and writes files. The
+# share the images to be sampled between them; the first process alone writes files. The
 # number of processes changes nothing but the speed, rounding, and the masks of dropout. (torch's
 # DistributedDataParallel wraps a network's forward pass. Here the stages call parts of a network, such as vae.encoder,
 # so the gradients are averaged plainly, after the backward pass.)
@@ -1298,7 +1304,8 @@ def keep_freed_memory():
 
 # ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
 
-# What is added to --seed for each purpose, so that the purposes of a run draw different random numbers.
+# What is added to --seed for each purpose, so that the purposes of a run draw different random numbers. (Runs with
+# different --seed may share some. That does no harm, since they have different networks.)
 SEEDS = {
     "training": 1,  # batches, mirroring, noise and times of a training
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
@@ -1553,6 +1560,8 @@ class Training:
 
     def load(self, state):
         """Go on from an unfinished checkpoint."""
+        if state["device"] != self.device.type:  # a generator's state cannot be moved to another kind of device
+            fail(f"{self.folder} was begun with --device {state['device']}; resume it with that, or remove it")
         for name, network in self.networks.items():
             network.load_state_dict(state["weights"][name])
             self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
@@ -1563,6 +1572,7 @@ class Training:
         self.level_means = state["level_means"].to(self.device)
         self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
+        self.reduced = self.reduced and state["reduced"]  # a run that began in float32 stays in float32
 
     def autocast(self):
         """The precision in which the stage computes its loss: bfloat16 where that is native and right, else float32."""
@@ -1725,7 +1735,7 @@ class Training:
             save_state(self.folder / "checkpoint.pt", {
                 "train": self.train, "finished": False, "run_id": self.run_id, "steps": self.steps_taken,
                 "seconds": self.seconds, "log": self.log, "sums": self.sums, "level_means": self.level_means,
-                "generator": self.gen.get_state(),
+                "device": self.device.type, "generator": self.gen.get_state(), "reduced": self.reduced,
                 "averages": self.averages,
                 "weights": {name: network.state_dict() for name, network in self.networks.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
@@ -1825,8 +1835,9 @@ LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "tem
           "sample_steps": (1, 1000), "eval_samples": (40, 10**6), "export": (1, 10**5)}  # flag: smallest, largest
 
 
-def read_settings(args):
+def read_settings(args, unused=()):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
+    Exits if --set changes a setting in `unused`, on which nothing in the stage depends.
     `args.changes` then holds what --set changes in the train settings. It is kept apart, because a run takes only
     those changes on which it depends (fid.Setup.folder_and_settings)."""
     sys.excepthook = end_in_a_line
@@ -1838,11 +1849,14 @@ def read_settings(args):
         fail(f"--image-size {args.image_size}: for --dataset folder alone; {args.dataset} has its own size")
     device = choose_device(args.device)
     name = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    size = {"shapes": 32, "cifar10": 32, "celeba64": 64}.get(args.dataset, args.image_size or 64)
+    size = DATASETS.get(args.dataset, args.image_size or 64)
     train, evaluation = budget(name, args.dataset, size)
     given = {"vae_steps": args.steps, "unet_steps": args.steps, "batch": args.batch_size}
     train |= {key: value for key, value in given.items() if value is not None}
     args.changes = parse_changes(args.set, train)
+    for key in unused:
+        if key in args.changes:
+            fail(f"--set {key}: nothing in this stage depends on it; leave it out")
     train |= {"compile": args.compile, "dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}

@@ -509,7 +509,7 @@ class Setup:
             common.wait_for_all()  # until the first process has downloaded and decoded all images
         self.device = device
         self.extractor = load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
-        self.fd = "fd_local" if self.extractor.suffix else "fid"  # the name of the Frechet distance
+        self.fd_key = "fd_local" if self.extractor.suffix else "fid"  # of the Frechet distance in scores
         self.data, self.test = (common.load_images(args.dataset, split, args.data_dir, train["image_size"])
                                 for split in ("train", "test"))
         if common.RANK == 0:
@@ -652,11 +652,11 @@ def measure_samples(folder, model, setup):
         common.save_grid(folder / "steps.png", pictures)
         tables["copies"] = copies(folder, images_of_headline[: evaluation["grid_count"]], setup)
     if model.vae is not None or model.decode is not None:
-        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd, model.denoiser_for is not None)
+        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd_key, model.denoiser_for is not None)
     return rows, tables
 
 
-def robustness(folder, draw, prior, evaluation, fd, refined):
+def robustness(folder, draw, prior, evaluation, fd_key, refined):
     """Scores with noise on what the VAE hands on: on x_hat before it is refined, or on latents before they are decoded.
     z and the noise of x_start are the same at every strength. `mean` is the mean Frechet distance over all strengths of
     noise, `rise` is by how much that is higher than without noise. Writes robustness.png."""
@@ -664,13 +664,13 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
     scores_by_noise, pictures = {}, {}
     for name, sd in NOISE.items():
         row, x_hat, images = draw(prior, sampler, steps, evaluation["grid_count"], sd)
-        scores_by_noise[name] = {fd: row[fd], "hf_energy": row["hf_energy"]}
+        scores_by_noise[name] = {fd_key: row[fd_key], "hf_energy": row["hf_energy"]}
         if prior != "none":
             pictures[name] = x_hat[:12]
         if refined:
             pictures[f"{name}, refined"] = images[:12]
     common.save_grid(folder / "robustness.png", pictures)
-    clean, *noisy = [row[fd]["value"] for row in scores_by_noise.values()]
+    clean, *noisy = [row[fd_key]["value"] for row in scores_by_noise.values()]
     mean = sum(noisy) / len(noisy)
     return {"steps": steps, "images": evaluation["grid_count"], "scores": scores_by_noise, "mean": mean,
             "rise": mean - clean}
@@ -679,9 +679,10 @@ def robustness(folder, draw, prior, evaluation, fd, refined):
 def nearest_rows(queries, rows):
     """For each row of `queries` (N, d): the distance to the nearest of `rows` (M, d), and its index. It takes some rows
     at a time, since all N M distances may not fit into memory."""
+    queries = queries.double()
     distance, index = torch.full((len(queries),), math.inf, dtype=torch.float64), torch.zeros(len(queries)).long()
     for first in range(0, len(rows), 2000):
-        part_distance, part_index = distances(queries.double(), rows[first : first + 2000].double()).min(1)
+        part_distance, part_index = distances(queries, rows[first : first + 2000].double()).min(1)
         closer = part_distance < distance
         distance = torch.where(closer, part_distance, distance)
         index = torch.where(closer, first + part_index, index)
@@ -724,21 +725,31 @@ def copies(folder, images, setup):
 COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
 
 
-def by_components(model, setup, train):
-    """How many components the mixture needs: the Frechet distance of samples, and the log-density of held-out codes,
-    with mixtures of several sizes, all with one covariance, fitted to codes of the training images."""
-    z = common.draw_codes(model.vae, setup.data.images, train, model.device)
+def held_out_codes(model, setup):
+    """Mean and log-variance of q(z | x) of all held-out images, and a code z that is drawn from it: each (N, d)."""
     mu, logvar = common.encode(model.vae, setup.test.images, model.device)
-    gen = generator(common.SEEDS["held_out_codes"] + train["seed"])
-    held_out = common.reparameterise(mu, logvar, randn(mu.shape, gen))
+    gen = generator(common.SEEDS["held_out_codes"] + setup.train["seed"])
+    return mu, logvar, common.reparameterise(mu, logvar, randn(mu.shape, gen))
+
+
+def by_components(model, setup):
+    """How many components the mixture needs: the Frechet distance of samples, and the log-density of held-out codes,
+    with mixtures of several sizes, all with one covariance, fitted to codes of the training images. Sizes
+    above the number of these codes are left out."""
+    seed = setup.train["seed"]
+    z = common.draw_codes(model.vae, setup.data.images, seed, model.device)
+    _, _, held_out = held_out_codes(model, setup)
     _, sampler, steps = common.headline(model, setup.evaluation)
     count = setup.evaluation["count" if model.denoiser_for is None else "grid_count"]
     table = {"images": count}
     for components in COMPONENTS:
-        mixture = common.GaussianMixture.fit(z, components, train["seed"], tied=True)
+        if components > len(z):
+            break
+        mixture = common.GaussianMixture.fit(z, components, seed, tied=True)
         trial = replace(model, priors={f"mixture of {components}": mixture})
         row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count, damage=0.0)
-        table[str(components)] = {setup.fd: row[setup.fd], "log_density": mean_score(mixture.log_prob(held_out))}
+        density = mean_score(mixture.log_prob(held_out))
+        table[str(components)] = {setup.fd_key: row[setup.fd_key], "log_density": density}
     return table
 
 
@@ -748,9 +759,7 @@ def measure_vae(folder, model, setup):
     of codes under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
     reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
-    all_mu, all_logvar = common.encode(model.vae, test.images, model.device)
-    z = common.reparameterise(all_mu, all_logvar,
-                              randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed)))
+    all_mu, all_logvar, z = held_out_codes(model, setup)
     count = min(1000, setup.evaluation["grid_count"])
     real, mu, logvar = test.images[:count], all_mu[:count], all_logvar[:count]
     gen, parts = generator(common.SEEDS["reconstruction"] + seed), []
@@ -760,7 +769,8 @@ def measure_vae(folder, model, setup):
         parts.append((to_uint8(x_hat).cpu(), to_uint8(images).cpu()))
     x_hat, refined = map(torch.cat, zip(*parts, strict=True))
     pictures = {"real": real[:12], "VAE": x_hat[:12]}
-    table = {"psnr_db": psnr_db(x_hat, real), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
+    table = {"images": len(real), "psnr_db": psnr_db(x_hat, real),
+             "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
              "hf_energy_vae": hf_energy(x_hat, test.images), "hf_energy_refined": hf_energy(refined, test.images)}
     if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows these classes
         for name, images in (("vae", x_hat), ("refined", refined)):
@@ -815,7 +825,8 @@ def diagnose(mu, logvar, sharpness):
         text = "the latent is in use; outputs are smooth: a Gaussian decoder averages what z does not hold (yet)"
     else:
         text = "the latent is in use and outputs are not overly smooth"
-    return {"active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance, "conclusion": text}
+    return {"images": len(mu), "active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance,
+            "conclusion": text}
 
 
 def check_start(diffusion, x_hat, real):
@@ -862,7 +873,7 @@ def show(score):
 def print_results(finished, setup):
     """Print the rows of all metrics, {folder: metrics}, as one table, and the paths of pictures and files."""
     suffix = setup.extractor.suffix
-    names = [setup.fd, *(name + suffix for name in ("floor", "is", "precision", "recall")), "hf_energy"]
+    names = [setup.fd_key, *(name + suffix for name in ("floor", "is", "precision", "recall")), "hf_energy"]
     table = [["variant", "prior", "sampler", "images", "sec/image", *names]]
     for metrics in finished.values():
         for row in metrics["rows"]:
@@ -1113,7 +1124,8 @@ def main(arguments=None):
     facts = {"real": args.real, "n_real": ref.stats.count, "generated": args.generated, "n_generated": count,
              "features": extractor.name, "classes": extractor.classes,
              "n_floor": 0 if held_out is None else min(count, len(held_out)),
-             "real_is": None if held_out is None else inception_score(held_out)[0], "scores": row}
+             # of as many images as the floor, since the Inception Score grows with their number
+             "real_is": None if held_out is None else inception_score(held_out[:count])[0], "scores": row}
     if args.json:
         return print(json.dumps(facts, indent=1))
     print("{n_generated:,} images of {generated} against {n_real:,} of {real}, features {features}".format(**facts))

@@ -31,7 +31,7 @@ import fid
 ROOT = Path(__file__).resolve().parent
 # The order of data sets and of variants in tables: names are sorted by which of these beginnings they have (the first
 # that fits), then by the alphabet. The empty text at the end fits all other names.
-DATASET_ORDER = ("shapes", "cifar10", "celeba64", "")
+DATASET_ORDER = (*common.DATASETS, "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
 # The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
@@ -387,18 +387,25 @@ def all_places(part, place=""):
     return found
 
 
+def shared_order(dictionaries):
+    """The places of all numbers that occur in any of the dictionaries, each once, in order."""
+    places = {}  # a dictionary keeps the order of its keys
+    for numbers in dictionaries:
+        places |= dict.fromkeys(all_places(numbers))
+    return list(places)
+
+
 def shared_settings(metrics):
     """The settings that all results of a data set must share, or they could not be compared."""
     run = metrics["run"]
     settings = {
-        "features": run["features"],  # the network whose features are compared
         "crop": run["crop"],  # how images were cut to squares
         "data_note": run["data_note"],  # where the images are from, such as JPEG copies
         "n_real": run["n_real"],  # the number of real images with which generated ones are compared
         "budget": run["budget"],
-        "n_generated": metrics["rows"][0]["n_generated"],  # images behind the headline
     }
-    # Settings of the evaluation. The prior belongs to a variant. The list of further rows (`grid`) and the batch change
+    # Settings of the evaluation: the feature network, the number of images behind the headline, and others. The prior
+    # belongs to a variant. The list of further rows (`grid`) and the batch change
     # no score of the headline.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
@@ -589,11 +596,15 @@ def describe_change(change):
 
 def compare_sides(results, claim):
     """Both sides of a claim on a data set, over the seeds that both have: their numbers, `ours` and `theirs`, and what
-    `compare` says of them. None if no seed has both."""
+    `compare` says of them. A seed is left out if one of its numbers is 0, as precision may be after a few steps: it has
+    no ratio. None if no seed remains."""
     _, (name, variant), (other_name, other_variant) = claim
     our_values = values_by_seed(results.get(variant, {}), name)
     their_values = values_by_seed(results.get(other_variant, {}), other_name)
-    shared_seeds = sorted(our_values.keys() & their_values.keys())
+    shared_seeds = []
+    for seed in sorted(our_values.keys() & their_values.keys()):
+        if our_values[seed] > 0 and their_values[seed] > 0:
+            shared_seeds.append(seed)
     if not shared_seeds:
         return None
     ours = [our_values[seed] for seed in shared_seeds]
@@ -772,12 +783,11 @@ def table_overview(everything):
 
 def table_numbers(columns):
     """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/"."""
-    places = {}  # all that occur, each once, in order: a dictionary keeps the order of its keys
+    shown = []
     for seeds in columns.values():
         for metrics in seeds.values():
-            shown = {key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")}
-            places |= dict.fromkeys(all_places(shown))
-    rows = []
+            shown.append({key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")})
+    places, rows = shared_order(shown), []
     for place in places:
         if not place.startswith(("run/eval/", "run/train/", "run/seed")):  # settings are not numbers of a run
             rows.append([place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())])
@@ -807,6 +817,8 @@ def conclude(new_seeds, committed_seeds, name):
     difference = common.first_difference(shared_settings(first_old), shared_settings(first_new))
     if difference:
         return f"not comparable: {difference}"
+    if not new:
+        return "not measured"
     mean = statistics.mean(committed.values())
     largest_error = 0
     for seed, value in new.items():
@@ -823,11 +835,8 @@ def table_of_features(folder):
         network_files = Path(folder).glob(f"features/{dataset}-????????.json")  # with the hash of a network
         for path in sorted(network_files):
             columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
-    places = {}  # all that occur, each once, in order: a dictionary keeps the order of its keys
-    for column in columns.values():
-        places |= dict.fromkeys(all_places(column))
     rows = []
-    for place in places:
+    for place in shared_order(columns.values()):
         row = [place]
         for column in columns.values():
             found = at_place(column, place)  # not `number`: a place may be called like one of NUMBERS
@@ -1096,7 +1105,13 @@ def texts_beside(folder):
 
 
 def fill(text, tables):
-    """The text, with its marked tables replaced by those of {name: table}. Exits if a table is not known."""
+    """The text, with its marked tables replaced by those of {name: table}. Exits if a table is not known, or if a
+    marker is damaged or lacks its end: what follows it would be lost."""
+    marks = re.findall(r"<!-- (\w+)", text)  # what begins a block, and what ends it, in turn
+    in_turn = len(marks) % 2 == 0 and "end" not in marks[::2] and set(marks[1::2]) <= {"end"}
+    if not in_turn or marks.count("table") != len(re.findall("<!-- table .+? -->\n", text)):
+        common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
+                    "<!-- table NAME --> and <!-- end -->; nothing was written")
 
     def replace(match):
         marker, name, end = match.groups()

@@ -283,7 +283,7 @@ def read_flags(argv):
 
 def main(argv=None):
     args = read_flags(argv)
-    train, evaluation, device = common.read_settings(args)
+    train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
         # read_settings leaves the changes of --set in args.changes, since each run below takes only those on which it
         # depends. Here, show all.

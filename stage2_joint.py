@@ -312,7 +312,7 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     result["posterior"], result["slerp"], strips = {}, {}, {}
     for name in ("vae", "refined"):
         scores = setup.score(torch.cat([part[name] for part in parts]))
-        result["posterior"][name] = scores[setup.fd]  # setup.fd is the name of the Frechet distance
+        result["posterior"][name] = scores[setup.fd_key]
         strips[name] = torch.stack([images[name] for images in along], dim=1)  # (pairs, points, 3, H, W)
         features, _ = fid.extract(setup.extractor, strips[name].flatten(0, 1))  # (pairs * points, f), and logits
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
@@ -382,26 +382,25 @@ def add_tables(folder, model, metrics, setup):
     tables = metrics["tables"]
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
-        tables["components"] = fid.by_components(model, setup, metrics["run"]["train"])
+        tables["components"] = fid.by_components(model, setup)
         common.write_json(folder / "metrics.json", metrics)
 
 
 def results_of_stage1(setup):
     """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`, as far as they are there. A run with other
-    steps, another batch size or another evaluation than this one is left out."""
+    data, settings or another evaluation than this one is left out."""
     results = {}
-    same = ("vae_steps", "unet_steps", "batch")  # set by --steps and --batch-size, which are not part of a run's name
     for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
         folder, settings = setup.folder_and_settings(name, ignored=ignored)
         metrics = fid.read_metrics(folder / "metrics.json", setup.evaluation)
-        if metrics and all(metrics["run"]["train"][key] == settings[key] for key in same):
+        if metrics and common.first_difference(metrics["run"]["train"], settings) is None:
             results[folder] = metrics
     return results
 
 
 def main(argv=None):
     args, own, name = read_flags(argv)
-    train, evaluation, device = common.read_settings(args)
+    train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

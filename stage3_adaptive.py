@@ -382,7 +382,7 @@ def get_vae_state(folder, train, setup, resume):
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
     # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
-    stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
+    stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=(*common.OF_UNET, "flow_steps"))
     state = (common.finished_state(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
     clock = time.time()
@@ -501,6 +501,8 @@ def adaptivity(folder, state, model, setup):
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
+    # The codes are means of q(z|x). (The regression of s was fitted to samples of q(z|x), so here the mean of s is not
+    # quite 0. Its order is what counts.)
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
     # The same codes with two other noises. (1,000 is added for each --seed, so these are the noises of the next two
@@ -581,7 +583,7 @@ def adaptive_refinement(model, uncertainty, setup):
     for name, images in (("even", refined[2]), ("adaptive_steps", with_steps_by(s)),
                          ("shuffled_steps", with_steps_by(s.roll(1)))):
         scores = setup.score(images)
-        result[name] = {setup.fd: scores[setup.fd],  # setup.fd is the name of the Frechet distance
+        result[name] = {setup.fd_key: scores[setup.fd_key],
                         "hf_energy": fid.hf_energy(images, setup.test.images)}
     return result
 
@@ -628,7 +630,7 @@ def main(argv=None):
     if "uncertainty" not in vae_metrics["tables"]:  # it is there if this VAE was measured before
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
-        vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup, settings)
+        vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup)
         common.write_json(folder / "metrics.json", vae_metrics)
     rank_facts = vae_metrics["tables"]["uncertainty"]
     for kind, facts in rank_facts.items():

@@ -49,7 +49,7 @@ def test_setup(small, monkeypatch):
     assert not torch.equal(setup.data.images[:200], setup.test.images) and "crop" not in train
     assert (len(setup.data.images), len(setup.test.images)) == (1000, 200) and setup.device == CPU
     assert setup.home == Path("new/runs/shapes-smoke") and setup.cache == Path("data/cache")
-    assert setup.fd == "fd_local" and fid.Setup(flags(), train, {"features": "inception"}, CPU).fd == "fid"
+    assert setup.fd_key == "fd_local" and fid.Setup(flags(), train, {"features": "inception"}, CPU).fd_key == "fid"
     for home in ("one", "two"):
         for i in range(60):
             save(Path(home) / "photos" / f"{i:02}.png", i)
@@ -264,7 +264,7 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     model = common.Model("form1", CPU, (3, 32, 32), common.Diffusion("v"), vae=object(), denoiser_for=object(),
                          priors={"gaussian": None, "gmm": None})
     setup = SimpleNamespace(evaluation=common.EVAL | {"prior": "gmm", "count": 40, "grid_count": 40} | evaluation,
-                            extractor=None, fd="fd", score=brightness, test=images_of(10))
+                            extractor=None, fd_key="fd", score=brightness, test=images_of(10))
     return dataclasses.replace(model, **changes), setup, drawn
 
 
@@ -539,15 +539,14 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
         return {"fd": score(float(len(measured))), "kid": score(7.0)}, None, None
 
     monkeypatch.setattr(fid, "measure", measure)
-    monkeypatch.setattr(fid, "COMPONENTS", (2, 5))
+    monkeypatch.setattr(fid, "COMPONENTS", (2, 5, 601))  # each of 60 images has ten codes, too few for the last
     tiny.temperature, tiny.denoiser_for = 0.7, tiny.denoiser_for if refined else None
-    setup = SimpleNamespace(data=data, test=test, fd="fd", train=None, evaluation=common.EVAL | {
+    setup = SimpleNamespace(data=data, test=test, fd_key="fd", train={"seed": 3}, evaluation=common.EVAL | {
         "prior": "gaussian", "count": 40, "grid_count": 30, "sampler": "ddim", "sample_steps": 9})
-    train = settings(seed=3, components=7, tied=False)
-    table = fid.by_components(tiny, setup, train)
+    table = fid.by_components(tiny, setup)
     count, how = (30, ("ddim", 9, 30)) if refined else (40, ("none", 0, 40))
     assert table.keys() == {"images", "2", "5"} and table["images"] == count
-    codes = common.draw_codes(tiny.vae, data.images, train, CPU)
+    codes = common.draw_codes(tiny.vae, data.images, 3, CPU)
     mu, logvar = common.encode(tiny.vae, test.images, CPU)
     noise = common.randn((50, 8), common.generator(common.SEEDS["held_out_codes"] + 3))
     held_out = mu + (0.5 * logvar).exp() * noise
@@ -657,7 +656,7 @@ def test_no_row_is_printed_twice(tmp_path, capsys):
                 "is_local": score(6.0), "precision_local": score(0.7), "recall_local": score(0.3),
                 "hf_energy": score(0.9), "kid_local": score(9.0)}
 
-    setup = SimpleNamespace(fd="fd_local", extractor=SimpleNamespace(name="local-toy-1", suffix="_local"),
+    setup = SimpleNamespace(fd_key="fd_local", extractor=SimpleNamespace(name="local-toy-1", suffix="_local"),
                             data=SimpleNamespace(name="toy", note="JPEG copies"))
     folders = [tmp_path / "form1-s0", tmp_path / "form2-s0"]
     for folder in folders:

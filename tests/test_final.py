@@ -20,7 +20,8 @@ README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REP
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
-        "grid": [["dpm", 5], ["dpm", 25]], "probe_steps": 10, "bits_images": 128, "bits_draws": 40}
+        "grid": [["dpm", 5], ["dpm", 25]], "probe_steps": 10, "bits_images": 128, "bits_draws": 40,
+        "features": "local-a"}
 TRAIN = common.TRAIN | {"vae_steps": 2220, "unet_steps": 221, "dataset": "shapes", "image_size": 32}
 VARIANTS = [*final.VARIANTS, "stage2-sum-w10"]
 SCORES = ("fd_local", "floor_local", "is_local", "kid_local", "precision_local", "recall_local", "diversity_local",
@@ -294,6 +295,17 @@ def test_compare_is_students_paired_test():
         final.compare([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
+def test_a_score_of_zero_has_no_ratio():
+    """Its seed is left out of a comparison."""
+    def runs(*values):
+        return {seed: {"headline": {"precision": score(value)}} for seed, value in enumerate(values)}
+
+    claim = ("", ("precision", "a"), ("precision", "b"))
+    found = final.compare_sides({"a": runs(2, 0, 4), "b": runs(1, 3, 0)}, claim)
+    assert (found["ours"], found["theirs"], found["seeds"]) == ([2], [1], 1)
+    assert final.compare_sides({"a": runs(0), "b": runs(3)}, claim) is None
+
+
 def test_compare_equal_ratios():
     """Nothing is divided by zero: the same on both sides is no change, and half of it is one beyond doubt."""
     same, half = final.compare([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), final.compare([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
@@ -434,15 +446,14 @@ def other(key, value):
 
 
 @pytest.mark.parametrize("change,key", [
-    ({"features": "local-b"}, "features"), ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
-    ({"n_real": 6}, "n_real"), ({"budget": "smoke"}, "budget"), ({}, "n_generated"),
-    *(({"eval": EVAL | {key: 7}}, key) for key in ("temperature", "sampler", "sample_steps", "count", "grid_count",
-                                                   "probe_steps", "bits_images", "bits_draws")),
+    ({"crop": "celeba-148"}, "crop"), ({"data_note": "JPEG"}, "data_note"),
+    ({"n_real": 6}, "n_real"), ({"budget": "smoke"}, "budget"),
+    *(({"eval": EVAL | {key: 7}}, key) for key in ("features", "temperature", "sampler", "sample_steps", "count",
+                                                   "grid_count", "probe_steps", "bits_images", "bits_draws")),
     *(({"train": {key: other(key, value)}}, key) for key, value in common.TRAIN.items())])
 def test_what_cannot_be_compared_is_refused(change, key, tmp_path, capsys):
     """Another variant with one setting changed. The files, the key and both values are named."""
     one, two = metrics(), metrics("stage1-vae", **change)
-    two["rows"][0]["n_generated"] += not change
     expect_error(capsys, lambda: load(tmp_path, one, two), f": {key} was ", "stage1-vae-s0.json cannot be compared",
                  "with ", "stage1-form1-s0.json")
 
@@ -1017,6 +1028,11 @@ def test_fill(capsys):
     assert two == "<!-- table a -->\nA\n<!-- end -->\n2\n<!-- table b c -->\nB\n<!-- end -->\n"
     once = final.fill("a\n<!-- table t -->\nold\n<!-- end -->\nb", {"t": "| new |"})
     assert once == "a\n<!-- table t -->\n| new |\n<!-- end -->\nb" == final.fill(once, {"t": "| new |"})
+    cited = "<!-- cited -->\nx\n<!-- end -->\n"
+    assert final.fill(cited + once, {"t": "| new |"}) == cited + once
+    for damaged in ("<!-- table t -->\nold\nprose\n" + once, "<!-- table t-->\n<!-- end -->", once + "<!-- end -->",
+                    "<!-- table t -->\n", "<!-- table t --><!-- end -->"):
+        expect_error(capsys, lambda damaged=damaged: final.fill(damaged, {"t": ""}), "damaged or lacks its end")
     expect_error(capsys, lambda: final.fill("<!-- table u -->\n<!-- end -->", {"t": ""}),
                  "table 'u' is not known; known are t")
 

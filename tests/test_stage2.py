@@ -193,6 +193,15 @@ def test_the_vae_may_come_from_stage_1(tmp_path, monkeypatch, in_float32):
     assert [state["seconds_before"] for state in states] == [0, vae_state["seconds"]] and vae_state["seconds"] > 0
 
 
+def test_stage_1_is_compared_if_its_settings_are_the_same(tmp_path, monkeypatch):
+    """Settings of the data are among them: they differ if a folder of images has changed."""
+    setup = planted_setup(tmp_path, settings(data_note="as published"), evaluation={})
+    for change, found in (({}, 2), ({"data_note": "JPEG copies"}, 0), ({"n_train": 7}, 0), ({"batch": 3}, 0)):
+        metrics = {"run": {"train": setup.train | change}}
+        monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation, metrics=metrics: metrics)
+        assert len(stage2.results_of_stage1(setup)) == found
+
+
 def command_from_vae(tmp_path, monkeypatch, *changes):
     """The command with --from-vae and --set, on no data, and a list of what train_joint is given, which ends it."""
     given = []
@@ -351,7 +360,7 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
     (train_code, train), (code, test) = data(400, 1, 0.0), data(260, 2, 0.33)
     model = common.Model("joint", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), ROW,
                          denoiser_for=denoiser_of(lambda x, x_hat: 0.3 * x - 0.1 * x_hat))
-    setup = SimpleNamespace(data=train, test=test, train={"seed": 5}, extractor=None, fd="fd", score=score,
+    setup = SimpleNamespace(data=train, test=test, train={"seed": 5}, extractor=None, fd_key="fd", score=score,
                             evaluation={"grid_count": 20, "probe_steps": 3})
     saved = {}
     monkeypatch.setattr(fid, "extract", pixels)
@@ -388,14 +397,13 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
 def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     """Its own and that of stage 1's checkpoint, each with its own networks and at the flag's temperature. It compares
     mixtures fitted to its own codes."""
-    data, measured, mixtures = images_of(60), [], []
-    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
+    data, measured, mixtures, given = images_of(60), [], [], []
+    monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: given.append(train) or planted_setup(
         tmp_path, train, evaluation=evaluation, device=device, data=data, test=data))
-    monkeypatch.setattr(fid, "by_components", lambda model, setup, train: mixtures.append((model, train)) or "by size")
+    monkeypatch.setattr(fid, "by_components", lambda model, setup: mixtures.append(model) or "by size")
     monkeypatch.setattr(fid, "evaluate", lambda folder, setup, state, model: {
         "run": {"train": state["train"]}, "tables": {}})
-    steps = {"vae_steps": 1, "unet_steps": 1, "batch": 32}
-    monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train": steps}, "tables": {}})
+    monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train": given[0]}, "tables": {}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
     monkeypatch.setattr(stage2, "latent_space", lambda picture, model, setup: measured.append((picture, model)) or {
         "slerp": {"refined": {"path_over_distance": len(measured), "end_distance": 0.5}}})
@@ -404,7 +412,7 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     stage2.main("--budget smoke --device cpu --temperature 0.8 --steps 1".split())
     own = common.load_checkpoint(tmp_path / "stage2-anneal-s0" / "checkpoint.pt")
     folders = [tmp_path / "stage2-anneal-s0", tmp_path / "stage1-form1-s0"]
-    assert mixtures == [(model, train) for (_, model), train in zip(measured, (own["train"], steps), strict=True)]
+    assert mixtures == [model for _, model in measured]
     assert [picture for picture, _ in measured] == [folder / "interpolation.png" for folder in folders]
     assert own["seconds_before"] == 0
     for (_, model), state in zip(measured, (own, form1), strict=True):

@@ -369,7 +369,7 @@ def test_adaptive_refinement(monkeypatch):
     """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the
     control: the s of the image before it), or 2 for all. z comes from the headline's prior."""
     real, model, scored, of_real = images_of(20).images, planted_model(), [], []
-    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 3}, fd="fd",
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 3}, fd_key="fd",
                             score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
@@ -480,7 +480,7 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stage3, "load_model", lambda *args, **how: loaded.append(how) or load_model(*args, **how))
     monkeypatch.setattr(fid, "Setup", lambda args, train, evaluation, device: planted_setup(
         tmp_path, train, evaluation=evaluation, device=device, data=data, test=test))
-    monkeypatch.setattr(fid, "by_components", lambda model, setup, train: [model.name, train["budget"]])
+    monkeypatch.setattr(fid, "by_components", lambda model, setup: [model.name, setup.train["budget"]])
     monkeypatch.setattr(fid, "evaluate", lambda folder, setup, state, model: evaluated.append(
         (folder.name, setup.evaluation["prior"], model.temperature)) or {"tables": {"bits_per_dim": 1}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)

@@ -237,6 +237,27 @@ def test_a_wrong_kernel_behind_zero_weights_is_found(tmp_path, monkeypatch, caps
     assert same(train("tried", native=True), float32) and reported(capsys) == ["tried"]
 
 
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, capsys):
+    """One that began in float32 stays in float32, though bfloat16 may be used now. One that began on another kind of
+    device is refused, since the state of its random numbers belongs to that device."""
+    def begin(native):
+        monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+        vae = common.build_vae(settings())
+        return common.Training(tmp_path, settings(), CPU, images_of(20).images, 8, False, vae=vae)
+
+    for native in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            signal_after(patch, 2)
+            training = begin(native)
+            for x0 in training:
+                training.step(stage1.vae_loss(training.networks["vae"], x0, training.normal(8), 1.0)[0], {})
+    assert training.steps_taken == 4 and not training.reduced
+    assert begin(True).reduced is False
+    path = tmp_path / "checkpoint.pt"
+    common.save_state(path, common.load_checkpoint(path) | {"device": "cuda"})
+    expect_error(capsys, lambda: begin(True), str(tmp_path), "--device cuda")
+
+
 # --- One folder, several commands -------------------------------------------------------------------------------------
 
 def test_one_process_trains_in_a_folder(few, tmp_path, monkeypatch, capsys):
@@ -321,7 +342,7 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
     assert refiner["refiner_lr"] == refiner["unet_lr"] == 0.001 and "refiner_lr" not in vae and vae["unet_lr"] == 2e-3
     assert runs("stage3", "--prior", "gmm", "--set", "start=300") == {"stage3-gmm-film-start=300-s0": 2}
     assert runs("stage3", "--prior", "gmm", "--set", "flow_steps=3") == {
-        "stage1-vae-flow_steps=3-s0": 2, "stage3-gmm-film-flow_steps=3-s0": 2}
+        "stage3-gmm-film-flow_steps=3-s0": 2}
     assert runs("bonus", "--set", "vae_lr=0.001", "even_levels=false") == {
         "bonus-ae-vae_lr=0.001-s0": 2, "bonus-latent-vae_lr=0.001-even_levels=False-s0": 2}
     assert train_of("bonus-ae-vae_lr=0.001-s0")["autoencoder_lr"] == 0.001
