@@ -10,8 +10,9 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first, and the diffusion loss does not train it. That loss is measured on
-                  the encoder's own output, so an encoder trained by it could lower it without learning anything: by
-                  making the latent small.
+                  the encoder's own output, and the scaling is fixed. So an encoder trained by it could lower it without
+                  learning anything: by making the latent so small that x_t is almost pure noise, which is easy to
+                  predict.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
@@ -137,6 +138,7 @@ def train_latent(folder, train, ae_state, data, device):
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
+    # (Training converts uint8 images alone. These latents are floats, and come back as they are.)
     training = common.Training(folder, train, device, latents, steps=train["unet_steps"], flip=False, unet=unet)
     for mu_and_sd in training:  # (B, 8, h, w)
         mu, sd = mu_and_sd.chunk(2, 1)
@@ -222,8 +224,8 @@ def write_profile(path, probe, batch):
 def all_costs(probes, steps, batch):
     """What each of {name: CostProbe} costs, as {name: costs}: seconds per image when images are sampled one by one and
     in batches, the peak memory, and FLOPs. The probes are timed in turn. An image's seconds and FLOPs are those of one
-    pass times {name: steps}, and those of decoding. The memory is that of one pass or that of decoding, whichever is
-    larger."""
+    pass times the number of steps (`steps`, by name), plus those of decoding. The memory is that of one pass or that of
+    decoding, whichever is larger."""
     device = probes["pixel"].device
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):

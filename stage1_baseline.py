@@ -22,11 +22,12 @@ Names in backticks are settings, scores, or variants that --variant chooses.
                       running mean of the losses at its level (Training.even_levels).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
-       Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat. We
-                      keep x_t, and add x_hat only where the U-Net is shown the noisy image: its input is x_t + x_hat
-                      and x_hat, concatenated. That is the same process: since x_hat is known, y_t can be computed from
-                      x_t and x_t from y_t. Target and sampling are those of Formulation 1. So the two differ only in
-                      what the U-Net's first convolution is given; we compare them because the paper does.
+       Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat, and
+                      the U-Net's input is y_t and x_hat, concatenated. We give the U-Net the same input, and leave all
+                      else as in Formulation 1: noise is added to x0, and sampling computes x_t. That is the same
+                      process: since x_hat is known, y_t can be computed from x_t and x_t from y_t. So the two
+                      formulations differ only in what the U-Net's first convolution is given; we compare them because
+                      the paper does.
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -35,10 +36,11 @@ Names in backticks are settings, scores, or variants that --variant chooses.
     4. Where to begin As published, sampling begins with pure noise, at t = T, and t falls from there. But x_hat already
                       shows roughly what x0 looks like. So we leave the noisiest part out and begin at t = `start`:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. x_start differs from
-                      that by sqrt(abar) (x_hat - x0), which the noise has to hide. As a rule of thumb, sqrt(1 - abar)
-                      should be at least six times the standard deviation of sqrt(abar) (x_hat - x0), taken over all
-                      pixel values. (If it is less, fid.check_start prints a warning.) Only the times 1..start are
+                      In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. If x_hat is the
+                      reconstruction of an image x0, x_start differs from that by sqrt(abar) (x_hat - x0), which the
+                      noise has to hide. As a rule of thumb, sqrt(1 - abar) should be at least six times the standard
+                      deviation of sqrt(abar) (x_hat - x0), over all pixel values of held-out images x0 and their
+                      reconstructions x_hat. (fid.check_start measures this.) Only the times 1..start are
                       trained. So no training is spent on times that sampling never visits, and fewer sampling steps
                       are enough. A better VAE allows a smaller `start`.
 
@@ -54,7 +56,7 @@ Names in backticks are settings, scores, or variants that --variant chooses.
                       together. If that is better than `form1`, there are two possible reasons: the VAE gets the
                       refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning.
                       `augmented` imitates only the second: its VAE is finished, and in training noise makes x_hat bad.
-                      So if `augmented` is better than `form1` as well, that gain is not due to the gradient.
+                      So if `augmented` is better than `form1`, too, that much can be had without the gradient.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -100,7 +102,8 @@ def vae_loss(vae, x0, noise, beta):
 
 
 def build_diffusion(train, variant, device):
-    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T."""
+    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T. `train`, here and
+    below, is the dictionary of training settings (common.TRAIN)."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
@@ -122,10 +125,11 @@ def denoiser(unet, x_hat, variant):
 def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
-    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same. Write x_t = a x0 + sigma eps,
-    with a^2 + sigma^2 = 1. Then eps = (x_t - a x0) / sigma, and v = a eps - sigma x0 = (a x_t - x0) / sigma. So at a
-    given x_t, eps and v each have the form c + k x0, where c and k are the same for refiner and guide. The weights
-    1 + guidance and -guidance add up to 1, so the guided eps or v is c + k (guided x0)."""
+    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t, eps and v are
+    each c + k x0, with the same numbers c and k for refiner and guide, and the weights 1 + guidance and -guidance add
+    up to 1."""
+    # c and k: with x_t = a x0 + sigma eps and a^2 + sigma^2 = 1, eps = (x_t - a x0) / sigma. Put into
+    # v = a eps - sigma x0, this gives v = (a x_t - (a^2 + sigma^2) x0) / sigma = (a x_t - x0) / sigma.
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -137,11 +141,12 @@ def guided_denoiser(refiner, guide, guidance):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def train_vae(folder, train, data, device):
-    """Train the VAE, then fit the Gaussian mixture to the codes of its training images. `train` holds the settings
-    (common.TRAIN). Returns the finished checkpoint: a dictionary of weights, settings and log.
+    """Train the VAE, then fit the Gaussian mixture to the codes of its training images. Returns the finished
+    checkpoint: a dictionary of weights, settings and log.
 
-    A common.Training hands out batches of images and random numbers. Its `step` takes the losses of a batch, (B,), does
-    the backward pass of their mean, updates the networks, and logs the means of the numbers in the dictionary."""
+    A common.Training moves the given networks to the device, sets up their optimizers and moving averages, and hands
+    out batches of images and random numbers. Its `step` takes the losses of a batch, (B,), does the backward pass of
+    their mean, and updates the networks. The second argument of `step` names numbers whose means are logged."""
     torch.manual_seed(train["seed"])
     vae = common.build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -178,7 +183,8 @@ def train_refiner(folder, train, variant, vae_state, data, device):
             x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
-        training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
+        loss_to_minimise = training.even_levels(loss, t, diffusion)  # as published (`paper`), it is the loss itself
+        training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
     # The checkpoint contains the VAE and its mixture, and the training time of both networks.
@@ -217,8 +223,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # Only sampling uses the setting `guidance`. The run of form1 ignores it (see main), so its checkpoint may hold
-    # another value than `--set guidance=...` gave. The run of the guide does not ignore it, so its checkpoint has it.
+    # Only sampling uses `guidance`. `--set guidance=...` changes the settings of the guide's run alone: main leaves it
+    # out of form1's, so that form1 need not be trained again for another value. So it is taken from the guide's.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -244,7 +250,7 @@ def draw_pretrained(args, evaluation, device):
     model.temperature = evaluation["temperature"]  # of the noise from which sampling begins
     evaluation["batch"] = 36  # `generate` draws whole batches, and samples.png shows 36 images
     folder = Path(args.out) / f"{args.dataset}-pretrained"
-    prior, sampler, steps = common.headline(model, evaluation)  # those by which a model is judged first
+    prior, sampler, steps = common.headline(model, evaluation)  # what the flags choose
     x_hat, images, _ = common.generate(model, 36, prior, sampler, steps, args.seed, evaluation["batch"])
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
@@ -283,6 +289,7 @@ def read_flags(argv):
 
 def main(argv=None):
     args = read_flags(argv)
+    # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
         # read_settings leaves the changes of --set in args.changes, since each run below takes only those on which it

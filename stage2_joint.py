@@ -10,8 +10,8 @@ The loss has two terms.
     diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
                     pixel values and divided by its running mean at this noise level (common.Training.even_levels). So
                     M stays near 1, but its gradient does not vanish, since the running mean counts as a constant.
-                    Multiplied by D, it has the size of a sum over pixel values, as SSE is one. (The `paper` budget does
-                    not divide; there M is the plain error.)
+                    Multiplied by D, it has the size of a sum over pixel values, as SSE has, which is such a sum. (The
+                    `paper` budget does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
@@ -24,8 +24,9 @@ The loss has two terms.
                     tends to E / D.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
                     weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of the
-                    latter compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At start = 400 this
-                    is 0.5 SSE(x0, x_hat). On shapes the VAE collapses: the code stays empty, and images are useless.
+                    latter compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At start = 400, our
+                    setting, this is 0.5 SSE(x0, x_hat). On shapes the VAE collapses: the code stays empty, and images
+                    are useless. (A VAE trained alone on 0.5 SSE and the KL does not collapse.)
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M. The U-Net gets
@@ -35,7 +36,7 @@ x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
     kendall         as above      exp(-a)       as above                    exp(-b)
-    bound           the KL of z   1             the bound given x_hat / D   1
+    bound           the KL of z   1             (bound given x_hat) / D     1
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
@@ -152,8 +153,9 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     first = t == 1
     if first.any():
         nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
-    # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). With the pixel values in
-    # [0, 1], as in SSE, |x0 - x_hat|^2 is 4 SSE. So this is SSE times 2 abar / (1 - abar), or 0.5 SSE at 400.
+    # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). Images lie in [-1, 1],
+    # but SSE is taken in [0, 1], so |x0 - x_hat|^2 is 4 SSE. So kl_prior is SSE times 2 abar / (1 - abar), or 0.5 SSE
+    # at start = 400.
     return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
 
 
@@ -301,6 +303,7 @@ def latent_space(picture, model, setup, pairs=32, points=9):
         part of a hundred codes has another noise. All points of a path have the same."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
+        # common.refine takes this seed and the next one, hence the 2.
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -363,8 +366,10 @@ def read_flags(argv):
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
-    if args.loss == "kendall":  # a and b are trained by Adam alone, without clipping and averaging
-        # Adam moves a by up to 0.05 a step. On shapes a has to fall by 5.5, and there are 750 steps.
+    if args.loss == "kendall":
+        # a and b are trained by Adam alone (Muon, the other optimizer of common.Training, is for matrices), without
+        # clipping and averaging. Adam moves a by up to 0.05 a step. On shapes a has to fall by 5.5, and there are 750
+        # steps.
         own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:

@@ -21,8 +21,8 @@ The flow prior
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
     with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
-    known then, and both tell something about the error: the code z (rare codes are drawn worse), and how sure the
-    encoder is when it is shown x_hat.
+    known then, and both tell something about the error: the code z (from rare codes the decoder makes worse images),
+    and how sure the encoder is when it is shown x_hat.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d)
@@ -31,10 +31,10 @@ Uncertainty
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
-        posterior  The obvious measure: the variance of q(z|x). It is like `variance`, but in training s_vec comes from
-                   the log-variances of Enc(x) in place of Enc(x_hat)'s, standardised with the mean and sd of the
-                   latter. When sampling there is no x, so the refiner then meets an s of another kind than it was
-                   trained with. One may expect that to hurt; in the one run that we made it did not.
+        posterior  The obvious measure: the variance of q(z|x). It is like `variance`, but in training s_vec is made
+                   from the log-variances of Enc(x), still with the mean and sd of those of Enc(x_hat). When sampling
+                   there is no x, so s_vec is made from Enc(x_hat), and the refiner meets an s of another kind than it
+                   was trained with. One may expect that to hurt; in the one run that we made it did not.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
@@ -247,7 +247,7 @@ def rank_errors(trip, stats):
     log_variances = {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat, "posterior": trip.logvar}
     for kind, logvar in log_variances.items():
         _, s = s_vec_and_s(trip.z, logvar, stats, kind)
-        # s is constant if no dimension is in use.
+        # The s of `variance` and `posterior`, a mean of s_vec, is constant if no dimension is in use.
         correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
         does_rank = correlation >= 0.1 and p_value <= 0.05
         facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if does_rank else
@@ -382,6 +382,7 @@ def get_vae_state(folder, train, setup, resume):
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
     # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
+    # Stage 1's VAE does not depend on flow_steps either, and stage 1 does not accept --set flow_steps.
     stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=(*common.OF_UNET, "flow_steps"))
     state = (common.finished_state(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
@@ -622,8 +623,8 @@ def main(argv=None):
     folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    # Runs with --prior gaussian and gmm share this folder. So its first row of scores is not of --prior, but of the
-    # prior under which the VAE was trained.
+    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. So that its scores do not
+    # depend on which of them came first, its first row is that of vae_prior.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
