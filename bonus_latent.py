@@ -307,7 +307,7 @@ def main(argv=None):
     state = (common.finished_state(folder, settings, args.resume)
              or train_latent(folder, settings, ae_state, setup.data, device))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
+    model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
     metrics = fid.evaluate(folder, setup, state, model)
     tables = metrics["tables"]
     if "savings" not in tables:  # they are there if this run was measured before

@@ -4,7 +4,8 @@ The claim: a VAE draws an image in one pass from a compact code, but the image i
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
 model decides *how it looks*.
 
-Names in backticks are settings, scores, or variants that --variant chooses.
+Names in backticks are settings, scores, variants (--variant chooses them), or budgets: whole sets of settings, which
+--budget chooses.
 
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
@@ -55,8 +56,9 @@ Names in backticks are settings, scores, or variants that --variant chooses.
                       the noise is no input of the U-Net). It is a control for stage 2, where VAE and refiner learn
                       together. If that is better than `form1`, there are two possible reasons: the VAE gets the
                       refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning.
-                      `augmented` imitates only the second: its VAE is finished, and in training noise makes x_hat bad.
-                      So if `augmented` is better than `form1`, too, that much can be had without the gradient.
+                      `augmented` imitates only the second: its VAE is finished, and noise that is added in training
+                      makes x_hat bad. So if `augmented` is better than `form1`, too, this part of the gain does not
+                      need the gradient.
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -84,7 +86,8 @@ import fid
 # The variants, in the order in which they are run, and the number of input channels of their U-Nets: 3 for x_t, and 3
 # more if the U-Net also sees x_hat. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
-# `augmented` adds noise to x_hat with an sd between 0 and this. Evaluation, too, tests noise up to 0.4 (fid.NOISE).
+# `augmented` adds noise to x_hat, with an sd between 0 and this. Evaluation also adds noise to x_hat, up to an sd of
+# 0.4, to see how well a refiner copes with a bad x_hat (fid.robustness).
 AUGMENTATION = 0.4
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
@@ -125,11 +128,11 @@ def denoiser(unet, x_hat, variant):
 def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
-    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t, eps and v are
-    each c + k x0, with the same numbers c and k for refiner and guide, and the weights 1 + guidance and -guidance add
-    up to 1."""
-    # c and k: with x_t = a x0 + sigma eps and a^2 + sigma^2 = 1, eps = (x_t - a x0) / sigma. Put into
-    # v = a eps - sigma x0, this gives v = (a x_t - (a^2 + sigma^2) x0) / sigma = (a x_t - x0) / sigma.
+    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t, a prediction
+    of eps or v is c + k x0, where x0 is the predicted image, and c and k depend on x_t and t alone. So refiner and
+    guide share c and k, and with g for guidance, (1 + g)(c + k x0) - g (c + k x0') = c + k ((1 + g) x0 - g x0')."""
+    # c and k: with x_t = a x0 + sigma eps and a^2 + sigma^2 = 1, eps = x_t / sigma - (a / sigma) x0. Put into
+    # v = a eps - sigma x0, this gives v = (a / sigma) x_t - (1 / sigma) x0.
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -187,7 +190,8 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
-    # The checkpoint contains the VAE and its mixture, and the training time of both networks.
+    # The checkpoint also contains the VAE and its mixture. Its `seconds` are those of this training alone;
+    # `seconds_before` are the VAE's.
     return training.finish(seconds_before=vae_state["seconds"], vae=vae_state["vae"], gmm=vae_state["gmm"])
 
 
@@ -207,7 +211,9 @@ def load_model(state, variant, device):
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
-        # `clean` is x_hat before evaluation adds noise to it. Only stage 3 makes use of z and `clean`.
+        # common.refine calls denoiser_for once for each batch, and samples with the function (x, t) -> prediction that
+        # it returns. z is the code of x_hat, and `clean` is x_hat before evaluation adds noise to it. Only stage 3
+        # makes use of these two.
         model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
     if variant == "guided":  # a denoiser_for that takes the place of the one above
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
@@ -223,8 +229,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # Only sampling uses `guidance`. `--set guidance=...` changes the settings of the guide's run alone: main leaves it
-    # out of form1's, so that form1 need not be trained again for another value. So it is taken from the guide's.
+    # Only sampling uses `guidance`. It is taken from the settings of the guide's run, since main leaves it out of
+    # form1's. So for another `--set guidance=...` the guide is trained again, but not form1.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -247,7 +253,7 @@ def draw_pretrained(args, evaluation, device):
     # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
-    model.temperature = evaluation["temperature"]  # of the noise from which sampling begins
+    model.temperature = evaluation["temperature"]  # factor of eps in x_start
     evaluation["batch"] = 36  # `generate` draws whole batches, and samples.png shows 36 images
     folder = Path(args.out) / f"{args.dataset}-pretrained"
     prior, sampler, steps = common.headline(model, evaluation)  # what the flags choose
@@ -312,8 +318,8 @@ def main(argv=None):
         # of `ignored` settings are left out of both. The VAE does not depend on the U-Net's settings, so runs with
         # another U-Net find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
-        # finished_state returns None if the run has to be trained. An unfinished run is an error without --resume. With
-        # it, the answer is None as well: the Training finds the unfinished checkpoint in the folder and goes on.
+        # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
+        # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.
         vae_state = (common.finished_state(vae_folder, settings, args.resume)
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided
@@ -333,7 +339,7 @@ def main(argv=None):
             if variant == "form1":
                 form1_state = state
         model = load_model(state, variant, device)
-        model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
+        model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
         all_metrics[folder] = fid.evaluate(folder, setup, state, model)
         if args.export:
             common.export(args, folder, model, setup.evaluation)

@@ -426,7 +426,7 @@ def main(argv=None):
     state = (common.finished_state(folder, settings, args.resume)
              or train_joint(folder, settings, setup.data, device, vae_state))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
+    model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
     metrics = fid.evaluate(folder, setup, state, model)
     if args.export:
         common.export(args, folder, model, setup.evaluation)

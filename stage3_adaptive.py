@@ -647,7 +647,7 @@ def main(argv=None):
     state = (common.finished_state(folder, settings | own, args.resume)
              or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)
-    model.temperature = setup.evaluation["temperature"]  # of the noise from which sampling begins
+    model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
     all_metrics[folder] = fid.evaluate(folder, setup, state, model)
     tables = all_metrics[folder]["tables"]
     if "adaptivity" not in tables:
