@@ -35,10 +35,10 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 2 ]; then
 fi
 if [ "$dataset" = celeba64 ] && [ "$seed" = 0 ]; then
     run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
+    run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
 fi
-if [ "$dataset" = celeba64 ] && [ "$seed" -lt 2 ]; then
+if [ "$dataset" = celeba64 ] && [ "$seed" = 1 ]; then
     run stage1_baseline.py --variant form1 --set even_levels=false
-    run stage1_baseline.py --variant form1 --set even_levels=false unet_steps=3000
 fi
 
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
