@@ -76,7 +76,7 @@ VARIANTS = {
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",
-    "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if `s` is high",
+    "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if the VAE is unsure of it",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
     "stage3-flow-film-variance": "`film`, but `s` is the variance that the encoder gives when it is shown `x_hat`",
     "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`, which sampling does not have",
