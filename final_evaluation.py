@@ -192,36 +192,29 @@ NUMBERS = {
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows the first eight tables, TABLES.md shows all of them.
+# seeds. REPORT.md shows the first four tables, TABLES.md shows all of them.
 TABLES = {
-    "stage 1": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
-                "fd; is; precision; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 stage1-augmented stage2-anneal stage2-kendall stage2-anneal-grad-none "
-              "stage2-anneal-from-vae", "fd before; fd; fd against stage1-form1; hf_energy; kl_nats; noise fd"),
-    "losses": ("shapes/stage1-form1 shapes/stage2-sum shapes/stage2-anneal shapes/stage2-anneal-w* "
-               "shapes/stage2-kendall shapes/stage2-bound",
-               "fd; fd against stage1-form1; precision; hf_energy; kl_nats; bits/dim"),
-    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "fd, N(0, I); fd, mixture; fd of real codes"),
-    "flow": ("stage1-vae stage1-form1 stage3-vae-flow stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow"),
-    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
-                     "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
-    "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; fd against stage1-uncond; GFLOPs saved, %; "
-                         "seconds saved, %; memory saved, %"),
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
-                   "fd; is; diversity; noise fd; evaluations; seconds"),
+                   "fd; is; hf_energy; noise fd; seconds"),
+    "joint": ("stage1-form1 stage2-*", "fd; fd against stage1-form1; kl_nats; noise fd; bits/dim"),
+    "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
+               "stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
+    "latent diffusion": ("bonus-latent", "fd; fd against stage1-form1; diversity; seconds saved, %; "
+                         "memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
-    "codes, more": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
-                    "hf_energy; posterior variance; path length; probe, class; probe, bands; bits/dim"),
-    "losses, more": ("stage1-form1 stage2-* stage2-*=*",
-                     "fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
-    "priors": ("stage3-vae-*", "fd, N(0, I); fd, mixture; fd, flow; log p, N(0, I); log p, mixture; log p, flow; "
-               "flow's log p of mixture samples; mixture's log p of flow samples"),
+    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
+              "posterior variance; path length; probe, class; probe, bands"),
+    "joint, more": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
+                    "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
+    "priors, more": ("stage3-vae-*", "log p, N(0, I); log p, mixture; log p, flow; "
+                     "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
+    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
+                     "fd; fd against stage3-flow-fixed; sure, VAE; sure, refined; unsure, VAE; unsure, refined"),
     "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                     "rank, regressed; rank, variance; rank, posterior; is; spread, sure; spread, unsure"),
     "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
@@ -230,7 +223,8 @@ TABLES = {
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
-    "latent diffusion, more": ("bonus-latent", "precision; ceiling; seconds saved, %, batch 1")}
+    "latent diffusion, more": ("bonus-latent", "fd against stage1-uncond; precision; ceiling; GFLOPs saved, %; "
+                               "seconds saved, %, batch 1")}
 # The variants in README.md, in a table with a line for each and columns for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 

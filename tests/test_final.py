@@ -983,7 +983,7 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
         path = project / "results" / "features" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"accuracy": 0.5}))
-    (project / "README.md").write_text("<!-- table stage 1 -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
+    (project / "README.md").write_text("<!-- table comparison -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes-0123abcd" in text and "shapes stage1-form1" in text and "photos" not in text
