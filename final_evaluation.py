@@ -243,7 +243,7 @@ PRIMARY_CLAIMS = [
 
 CLAIMS = [  # the most important of all other claims
     ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
-    ("Does beginning from `x_hat` help, against pure noise?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
+    ("Does `x_hat` help, against a diffusion model without a VAE?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
     ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
     ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
     ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),

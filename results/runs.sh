@@ -63,7 +63,9 @@ shapes)
         run stage2_joint.py --set beta=$beta
     done
     run stage1_baseline.py --variant form1 --set beta=0.08 start=300  # a blurrier VAE, whose refined images have less grain
-    for change in start=300 start=500 unet_steps=1200 vae_steps=1800 unet_muon_lr=0.01 unet_muon_lr=0.04 \
+    # The published settings, but for the sizes, the number of steps and the sampler.
+    run stage1_baseline.py --variant form1 --set start=1000 objective=eps even_levels=false beta=1 vae_muon_lr=0 unet_muon_lr=0
+    for change in start=300 start=500 start=1000 unet_steps=1200 vae_steps=1800 unet_muon_lr=0.01 unet_muon_lr=0.04 \
                   unet_muon_lr=0 objective=eps components=3000; do
         run stage1_baseline.py --variant form1 --set $change
     done
