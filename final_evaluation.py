@@ -1065,13 +1065,12 @@ def chart_priors(everything):
 
 def chart_recipe(everything):
     """What changed settings do to form1, on shapes: fd and hf_energy. The top bar is form1 with seed 0, with a dot for
-    each of its seeds. Below it is a bar for each run with --set, of seed 0. Most runs change one setting; the names of
-    some have two."""
+    each of its seeds. Below it is a bar for each run that changes one setting by --set, of seed 0."""
     results = everything.get("shapes", {})
     unchanged = results.get("stage1-form1", {})
     variants = ["stage1-form1"]
     for variant, seeds in results.items():
-        if variant.startswith("stage1-form1-") and 0 in seeds:
+        if variant.startswith("stage1-form1-") and variant.count("=") == 1 and 0 in seeds:
             variants.append(variant)
     if not unchanged or len(variants) == 1:
         return None
