@@ -819,9 +819,10 @@ def test_chart_of_the_recipe(tmp_path):
     """Bars of seed 0, of form1 with changed settings below the unchanged one. Dots on its bar are its runs of all
     seeds. Other variants, guided ones too, are not shown, nor is a run with two changes, whose name would be too long.
     The unchanged form1 may lack seed 0."""
-    changed = [metrics("stage1-form1-beta=0.5-start=300", train={"beta": 0.5, "start": 300})] + [metrics(f"{variant}-beta={beta}", seed, beta * 10, train={"beta": beta}) for variant, beta, seed in
-               (("stage1-form1", 0.5, 0), ("stage1-form1", 0.5, 1), ("stage1-form1", 0.125, 1),
-                ("stage1-guided", 0.25, 0), ("stage2-anneal", 0.25, 0))]
+    changed = [metrics("stage1-form1-beta=0.5-start=300", train={"beta": 0.5, "start": 300})]
+    for variant, beta, seed in (("stage1-form1", 0.5, 0), ("stage1-form1", 0.5, 1), ("stage1-form1", 0.125, 1),
+                                ("stage1-guided", 0.25, 0), ("stage2-anneal", 0.25, 0)):
+        changed.append(metrics(f"{variant}-beta={beta}", seed, beta * 10, train={"beta": beta}))
     others = [metrics("stage1-vae"), metrics("stage1-form1", dataset="cifar10")]
     two = metrics(), metrics(seed=1, distance=13.0)
     for home, unchanged, distances in (("both", two, [10, 13]), ("second", two[1:], [13])):
