@@ -803,8 +803,8 @@ def table_reproduced(new, committed):
 
 def conclude(new_seeds, committed_seeds, name):
     """Whether new runs reproduce a committed number, as text. Each new run is compared with the committed run of the
-    same seed or, if there is none, with the mean over the committed seeds. It should differ by at most 25%, about what
-    two seeds of one variant have differed by."""
+    same seed or, if there is none, with the mean over the committed seeds. It should differ by at most 40%, which is
+    what two seeds of form1 have differed by on shapes."""
     new, committed = values_by_seed(new_seeds, name), values_by_seed(committed_seeds, name)
     if not committed:
         return "nothing committed"
@@ -819,7 +819,7 @@ def conclude(new_seeds, committed_seeds, name):
     for seed, value in new.items():
         expected = committed.get(seed, mean)
         largest_error = max(largest_error, abs(value / expected - 1))
-    return f"{'reproduced' if largest_error <= 0.25 else 'NOT reproduced'} (off by {largest_error:.0%})"
+    return f"{'reproduced' if largest_error <= 0.4 else 'NOT reproduced'} (off by {largest_error:.0%})"
 
 
 def table_of_features(folder):

@@ -646,7 +646,7 @@ def test_long_tables(tmp_path):
 
 
 def test_reproduced(tmp_path):
-    """Within 25% of the committed run of the same seed or, if there is none, of the mean over the committed seeds. What
+    """Within 40% of the committed run of the same seed or, if there is none, of the mean over the committed seeds. What
     lies further off, has other settings, or has nothing to be compared with is said to."""
     fresh = load(tmp_path / "fresh", metrics(distance=12.4), metrics("stage1-vae", 0, 40.0), metrics("bonus-latent"))
     one = load(tmp_path / "one", metrics(distance=10.0), metrics("stage1-vae", distance=30.0))
@@ -656,17 +656,17 @@ def test_reproduced(tmp_path):
     assert conclusions == {
         ("| stage1-form1", "fd"): ["12.4 [11.4, 13.4]", "10 [9, 11]", "reproduced (off by 24%) |"],
         ("| stage1-form1", "hf_energy"): ["19.4 [18.4, 20.4]", "17 [16, 18]", "reproduced (off by 14%) |"],
-        ("| stage1-vae", "fd"): ["40 [39, 41]", "30 [29, 31]", "NOT reproduced (off by 33%) |"],
-        ("| stage1-vae", "hf_energy"): ["47 [46, 48]", "37 [36, 38]", "NOT reproduced (off by 27%) |"],
+        ("| stage1-vae", "fd"): ["40 [39, 41]", "30 [29, 31]", "reproduced (off by 33%) |"],
+        ("| stage1-vae", "hf_energy"): ["47 [46, 48]", "37 [36, 38]", "reproduced (off by 27%) |"],
         ("| bonus-latent", "fd"): ["10 [9, 11]", "", "nothing committed |"],
         ("| bonus-latent", "hf_energy"): ["17 [16, 18]", "", "nothing committed |"]}
     committed = load(tmp_path / "three", *(metrics(seed=seed, distance=distance) for seed, distance in
                                            ((0, 10.0), (1, 13.0), (2, 100.0))))["shapes"]  # their mean is 41
     for k, (new, conclusion) in enumerate((
             ({0: 12.4}, "reproduced (off by 24%)"), ({0: 7.6}, "reproduced (off by 24%)"),
-            ({0: 12.6}, "NOT reproduced (off by 26%)"), ({0: 7.4}, "NOT reproduced (off by 26%)"),
-            ({0: 12.4, 1: 13.0}, "reproduced (off by 24%)"), ({0: 13.0}, "NOT reproduced (off by 30%)"),
-            ({0: 12.4, 1: 17.0}, "NOT reproduced (off by 31%)"),  # the farthest of them counts
+            ({0: 14.1}, "NOT reproduced (off by 41%)"), ({0: 5.9}, "NOT reproduced (off by 41%)"),
+            ({0: 12.4, 1: 13.0}, "reproduced (off by 24%)"), ({0: 14.2}, "NOT reproduced (off by 42%)"),
+            ({0: 12.4, 1: 18.5}, "NOT reproduced (off by 42%)"),  # the farthest of them counts
             ({1: 10.0}, "reproduced (off by 23%)"), ({7: 40.0}, "reproduced (off by 2%)"),
             ({7: 10.0}, "NOT reproduced (off by 76%)"))):
         found = load(tmp_path / f"new{k}", *(metrics(seed=seed, distance=distance) for seed, distance in new.items()))
