@@ -400,8 +400,7 @@ def shared_settings(metrics):
         "budget": run["budget"],
     }
     # Settings of the evaluation: the feature network, the number of images behind the headline, and others. The prior
-    # belongs to a variant. The list of further rows (`grid`) and the batch change
-    # no score of the headline.
+    # belongs to a variant. The list of further rows (`grid`) and the batch change no score of the headline.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
             settings[key] = value

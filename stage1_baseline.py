@@ -18,10 +18,10 @@ Names in backticks are settings, scores, variants (--variant chooses them), or b
                       The target is eps as published. Our own settings (every --budget but `paper`) use
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
                       They also let all noise levels count alike. The plain MSE is largest at the lowest levels, since
-                      weak noise can hardly be told from fine texture. But all that is decided at these levels is the
-                      grain of the image. So the times are divided into 20 levels, and an image's loss is divided by the
-                      running mean of the losses at its level (Training.even_levels). On shapes this lowers fd by
-                      about a quarter; on real images it makes no clear difference (REPORT.md).
+                      weak noise looks much like fine texture. But all that is decided at these levels is the grain of
+                      the image. So the times are divided into 20 levels, and an image's loss is divided by the running
+                      mean of the losses at its level (Training.even_levels). On shapes this lowers fd by about a
+                      quarter; on real images it makes no clear difference (REPORT.md).
                       There are two ways to show x_hat to the U-Net:
        Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
        Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat, and

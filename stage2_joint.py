@@ -405,6 +405,7 @@ def results_of_stage1(setup):
 
 def main(argv=None):
     args, own, name = read_flags(argv)
+    # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
         train |= own | args.changes
