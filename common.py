@@ -1033,7 +1033,7 @@ TRAIN = {
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
     "dropout": 0.0, "heads": 1,  # of the U-Net
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
-    "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the refiner's prediction; see stage 1
+    "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the prediction; see stage 1. Found by trying
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)

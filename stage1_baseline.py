@@ -4,9 +4,6 @@ The claim: a VAE draws an image in one pass from a compact code, but the image i
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
 model decides *how it looks*.
 
-Names in backticks are settings, scores, variants (--variant chooses them), or budgets: whole sets of settings, which
---budget chooses.
-
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
                       As published, beta is 1. We train with 0.04 on shapes and 0.25 on real images (common.budget).
@@ -16,20 +13,10 @@ Names in backticks are settings, scores, variants (--variant chooses them), or b
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
                       The target is eps as published. Our own settings (every --budget but `paper`) use
-                          v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
-                      They also let all noise levels count alike. The plain MSE is largest at the lowest levels, since
-                      weak noise looks much like fine texture. But all that is decided at these levels is the grain of
-                      the image. So the times are divided into 20 levels, and an image's loss is divided by the running
-                      mean of the losses at its level (Training.even_levels). On shapes this lowers fd by about a
-                      quarter; on real images it makes no clear difference (REPORT.md).
-                      There are two ways to show x_hat to the U-Net:
-       Formulation 1  The U-Net's input is x_t and x_hat, concatenated.
-       Formulation 2  In the paper the whole process is shifted by x_hat: its noisy images are y_t = x_t + x_hat, and
-                      the U-Net's input is y_t and x_hat, concatenated. We give the U-Net the same input, and leave all
-                      else as in Formulation 1: noise is added to x0, and sampling computes x_t. That is the same
-                      process: since x_hat is known, y_t can be computed from x_t and x_t from y_t. So the two
-                      formulations differ only in what the U-Net's first convolution is given; we compare them because
-                      the paper does.
+                          v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
+                      and let all noise levels count alike in the loss (train_refiner says why). There are two ways to
+                      show x_hat to the U-Net. In Formulation 1 its input is x_t and x_hat, concatenated; in
+                      Formulation 2 it is x_t + x_hat and x_hat, concatenated (denoiser says why).
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -38,28 +25,21 @@ Names in backticks are settings, scores, variants (--variant chooses them), or b
     4. Where to begin As published, sampling begins with pure noise, at t = T, and t falls from there. But x_hat already
                       shows roughly what x0 looks like. So we leave the noisiest part out and begin at t = `start`:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
-                      In training the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps at this time. If x_hat is the
-                      reconstruction of an image x0, x_start differs from that by sqrt(abar) (x_hat - x0), which the
-                      noise has to hide. As a rule of thumb, sqrt(1 - abar) should be at least six times the standard
-                      deviation of sqrt(abar) (x_hat - x0), over all pixel values of held-out images x0 and their
-                      reconstructions x_hat. (fid.check_start measures this.) Only the times 1..start are
-                      trained. So no training is spent on times that sampling never visits, and fewer sampling steps
-                      are enough. A better VAE allows a smaller `start`.
+                      Only the times 1..start are trained. So no training is spent on times that sampling never visits,
+                      and fewer sampling steps are enough. (build_diffusion says how late it may begin.)
 
     5. Guidance       Train a second U-Net of the same size for a tenth of the steps: the guide. The idea is that it
                       makes the same errors as the refiner, but larger ones. Then the difference of their predictions
                       points away from these errors, and `guided` adds half of this difference to the refiner's:
                           prediction = refiner + 0.5 (refiner - guide)
-                      Each sampling step evaluates both networks. (The tenth and the half were found by trying.)
+                      Each sampling step evaluates both networks.
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
-                      the noise is no input of the U-Net). It is a control for stage 2, where VAE and refiner learn
-                      together. If that is better than `form1`, there are two possible reasons: the VAE gets the
-                      refiner's gradient, or the refiner sees the bad x_hat of a VAE that is still learning.
-                      `augmented` imitates only the second: its VAE is finished, and noise that is added in training
-                      makes x_hat bad. So if `augmented` is better than `form1`, too, this part of the gain does not
-                      need the gradient.
+                      the noise is no input of the U-Net).
+
+Words in `backticks` are names of settings, scores, variants (chosen by --variant) and budgets (sets of settings, chosen
+by --budget).
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
@@ -106,15 +86,25 @@ def vae_loss(vae, x0, noise, beta):
 
 
 def build_diffusion(train, variant, device):
-    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T. `train`, here and
-    below, is the dictionary of training settings (common.TRAIN)."""
+    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T.
+
+    `train`, here and below, is the dictionary of training settings: common.TRAIN, with the values of the chosen budget
+    and of the flags (dataset, image_size, seed).
+
+    How late may refinement begin? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In
+    sampling it sees x_hat in place of x0, which makes a difference of sqrt(abar) (x_hat - x0). The noise has to hide
+    this difference. As a rule of thumb, its standard deviation should be at least six times that of the difference. At
+    start = 400, our setting, that is so if the VAE's error x_hat - x0 has a standard deviation of at most 0.34, where
+    pixels lie in [-1, 1]. So a better VAE allows a smaller `start`. (fid.check_start measures this.)"""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
 def denoiser(unet, x_hat, variant):
     """`denoise(x, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
-    In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, which is the only difference.
+    In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, and all else is as in Formulation 1. The paper
+    describes it in another way, as a diffusion process of y_t = x_t + x_hat. That is the same, since y_t is x_t plus a
+    known image: the noise to predict is the same eps, and y_t minus x_hat is x_t at every step.
     (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
@@ -129,11 +119,15 @@ def denoiser(unet, x_hat, variant):
 def guided_denoiser(refiner, guide, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
-    w - 1.) The paper guides the predicted image x0, we guide eps or v. That is the same: at a given x_t, a prediction
-    of eps or v is c + k x0, where x0 is the predicted image, and c and k depend on x_t and t alone. So refiner and
-    guide share c and k, and with g for guidance, (1 + g)(c + k x0) - g (c + k x0') = c + k ((1 + g) x0 - g x0')."""
-    # c and k: with x_t = a x0 + sigma eps and a^2 + sigma^2 = 1, eps = x_t / sigma - (a / sigma) x0. Put into
-    # v = a eps - sigma x0, this gives v = (a / sigma) x_t - (1 / sigma) x0.
+    w - 1.)
+
+    The paper guides the predicted image x0, we guide the predicted eps or v. That is the same, because at a given x_t
+    both are linear in x0. With x_t = a x0 + sigma eps and a^2 + sigma^2 = 1,
+        eps = x_t / sigma - (a / sigma) x0    and    v = a eps - sigma x0 = (a / sigma) x_t - (1 / sigma) x0.
+    So a prediction is c + k x, where x is the predicted image, and c and k depend on x_t and t alone. If the refiner
+    predicts the image x and the guide the image y, then with g for `guidance`
+        (1 + g) (c + k x) - g (c + k y) = c + k ((1 + g) x - g y),
+    which is the prediction that belongs to the guided image (1 + g) x - g y."""
 
     def denoise_guided(xt, t):
         prediction = refiner(xt, t)
@@ -187,7 +181,12 @@ def train_refiner(folder, train, variant, vae_state, data, device):
             x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
-        loss_to_minimise = training.even_levels(loss, t, diffusion)  # as published (`paper`), it is the loss itself
+        # As published (budget `paper`), even_levels returns the loss itself. It is largest at the lowest noise levels,
+        # since weak noise looks much like fine texture. But all that is decided at these levels is the grain of the
+        # image. So by default the times are divided into 20 levels, and an image's loss is divided by the running mean
+        # of the losses at its level. On shapes this lowers fd by about a quarter; on real images it makes no clear
+        # difference (REPORT.md).
+        loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
         return training.finish()
@@ -230,8 +229,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # Only sampling uses `guidance`. It is taken from the settings of the guide's run, since main leaves it out of
-    # form1's. So for another `--set guidance=...` the guide is trained again, but not form1.
+    # `guidance` is a setting of the guide's run, and main leaves it out of form1's. So `--set guidance=...` makes a new
+    # run of the guide, and form1 is found unchanged.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -299,9 +298,7 @@ def main(argv=None):
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
-        # read_settings leaves the changes of --set in args.changes, since each run below takes only those on which it
-        # depends. Here, show all.
-        train |= args.changes
+        train |= args.changes  # show what --set changes; below, each run takes only those changes that concern it
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -310,14 +307,15 @@ def main(argv=None):
         return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)
-    setup = fid.Setup(args, train, evaluation, device)  # loads the data and the feature network of the scores
+    # The setup loads the data and the feature network of the scores, and completes the settings with what they are.
+    setup = fid.Setup(args, train, evaluation, device)
     all_metrics = {}  # by folder
 
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
-        # A run's settings are `train` with the changes of --set, and its folder is named after these changes. Changes
-        # of `ignored` settings are left out of both. The VAE does not depend on the U-Net's settings, so runs with
-        # another U-Net find the same VAE.
+        # With `--set beta=1`, the folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta.
+        # With `--set unet_steps=900`, the VAE's folder and settings stay as they are, since unet_steps is among the
+        # `ignored` settings: the VAE does not depend on it. So runs with another U-Net find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
         # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.
@@ -327,7 +325,7 @@ def main(argv=None):
         if variant == "vae":
             folder, state = vae_folder, vae_state
         elif variant == "guided":
-            # What is trained in this folder is the guide: form1, for a tenth of the steps.
+            # What is trained in this folder is the guide: form1, for a tenth of the steps (found by trying).
             folder, settings = setup.folder_and_settings("stage1-guided")
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)

@@ -40,7 +40,9 @@ x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
-is not finished yet.
+is not finished yet. It is a control: if joint training helps, that can be due to the gradient, or due to the bad x_hat
+that the refiner sees in training and learns to mend. With `none` only the second is left. Stage 1 has another control,
+`augmented`: its VAE is finished, and the refiner sees bad x_hat because noise is added to it.
 
 What can go wrong: the refiner profits from any information about x0 in x_hat. So the encoder may be pushed to put x0's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
