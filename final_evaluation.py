@@ -192,15 +192,16 @@ NUMBERS = {
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows the first four tables, TABLES.md shows all of them.
+# seeds. REPORT.md shows three of the tables, TABLES.md all of them.
 TABLES = {
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
                    "fd; is; diversity; hf_energy; seconds"),
     "joint": ("stage1-form1 stage2-*", "fd; fd against stage1-form1; is; kl_nats; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
-    "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent",
-                         "fd; is; diversity; seconds saved, %; memory saved, %"),
+    "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
+    "savings": ("bonus-latent",
+                "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
@@ -224,13 +225,16 @@ TABLES = {
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
-    "latent diffusion, more": ("bonus-latent", "fd against stage1-form1; fd against stage1-uncond; precision; ceiling; "
-                               "GFLOPs saved, %; seconds saved, %, batch 1")}
-# The variants in README.md, in a table with a line for each and columns for each data set.
+    "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
+# The variants in README.md, in a table with a line for each and a column for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
+# The variants whose fd without noise and with noise on x_hat are compared: in a chart, and in a table with a line for
+# each and two columns for each data set.
+ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
+              "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
-# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
+# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. The first four are the guiding questions of this project. They are
 # tested together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
@@ -241,44 +245,84 @@ PRIMARY_CLAIMS = [
     ("**Latent space**: does joint training smooth it?",
      ("path length", "stage2-anneal"), ("path length", "stage1-form1"))]
 
-CLAIMS = [  # the most important of all other claims
-    ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
-    ("Does `x_hat` help, against a diffusion model without a VAE?", ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
-    ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1")),
-    ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
-    ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none")),
-    ("Is a flow better than N(0, I), each with its own VAE?",
-     ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
-    ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed")),
-    ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
-    ("Do steps by each image's `s` help?",
-     ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film")),
-    ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
-    ("Does training with noise lose fd without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
-    ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed")),
-    ("Does latent diffusion lose fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]
-
-FURTHER_CLAIMS = [  # only in TABLES.md
-    ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
-    ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae")),
-    ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
-    ("Does dividing the loss by its mean at each noise level help?",
-     ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),
-    ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
-    ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
-    ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
-    ("Is it the gradient that helps with learned weights?",
-     ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
-    ("Does joint training help with real codes?",
-     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
-    ("With the codes of real images, is it the gradient that helps?",
-     ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
-    ("Does a flow improve the VAE's samples against a mixture?",
-     ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
-    ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
-    ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
-    ("Does `film` need the image's own `s`?", ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
-    ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed"))]
+# All other claims, by what they are about. The most important ones, which the chart shows:
+CLAIMS = {
+    "refinement": [
+        ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
+        ("Does `x_hat` help, against a diffusion model without a VAE?",
+         ("fd", "stage1-form1"), ("fd", "stage1-uncond")),
+        ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1"))],
+    "joint training": [
+        ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
+        ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none"))],
+    "priors": [
+        ("Is a flow better than N(0, I), each with its own VAE?",
+         ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
+        ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed"))],
+    "conditioning": [
+        ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
+        ("Do steps by each image's `s` help?",
+         ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
+    "noise": [
+        ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
+        ("Does training with noise raise fd without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
+        ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
+    "latent diffusion": [
+        ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
+# The others:
+FURTHER_CLAIMS = {
+    "refinement": [
+        ("Does `x_hat` help, against one that is trained as long as VAE and refiner together?",
+         ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
+        ("Does it help to begin from `x_hat` and noise, not from pure noise?",
+         ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
+        ("Does it help to divide the loss by its mean at each noise level?",
+         ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),
+        ("Does a longer training of the VAE help?",
+         ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
+        ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
+        ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
+        ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
+    "joint training": [
+        ("Is it the gradient that helps with learned weights?",
+         ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
+        ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
+        ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
+        ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
+        ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
+        ("Does joint training help with codes from N(0, I)?",
+         ("fd, N(0, I)", "stage2-anneal"), ("fd, N(0, I)", "stage1-form1")),
+        ("Does joint training help with the codes of real images?",
+         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
+        ("With the codes of real images, is it the gradient that helps?",
+         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
+    "priors": [
+        ("Is a flow better than N(0, I) before refinement?",
+         ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
+        ("Is a flow better than a mixture before refinement?",
+         ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
+        ("Is it better than a mixture of 30 with one covariance, before refinement?",
+         ("fd, flow", "stage3-vae-flow"), ("fd, 30 components", "stage3-vae-flow")),
+        ("Is it better than a mixture of 300 with one covariance, before refinement?",
+         ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
+    "conditioning": [
+        ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
+        ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
+        ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
+        ("Does `film` reconstruct better with the image's own `s`?",
+         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
+        ("Does `coupling` reconstruct better with the image's own `s`?",
+         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
+        ("Are the refined images of a code more alike with `film`?",
+         ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed")),
+        ("Do steps by `s` help, against as many for all?",
+         ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))],
+    "noise": [],
+    "latent diffusion": [
+        ("Does latent diffusion raise fd, against pixel diffusion without a VAE?",
+         ("fd", "bonus-latent"), ("fd", "stage1-uncond")),
+        ("What does latent diffusion do to the Inception Score?", ("is", "bonus-latent"), ("is", "stage1-form1")),
+        ("What does latent diffusion do to diversity?", ("diversity", "bonus-latent"), ("diversity", "stage1-form1"))]}
 
 # The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
 # are those of Okabe and Ito (2008), "Color Universal Design", with grey, a dark brown, and the wine red, the sand and
@@ -626,6 +670,34 @@ def test_together(results, claims):
     return changes
 
 
+def every_claim(claims):
+    """The claims in CLAIMS or FURTHER_CLAIMS, as one list."""
+    return list(itertools.chain.from_iterable(claims.values()))
+
+
+def table_answers(everything, topic):
+    """The claims about a topic in short: a line for each, with the change in percent on each data set."""
+    rows = []
+    for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
+        cells = []
+        for results in everything.values():
+            change = compare_sides(results, claim)
+            if change is None:
+                cells.append("")
+            elif is_significant(change):
+                cells.append(f"**{percent(change['log_ratio'])}** ({change['seeds']})")
+            else:
+                cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
+        rows.append([claim[0], describe_sides(claim), *cells])
+    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{NOTE_ON_ANSWERS}*"
+
+
+NOTE_ON_ANSWERS = ("By how much the first number differs from the second, in percent. In brackets: how many runs were "
+                   "compared, in pairs of the same seed. **Bold**: significant (exploratory). Empty: not run. "
+                   "TABLES.md, claims, has both numbers, the intervals and the p-values. Settings: as below the first "
+                   "table.")
+
+
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
     whether the claims of a data set are tested together; then the means are left out."""
@@ -775,6 +847,21 @@ def table_overview(everything):
     return with_note(table, ["fd"], settings)
 
 
+def table_robustness(everything):
+    """A line for each variant in ROBUSTNESS, with its fd without noise and its noise fd on each data set."""
+    header, rows = ["variant"], []
+    for dataset in everything:
+        header += [f"{dataset}: no noise ↓", f"{dataset}: noise ↓"]
+    for variant in ROBUSTNESS:
+        cells = []
+        for results in everything.values():
+            cells += [cell(results.get(variant, {}), name) for name in ("noise 0 fd", "noise fd")]
+        if any(cells):
+            rows.append([f"`{variant}`", *cells])
+    settings = [describe_data(*item) for item in everything.items()]
+    return with_note(markdown(header, rows), ["noise 0 fd", "noise fd"], settings)
+
+
 def table_numbers(columns):
     """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/"."""
     shown = []
@@ -842,12 +929,14 @@ def table_of_features(folder):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything)}
+              "overview": table_overview(everything), "robustness": table_robustness(everything)}
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
-    tables["claims"] = table_claims(everything, CLAIMS)
-    tables["further claims"] = table_claims(everything, FURTHER_CLAIMS)
+    for topic in CLAIMS:
+        tables[f"answers on {topic}"] = table_answers(everything, topic)
+    tables["claims"] = table_claims(everything, every_claim(CLAIMS))
+    tables["further claims"] = table_claims(everything, every_claim(FURTHER_CLAIMS))
     return tables
 
 
@@ -935,10 +1024,11 @@ def with_legend(figure, axes, columns=4):
 def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
     over seeds. A filled marker means significant, a cross fewer than three runs."""
-    claims = PRIMARY_CLAIMS + CLAIMS
+    claims_alone = every_claim(CLAIMS)
+    claims = PRIMARY_CLAIMS + claims_alone
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
-        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in CLAIMS]
+        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in claims_alone]
         if any(found):
             changes[dataset] = found
     if not changes:
@@ -995,9 +1085,7 @@ def chart_noise(everything):
     """fd against the standard deviation of noise on x_hat."""
     figure, axes = new_chart(len(everything), 3.6)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for variant in ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
-                        "stage2-kendall", "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed",
-                        "stage3-flow-film"):
+        for variant in ROBUSTNESS:
             seeds, points = results.get(variant, {}), {}
             for name, sd in fid.NOISE.items():
                 points[sd] = values_by_seed(seeds, f"tables/robustness/scores/{name}/fd")

@@ -51,7 +51,7 @@ Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16
         The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png the images of the VAE are above and the
         refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
         real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
-        clearer outlines and stripes. `fd_local` is the Frechet distance to the real images, in the features of a small
+        clearer outlines and bands. `fd_local` is the Frechet distance to the real images, in the features of a small
         network that was trained on the same data set. It is a quarter to a third lower after refinement.
 """
 

@@ -17,6 +17,10 @@ import common
 import final_evaluation as final
 
 README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
+CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
+ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
+ALL_TABLES = ["data", "variants", "overview", "robustness", *final.TABLES, "questions",
+              *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
@@ -175,14 +179,14 @@ def test_every_number_of_tables_and_claims_has_a_name():
             columns.add(name)
             if against:
                 compared_with.add(variant)
-    claims = final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS
+    claims = ALL_CLAIMS
     sides = [side for _, *both in claims for side in both]
     assert columns | {name for name, _ in sides} == set(final.NUMBERS)
     for _, variant in sides:
         assert {*re.findall(r"-(\w+)=", variant)} <= common.TRAIN.keys()
-    for _, *both in final.PRIMARY_CLAIMS + final.CLAIMS:
+    for _, *both in CHART_CLAIMS:
         assert all(final.with_arrow(name) == f"{name} ↓" for name, _ in both)
-    assert {re.sub(r"(-\w+=\S+)+$", "", variant) for _, variant in sides} <= {*VARIANTS}
+    assert {re.sub(r"(-\w+=\S+)+$|-w0.003$", "", variant) for _, variant in sides} <= {*VARIANTS}
     on_sheets = set()
     for strips in final.SHEETS.values():
         on_sheets |= {variant for variant, *_ in strips}
@@ -382,7 +386,7 @@ def test_claims(tmp_path):
     assert path[1].startswith("-25% (95%: ")
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
     assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (")
-    claims = final.table_claims(everything, final.CLAIMS)
+    claims = final.table_claims(everything, final.every_claim(final.CLAIMS))
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
     question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
@@ -391,6 +395,33 @@ def test_claims(tmp_path):
     for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
                         (claims, "without adjustment")):
         assert note in table and "budget `cpu`, 100 samples, features `local-a`" in table
+
+
+def test_answers(tmp_path):
+    """A topic in short: the change on each data set, with the number of runs, bold if it is significant. Nothing is
+    written for what was not run."""
+    many = [metrics("stage1-vae", 0, 40.0, dataset="cifar10"), metrics(dataset="cifar10")]
+    for seed, (distance, guided) in enumerate(((10.0, 9.0), (10.1, 12.0), (9.9, 10.0))):
+        many += [metrics("stage1-vae", seed, 40.0), metrics("stage1-form1", seed, distance),
+                 metrics("stage1-guided", seed, guided)]
+    table = final.table_answers(load(tmp_path, *many), "refinement")
+    assert table.splitlines()[0] == "| question | compared | shapes | cifar10 |"
+    assert cells_of(table, "Does refinement improve the VAE's samples?") == [
+        "fd: stage1-form1 / stage1-vae", "**-75%** (3)", "-75% (1)"]
+    assert cells_of(table, "Does guidance by a worse refiner help?")[1] == "+2.6% (3)"
+    assert "| fd: stage1-guided / stage1-form1 | +2.6% (3) |  |" in table
+    assert table.endswith(f"*{final.NOTE_ON_ANSWERS}*")
+    assert {*final.CLAIMS} == {*final.FURTHER_CLAIMS}
+
+
+def test_table_of_robustness(tmp_path):
+    """The fd without noise, and the mean of those with noise."""
+    many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0)]
+    table = final.table_robustness(load(tmp_path, *many))
+    assert table.splitlines()[0] == ("| variant | shapes: no noise ↓ | shapes: noise ↓ | cifar10: no noise ↓ | "
+                                     "cifar10: noise ↓ |")
+    assert table.splitlines()[2:-2] == ["| `stage1-form1` |  |  | 10 [9, 11] (50) | 20 (50) |",
+                                        "| `stage2-anneal` | 21.0 ± 1.4 (50) | 42.0 ± 2.8 (50) |  |  |"]
 
 
 def test_guiding_questions():
@@ -569,7 +600,8 @@ def test_every_pattern_fits_a_variant(tmp_path):
     for variants, _ in final.TABLES.values():
         for pattern in variants.split():
             assert len(final.table_of(everything, pattern, "fd").splitlines()) > 4, pattern
-    assert {*final.LOOKS} <= {*VARIANTS}  # of charts, which draw_line looks up by the variant's name
+    # LOOKS is of charts, which look them up by the variant's name.
+    assert {*final.ROBUSTNESS} <= {*final.LOOKS} <= {*VARIANTS}
 
 
 def test_a_bar_in_a_cell_is_escaped():
@@ -607,8 +639,7 @@ def test_long_tables(tmp_path):
             report if "shapes" in name else report | {"size": 64}))
     tables = final.all_tables(everything)
     text = final.long_tables(everything, tables, tmp_path)
-    assert re.findall("## (.*)", text) == ["data", "variants", "overview", *final.TABLES, "questions", "claims",
-                                           "further claims", "shapes, stage1", "shapes, bonus", "cifar10, stage2",
+    assert re.findall("## (.*)", text) == [*ALL_TABLES, "shapes, stage1", "shapes, bonus", "cifar10, stage2",
                                            "features"]
     assert text.split("## variants\n\n")[1].split("\n\n")[0].splitlines() == [
         "| variant | what it is | seeds, shapes | seeds, cifar10 |", "| --- | --- | --- | --- |", *(
@@ -617,7 +648,9 @@ def test_long_tables(tmp_path):
     for name, arguments in final.TABLES.items():
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
     for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
-        assert f"## {name}\n\n{final.table_claims(everything, claims)}\n\n" in text
+        assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n\n" in text
+    for topic in final.CLAIMS:
+        assert f"## answers on {topic}\n\n{final.table_answers(everything, topic)}\n\n" in text
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
     assert f"## overview\n\n{final.table_overview(everything)}\n\n" in text
@@ -738,7 +771,7 @@ def test_chart_of_claims(tmp_path):
                                                  "stage3-flow-film: seconds with s / seconds without s"]
     assert "fd, mixture of stage1-form1 / fd of stage1-vae" == final.describe_sides(
         ("?", ("fd, mixture", "stage1-form1"), ("fd", "stage1-vae")))
-    assert names[0] == "Quality: does joint training help?" and len(names) == len(final.PRIMARY_CLAIMS + final.CLAIMS)
+    assert names[0] == "Quality: does joint training help?" and len(names) == len(CHART_CLAIMS)
     marks = {}  # {(row, shift): (ratio, filled or not, or "x")}
     intervals = {}
     for line in axis.lines:
@@ -905,13 +938,12 @@ def test_collect_and_runs(project, capsys):
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
-    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", "data", "variants",
-                                             "overview", *final.TABLES, "questions", "claims", "further claims"]
+    assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", *ALL_TABLES]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
     assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
     assert parts["questions"].strip() == final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
-    assert parts["claims"].strip() == final.table_claims(everything, final.CLAIMS)
+    assert parts["claims"].strip() == final.table_claims(everything, final.every_claim(final.CLAIMS))
     for name, arguments in final.TABLES.items():
         assert parts[name].strip() == final.table_of(everything, *arguments)
     assert capsys.readouterr().out.endswith(f"written: {project / 'runs' / 'REPORT.md'}\n")
@@ -1011,7 +1043,7 @@ def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
     final.main(["--results", str(results)])
     assert {path.name: path.read_text() for path in (tmp_path / "repository").iterdir()} == {
         "README.md": marked, "REPORT.md": marked}
-    claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.CLAIMS)
+    claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.every_claim(final.CLAIMS))
     assert (tmp_path / "other" / "README.md").read_text() == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
     charts = [results / "figures" / f"{name}.png" for name in ("claims", "cost", "noise")]
     assert capsys.readouterr().out.splitlines()[-1] == " ".join(
@@ -1087,7 +1119,7 @@ def test_sizes():
 def test_every_claim_and_column_has_numbers():
     """A misspelt variant or column would show as "not measured" or as an empty column."""
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
-    for claim in final.PRIMARY_CLAIMS + final.CLAIMS + final.FURTHER_CLAIMS:
+    for claim in ALL_CLAIMS:
         assert final.compare_sides(everything["shapes"], claim), claim  # of shapes, all are tested
     for name, (variants, columns) in final.TABLES.items():
         rows = [line.split("|")[2:-1] for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
