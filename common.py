@@ -95,7 +95,7 @@ class Diffusion:
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
     Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small, so that errors
     grow. From v, x0 is computed without a division, which helps short trainings. `start` is the time at which the
-    reverse process begins: T, or earlier where an x_hat already shows roughly what x0 looks like. Only the times
+    reverse process begins: T, or a smaller one where an x_hat already shows roughly what x0 looks like. Only the times
     1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
@@ -600,7 +600,7 @@ class GaussianMixture:
 
     def log_joints(self, z):
         """log(weight_k N(z; mean_k, covariance_k)) for z (N, d). Yields a few rows of z at a time, (n, d), and their
-        logarithms, (n, K).
+        logarithms, (n, K). How it does so is arranged for speed, and can be skipped on first reading.
 
         With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
         multiplied out, so that all distances to all components come from one matrix product."""
@@ -1579,7 +1579,7 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        yield from self.try_reduced_precision()  # two batches to try bfloat16 with; nothing is learned from them
+        yield from self.try_reduced_precision()  # a trial of bfloat16, with two batches; nothing is learned from them
         self.compile_networks()
         with self.running():
             while self.steps_taken < self.all_steps:
@@ -1659,7 +1659,7 @@ class Training:
         total = (of_level * loss.detach()[:, None]).sum(0)  # of their losses, (levels,)
         average_over_processes([count, total])
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
-        if self.trial is None:  # a trial leaves everything as it was
+        if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was
             self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
         return loss / self.level_means[level]
 

@@ -16,7 +16,7 @@ model decides *how it looks*.
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
                       and let all noise levels count alike in the loss (train_refiner says why). There are two ways to
                       show x_hat to the U-Net. In Formulation 1 its input is x_t and x_hat, concatenated; in
-                      Formulation 2 it is x_t + x_hat and x_hat, concatenated (denoiser says why).
+                      Formulation 2 it is x_t + x_hat and x_hat, concatenated (for the paper's view see denoiser).
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -26,7 +26,7 @@ model decides *how it looks*.
                       shows roughly what x0 looks like. So we leave the noisiest part out and begin at t = `start`:
                           x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
                       Only the times 1..start are trained. So no training is spent on times that sampling never visits,
-                      and fewer sampling steps are enough. (build_diffusion says how late it may begin.)
+                      and fewer sampling steps are enough. (build_diffusion says how small `start` may be.)
 
     5. Guidance       Train a second U-Net of the same size for a tenth of the steps: the guide. The idea is that it
                       makes the same errors as the refiner, but larger ones. Then the difference of their predictions
@@ -91,11 +91,11 @@ def build_diffusion(train, variant, device):
     `train`, here and below, is the dictionary of training settings: common.TRAIN, with the values of the chosen budget
     and of the flags (dataset, image_size, seed).
 
-    How late may refinement begin? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In
-    sampling it sees x_hat in place of x0, which makes a difference of sqrt(abar) (x_hat - x0). The noise has to hide
-    this difference. As a rule of thumb, its standard deviation should be at least six times that of the difference. At
-    start = 400, our setting, that is so if the VAE's error x_hat - x0 has a standard deviation of at most 0.34, where
-    pixels lie in [-1, 1]. So a better VAE allows a smaller `start`. (fid.check_start measures this.)"""
+    How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
+    it sees x_hat in place of x0, which makes a difference of sqrt(abar) (x_hat - x0). The noise has to hide this
+    difference. At start = 400, our setting, the noise has 12 times the standard deviation of the difference on
+    CIFAR-10, 15 times on faces and 35 times on shapes. Below six times, which is a rough limit, fid.check_start says
+    that refinement begins too late. The better the VAE, the smaller `start` may be."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
@@ -103,8 +103,9 @@ def denoiser(unet, x_hat, variant):
     """`denoise(x, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
 
     In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, and all else is as in Formulation 1. The paper
-    describes it in another way, as a diffusion process of y_t = x_t + x_hat. That is the same, since y_t is x_t plus a
-    known image: the noise to predict is the same eps, and y_t minus x_hat is x_t at every step.
+    describes it in another way, as a diffusion process of y_t = x_t + x_hat, which ends in noise around x_hat and not
+    around 0. That is the same, since y_t is x_t plus a known image: the noise to predict is the same eps, and y_t minus
+    x_hat is x_t at every step.
     (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
@@ -181,11 +182,10 @@ def train_refiner(folder, train, variant, vae_state, data, device):
             x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
-        # As published (budget `paper`), even_levels returns the loss itself. It is largest at the lowest noise levels,
-        # since weak noise looks much like fine texture. But all that is decided at these levels is the grain of the
-        # image. So by default the times are divided into 20 levels, and an image's loss is divided by the running mean
-        # of the losses at its level. On shapes this lowers fd by about a quarter; on real images it makes no clear
-        # difference (REPORT.md).
+        # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture. But all that is
+        # decided at these levels is the grain of the image. So the times are divided into 20 levels, and an image's
+        # loss is divided by the running mean of the losses at its level. On shapes this lowers fd by about a quarter;
+        # on real images it makes no clear difference (REPORT.md). With the budget `paper` the loss stays as it is.
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -229,8 +229,9 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # `guidance` is a setting of the guide's run, and main leaves it out of form1's. So `--set guidance=...` makes a new
-    # run of the guide, and form1 is found unchanged.
+    # `guidance` has no influence on training. But the scores depend on it, and they are kept in the guide's folder. So
+    # it is a setting of the guide's run: with `--set guidance=...` the guide gets another folder, and is trained again
+    # there. main leaves `guidance` out of form1's settings, so form1 is found as it is.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -296,9 +297,10 @@ def read_flags(argv):
 def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
+    # The changes of --set are not in `train` yet, but in args.changes, since each run takes only those that concern it.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     if args.dry_run:
-        train |= args.changes  # show what --set changes; below, each run takes only those changes that concern it
+        train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
@@ -307,7 +309,8 @@ def main(argv=None):
         return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)
-    # The setup loads the data and the feature network of the scores, and completes the settings with what they are.
+    # The setup loads the data and the feature network of the scores. In its own copies of the settings it notes which
+    # they are: setup.train has the number of training images, for instance.
     setup = fid.Setup(args, train, evaluation, device)
     all_metrics = {}  # by folder
 
