@@ -284,7 +284,7 @@ FURTHER_CLAIMS = {
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
     "joint training": [
-        ("Is it the gradient that helps with learned weights?",
+        ("Do learned weights help, against joint training without the gradient?",
          ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
         ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
@@ -301,9 +301,9 @@ FURTHER_CLAIMS = {
          ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
         ("Is a flow better than a mixture before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
-        ("Is it better than a mixture of 30 with one covariance, before refinement?",
+        ("Is a flow better than 30 components that share a covariance, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 30 components", "stage3-vae-flow")),
-        ("Is it better than a mixture of 300 with one covariance, before refinement?",
+        ("Is a flow better than 300 components that share one, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
     "conditioning": [
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
@@ -313,7 +313,7 @@ FURTHER_CLAIMS = {
          ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
         ("Does `coupling` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
-        ("Are the refined images of a code more alike with `film`?",
+        ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed")),
         ("Do steps by `s` help, against as many for all?",
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))],
@@ -692,10 +692,8 @@ def table_answers(everything, topic):
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{NOTE_ON_ANSWERS}*"
 
 
-NOTE_ON_ANSWERS = ("By how much the first number differs from the second, in percent. In brackets: how many runs were "
-                   "compared, in pairs of the same seed. **Bold**: significant (exploratory). Empty: not run. "
-                   "TABLES.md, claims, has both numbers, the intervals and the p-values. Settings: as below the first "
-                   "table.")
+NOTE_ON_ANSWERS = ("By how much the first number differs from the second (number of runs). **Bold**: significant, "
+                   "exploratory. Intervals: TABLES.md, claims. Budget, data and features: as in the first table.")
 
 
 def table_claims(everything, claims, adjust=False):
