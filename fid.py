@@ -11,8 +11,8 @@ and covariance S (Heusel et al. 2017). Only with Inception's features is it call
 Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
-    A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images. So the FD of equally many
-                    held-out real images is given beside it (of all, if there are fewer).
+    A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images (for C see expected_floor).
+                    So the FD of equally many held-out real images is given beside it (of all, if there are fewer).
     An interval     The jackknife leaves out one twentieth of the images at a time. How much the score changes tells
                     how much it depends on the draw of images. (A bootstrap would repeat images. A set with repeated
                     images has a higher FD, so its interval would lie above the score.)
@@ -72,8 +72,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
-    branch_pool(avg_pool2d(x)) in its own code. The first hook keeps x. What the second returns, pool(x), takes the
-    place of branch_pool's input."""
+    branch_pool(avg_pool2d(x)) in its own code. The first hook is called before the block, and keeps its input x. The
+    second is called before branch_pool, and replaces its input by pool(x)."""
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
     block.branch_pool.register_forward_pre_hook(lambda branch_pool, arguments: pool(inputs.pop()))
@@ -128,7 +128,7 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(cache), hash_prefix=INCEPTION_SHA256)
         except Exception as error:  # no network, cut off, another file, a full disk: the remedy is the same
             fail(f"--weights {cache}: no such file, and no download ({error}); {advice}")
-    state = load_hashed([path], "--weights", advice, INCEPTION_SHA256)
+    state = load_hashed([path], what="--weights", advice=advice, sha256=INCEPTION_SHA256)
     net = InceptionV3()
     net.load_state_dict(net.state_dict() | state)  # num_batches_tracked may be missing in the file; nothing uses it
     net.name = f"inception-{INCEPTION_SHA256[:8]}"
@@ -210,17 +210,17 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     another file. The program ends with an error if there is none, or if the folder has changed since its training."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    home, name, source = FEATURES_DIR, dataset, dataset
+    home, name, to_train_on = FEATURES_DIR, dataset, dataset
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
             fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
-        home, name, source = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
+        home, name, to_train_on = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
     found = [Path(weights)] if weights else common.find_hashed(home, name)
     flag = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"
     there = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(there) or 'none'}), or make it: "
-              f"python fid.py --train-local {source}")
+              f"python fid.py --train-local {to_train_on}")
     stored = load_hashed(found, flag, advice)
     if "classes" not in stored:
         fail(f"{flag}: {found[0]} is not a local feature network; {advice}")
@@ -291,10 +291,11 @@ CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 
 
 def frechet_distance(a, b):
-    """The Frechet distance (top of this file) of two Moments, in squared units of the features. With S_i = R_i R_i^T,
-    S_1 S_2 = R_1 (R_1^T R_2 R_2^T) has the nonzero eigenvalues of (R_1^T R_2 R_2^T) R_1 = C C^T, where C = R_1^T R_2,
-    since AB and BA have the same ones. So tr (S_1 S_2)^(1/2) is the sum of the singular values of C. That is exact for
-    N < d too, and needs no matrix square root."""
+    """The Frechet distance (top of this file) of two Moments, in squared units of the features.
+
+    Let S_i = R_i R_i^T. For any two matrices, A B and B A have the same nonzero eigenvalues. With A = R_1 and
+    B = R_1^T R_2 R_2^T, A B is S_1 S_2, and B A is C C^T, where C = R_1^T R_2. So tr (S_1 S_2)^(1/2) is the sum of the
+    singular values of C. That is exact for N < d too, and needs no matrix square root."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
     delta = a.mean - b.mean
@@ -308,8 +309,13 @@ def expected_floor(stats, count):
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j, and twice that for i = j, which adds (1/N1 + 1/N2) 1/4 tr S to that sum
-        E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))"""
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j
+
+    In the sum, this second time adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
+
+        E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))
+
+    (tests/test_fid.py compares this with drawn samples.)"""
     eigenvalues = stats.root.square().sum(0)  # (k,), those above 0
     pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
     return ((1 / count + 1 / stats.count) * (1.25 * eigenvalues.sum() + 0.5 * pairs)).item()
@@ -408,9 +414,9 @@ def jackknife(score, x):
 
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that consists of means over pairs of images, such as KID, without computing pairs again.
-    `value` is the score. image_means (N,) has for each image the mean over its pairs. An image occurs in pairs as the
-    first and as the second member. So if images are left out the score changes, to first order, by twice the change of
-    the mean of image_means."""
+    `value` is the score. image_means (N,) has for each image the mean over its pairs. If an image is left out, all
+    pairs are lost in which it is the first or the second member. So the score changes, to first order, by twice the
+    change of the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -470,12 +476,13 @@ def scores(extractor, generated, ref, progress=False):
     count, device = len(generated), ref.features.device
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    row["is"] = jackknife(  # shuffled once: its ten parts should stay nearly the same if a group is left out
+    row["is"] = jackknife(  # shuffled before, so that its ten parts stay nearly the same if a group is left out
         lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
     # KID is mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of real images x and generated ones y. So it
-    # depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). The interval needs these means roughly: the
+    # depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). (jackknife_pairs takes care of the 2.) The
+    # interval needs these means roughly: the
     # y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and the x_j up to 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
@@ -493,6 +500,9 @@ def scores(extractor, generated, ref, progress=False):
 
 
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
+#
+# What kind of model it is shows in the common.Model: `vae` is None if there is no VAE, `denoiser_for` is None for a VAE
+# alone, and only latent diffusion has a `decode`.
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -504,7 +514,8 @@ class Setup:
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
         self.changes = args.changes  # by --set
-        common.join_processes(device, (train | self.changes)["batch"])  # if torchrun has started several
+        # If torchrun has started several processes, each takes a share of the batch.
+        common.join_processes(device, (train | self.changes)["batch"])
         if common.RANK > 0:
             common.wait_for_all()  # until the first process has downloaded and decoded all images
         self.device = device
@@ -619,7 +630,7 @@ def measure(model, setup, prior, sampler, steps, count, damage):
                                              setup.evaluation["batch"], damage)
     steps = min(steps, model.diffusion.start)
     row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
-           "seconds_per_image": seconds} | setup.score(images)
+           "seconds_per_image": seconds} | setup.score(images)  # nfe: number of evaluations of a network
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
@@ -641,7 +652,7 @@ def measure_samples(folder, model, setup):
     rows = [row]
     for other in model.priors:
         if other != prior:
-            count = evaluation["count" if model.denoiser_for is None else "grid_count"]
+            count = evaluation["count" if model.denoiser_for is None else "grid_count"]  # a VAE alone is fast
             rows.append(draw(other, sampler, steps, count, 0.0)[0])
     if model.denoiser_for is not None:
         pictures = {}
@@ -665,7 +676,7 @@ def robustness(folder, draw, prior, evaluation, fd_key, refined):
     for name, sd in NOISE.items():
         row, x_hat, images = draw(prior, sampler, steps, evaluation["grid_count"], sd)
         scores_by_noise[name] = {fd_key: row[fd_key], "hf_energy": row["hf_energy"]}
-        if prior != "none":
+        if prior != "none":  # latent diffusion has no prior over z, and no x_hat
             pictures[name] = x_hat[:12]
         if refined:
             pictures[f"{name}, refined"] = images[:12]
@@ -706,9 +717,9 @@ def copies(folder, images, setup):
         features, _ = extract(setup.extractor, both)
         by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
                    "features": nearest_rows(features, setup.reference.features.cpu())}
-        for kind, (distance, index) in by_kind.items():  # the smaller one of an image and its mirror image
-            distance, row = distance.view(-1, count).min(0)
-            nearest[kind, side] = distance, index.view(-1, count)[row, torch.arange(count)]
+        for kind, (distance, index) in by_kind.items():
+            smaller, which = distance.view(-1, count).min(0)  # of an image (0) and its mirror image (1)
+            nearest[kind, side] = smaller, index.view(-1, count)[which, torch.arange(count)]
         distance, index = nearest["pixels", side]
         nearest["pixels", side] = distance / both[0].numel() ** 0.5, index
     for kind in ("pixels", "features"):
@@ -857,7 +868,7 @@ def bits_per_dim(model, prior, setup):
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
-        denoise = model.denoiser_for(x_hat, z, x_hat)
+        denoise = model.denoiser_for(x_hat, z, clean=x_hat)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
@@ -900,7 +911,8 @@ IMAGES_SEEN = {"cifar10": 800_000}  # in training; of other data 200,000, but ea
 def augment(x, gen, crop=False):
     """A random view of each float image of x (B, 3, S, S): mirrored or not, and shifted by up to an eighth of its side.
     With `crop`, in place of the shift, a square of 25 to 100% of the area, enlarged, with jitter of colour, contrast
-    and brightness. But for the enlarging no view is blurred, nor is any noisy: features must not ignore these."""
+    and brightness. No view is noisy or blurred (except by enlarging), since the features must not ignore noise and
+    blur."""
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
@@ -970,7 +982,7 @@ def train_network(data, seed=0, batch=256):
         for precision in (False, True):
             trial = copy.deepcopy(networks)
             loss_of(trial, x, index, precision).backward()
-            gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])
+            gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])  # one tensor
         # Batch norm amplifies rounding: these gradients differ by up to 26%, and by 100% or more with a wrong kernel.
         reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}", 0.5)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
@@ -1040,11 +1052,11 @@ def train_local(name, data_dir="data"):
     found = common.find_hashed(home, train.name)
     outdated, current = [], []
     for path in found:
-        stored = load_hashed([path], f"--train-local {name}:", "remove this file")
+        stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
         (outdated if own and trained_on(stored, data_dir) < UNCHANGED else current).append(path)
     if not current:
         current = [save_local(train_network(train), train.name, data_dir if own else None)]
-    for path in outdated:
+    for path in outdated:  # unless the new network is the same, to the bit, and so has the same name
         for file in {path, path.with_suffix(".json")} - {*current}:
             file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
@@ -1098,7 +1110,7 @@ def main(arguments=None):
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
     real_is_folder = args.real not in DATASETS
     extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
-                               common.choose_device(args.device), args.real)
+                               device=common.choose_device(args.device), data_dir=args.real)
     flag = "GENERATED" if args.count is None else f"--count {args.count}"
     images, jpeg = read_folder(args.generated, flag, args.count)
     if real_is_folder:

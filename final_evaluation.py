@@ -39,13 +39,14 @@ MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-annea
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
 CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
-# file of weights, and the parts of the checkpoint that this file holds.
+# file of weights, and the parts of the checkpoint that this file holds. (What is trained in the run of `guided` is its
+# guide; the rest is that of form1.)
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
 # Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
-# is (variant, picture, top, bottom): the band between these fractions of the picture's height. The titles of a
-# picture's columns, TITLES pixels high, do not count.
+# is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
+# columns, if it has some. TITLES says how many pixels high these are.
 SHEETS = {
     # the first 12 of 36 samples
     "sheet": [(variant, "samples", 0, 1 / 3) for variant in MAIN_VARIANTS],
@@ -370,7 +371,7 @@ def name_rows(metrics):
     # `priors` also needs the headline's own prior, from a row with as few images as the other priors have. Say that
     # the headline is "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is the
     # row steps["dpm 10"], which has 200. A VAE alone has no steps. All of its rows have equally many images, so the
-    # headline itself is taken.
+    # headline itself is taken. Without a row like these, the headline's prior is left out.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
         priors[headline["prior"]] = steps[same_steps]
@@ -636,7 +637,7 @@ def compare_sides(results, claim):
     """Both sides of a claim on a data set, over the seeds that both have: their numbers, `ours` and `theirs`, and what
     `compare` says of them. A seed is left out if one of its numbers is 0, as precision may be after a few steps: it has
     no ratio. None if no seed remains."""
-    _, (name, variant), (other_name, other_variant) = claim
+    _, (name, variant), (other_name, other_variant) = claim  # its question does not matter here
     our_values = values_by_seed(results.get(variant, {}), name)
     their_values = values_by_seed(results.get(other_variant, {}), other_name)
     shared_seeds = []
@@ -698,7 +699,8 @@ NOTE_ON_ANSWERS = ("By how much the first number differs from the second (number
 
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
-    whether the claims of a data set are tested together; then the means are left out."""
+    whether the claims of a data set are tested together. (Then the means are left out, since the cells are long
+    enough.)"""
     rows = [[claim[0], describe_sides(claim)] for claim in claims]
     for results in everything.values():
         if adjust:
@@ -1184,8 +1186,9 @@ def texts_beside(folder):
 
 
 def fill(text, tables):
-    """The text, with its marked tables replaced by those of {name: table}. Exits if a table is not known, or if a
-    marker is damaged or lacks its end: what follows it would be lost."""
+    """The text, with its marked tables replaced by those of {name: table}. (It may have blocks of another kind, which
+    stay as they are: what stands between <!-- cited --> and <!-- end --> comes from other publications.) Exits if a
+    table is not known, or if a marker is damaged or lacks its end: what follows it would be lost."""
     marks = re.findall(r"<!-- (\w+)", text)  # what begins a block, and what ends it, in turn
     in_turn = len(marks) % 2 == 0 and "end" not in marks[::2] and set(marks[1::2]) <= {"end"}
     if not in_turn or marks.count("table") != len(re.findall("<!-- table .+? -->\n", text)):
@@ -1203,7 +1206,7 @@ def fill(text, tables):
 
 def draw_sheet(path, runs, strips):
     """One picture of several variants: a strip (see SHEETS) of a picture of each run with seed 0 that is in the folder
-    `runs`, below the variant's name."""
+    `runs`, below the variant's name. Returns whether there was any."""
     found = {}
     for variant, picture, start, end in strips:
         file = runs / f"{variant}-s0" / f"{picture}.png"
@@ -1212,6 +1215,8 @@ def draw_sheet(path, runs, strips):
             rows = image.height - titles
             top = titles + round(start * rows) if start else 0  # a strip that begins with the first row keeps titles
             found[variant] = image.crop((0, top, image.width, titles + round(end * rows)))
+    if not found:
+        return False
     name_height = 20  # pixels
     width = max(strip.width for strip in found.values())
     height = sum(name_height + strip.height for strip in found.values())
@@ -1224,6 +1229,7 @@ def draw_sheet(path, runs, strips):
         page.paste(strip, (width - strip.width, y + name_height))
         y += name_height + strip.height
     common.write_with(path, page.save, format="png")
+    return True
 
 
 def choose_runs(runs, folder):
@@ -1256,7 +1262,7 @@ def collect(runs, folder):
     chosen = choose_runs(runs, folder)
     texts = "".join(path.read_text() for path in texts_beside(folder))
     before = set(Path(folder).rglob("*"))
-    written = []
+    written, sheets = [], {}  # the paths of sheets, with what they are drawn from
     for target, (run, facts) in chosen.items():
         home, name = target.parent, target.stem  # FOLDER/DATASET, VARIANT-sSEED
         common.write(target, (run / "metrics.json").read_bytes())
@@ -1275,8 +1281,10 @@ def collect(runs, folder):
             shows_real = any(picture in FIGURES_OF_REAL_IMAGES for _, picture, *_ in strips)
             public = facts["dataset"] == "shapes" or not shows_real
             if is_on_sheet and public and f"(results/figures/{path.name})" in texts:
-                draw_sheet(path, run.parent, strips)
-                written.append(path)
+                sheets[path] = run.parent, strips
+    for path, (home, strips) in sheets.items():
+        if draw_sheet(path, home, strips):
+            written.append(path)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")
 
