@@ -9,10 +9,9 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
                   scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    frozen        The autoencoder is trained first, and the diffusion loss does not train it. That loss is measured on
-                  the encoder's own output, and the scaling is fixed. So an encoder trained by it could lower it without
-                  learning anything: by making the latent so small that x_t is almost pure noise, which is easy to
-                  predict.
+    frozen        The autoencoder is trained first, and the diffusion loss does not train it. If it did, the encoder
+                  could lower that loss without learning anything: by making the latent so small that x_t is almost pure
+                  noise, which is easy to predict.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
@@ -108,8 +107,8 @@ def encode_all(autoencoder, images, device):
 
 
 def train_autoencoder(folder, train, data, device):
-    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE (`vae_steps` and so
-    on; see main). Returns the finished checkpoint."""
+    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE: main has copied
+    vae_lr to autoencoder_lr, and so on, where Training looks them up. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -181,7 +180,7 @@ def peak_memory(run, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     # The profiler's raw events include one for each allocation (bytes > 0) and each release (bytes < 0). torch has no
-    # public list of them.
+    # public list of them. (This was tried with torch 2.6 and 2.15.)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     in_use = itertools.accumulate((event.nbytes() for event in events), initial=0)
@@ -260,7 +259,8 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    # From x_hat there are only `start` times, and so at most as many steps.
+    # From x_hat there are only `start` times, and so at most as many steps. (This is the pixel model's start. Latent
+    # diffusion itself always begins at T, so main forbids to change it.)
     costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)

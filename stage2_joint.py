@@ -10,8 +10,8 @@ The loss has two terms.
     diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
                     pixel values and divided by its running mean at this noise level (common.Training.even_levels). So
                     M stays near 1, but its gradient does not vanish, since the running mean counts as a constant.
-                    Multiplied by D, it has the size of a sum over pixel values, as SSE has, which is such a sum. (The
-                    `paper` budget does not divide; there M is the plain error.)
+                    SSE is a sum over pixel values, and M a mean. Multiplied by D, M is a sum, too. (The `paper` budget
+                    does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
@@ -26,12 +26,12 @@ The loss has two terms.
                     weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of the
                     latter compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At start = 400, our
                     setting, this is 0.5 SSE(x0, x_hat). On shapes the VAE collapses: the code stays empty, and images
-                    are useless. (A VAE trained alone on 0.5 SSE and the KL does not collapse.)
+                    are useless. (We did not find out why. A VAE trained alone on 0.5 SSE and the KL does not collapse.)
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
-U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M. The U-Net gets
-the gradient of M, which is right. M reaches the VAE only through x_hat. Where M's gradient leaves the U-Net and enters
-x_hat, we multiply it by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
+U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M, without a
+factor, which is right for the U-Net. M's gradient reaches the VAE only through x_hat. There, where it leaves the U-Net,
+we multiply it by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
 
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
@@ -88,7 +88,9 @@ def denoiser(unet, x_hat):
 
 def scale_gradient(x_hat, scale):
     """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor."""
-    x_hat_copy = x_hat.view_as(x_hat)  # a tensor of its own in the graph, so that a hook on it leaves x_hat alone
+    # The hook is on a tensor of its own in the graph. SSE's gradient also reaches x_hat, but not through this tensor,
+    # so it is not scaled.
+    x_hat_copy = x_hat.view_as(x_hat)
     x_hat_copy.register_hook(lambda gradient: scale * gradient)
     return x_hat_copy
 
@@ -139,11 +141,13 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     """An unbiased estimate of the diffusion process's bound given x_hat (DDPM eq. 5), from one time per image: (B,)
     nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
 
-    The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step) and, for t = 1, the
-    nats of the pixels given x_1 (common.data_nats). The terms over t are largest at small t, so these times are drawn
-    more often, which lowers the variance: t is start * u^4, rounded up, for uniform u (B,). (The power 4 was found by
-    trying.) The probability that t is at most k is that of u^4 <= k / start, which is (k / start)^(1/4). So
-    P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4), and a term is divided by that of its time."""
+    The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step: a constant, and a
+    factor times the squared error of the predicted x0) and, for t = 1, the nats of the pixels given x_1
+    (common.data_nats). The terms over t are largest at small t, so these times are drawn more often, which lowers the
+    variance: t is the whole part of start * u^4, plus 1, for uniform u (B,). (The power 4 was found by trying.) The
+    probability that t is at most k is that of u^4 < k / start, which is (k / start)^(1/4). So the probability of a time
+    is P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4). Each term is divided by the P(t) of its time, which keeps the
+    estimate unbiased."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
@@ -296,7 +300,8 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
-    count = min(setup.evaluation["grid_count"], len(mu) // 2)  # images for the distance; the budget says how many
+    # The images for the distance are the first `count`. The paths end in images after these.
+    count = min(setup.evaluation["grid_count"], len(mu) // 2)
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
 
@@ -305,7 +310,6 @@ def latent_space(picture, model, setup, pairs=32, points=9):
         part of a hundred codes has another noise. All points of a path have the same."""
         z = z.to(model.device)
         x_hat = model.vae.decoder(z)
-        # common.refine takes this seed and the next one, hence the 2.
         gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
         images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
         return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -317,7 +321,7 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     result["posterior"], result["slerp"], strips = {}, {}, {}
     for name in ("vae", "refined"):
         scores = setup.score(torch.cat([part[name] for part in parts]))
-        result["posterior"][name] = scores[setup.fd_key]
+        result["posterior"][name] = scores[setup.fd_key]  # "fd_local" or "fid", which depends on the feature network
         strips[name] = torch.stack([images[name] for images in along], dim=1)  # (pairs, points, 3, H, W)
         features, _ = fid.extract(setup.extractor, strips[name].flatten(0, 1))  # (pairs * points, f), and logits
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
@@ -362,8 +366,8 @@ def read_flags(argv):
     if args.loss == "bound" and args.gradient != "full":
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
-        # The diffusion term does not train the VAE then, so all weights would make the same run. (Under `kendall` the
-        # scale of E would differ.) So that this run has one name, only the default is allowed.
+        # The diffusion term does not train the VAE then, so all weights would make the same run. So that this run has
+        # one name, only the default is allowed.
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
@@ -420,8 +424,9 @@ def main(argv=None):
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
+        # Without a checkpoint, finished_state would prepare the folder for a training. With resume=True, it returns
+        # None for an unfinished one. Both end in the message below.
         if (vae_folder / "checkpoint.pt").is_file():
-            # resume=True: an unfinished VAE gives None, and then the message below
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:
             common.fail(f"--from-vae: {vae_folder} holds no finished VAE; first run stage1_baseline.py --variant vae, "

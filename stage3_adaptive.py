@@ -8,12 +8,12 @@ might take more steps.
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
     estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
-    VAE and flow are trained in three parts (60% and 40% were found by trying). That estimate is used in the second:
+    VAE and flow are trained in three parts (60% and 40% were found by trying):
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
-        the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
-                                     KL to N(0, I), and trains both.
+        the last 40%                 The flow now follows the codes closely. The KL to the flow, as estimated above,
+                                     takes the place of the KL to N(0, I), and trains both.
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
     The rival is the Gaussian mixture of stage 1, fitted to the same codes. How many components it needs to do as well
     as the flow is measured, too.
@@ -31,10 +31,10 @@ Uncertainty
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
-        posterior  The obvious measure: the variance of q(z|x). It is like `variance`, but in training s_vec is made
-                   from the log-variances of Enc(x), still with the mean and sd of those of Enc(x_hat). When sampling
-                   there is no x, so s_vec is made from Enc(x_hat), and the refiner meets an s of another kind than it
-                   was trained with. One may expect that to hurt; in the one run that we made it did not.
+        posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
+                   Enc(x). In sampling there is no x, so it is made from those of Enc(x_hat), as for `variance`. (Both
+                   are standardised in the same way.) So in sampling the refiner meets an s of another kind than in
+                   training. One may expect that to hurt; in the one run that we made it did not.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
@@ -326,7 +326,8 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
     `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
     flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That matters
-    little, since the steps of Adam and Muon do not depend on the size of a gradient."""
+    little, since the steps of Adam and Muon do not depend on the size of a gradient. (Nor does clipping change that: it
+    multiplies all gradients of a step by one number.)"""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -342,9 +343,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 
 def train_vae(folder, train, data, device):
-    """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit the mixture to its
-    codes. If the VAE has a flow, fit_ex_post is called as well. If it has none, the result is stage 1's checkpoint, and
-    get_vae_state calls fit_ex_post. Returns the finished checkpoint."""
+    """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit to its codes what
+    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow this is stage 1's VAE,
+    whose checkpoint is stored as stage 1's; get_vae_state calls fit_ex_post then.) Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -382,7 +383,7 @@ def get_vae_state(folder, train, setup, resume):
     if train["vae_prior"] == "flow":
         return train_vae(folder, train, setup.data, setup.device)
     # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
-    # Stage 1's VAE does not depend on flow_steps either, and stage 1 does not accept --set flow_steps.
+    # Beside the U-Net's settings flow_steps is ignored, too: stage 1's VAE does not depend on it.
     stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=(*common.OF_UNET, "flow_steps"))
     state = (common.finished_state(stage1_folder, settings, resume)
              or train_vae(stage1_folder, settings, setup.data, setup.device))
@@ -486,7 +487,7 @@ def scores_against_originals(images, real_features, setup):
     features, _ = fid.extract(setup.extractor, images)  # (N, f), and logits
     distance = fid.frechet_distance(fid.moments(features), fid.moments(real_features))
     return {"fd_to_originals": distance, "feature_distance": float((features - real_features).norm(dim=1).mean()),
-            "hf_energy": fid.hf_energy(images, setup.test.images)["value"]}
+            "hf_energy": fid.hf_energy(images, setup.test.images)["value"]}  # without its interval
 
 
 def adaptivity(folder, state, model, setup):
@@ -623,8 +624,8 @@ def main(argv=None):
     folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. So that its scores do not
-    # depend on which of them came first, its first row is that of vae_prior.
+    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its headline is of samples
+    # from vae_prior, whatever --prior is, so that it does not depend on which of these runs came first.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
