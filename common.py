@@ -17,8 +17,11 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of images in [0, 1], summed over pixel values; `eps_mse` and `v_mse` are means over pixel values, of images in
     [-1, 1].
-    Every random draw that decides a result comes from an explicit generator. The two exceptions are initial weights and
-    dropout masks: they use torch's global generator, which is seeded before a network is built and before every step.
+    Every random draw that decides a result comes from an explicit generator, whose seed is --seed plus a number that
+    depends on what is drawn (SEEDS, section 11). The two exceptions are initial weights and dropout masks: they use
+    torch's global generator, which is seeded before a network is built and before every step.
+    Networks run in bfloat16 where that is fast (`autocast`). What leaves a network is float32 again, and so is what is
+    computed from it.
 """
 
 import atexit
@@ -172,14 +175,17 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next, with the predicted x0.
     `previous` is (t, x0) of the step before, or None in the first step.
 
-    With ever more steps, DDIM's path from noise to image approaches a smooth curve (the "probability flow ODE"). A
-    solver follows this curve in few steps. Write x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and
-    sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were constant during the step, this would be exact:
+    With ever more steps, the path of DDIM (the deterministic sampler, see `sample`) from noise to image approaches a
+    smooth curve (the "probability flow ODE"). A solver follows this curve in few steps. Write x_t = a_t x0 + sigma_t
+    eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were constant during the step,
+    this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma), since the curve obeys
-    d(x / sigma) / d lambda = (a / sigma) x0. The two latest predictions are extrapolated linearly:
+    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma). (Divided by sigma_next, the exact
+    step is x_next / sigma_next = x_t / sigma_t + (a_next / sigma_next - a_t / sigma_t) x0. As a / sigma = exp(lambda),
+    a tiny step is d(x / sigma) / d lambda = (a / sigma) x0: along lambda, x0 is the only part that is not known.) The
+    two latest predictions are extrapolated linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -200,8 +206,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
 
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
-               large_variance if every time is visited. With skipped times it is small_variance, since the large one
-               would leave visible noise in the image.
+               large_variance if every time is visited. With skipped times it is small_variance: in long steps the large
+               one is far larger, and the few steps that remain would not remove all of that noise.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
@@ -261,14 +267,13 @@ def init_keeping_variance(conv, fan_in):
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
-    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d:
-    [(32, 32, 0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has `blocks` + 1 blocks, since the published
-    tables leave out the block right before a change of resolution. Then the resolution changes: as published (`pool`)
-    by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d: nn.Conv2d, computed as a
-    matrix product, see section 11). The strided convolution has a weight for every position in its window. An average
-    does not tell positions apart, and the published network averages all the way down to 1x1. It can still learn where
-    things are, from the zero padding at the border, but not in a short training.
-    """
+    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
+    (16, 64, 1), ..., (1, 128, 1)]. The published tables do not count the block right before a change of resolution. So
+    each level but the last has `blocks` + 1 blocks: (32, 32, 0) has one. Then the resolution changes: as published
+    (`pool`) by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d: nn.Conv2d,
+    computed as a matrix product, see section 11). The strided convolution has a weight for every position in its
+    window. An average does not tell positions apart, and the published network averages all the way down to 1x1. It can
+    still learn where things are, from the zero padding at the border, but not in a short training."""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -312,6 +317,7 @@ class Decoder(nn.Module):
                 layers += [nn.Upsample(scale_factor=k), nn.Conv2d(width, width_above, 1, bias=False)]
             else:
                 conv = PatchConvTranspose2d(width, width_above, k, stride=k, bias=False)
+                # Windows do not overlap (k is also the stride), so each output pixel is made from one input pixel.
                 layers += [init_keeping_variance(conv, fan_in=width)]
         resolution, width, blocks = table[-1]
         layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
@@ -378,7 +384,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero_init(module):
-    """Set a layer's parameters to zero, so that what ends in it adds nothing before training."""
+    """Set a layer's parameters to zero. A residual block whose last layer it is adds nothing before training."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -426,11 +432,11 @@ class UNet(nn.Module):
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
     from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
-    up than on the way down, which takes the map that entered the level: (32, 128, 2, 3) puts three maps on the stack
-    and takes three. Most levels of our small networks do without this block, and leave that map unused: (32, 32, 1, 1)
-    puts two maps on the stack and takes one. `attention` lists the resolutions that have self-attention; the middle of
-    the network always has it. `extra` (B, 4 * first width), if given, is added to the time embedding. Stage 3 uses it.
-    """
+    up than on the way down. This additional block takes the map that entered the level. So (32, 128, 2, 3) puts three
+    maps on the stack and takes three. Most levels of our small networks do without the additional block, and leave that
+    map unused: (32, 32, 1, 1) puts two maps on the stack and takes one. `attention` lists the resolutions that have
+    self-attention; the middle of the network always has it. `extra` (B, 4 * first width), if given, is added to the
+    time embedding. Stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
@@ -466,7 +472,8 @@ class UNet(nn.Module):
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
         # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. They
-        # are made all the same, because the initial weights of all later layers depend on the random numbers drawn.
+        # are made all the same, because the initial weights of all later layers depend on the random numbers drawn, and
+        # the committed results have those weights.
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -528,7 +535,9 @@ class StandardNormal:
 
 
 class GaussianMixture:
-    """A Gaussian mixture, fitted by expectation maximisation (Bishop 2006, 9.2.2) after the VAE is trained ("ex post").
+    """A Gaussian mixture, fitted after the VAE is trained ("ex post") by expectation maximisation (EM; Bishop 2006,
+    9.2.2). Each round first computes how much each code belongs to each component, and then each component's weight,
+    mean and covariance from the codes that belong to it.
 
     As published, each component has a covariance of its own. If they are `tied`, all components share one. Then even
     thousands of components can be fitted, each to a handful of codes.
@@ -560,7 +569,8 @@ class GaussianMixture:
             means = torch.from_numpy(means)
             errors = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
-        mixture = cls(weights, means, torch.linalg.cholesky(errors.T.cov() + cls.ridge(z))[None])
+        covariance = errors.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
+        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # the same for all components
         for _ in range(rounds):
             mixture = mixture.em_round(part, tied)
         for _ in range(2):
@@ -648,9 +658,9 @@ class Model:
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
-    # denoiser_for(x_hat, z, clean) -> denoise(x, t) for `sample`. x_hat is what the refiner is shown, z its code. clean
-    # is Dec(z), which differs from x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone
-    # has no denoiser_for.
+    # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`
+    # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z), which differs from
+    # x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # of networks in each sampling step
@@ -693,8 +703,8 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
-    the device, from a new generator whose seed is that of `gen` plus one. So if `refine` is called several times with
-    one `gen`, the steps have the same noise every time, though x_start does not. `trajectory`: see sample."""
+    the device, from a new generator whose seed is that of `gen` plus one. (Beware: if `refine` is called again with
+    the same `gen`, the noise of the steps is repeated, but not that of x_start.) `trajectory`: see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -720,7 +730,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        gen = generator(1_000_000 * (seed + 1) + offset)  # see SEEDS in section 11
+        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, above all other SEEDS
         damage_gen = generator(gen.initial_seed() + 2)
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
@@ -1016,10 +1026,11 @@ UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of 
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
-    # Learning rate of the optimiser Muon (section 12), for matrices and convolutions; 0: Adam for all.
+    # Learning rate of the optimiser Muon, for matrices and convolutions; 0: Adam for all. (Muon makes each update of a
+    # matrix orthogonal, so that all directions are learned at the same speed; section 12.)
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
-    "warmup": 0.05,  # share of the steps (or, from 1 on, number of steps) over which the rates rise from 0
+    "warmup": 0.05,  # over which the rates rise from 0: a share of the steps or, if it is 1 or more, their number
     "decay": True,  # then they fall linearly to 0; False: they stay
     # Largest norm of a network's gradient; 0: no limit. The VAE's loss is a sum over 3,072 pixel values or more, so its
     # gradients are large; the refiner's loss is a mean.
@@ -1579,7 +1590,8 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        yield from self.try_reduced_precision()  # a trial of bfloat16, with two batches; nothing is learned from them
+        # A trial of bfloat16: the stage's loop also runs on these two batches, but `step` learns nothing from them.
+        yield from self.try_reduced_precision()
         self.compile_networks()
         with self.running():
             while self.steps_taken < self.all_steps:
@@ -1648,9 +1660,10 @@ class Training:
         """Divide every image's loss (B,) by the running mean of the losses at its noise level: (B,). `t` (B,) are the
         times; NOISE_LEVELS intervals of equal length share 1..start. With the setting even_levels off, `loss` itself.
 
-        A plain MSE is far larger at the lowest noise levels, where only grain is decided, than at the highest, where
-        shapes are. After the division all levels have a mean loss of about 1, and so an equal say. Karras et al. 2024
-        (arXiv:2312.02696, eq. 14 to 21) reach the same by learning each level's loss with a small network."""
+        A plain MSE is far larger at the lowest noise levels, where only grain is decided (weak noise looks much like
+        fine texture), than at the highest, where shapes are. After the division all levels have a mean loss of about 1,
+        and so an equal say. Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach the same by learning each level's
+        loss with a small network."""
         if not self.train["even_levels"]:
             return loss
         level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
@@ -1694,6 +1707,7 @@ class Training:
         early = (1 + self.steps_taken) / (10 + self.steps_taken)  # a usual choice: 2/11, 3/12, ... towards 1
         for name, network in self.networks.items():
             decay = min(self.train[f"{name}_ema"], early)
+            # average += (1 - decay) * (weight - average), for all tensors at once
             torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
         # Log.
         means = {name: torch.as_tensor(value, device=self.device).detach().mean() for name, value in terms.items()}
@@ -1753,9 +1767,10 @@ class Training:
         batch in float32 and in bfloat16. If they differ by more than rounding, train in float32. Afterwards weights and
         random numbers are as they were.
 
-        What is tried is the kernels, so all matrices have random weights meanwhile. With the true weights, errors could
-        not be judged. In a new run some are zero and let no gradient through. In a resumed run the gradients are small
-        sums of large terms, which rounding alone changes by up to a half."""
+        What is tested is whether this machine's bfloat16 routines compute correctly, not the weights. So all matrices
+        have random weights meanwhile. With the true weights, errors could not be judged. In a new run some are zero and
+        let no gradient through. In a resumed run the gradients are small sums of large terms, which rounding alone
+        changes by up to a half."""
         if not self.reduced:
             return
         random_numbers = self.gen.get_state()

@@ -847,7 +847,7 @@ def check_start(diffusion, x_hat, real):
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
-        "too late to correct it, which takes 6: train the VAE longer, or raise `start`")
+        "too late, it takes 6: train the VAE longer, or raise `start`")
     return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "conclusion":
             f"refinement begins at t = {diffusion.start}, with noise {times:.1f} times the VAE's error: {text}"}
 

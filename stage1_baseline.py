@@ -14,9 +14,10 @@ model decides *how it looks*.
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
                       The target is eps as published. Our own settings (every --budget but `paper`) use
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
-                      and let all noise levels count alike in the loss (train_refiner says why). There are two ways to
-                      show x_hat to the U-Net. In Formulation 1 its input is x_t and x_hat, concatenated; in
-                      Formulation 2 it is x_t + x_hat and x_hat, concatenated (for the paper's view see denoiser).
+                      and let all noise levels count alike, by dividing the loss of each level by its running mean
+                      (train_refiner says why). There are two ways to show x_hat to the U-Net. Its input is [x_t, x_hat]
+                      in Formulation 1, and [x_t + x_hat, x_hat] in Formulation 2, where [a, b] is a and b,
+                      concatenated. (For the paper's view of Formulation 2 see denoiser.)
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -95,7 +96,7 @@ def build_diffusion(train, variant, device):
     it sees x_hat in place of x0, which makes a difference of sqrt(abar) (x_hat - x0). The noise has to hide this
     difference. At start = 400, our setting, the noise has 12 times the standard deviation of the difference on
     CIFAR-10, 15 times on faces and 35 times on shapes. Below six times, which is a rough limit, fid.check_start says
-    that refinement begins too late. The better the VAE, the smaller `start` may be."""
+    that refinement begins too late (at too small a time). The better the VAE, the smaller `start` may be."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 
@@ -229,9 +230,9 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # `guidance` has no influence on training. But the scores depend on it, and they are kept in the guide's folder. So
-    # it is a setting of the guide's run: with `--set guidance=...` the guide gets another folder, and is trained again
-    # there. main leaves `guidance` out of form1's settings, so form1 is found as it is.
+    # `guidance` has no influence on training. But the scores of `guided` depend on it, and they are kept in the guide's
+    # folder. So with `--set guidance=...` the guide gets another folder, and is trained again there. form1 is not
+    # trained again, since main leaves `guidance` out of its settings. So it is taken from the guide's.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -297,8 +298,9 @@ def read_flags(argv):
 def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
-    # The changes of --set are not in `train` yet, but in args.changes, since each run takes only those that concern it.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
+    # The changes of --set are not in `train` yet. read_settings has put them into args.changes, since each run takes
+    # only those that concern it (setup.folder_and_settings, below).
     if args.dry_run:
         train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -309,8 +311,8 @@ def main(argv=None):
         return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)
-    # The setup loads the data and the feature network of the scores. In its own copies of the settings it notes which
-    # they are: setup.train has the number of training images, for instance.
+    # The setup loads the data and the feature network of the scores. setup.train and setup.evaluation are copies of the
+    # settings, with facts about these two added, such as the number of training images.
     setup = fid.Setup(args, train, evaluation, device)
     all_metrics = {}  # by folder
 
