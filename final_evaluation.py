@@ -107,6 +107,7 @@ NUMBERS = {
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
     "seconds": "headline/seconds_per_image",  # the time of sampling one image
     "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
+    "fd, 4 steps": "steps/dpm 4/fd",
     "fd, 6 steps": "steps/dpm 6/fd",
     "fd, 10 steps": "steps/dpm 10/fd",
     "fd, 25 steps": "steps/dpm 25/fd",
@@ -149,11 +150,13 @@ NUMBERS = {
     "rank, regressed": "tables/uncertainty/regressed/correlation",
     "rank, variance": "tables/uncertainty/variance/correlation",
     "rank, posterior": "tables/uncertainty/posterior/correlation",
-    # The fd of reconstructed images to their originals, for the third of the images with the lowest s (sure) and for
-    # the third with the highest (unsure): of the VAE's images, and of the refined ones.
+    # The fd of reconstructed images to their originals, for the third of the images with the lowest s (sure), for the
+    # middle third, and for the third with the highest (unsure): of the VAE's images, and of the refined ones.
     "sure, VAE": "tables/adaptivity/terciles/sure/vae/fd_to_originals",
+    "middle, VAE": "tables/adaptivity/terciles/middle/vae/fd_to_originals",
     "unsure, VAE": "tables/adaptivity/terciles/unsure/vae/fd_to_originals",
     "sure, refined": "tables/adaptivity/terciles/sure/refined/fd_to_originals",
+    "middle, refined": "tables/adaptivity/terciles/middle/refined/fd_to_originals",
     "unsure, refined": "tables/adaptivity/terciles/unsure/refined/fd_to_originals",
     # The same for all images, refined with their own s and with the s of another image.
     "own s": "tables/adaptivity/controls/true/fd_to_originals",
@@ -193,14 +196,16 @@ NUMBERS = {
 # if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
 # all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
 # A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows three of the tables, TABLES.md all of them.
+# seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
-                   "fd; is; diversity; hf_energy; seconds"),
+                   "fd; is; diversity; hf_energy; evaluations; seconds"),
     "joint": ("stage1-form1 stage2-*", "fd; fd against stage1-form1; is; kl_nats; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
+    "thirds by s": ("stage3-flow-fixed", "sure, VAE; middle, VAE; unsure, VAE; "
+                    "sure, refined; middle, refined; unsure, refined"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -298,6 +303,8 @@ FURTHER_CLAIMS = {
         ("With the codes of real images, is it the gradient that helps?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
     "priors": [
+        ("Is a flow with four steps better than N(0, I) with ten?",
+         ("fd, 4 steps", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
         ("Is a flow better than N(0, I) before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
         ("Is a flow better than a mixture before refinement?",
@@ -309,6 +316,10 @@ FURTHER_CLAIMS = {
     "conditioning": [
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
+        ("Does conditioning help if `s` is the variance?",
+         ("fd", "stage3-flow-film-variance"), ("fd", "stage3-flow-fixed")),
+        ("Does conditioning help if `s` is the posterior variance?",
+         ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
@@ -830,8 +841,8 @@ def with_arrow(name):
     """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe")):
         return f"{name} ↑"
-    if name.startswith(("fd", "floor", "ceiling", "sure", "unsure", "own s", "other s", "steps", "noise", "path length",
-                        "bits/dim", "seconds", "gflops", "train minutes")):
+    if name.startswith(("fd", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps", "noise",
+                        "path length", "bits/dim", "seconds", "gflops", "train minutes")):
         return f"{name} ↓"
     return name
 

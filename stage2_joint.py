@@ -59,11 +59,12 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
         python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
 Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
-        `interpolation.png`. (Stage 1's form1 gets one, too, if it is there.) Then some minutes for measurements on the
-        side: of the latent space, and of how the samples depend on the number of components of the mixture that codes
-        are drawn from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and
-        the KL is more than twice as large. The Frechet distance is about the same, and paths through the latent space
-        are not straighter.
+        pictures of paths through the latent space: between held-out images in `interpolation.png`, between samples in
+        `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
+        of the latent space, and of how the samples depend on the number of components of the mixture that codes are
+        drawn from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and the KL
+        is more than twice as large. The Frechet distance is about the same, and paths through the latent space are not
+        straighter.
 """
 
 import argparse
@@ -290,6 +291,39 @@ def linear_probe(train_x, train_y, test_x, test_y):
     return r2.tolist(), predicted
 
 
+def decode_and_refine(z, model, setup, first=0):
+    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. `first` is
+    the number of the first code: each part of a hundred codes has another noise. All points of a path have the same."""
+    z = z.to(model.device)
+    x_hat = model.vae.decoder(z)
+    gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
+    images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
+    return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
+
+
+def images_along_paths(first_codes, last_codes, points, model, setup):
+    """Paths of `points` images, from each of first_codes (P, d) to the one of last_codes (P, d). Returns the weights
+    w of slerp along a path, and the images, {"vae": (P, points, 3, H, W), "refined": ...}, uint8."""
+    weights = torch.linspace(0, 1, points).tolist()
+    along = [decode_and_refine(slerp(first_codes, last_codes, w), model, setup) for w in weights]
+    strips = {name: torch.stack([images[name] for images in along], dim=1) for name in ("vae", "refined")}
+    return weights, strips
+
+
+@torch.no_grad()
+def draw_paths(picture, model, setup):
+    """Three paths between codes that the mixture draws. (In the picture of latent_space they begin and end in real
+    images, which must not always be published.)"""
+    gen = common.generator(common.SEEDS["trajectory"] + setup.train["seed"])
+    first_codes, last_codes = model.priors["gmm"].sample(6, gen).chunk(2)  # (3, d) each
+    weights, strips = images_along_paths(first_codes, last_codes, 9, model, setup)
+    rows = {}
+    for i in range(3):
+        rows[f"VAE {i + 1}"] = strips["vae"][i]
+        rows[f"refined {i + 1}"] = strips["refined"][i]
+    common.save_grid(picture, rows, columns=[f"w = {w:.3g}" for w in weights])
+
+
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=9):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
@@ -305,24 +339,15 @@ def latent_space(picture, model, setup, pairs=32, points=9):
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
 
-    def decode_and_refine(z, first=0):
-        """Codes (N, d) -> the VAE's images and the refined ones, uint8. `first` is the number of the first code: each
-        part of a hundred codes has another noise. All points of a path have the same."""
-        z = z.to(model.device)
-        x_hat = model.vae.decoder(z)
-        gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
-        images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
-        return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
-
     result["images"] = count
-    parts = [decode_and_refine(mu[first : min(first + 100, count)], first) for first in range(0, count, 100)]
-    weights = torch.linspace(0, 1, points).tolist()
-    along = [decode_and_refine(slerp(first_codes, last_codes, w)) for w in weights]
-    result["posterior"], result["slerp"], strips = {}, {}, {}
+    parts = []
+    for first in range(0, count, 100):
+        parts.append(decode_and_refine(mu[first : min(first + 100, count)], model, setup, first))
+    weights, strips = images_along_paths(first_codes, last_codes, points, model, setup)
+    result["posterior"], result["slerp"] = {}, {}
     for name in ("vae", "refined"):
         scores = setup.score(torch.cat([part[name] for part in parts]))
         result["posterior"][name] = scores[setup.fd_key]  # "fd_local" or "fid", which depends on the feature network
-        strips[name] = torch.stack([images[name] for images in along], dim=1)  # (pairs, points, 3, H, W)
         features, _ = fid.extract(setup.extractor, strips[name].flatten(0, 1))  # (pairs * points, f), and logits
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
     rows = {}
@@ -393,6 +418,7 @@ def add_tables(folder, model, metrics, setup):
     tables = metrics["tables"]
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
+        draw_paths(folder / "paths.png", model, setup)
         tables["components"] = fid.by_components(model, setup)
         common.write_json(folder / "metrics.json", metrics)
 

@@ -36,7 +36,7 @@ REFINER = VAE | DIFFUSION | {"trajectory"}
 FIGURES = {  # of each variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": DIFFUSION, "stage1-form1": REFINER, "stage1-form2": REFINER,
                "stage1-guided": REFINER, "stage1-augmented": REFINER},
-    "stage2": {"stage2-anneal": REFINER | {"interpolation"}},
+    "stage2": {"stage2-anneal": REFINER | {"interpolation", "paths"}},
     "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": REFINER | {"uncertainty"}},
     "bonus": {"bonus-latent": VAE | DIFFUSION}}
 every_stage = pytest.mark.parametrize("name", COMMANDS)

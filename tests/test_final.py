@@ -82,7 +82,7 @@ def measured(seed=0):
     found["rows"] = [row("gmm", "dpm", 10, 1000, 100), row("gaussian", "dpm", 10, 200, 110),
                      row("flow", "dpm", 10, 200, 120), row("gmm", "ddim", 6, 200, 130),
                      row("gmm", "ddim", 25, 200, 140), row("gmm", "dpm", 6, 200, 150), row("gmm", "dpm", 10, 200, 160),
-                     row("gmm", "dpm", 25, 200, 170)]
+                     row("gmm", "dpm", 25, 200, 170), row("gmm", "dpm", 4, 200, 180)]
     noise = {"clean": 240, "noise 0.1": 241, "noise 0.2": 242, "noise 0.4": 243}
     found["tables"] = {
         "before_refinement": {name: score(200 + k) for k, name in enumerate(SCORES)},
@@ -132,7 +132,8 @@ EXPECTED = {
     "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000),
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
     "evaluations": (20, 1000),
-    "fd, 6 steps": (150, 200), "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
+    "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
+    "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
     "hf_energy, 6 steps": (157, 200), "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
@@ -144,8 +145,9 @@ EXPECTED = {
     "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
     "fd, 6000 components": (296, 203),
     "rank, regressed": (301, None), "rank, variance": (300, None), "rank, posterior": (302, None),
-    "sure, VAE": (310, 101), "unsure, VAE": (314, 101),
-    "sure, refined": (311, 101), "unsure, refined": (315, 101), "own s": (320, 301), "other s": (321, 301),
+    "sure, VAE": (310, 101), "middle, VAE": (312, 101), "unsure, VAE": (314, 101),
+    "sure, refined": (311, 101), "middle, refined": (313, 101), "unsure, refined": (315, 101),
+    "own s": (320, 301), "other s": (321, 301),
     "steps evenly": (330, 999), "steps by s": (332, 999), "steps by other s": (333, 999),
     "seconds with s": (342, None), "seconds without s": (340, None), "gflops with s": (343, None),
     "gflops without s": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
@@ -750,8 +752,9 @@ def test_chart_of_costs(tmp_path):
     sd = 1.5 * 2**0.5
     assert lines_of(by_evaluations) == {"stage1-form1": ([12, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
     assert lines_of(by_seconds) == {"stage1-form1": ([20.5, 12.5], [21.5, 13.5], pytest.approx([sd, sd]))}
-    assert lines_of(other_evaluations) == {"stage2-anneal": ([12, 20, 50], [150, 160, 170], [None] * 3)}
-    assert lines_of(other_seconds) == {"stage2-anneal": ([150.5, 160.5, 170.5], [150, 160, 170], [None] * 3)}
+    assert lines_of(other_evaluations) == {"stage2-anneal": ([8, 12, 20, 50], [180, 150, 160, 170], [None] * 4)}
+    assert lines_of(other_seconds) == {"stage2-anneal": (
+        [180.5, 150.5, 160.5, 170.5], [180, 150, 160, 170], [None] * 4)}
     assert by_evaluations.get_xscale() == by_evaluations.get_yscale() == "log"
 
 
