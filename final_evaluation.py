@@ -267,7 +267,7 @@ CLAIMS = {
         ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed"))],
     "conditioning": [
         ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
-        ("Do steps by each image's `s` help?",
+        ("Do more steps for unsure images help, against steps by the `s` of another image?",
          ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
@@ -278,7 +278,7 @@ CLAIMS = {
 # The others:
 FURTHER_CLAIMS = {
     "refinement": [
-        ("Does `x_hat` help, against one that is trained as long as VAE and refiner together?",
+        ("Does `x_hat` help, against such a model that is trained as long as VAE and refiner together?",
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
@@ -303,7 +303,7 @@ FURTHER_CLAIMS = {
         ("With the codes of real images, is it the gradient that helps?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
     "priors": [
-        ("Is a flow with four steps better than N(0, I) with ten?",
+        ("Is a flow, refined in four steps, better than N(0, I), refined in ten?",
          ("fd, 4 steps", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
         ("Is a flow better than N(0, I) before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
@@ -314,6 +314,8 @@ FURTHER_CLAIMS = {
         ("Is a flow better than 300 components that share one, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
     "conditioning": [
+        ("Do more steps for unsure images help, against as many for all?",
+         ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does conditioning help if `s` is the variance?",
@@ -326,9 +328,7 @@ FURTHER_CLAIMS = {
         ("Does `coupling` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
         ("Do the refined images of a code differ more with `film`?",
-         ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed")),
-        ("Do steps by `s` help, against as many for all?",
-         ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film"))],
+         ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
     "noise": [],
     "latent diffusion": [
         ("Does latent diffusion raise fd, against pixel diffusion without a VAE?",
