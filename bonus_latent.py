@@ -10,8 +10,8 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first, and the diffusion loss does not train it. If it did, the encoder
-                  could lower that loss without learning anything: by making the latent so small that x_t is almost pure
-                  noise, which is easy to predict.
+                  could lower that loss without learning anything. The scaling is fixed, so it could make the latent so
+                  small that x_t is almost pure noise, which is easy to predict.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
@@ -260,7 +260,7 @@ def savings(folder, model, train, setup):
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
     # From x_hat there are only `start` times, and so at most as many steps. (This is the pixel model's start. Latent
-    # diffusion itself always begins at T, so main forbids to change it.)
+    # diffusion itself always begins at T, so main forbids changing it.)
     costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)

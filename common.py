@@ -17,11 +17,12 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of images in [0, 1], summed over pixel values; `eps_mse` and `v_mse` are means over pixel values, of images in
     [-1, 1].
-    Every random draw that decides a result comes from an explicit generator, whose seed is --seed plus a number that
-    depends on what is drawn (SEEDS, section 11). The two exceptions are initial weights and dropout masks: they use
-    torch's global generator, which is seeded before a network is built and before every step.
-    Networks run in bfloat16 where that is fast (`autocast`). What leaves a network is float32 again, and so is what is
-    computed from it.
+    Every random draw that decides a result comes from an explicit generator. Its seed is --seed plus a number that
+    depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two exceptions are
+    initial weights and dropout masks: they use torch's global generator, which is seeded before a network is built and
+    before every step.
+    In training, and in refinement, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
+    float32 again.
 """
 
 import atexit
@@ -176,9 +177,9 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     `previous` is (t, x0) of the step before, or None in the first step.
 
     With ever more steps, the path of DDIM (the deterministic sampler, see `sample`) from noise to image approaches a
-    smooth curve (the "probability flow ODE"). A solver follows this curve in few steps. Write x_t = a_t x0 + sigma_t
-    eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were constant during the step,
-    this would be exact:
+    smooth curve (the "probability flow ODE"). A solver follows this curve in few steps. Write
+    x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were
+    constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
@@ -730,7 +731,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, above all other SEEDS
+        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, above all SEEDS (section 11)
         damage_gen = generator(gen.initial_seed() + 2)
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
@@ -1323,6 +1324,7 @@ SEEDS = {
     "flow": 3,  # the same for the flow that is fitted after training (stage 3)
     "reconstruction": 50_000,  # noise with which reconstructions of held-out images are refined
     "trajectory": 55_000,  # codes and noise of trajectory.png
+    "paths": 56_000,  # codes of paths.png (stage 2)
     "bits_per_dim": 60_000,
     "held_out_codes": 70_000,
     "round_trip": 75_000,  # codes of held-out images whose error is compared with the predicted one (stage 3)
@@ -1590,7 +1592,7 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        # A trial of bfloat16: the stage's loop also runs on these two batches, but `step` learns nothing from them.
+        # A trial of bfloat16 on one batch, twice. The stage's loop runs on it, too, but `step` learns nothing from it.
         yield from self.try_reduced_precision()
         self.compile_networks()
         with self.running():

@@ -311,7 +311,7 @@ def expected_floor(stats, count):
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)
         E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j
 
-    In the sum, this second time adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
+    In the sum, this second time adds (1/N1 + 1/N2) times 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
 
         E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))
 
@@ -482,8 +482,8 @@ def scores(extractor, generated, ref, progress=False):
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
     # KID is mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of real images x and generated ones y. So it
     # depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). (jackknife_pairs takes care of the 2.) The
-    # interval needs these means roughly: the
-    # y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and the x_j up to 5,000 real ones.
+    # interval needs these means roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and
+    # the x_j up to 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
@@ -847,7 +847,7 @@ def check_start(diffusion, x_hat, real):
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
-        "too late, it takes 6: train the VAE longer, or raise `start`")
+        "too late, since it should be 6 times or more: train the VAE longer, or raise `start`")
     return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "conclusion":
             f"refinement begins at t = {diffusion.start}, with noise {times:.1f} times the VAE's error: {text}"}
 

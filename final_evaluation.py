@@ -240,7 +240,7 @@ ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
-# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. The first four are the guiding questions of this project. They are
+# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
 # tested together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
@@ -701,11 +701,10 @@ def table_answers(everything, topic):
             else:
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
-    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{NOTE_ON_ANSWERS}*"
-
-
-NOTE_ON_ANSWERS = ("By how much the first number differs from the second (number of runs). **Bold**: significant, "
-                   "exploratory. Intervals: TABLES.md, claims. Budget, data and features: as in the first table.")
+    note = ("By how much the first number differs from the second (number of runs). **Bold**: significant, "
+            "exploratory. Intervals: TABLES.md, *claims* and *further claims*. Budget, data and features: as in the "
+            "table of the four questions.")
+    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
 def table_claims(everything, claims, adjust=False):
@@ -860,17 +859,18 @@ def table_overview(everything):
 
 def table_robustness(everything):
     """A line for each variant in ROBUSTNESS, with its fd without noise and its noise fd on each data set."""
+    names = ("noise 0 fd", "noise fd")
     header, rows = ["variant"], []
     for dataset in everything:
-        header += [f"{dataset}: no noise ↓", f"{dataset}: noise ↓"]
+        header += [f"{dataset}: {with_arrow(name)}" for name in names]
     for variant in ROBUSTNESS:
         cells = []
         for results in everything.values():
-            cells += [cell(results.get(variant, {}), name) for name in ("noise 0 fd", "noise fd")]
+            cells += [cell(results.get(variant, {}), name) for name in names]
         if any(cells):
             rows.append([f"`{variant}`", *cells])
     settings = [describe_data(*item) for item in everything.items()]
-    return with_note(markdown(header, rows), ["noise 0 fd", "noise fd"], settings)
+    return with_note(markdown(header, rows), names, settings)
 
 
 def table_numbers(columns):
@@ -1035,11 +1035,11 @@ def with_legend(figure, axes, columns=4):
 def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
     over seeds. A filled marker means significant, a cross fewer than three runs."""
-    claims_alone = every_claim(CLAIMS)
-    claims = PRIMARY_CLAIMS + claims_alone
+    other_claims = every_claim(CLAIMS)
+    claims = PRIMARY_CLAIMS + other_claims
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
-        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in claims_alone]
+        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in other_claims]
         if any(found):
             changes[dataset] = found
     if not changes:
@@ -1293,8 +1293,8 @@ def collect(runs, folder):
             public = facts["dataset"] == "shapes" or not shows_real
             if is_on_sheet and public and f"(results/figures/{path.name})" in texts:
                 sheets[path] = run.parent, strips
-    for path, (home, strips) in sheets.items():
-        if draw_sheet(path, home, strips):
+    for path, (parent, strips) in sheets.items():
+        if draw_sheet(path, parent, strips):
             written.append(path)
     for path in sorted(set(written)):
         print(f"{'replaced' if path in before else 'written'}: {path}")

@@ -93,9 +93,10 @@ def build_diffusion(train, variant, device):
     and of the flags (dataset, image_size, seed).
 
     How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
-    it sees x_hat in place of x0, which makes a difference of sqrt(abar) (x_hat - x0). The noise has to hide this
-    difference. At start = 400, our setting, the noise has 12 times the standard deviation of the difference on
-    CIFAR-10, 15 times on faces and 35 times on shapes. Below six times, which is a rough limit, fid.check_start says
+    it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of
+    sqrt(abar) (x_hat - x0), which the noise has to hide. At start = 400, our setting, the noise has 12 times the
+    standard deviation of the difference on CIFAR-10, 15 times on faces and 33 times on shapes (over pixel values of
+    held-out images, with the budget cpu). Below six times, which is a rough limit, fid.check_start says
     that refinement begins too late (at too small a time). The better the VAE, the smaller `start` may be."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
@@ -184,9 +185,9 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture. But all that is
-        # decided at these levels is the grain of the image. So the times are divided into 20 levels, and an image's
-        # loss is divided by the running mean of the losses at its level. On shapes this lowers fd by about a quarter;
-        # on real images it makes no clear difference (REPORT.md). With the budget `paper` the loss stays as it is.
+        # decided at these levels is the grain of the image. So an image's loss is divided by the running mean of the
+        # losses at its noise level. On shapes this lowers fd by about a quarter (two seeds); on real images it makes no
+        # clear difference (REPORT.md). With the budget `paper` the loss stays as it is.
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -232,7 +233,7 @@ def with_guide(form1, guide):
     state["guide"] = guide["unet"]
     # `guidance` has no influence on training. But the scores of `guided` depend on it, and they are kept in the guide's
     # folder. So with `--set guidance=...` the guide gets another folder, and is trained again there. form1 is not
-    # trained again, since main leaves `guidance` out of its settings. So it is taken from the guide's.
+    # trained again, since main leaves `guidance` out of its settings. So its value is taken from the guide's settings.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]

@@ -30,8 +30,8 @@ The loss has two terms.
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M, without a
-factor, which is right for the U-Net. M's gradient reaches the VAE only through x_hat. There, where it leaves the U-Net,
-we multiply it by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
+factor, which is right for the U-Net. M's gradient reaches the VAE only through x_hat. Where it enters x_hat, it is
+multiplied by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
 
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
@@ -79,6 +79,7 @@ import fid
 from common import to_float, to_uint8
 
 WEIGHT = 0.03  # lambda if --diffusion-weight is not given; see above
+POINTS = 9  # images along a path through the latent space
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -291,11 +292,14 @@ def linear_probe(train_x, train_y, test_x, test_y):
     return r2.tolist(), predicted
 
 
+@torch.no_grad()
 def decode_and_refine(z, model, setup, first=0):
-    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. `first` is
-    the number of the first code: each part of a hundred codes has another noise. All points of a path have the same."""
+    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. The noise is
+    the same in every call, unless `first` is another number: that of the first code, where many codes are refined in
+    parts."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
+    # The factor 2 is there because `refine` also takes the next seed.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -312,11 +316,11 @@ def images_along_paths(first_codes, last_codes, points, model, setup):
 
 @torch.no_grad()
 def draw_paths(picture, model, setup):
-    """Three paths between codes that the mixture draws. (In the picture of latent_space they begin and end in real
-    images, which must not always be published.)"""
-    gen = common.generator(common.SEEDS["trajectory"] + setup.train["seed"])
+    """Draw three paths between codes that the mixture draws, in the file `picture`. (The paths that latent_space draws
+    begin and end in real images, which may not be published of every data set.)"""
+    gen = common.generator(common.SEEDS["paths"] + setup.train["seed"])
     first_codes, last_codes = model.priors["gmm"].sample(6, gen).chunk(2)  # (3, d) each
-    weights, strips = images_along_paths(first_codes, last_codes, 9, model, setup)
+    weights, strips = images_along_paths(first_codes, last_codes, POINTS, model, setup)
     rows = {}
     for i in range(3):
         rows[f"VAE {i + 1}"] = strips["vae"][i]
@@ -325,7 +329,7 @@ def draw_paths(picture, model, setup):
 
 
 @torch.no_grad()
-def latent_space(picture, model, setup, pairs=32, points=9):
+def latent_space(picture, model, setup, pairs=32, points=POINTS):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
         posterior   the Frechet distance of images that are made from these codes, not from codes of a prior
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
@@ -392,7 +396,8 @@ def read_flags(argv):
         common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
     if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
         # The diffusion term does not train the VAE then, so all weights would make the same run. So that this run has
-        # one name, only the default is allowed.
+        # one name, only the default is allowed. (Learned weights would still change the scale of E, but they make no
+        # sense without the other term.)
         common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
@@ -413,12 +418,13 @@ def read_flags(argv):
 
 
 def add_tables(folder, model, metrics, setup):
-    """Add to the metrics of a run what this stage measures, if it is not there yet: its latent space, and the Frechet
-    distance by the number of components of the mixture."""
+    """Add to a run what this stage measures and draws, if it is not there yet: paths.png, and in the metrics its latent
+    space, and the Frechet distance by the number of components of the mixture."""
     tables = metrics["tables"]
+    if not (folder / "paths.png").is_file():
+        draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
-        draw_paths(folder / "paths.png", model, setup)
         tables["components"] = fid.by_components(model, setup)
         common.write_json(folder / "metrics.json", metrics)
 

@@ -326,8 +326,7 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
     `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
     flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That matters
-    little, since the steps of Adam and Muon do not depend on the size of a gradient. (Nor does clipping change that: it
-    multiplies all gradients of a step by one number.)"""
+    little: the steps of Muon do not depend on the size of a gradient, and those of Adam adapt to it in time."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)

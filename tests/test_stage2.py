@@ -395,7 +395,7 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
 
 
 def test_paths_between_samples(tmp_path, monkeypatch):
-    """They go from one code of the mixture to another, with the same noise all along a path, and show no real image."""
+    """They go from one code of the mixture to another, with the same noise all along a path."""
     mixture = common.GaussianMixture(torch.ones(1), torch.zeros(1, 8), torch.eye(8)[None])
     model = common.Model("joint", CPU, (3, 8, 8), common.Diffusion("v", start=400), (), ROW, {"gmm": mixture},
                          denoiser_for=denoiser_of(lambda x, x_hat: 0.3 * x - 0.1 * x_hat))
@@ -403,7 +403,8 @@ def test_paths_between_samples(tmp_path, monkeypatch):
     saved = {}
     monkeypatch.setattr(common, "save_grid", lambda path, rows, columns: saved.update({path: rows, "columns": columns}))
     stage2.draw_paths(tmp_path / "paths.png", model, setup)
-    z, rows = mixture.sample(6, common.generator(55_005)), saved[tmp_path / "paths.png"]
+    z, rows = mixture.sample(6, common.generator(56_005)), saved[tmp_path / "paths.png"]
+    assert [len(row) for row in rows.values()] == [9] * 6
     assert list(rows) == ["VAE 1", "refined 1", "VAE 2", "refined 2", "VAE 3", "refined 3"]
     assert saved["columns"][:2] == ["w = 0", "w = 0.125"] and len(saved["columns"]) == 9
     for k, w in enumerate([0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1]):
@@ -426,7 +427,7 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "read_metrics", lambda path, evaluation: {"run": {"train": given[0]}, "tables": {}})
     monkeypatch.setattr(fid, "print_results", lambda *args: None)
     drawn = []
-    monkeypatch.setattr(stage2, "draw_paths", lambda picture, model, setup: drawn.append(picture))
+    monkeypatch.setattr(stage2, "draw_paths", lambda picture, model, setup: drawn.append((picture, model)))
     monkeypatch.setattr(stage2, "latent_space", lambda picture, model, setup: measured.append((picture, model)) or {
         "slerp": {"refined": {"path_over_distance": len(measured), "end_distance": 0.5}}})
     vae_state = stage1.train_vae(tmp_path / "vae", settings(steps=1), data, CPU)
@@ -436,7 +437,7 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     folders = [tmp_path / "stage2-anneal-s0", tmp_path / "stage1-form1-s0"]
     assert mixtures == [model for _, model in measured]
     assert [picture for picture, _ in measured] == [folder / "interpolation.png" for folder in folders]
-    assert drawn == [folder / "paths.png" for folder in folders]
+    assert drawn == [(folder / "paths.png", model) for folder, (_, model) in zip(folders, measured, strict=True)]
     assert own["seconds_before"] == 0
     for (_, model), state in zip(measured, (own, form1), strict=True):
         assert same(dict(model.networks[0].state_dict()), state["vae"]) and model.temperature == 0.8
