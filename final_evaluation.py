@@ -267,7 +267,7 @@ CLAIMS = {
         ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed"))],
     "conditioning": [
         ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
-        ("Do steps by the image's own `s` help, against those by another's?",
+        ("Do more steps for unsure images help, against steps by another's `s`?",
          ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
@@ -278,7 +278,7 @@ CLAIMS = {
 # The others:
 FURTHER_CLAIMS = {
     "refinement": [
-        ("Does `x_hat` help, against such a model that is trained as long as VAE and refiner together?",
+        ("Does `x_hat` help, against a model without a VAE that is trained as long as VAE and refiner together?",
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
@@ -314,7 +314,7 @@ FURTHER_CLAIMS = {
         ("Is a flow better than 300 components that share one, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
     "conditioning": [
-        ("Do steps by `s` help, against as many for all?",
+        ("Do more steps for unsure images help, against two for all?",
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
