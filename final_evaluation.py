@@ -293,6 +293,8 @@ FURTHER_CLAIMS = {
         ("Do learned weights help, against joint training without the gradient?",
          ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
+        ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
+        ("Does it help not to clip the VAE's gradients?", ("fd", "stage2-anneal-vae_clip=0"), ("fd", "stage2-anneal")),
         ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
         ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
         ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
