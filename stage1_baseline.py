@@ -96,8 +96,8 @@ def build_diffusion(train, variant, device):
     it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of
     sqrt(abar) (x_hat - x0), which the noise has to hide. At start = 400, our setting, the noise has 12 times the
     standard deviation of the difference on CIFAR-10, 15 times on faces and 33 times on shapes (over pixel values of
-    held-out images, with the budget cpu). Below six times, which is a rough limit, fid.check_start says
-    that refinement begins too late (at too small a time). The better the VAE, the smaller `start` may be."""
+    held-out images, with the budget cpu). Below six times, which is a rough limit, fid.check_start says that refinement
+    begins too late (at too small a time). The better the VAE, the smaller `start` may be."""
     return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
 
 

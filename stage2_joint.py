@@ -421,7 +421,7 @@ def add_tables(folder, model, metrics, setup):
     """Add to a run what this stage measures and draws, if it is not there yet: paths.png, and in the metrics its latent
     space, and the Frechet distance by the number of components of the mixture."""
     tables = metrics["tables"]
-    if not (folder / "paths.png").is_file():
+    if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
