@@ -1167,8 +1167,10 @@ def list_split(dataset, split, folder):
                 part[Path(name).stem] = number
         chosen = [p for p in files if part.get(p.stem) == {"train": "0", "test": "2"}[split]]
     width, height = read_image(chosen[0]).size if chosen else (178, 218)
-    kind = "JPEG" if jpeg else "lossless"
-    return chosen, None, "celeba-148", "as published" if width == 178 else f"{kind} copies at {width}x{height}"
+    note = f"{'JPEG' if jpeg else 'lossless'} copies at {width}x{height}"
+    if jpeg and width == 178:
+        note = "as published (JPEG)"
+    return chosen, None, "celeba-148", note
 
 
 def load_images(dataset, split, data_dir="data", image_size=None):

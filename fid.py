@@ -11,18 +11,20 @@ and covariance S (Heusel et al. 2017). Only with Inception's features is it call
 Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
-    A floor         FD is biased upward, by about C (1/N1 + 1/N2) for N1 and N2 images (for C see expected_floor).
-                    So the FD of equally many held-out real images is given beside it (of all, if there are fewer).
-    An interval     The jackknife leaves out one twentieth of the images at a time. How much the score changes tells
-                    how much it depends on the draw of images. (A bootstrap would repeat images. A set with repeated
-                    images has a higher FD, so its interval would lie above the score.)
+    A floor         Even real images do not have an FD of 0: it is biased upward, by about C (1/N1 + 1/N2) for N1 and N2
+                    images (for C see expected_floor). So the FD of equally many held-out real images is given beside
+                    it, as the lowest that can be expected (of all held-out images, if there are fewer).
+    An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
+                    tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
+                    repeated images has a higher FD, so its interval would lie above the score.)
 
     python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
     python fid.py cifar10 samples --features inception --count 10000 --json
     python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
-6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 hardly need common.py.
+6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 hardly need common.py. "Stages" are the
+scripts that train models (stage1_baseline.py and the others).
 """
 
 import argparse
@@ -52,7 +54,9 @@ from common import DATASETS, fail, find_images, generator, load_hashed, randn, r
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
 OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
-UNCHANGED = 0.9  # a folder counts as unchanged if it shares nine in ten files with the folder that was trained on
+# A network that was trained on a user's folder is refused if the folder has changed much since: if fewer than nine in
+# ten of its files are the same.
+UNCHANGED = 0.9
 
 
 def require_uint8(images):
@@ -72,10 +76,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
-    branch_pool(avg_pool2d(x)) in its own code. The first hook is called before the block, and keeps its input x. The
-    second is called before branch_pool, and replaces its input by pool(x)."""
+    branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. So one
+    hook keeps the block's input x, and another gives pool(x) to branch_pool."""
     inputs = []
-    block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
+    block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
+    # Before branch_pool; what this hook returns takes the place of its input.
     block.branch_pool.register_forward_pre_hook(lambda branch_pool, arguments: pool(inputs.pop()))
 
 
@@ -93,7 +98,8 @@ class InceptionV3(nn.Module):
     the original Inception Score. The network differs from torchvision's in four points: average pools leave out the
     padding, the last block pools by maximum, there are 1008 classes, and there is no auxiliary head."""
 
-    suffix, dim, classes, batch, name = "", 2048, 1008, 32, "inception"  # suffix: what the names of scores end in
+    name, suffix = "inception", ""  # the names of scores end in `suffix`
+    dim, classes, batch = 2048, 1008, 32
 
     def __init__(self):
         super().__init__()
@@ -102,9 +108,9 @@ class InceptionV3(nn.Module):
         maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name, layer in Inception3(1008, aux_logits=False, init_weights=False).named_children():
             self.add_module(name, layer)  # in order of use, and with the names that the file of weights has
-            if hasattr(layer, "branch_pool"):
+            if hasattr(layer, "branch_pool"):  # not in blocks that halve the resolution, which are the same in both
                 change_pool(layer, maximum if name == "Mixed_7c" else average)
-        self.to(memory_format=torch.channels_last).eval()
+        self.to(memory_format=torch.channels_last).eval()  # channels_last only makes it faster
 
     def forward(self, images):
         x = require_uint8(images).float()
@@ -193,12 +199,12 @@ def save_local(net, name, folder=None):
     that was trained on a user's own `folder` of images goes to OWN_FEATURES_DIR, any other to FEATURES_DIR."""
     state = {"classes": net.classes, "size": net.size, "files": file_marks(folder) if folder else None,
              "state": common.half(net.state_dict())}
-    return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)
+    return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)  # fills in the *
 
 
-def trained_on(stored, folder):
-    """How much of what is in `folder` now a network was trained on, from 0 to 1: the number of files that are in both,
-    over the larger of the two numbers of files. `stored` is what save_local wrote."""
+def share_of_same_files(stored, folder):
+    """How well the files on which a network was trained agree with those in `folder` now, from 0 to 1: the number of
+    files that are in both, over the larger of the two numbers of files. `stored` is what save_local wrote."""
     marks, known = set(file_marks(folder)), set(stored.get("files") or ())
     return len(marks & known) / max(len(marks), len(known))
 
@@ -217,14 +223,14 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
             fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
         home, name, to_train_on = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
     found = [Path(weights)] if weights else common.find_hashed(home, name)
-    flag = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"
+    what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # the beginning of errors
     there = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(there) or 'none'}), or make it: "
               f"python fid.py --train-local {to_train_on}")
-    stored = load_hashed(found, flag, advice)
+    stored = load_hashed(found, what, advice)  # ends the program unless exactly one is found
     if "classes" not in stored:
-        fail(f"{flag}: {found[0]} is not a local feature network; {advice}")
-    if dataset == "folder" and not weights and (share := trained_on(stored, data_dir)) < UNCHANGED:
+        fail(f"{what}: {found[0]} is not a local feature network; {advice}")
+    if dataset == "folder" and not weights and (share := share_of_same_files(stored, data_dir)) < UNCHANGED:
         fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
              f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
     net = LocalNet(stored["classes"], stored["size"])
@@ -236,8 +242,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
 # ---- 3. Features of many images, and their moments -------------------------------------------------------------------
 
 def scoring_device(extractor):
-    """Where a stage's scores are computed: the device of the feature network, or the CPU if that has no float64. (The
-    command for two folders computes on the CPU.)"""
+    """Where scores against a data set are computed: the device of the feature network, or the CPU if that has no
+    float64. (Scores against a folder are computed on the CPU.)"""
     device = next(extractor.parameters()).device
     try:
         torch.empty(0, dtype=torch.float64, device=device)
@@ -249,7 +255,8 @@ def scoring_device(extractor):
 @torch.no_grad()
 def extract(extractor, images, batch_size=None, progress=False):
     """The features (N, d) and logits (N, K) of uint8 images (N, 3, H, W), float32 on the CPU. The images may also be a
-    list of (3, H, W) of several sizes, which are passed one by one. The batch size changes nothing but the speed."""
+    list of (3, H, W) of several sizes, which are passed one by one. The batch size changes only the speed, and
+    rounding."""
     device = next(extractor.eval().parameters()).device
     batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
     outputs = []
@@ -305,18 +312,19 @@ def frechet_distance(a, b):
 
 def expected_floor(stats, count):
     """The expected Frechet distance between N1 = `count` and N2 = stats.count draws of one Gaussian with the covariance
-    S of `stats`. To second order, with l the eigenvalues of S and D = S_1 - S_2 in the basis of its eigenvectors:
+    S of `stats`. With l the eigenvalues of S and D = S_1 - S_2 in the basis of its eigenvectors:
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
-        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j
+        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       the covariance of Gaussian draws
 
     The doubling for i = j adds (1/N1 + 1/N2) times 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
 
         E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))
 
-    (tests/test_fid.py compares this with drawn samples.)"""
-    eigenvalues = stats.root.square().sum(0)  # (k,), those above 0
+    D is small, and so this holds, if there are many more images than features. (With as many images as features, and
+    S = 1, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
+    eigenvalues = stats.root.square().sum(0)  # (k,), those above 0: column j of root has the squared length l_j
     pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
     return ((1 / count + 1 / stats.count) * (1.25 * eigenvalues.sum() + 0.5 * pairs)).item()
 
@@ -330,6 +338,7 @@ def inception_score(logits, splits=10, seed=2020):
     for i in range(splits):
         log_p = logits[i * count // splits:(i + 1) * count // splits].double().log_softmax(1)  # (n, K), log p(y|x)
         marginal = log_p.exp().mean(0)  # (K,), p(y)
+        # mean over x of sum_y p(y|x) log p(y|x), minus sum_y p(y) log p(y), where 0 log 0 = 0
         kl = (log_p.exp() * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()
         values.append(kl.exp())
     values = torch.stack(values)  # (splits,)
@@ -339,8 +348,8 @@ def inception_score(logits, splits=10, seed=2020):
 def pair_means(kernel, x, y=None):
     """For each row x_i of x (M, d), the mean of kernel(x_i, y_j) over all rows of y (N, d): float64 (M,). Without y,
     the mean of kernel(x_i, x_j) over all j except i."""
-    x, sums = x.double(), []
-    y, leave_out_self = (x, True) if y is None else (y.double(), False)
+    x, sums, leave_out_self = x.double(), [], y is None
+    y = x if leave_out_self else y.double()
     for i in range(0, len(x), CHUNK):
         values = kernel(x[i:i + CHUNK], y)  # (CHUNK, N)
         if leave_out_self:
@@ -362,9 +371,10 @@ def distances(x, y):
 
 
 def kid(real, generated, subsets=100, size=1000, seed=2020):
-    """Kernel Inception Distance (Binkowski et al. 2018) of features (N, d) and (M, d): MMD^2 with the cubic kernel. The
-    estimate is unbiased, so that it may be negative. It is a mean over `subsets` random subsets with `size` images on
-    each side, drawn as torch-fidelity draws them; with size=None all images are used, once."""
+    """Kernel Inception Distance (Binkowski et al. 2018) of features (N, d) and (M, d): with the cubic kernel k, the
+    mean of k(x, x') over pairs of real images, plus that of k(y, y') over pairs of generated ones, minus twice that of
+    k(x, y). The estimate is unbiased, so that it may be negative. It is a mean over `subsets` random subsets with
+    `size` images on each side, drawn as torch-fidelity draws them; with size=None all images are used, once."""
     if size is not None and size > min(len(real), len(generated)):
         raise ValueError(f"KID subsets of {size} need as many images on each side, not {len(real)}, {len(generated)}")
     random, values = np.random.RandomState(seed), []
@@ -408,15 +418,17 @@ def jackknife(score, x):
     if len(x) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
     scores_without = np.array([score(x[group != g]) for g in range(GROUPS)])
+    # Any two of these scores share most images, so they lie close together: their squared deviations are added up for
+    # the variance of the score, where those of independent scores would be averaged and divided by their number.
     half_width = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(scores_without - scores_without.mean()).sum())
     return {"value": value, "low": value - half_width, "high": value + half_width}
 
 
 def jackknife_pairs(value, image_means):
-    """The jackknife of a score that consists of means over pairs of images, such as KID, without computing pairs again.
-    `value` is the score. image_means (N,) has for each image the mean over its pairs. If an image is left out, all
-    pairs are lost in which it is the first or the second member. So the score changes, to first order, by twice the
-    change of the mean of image_means."""
+    """The jackknife of a score that is a mean over pairs of images, without computing pairs again. `value` is the score
+    and image_means (N,) has for each image the mean over the pairs of which it is the first member. If an image is left
+    out, the pairs are lost, too, of which it is the second one. So to first order, the score changes by twice the
+    change of the mean of image_means. (For KID, which has other terms as well, see `scores`.)"""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -468,27 +480,28 @@ def scores(extractor, generated, ref, progress=False):
     "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
         fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
-        kid                 if either side has fewer than 2,000 images: over all pairs with the first 2,000 real ones;
-                            else over 100 subsets of 1,000
+        kid                 over 100 subsets of 1,000; if either side has fewer than 2,000 images, of all generated ones
+                            and the first 2,000 real ones, once
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
         floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
     count, device = len(generated), ref.features.device
+    # Shuffled, since the groups of the jackknife and the ten parts of the Inception Score should not depend on an order
+    # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    row["is"] = jackknife(  # shuffled before, so that its ten parts stay nearly the same if a group is left out
+    row["is"] = jackknife(  # shuffled once for all, so that a group left out changes the ten parts little
         lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
-    # KID is mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of real images x and generated ones y. So it
-    # depends on image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). (jackknife_pairs takes care of the 2.) The
-    # interval needs these means roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if fewer), and
-    # the x_j up to 5,000 real ones.
+    # KID (see there) depends on the generated image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). (The 2 is that
+    # of jackknife_pairs.) The interval needs these means only roughly. So the y_j are a block of 2,000 to 4,000
+    # generated images (or all, if there are fewer), and the x_j at most 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
     some_real, some = ref.features[:at_most_2000], features[:at_most_2000]
-    image_means = pair_means(distances, some) / pair_means(distances, some_real).mean()
+    image_means = pair_means(distances, some) / pair_means(distances, some_real).mean()  # their mean is the diversity
     row["diversity"] = jackknife_pairs(diversity(some_real, some), image_means)
     real = ref.features[:count]
     precision, recall = precision_recall(real, features[:len(real)], k=min(3, count - 1, len(real) - 1))
@@ -501,8 +514,14 @@ def scores(extractor, generated, ref, progress=False):
 
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
 #
-# What kind of model it is shows in the common.Model: `vae` is None if there is no VAE, `denoiser_for` is None for a VAE
-# alone, and only latent diffusion has a `decode`.
+# A VAE draws z from a prior, and decodes it to x_hat. A refiner makes an image of noise and x_hat. What kind of model a
+# common.Model is shows in three of its attributes:
+#
+#                         vae    denoiser_for   decode
+#     VAE alone           set    None           None     x_hat is its image
+#     diffusion alone     None   set            None     makes an image of noise alone
+#     VAE and refiner     set    set            None
+#     latent diffusion    None   set            set      makes a latent of noise alone, and decodes it
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -513,7 +532,7 @@ class Setup:
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        self.changes = args.changes  # by --set
+        self.changes = args.changes  # by --set; apart from `train`, since a run may not depend on all of them
         # If torchrun has started several processes, each takes a share of the batch.
         common.join_processes(device, (train | self.changes)["batch"])
         if common.RANK > 0:
@@ -525,7 +544,9 @@ class Setup:
                                 for split in ("train", "test"))
         if common.RANK == 0:
             common.wait_for_all()  # now the others go on
+        # What is kept of a user's own folder does not go into that folder.
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
+        # A run is trained anew if any of these settings differs. What the data are is among them.
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
@@ -534,7 +555,7 @@ class Setup:
 
     def folder_and_settings(self, name, ignored=()):
         """The folder and the train settings of the run of this name. What --set changes is part of both, except for
-        settings whose names begin with one of `ignored`, on which this run does not depend."""
+        settings whose names begin with one of `ignored`, on which this run does not depend (a VAE not on "unet_")."""
         changes = {key: value for key, value in self.changes.items() if not key.startswith(ignored)}
         return self.home / f"{name}{common.name_changes(changes)}-s{self.train['seed']}", self.train | changes
 
@@ -601,9 +622,9 @@ def evaluate(folder, setup, state, model):
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
         for table in (tables["latent"], tables.get("start")):
-            if table and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
+            if table and train["budget"] != "smoke":  # which trains for a few steps: there is nothing to conclude
                 print(f"{folder.name}: {table['conclusion']}")
-    if model.denoiser_for is not None and model.decode is None:
+    if model.denoiser_for is not None and model.decode is None:  # it is the likelihood of pixels
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
     commit = ""
@@ -615,7 +636,7 @@ def evaluate(folder, setup, state, model):
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
            "parameters": sum(map(common.count_parameters, model.networks)),
-           "train_seconds": state["seconds"] + state["seconds_before"],
+           "train_seconds": state["seconds"] + state["seconds_before"],  # before: that of the VAE that it builds on
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
@@ -624,11 +645,11 @@ def evaluate(folder, setup, state, model):
 
 
 def measure(model, setup, prior, sampler, steps, count, damage):
-    """Generate `count` images and score them. Returns one row of the metrics, and the images before and after
-    refinement."""
+    """Generate `count` images and score them. `damage` is the standard deviation of noise that is added to x_hat (see
+    `robustness`). Returns one row of the metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
-    steps = min(steps, model.diffusion.start)
+    steps = min(steps, model.diffusion.start)  # as the sampler does: there are no more times
     row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
            "seconds_per_image": seconds} | setup.score(images)  # nfe: number of evaluations of a network
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
@@ -638,8 +659,8 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # Some rows are asked for twice (the noise probe's clean row is also in the grid). lru_cache keeps the last ones, by
-    # (prior, sampler, steps, count, damage).
+    # Some rows are needed twice: the one without noise in `robustness` is also in the grid. lru_cache keeps the last
+    # ones, by (prior, sampler, steps, count, damage).
     draw = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw(prior, sampler, steps, evaluation["count"], 0.0)
@@ -668,9 +689,9 @@ def measure_samples(folder, model, setup):
 
 
 def robustness(folder, draw, prior, evaluation, fd_key, refined):
-    """Scores with noise on what the VAE hands on: on x_hat before it is refined, or on latents before they are decoded.
-    z and the noise of x_start are the same at every strength. `mean` is the mean Frechet distance over all strengths of
-    noise, `rise` is by how much that is higher than without noise. Writes robustness.png."""
+    """Scores with noise on x_hat before it is refined, or on a latent before it is decoded. The codes z, and the noise
+    from which refinement begins, are the same at every strength. `mean` is the mean Frechet distance over the three
+    strengths above 0, `rise` is by how much that is higher than without noise. Writes robustness.png."""
     sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
     scores_by_noise, pictures = {}, {}
     for name, sd in NOISE.items():
@@ -708,7 +729,8 @@ def copies(folder, images, setup):
 
     If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
     generated images that are closest in the features, with their nearest training images."""
-    train, count = shuffle(setup.data.images), min(len(images), len(setup.test.images))  # in the order of the reference
+    train = shuffle(setup.data.images)  # as make_reference does: so row i of its features belongs to image i
+    count = min(len(images), len(setup.test.images))
     mirrored = (setup.train | setup.changes)["unet_flip"]
     sides, table = {"generated": images[:count], "held_out": setup.test.images[:count]}, {"images": count}
     nearest = {}  # (kind of distance, side): distances and indices, each (N,)
@@ -718,7 +740,8 @@ def copies(folder, images, setup):
         by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
                    "features": nearest_rows(features, setup.reference.features.cpu())}
         for kind, (distance, index) in by_kind.items():
-            smaller, which = distance.view(-1, count).min(0)  # of an image (0) and its mirror image (1)
+            # The rows of the view are the images (0) and their mirror images (1), if any. The smaller distance counts.
+            smaller, which = distance.view(-1, count).min(0)
             nearest[kind, side] = smaller, index.view(-1, count)[which, torch.arange(count)]
         distance, index = nearest["pixels", side]
         nearest["pixels", side] = distance / both[0].numel() ** 0.5, index
@@ -744,9 +767,9 @@ def held_out_codes(model, setup):
 
 
 def by_components(model, setup):
-    """How many components the mixture needs: the Frechet distance of samples, and the log-density of held-out codes,
-    with mixtures of several sizes, all with one covariance, fitted to codes of the training images. Sizes
-    above the number of these codes are left out."""
+    """How many components the mixture needs. Mixtures of several sizes, whose components share a covariance, are fitted
+    to codes of the training images. For each: the Frechet distance of samples, and the mean log-density of held-out
+    codes. Sizes above the number of training codes are left out."""
     seed = setup.train["seed"]
     z = common.draw_codes(model.vae, setup.data.images, seed, model.device)
     _, _, held_out = held_out_codes(model, setup)
@@ -798,7 +821,7 @@ def measure_vae(folder, model, setup):
     for source, prior in model.priors.items():
         samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
         for judge, judging_prior in model.priors.items():
-            tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples).cpu())
+            tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))
     return tables
 
 
@@ -854,9 +877,13 @@ def check_start(diffusion, x_hat, real):
 
 @torch.no_grad()
 def bits_per_dim(model, prior, setup):
-    """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) they are
-        kl                       log q(z | x) - log p(z), under the model's prior of the name `prior`
-        prior, diffusion, data   those of common.diffusion_nats, with x_hat = Dec(z)"""
+    """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
+    Dec(z) they are
+        kl          log q(z | x) - log p(z), under the model's prior over z of the name `prior`
+        prior       the KL between the noisiest image and pure noise
+        diffusion   the sum of the KLs of all steps
+        data        -log of the probability of the pixels after the last step
+    The last three are those of common.diffusion_nats."""
     evaluation = setup.evaluation
     gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
     images = setup.test.images[: evaluation["bits_images"]].to(model.device)
@@ -868,7 +895,7 @@ def bits_per_dim(model, prior, setup):
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
-        denoise = model.denoiser_for(x_hat, z, clean=x_hat)
+        denoise = model.denoiser_for(x_hat, z, clean=x_hat)  # no noise was added to x_hat
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
     unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
     return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
@@ -897,7 +924,7 @@ def print_results(finished, setup):
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
-          "resampling only, one run; compare scores of equally many images")
+          "over the draw of images, not over trainings; compare scores of equally many images")
     for folder in finished:
         print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))
 
@@ -921,7 +948,8 @@ def augment(x, gen, crop=False):
     pixel = 2 / x.shape[-1]
     dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))  # whole pixels, which need no blur
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
-    # (B, 2, 3): the rows (mirror * scale, 0, dx) and (0, scale, dy) of each image
+    # For each image the rows (mirror * scale, 0, dx) and (0, scale, dy). The six entries, each (B, 1, 1, 1), become a
+    # matrix (B, 2, 3).
     theta = torch.stack([scale * mirror, zero, dx, zero, scale, dy]).view(2, 3, -1).permute(2, 0, 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
@@ -958,8 +986,13 @@ def train_network(data, seed=0, batch=256):
     steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
     batches = torch.cat(epochs)[:steps * batch].view(steps, batch)  # indices of images
-    # Found by trying, near known recipes (SimCLR: 0.3 for a batch of 256). Regressions diverge above 0.1.
-    peak_rate = 0.2 if labels is None else 0.4 if factors is None else 0.1
+    # Found by trying, near known recipes (SimCLR: 0.3 for a batch of 256).
+    if labels is None:
+        peak_rate = 0.2
+    elif factors is None:
+        peak_rate = 0.4
+    else:
+        peak_rate = 0.1  # regressions diverge above it
     # The schedule sets rate and momentum in every step, whatever they are here.
     optimiser = torch.optim.SGD(networks.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
@@ -976,7 +1009,9 @@ def train_network(data, seed=0, batch=256):
         return loss if factors is None else loss + F.mse_loss(outputs, factors[index])
 
     reduced = common.native_bfloat16(cpu)
-    if reduced:  # as in common.Training: bfloat16 must give the gradient that float32 gives, on a first batch
+    # A safety net, to be skipped on first reading. As in common.Training, bfloat16 must give the gradient that float32
+    # gives, on a first batch.
+    if reduced:
         index, gradients = batches[0], []
         x = to_float(images[index if labels is not None else index.repeat(2)])
         for precision in (False, True):
@@ -1006,7 +1041,10 @@ def train_network(data, seed=0, batch=256):
 
 def examine(extractor, train, test):
     """What an extractor's numbers mean: a dict, for the JSON beside its weights, measured on held-out images. `train`
-    and `test` are common.ImageData. The keys of "noise" are in units of the pixel range, those of "blur" in pixels."""
+    and `test` are common.ImageData. The keys of "noise" are in units of the pixel range, those of "blur" in pixels.
+
+    With a good network, fd grows with noise and with blur, and that of half the classes is far above the floor. The
+    recall of fifty images, repeated, is near 0."""
     from scipy.ndimage import gaussian_filter
     gen, images = generator(0), test.images.float()
     ref = make_reference(extractor, train.images)
@@ -1050,17 +1088,17 @@ def train_local(name, data_dir="data"):
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
     home = OWN_FEATURES_DIR if own else FEATURES_DIR
     found = common.find_hashed(home, train.name)
-    outdated, current = [], []
+    outdated, current = [], []  # outdated: trained on other files than the folder has now
     for path in found:
         stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
-        (outdated if own and trained_on(stored, data_dir) < UNCHANGED else current).append(path)
+        (outdated if own and share_of_same_files(stored, data_dir) < UNCHANGED else current).append(path)
     if not current:
         current = [save_local(train_network(train), train.name, data_dir if own else None)]
-    for path in outdated:  # unless the new network is the same, to the bit, and so has the same name
+    for path in outdated:  # a new network that is the same to the bit has the same name, and stays
         for file in {path, path.with_suffix(".json")} - {*current}:
             file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
-    path = home / extractor.name.removeprefix("local-")  # without a suffix
+    path = home / extractor.name.removeprefix("local-")  # without .pt or .json
     report = json.dumps(examine(extractor, train, test), indent=1)
     common.write(Path(f"{path}.json"), (report + "\n").encode())
     flags = f"folder --data-dir {data_dir} --image-size {extractor.size}" if own else dataset
@@ -1072,12 +1110,13 @@ def train_local(name, data_dir="data"):
 
 def read_folder(folder, flag, count=None):
     """The images below a folder, or a seeded choice of `count`, as uint8 (N, 3, H, W), or as a list if they differ in
-    size; and whether most are JPEG. The program ends with an error that names `flag` if there are too few."""
-    if not Path(folder).is_dir():
-        fail(f"{flag}: no such folder: {folder}")
+    size; and whether most are JPEG. The program ends with an error if there are too few. It names `flag`, or
+    --count."""
     files = find_images(folder)
-    if count is not None and count < 2:
-        fail(f"{flag}: give 2 or more")
+    if count is not None:
+        flag = f"--count {count}"
+        if count < 2:
+            fail(f"{flag}: give 2 or more")
     if len(files) < (needed := count or 2):
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")
     files = shuffle(files)[:count]
@@ -1109,10 +1148,12 @@ def main(arguments=None):
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
     real_is_folder = args.real not in DATASETS
+    for flag, folder in [("GENERATED", args.generated)] + real_is_folder * [("REAL", args.real)]:
+        if not Path(folder).is_dir():
+            fail(f"{flag}: no such folder: {folder}")
     extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
                                device=common.choose_device(args.device), data_dir=args.real)
-    flag = "GENERATED" if args.count is None else f"--count {args.count}"
-    images, jpeg = read_folder(args.generated, flag, args.count)
+    images, jpeg = read_folder(args.generated, "GENERATED", args.count)
     if real_is_folder:
         real, real_jpeg = read_folder(args.real, "REAL")
         ref = make_reference(extractor, real)
