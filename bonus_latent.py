@@ -259,8 +259,8 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    # From x_hat there are only `start` times, and so at most as many steps. (This is the pixel model's start. Latent
-    # diffusion itself always begins at T, so main forbids changing it.)
+    # The pixel model begins at x_hat and has only `start` times, so at most as many steps. The latent model begins at
+    # T. (main refuses `--set start=...`, which would change only this comparison.)
     costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)

@@ -17,10 +17,10 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of images in [0, 1], summed over pixel values; `eps_mse` and `v_mse` are means over pixel values, of images in
     [-1, 1].
-    Every random draw that decides a result comes from an explicit generator. Its seed is --seed plus a number that
-    depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two exceptions are
-    initial weights and dropout masks: they use torch's global generator, which is seeded before a network is built and
-    before every step.
+    Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
+    number that depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two
+    exceptions are initial weights and dropout masks: they use torch's global generator, which is seeded before a
+    network is built and before every step with dropout.
     In training, and in refinement, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
     float32 again.
 """
@@ -183,10 +183,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. "Middle" is meant along lambda = log(a / sigma). (Divided by sigma_next, the exact
-    step is x_next / sigma_next = x_t / sigma_t + (a_next / sigma_next - a_t / sigma_t) x0. As a / sigma = exp(lambda),
-    a tiny step is d(x / sigma) / d lambda = (a / sigma) x0: along lambda, x0 is the only part that is not known.) The
-    two latest predictions are extrapolated linearly:
+    the x0 of the middle of the step. (Any smooth variable that grows along the path may say where the middle is. The
+    paper's is lambda = log(a / sigma).) The two latest predictions are extrapolated linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -303,8 +301,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, d) -> x_hat (B, 3, H, W) in [-1, 1].
 
-    `table` lists (resolution, width, blocks) from resolution 1 up to the image. Between two levels there is nearest
-    upsampling and a 1x1 convolution as published (`pool`), or a transposed convolution (see Encoder)."""
+    `table` lists (resolution, width, blocks) from resolution 1 up to the image. (Here each level has `blocks` blocks,
+    none in addition as in the encoder.) Between two levels there is nearest upsampling and a 1x1 convolution as
+    published (`pool`), or a transposed convolution (see Encoder)."""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -372,8 +371,8 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer, so that a group has at least four
-    channels: the largest power of two that divides a quarter of the width.
+    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer: the largest power of two that
+    divides a quarter of the width. So a group has at least four channels.
 
     Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
 
@@ -385,7 +384,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero_init(module):
-    """Set a layer's parameters to zero. A residual block whose last layer it is adds nothing before training."""
+    """Set a layer's parameters to zero. If it is the last one of a residual block, the block adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -545,7 +544,7 @@ class GaussianMixture:
     Attributes, float32 on the CPU:
         weights (K,)
         means   (K, d)
-        factors (K, d, d) or, if tied, (1, d, d): the lower Cholesky factors of the covariances"""
+        factors (K, d, d) or, if all share a covariance, (1, d, d): the lower Cholesky factors of the covariances"""
 
     def __init__(self, weights, means, factors):
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
@@ -559,7 +558,9 @@ class GaussianMixture:
         their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd of refined
         samples was clearly higher.) But k-means of the thousands of components that a `tied` mixture may have would
         take minutes. So there the first means are random codes, and the first covariance is that of all codes."""
-        centre = z.mean(0)  # subtracted while fitting: far from 0, a covariance is a small difference of large numbers
+        # Subtracted while fitting, because em_round computes a covariance as E[z z^T] - mean mean^T. Far from 0, that
+        # is a small difference of large numbers.
+        centre = z.mean(0)
         # In random order, since the first ones are used below, and image files may be sorted by class.
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
         part = z[: max(subset, 20 * components)]
@@ -571,7 +572,7 @@ class GaussianMixture:
             errors = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
         covariance = errors.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
-        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # the same for all components
+        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # shared by all components
         for _ in range(rounds):
             mixture = mixture.em_round(part, tied)
         for _ in range(2):
@@ -590,18 +591,18 @@ class GaussianMixture:
         # E step: the sums over all z that the M step needs, each z weighted by how much it belongs to a component.
         mass = torch.full((count,), 1e-9)  # (K,), positive so that it can be divided by
         sums = torch.zeros(count, d)  # of z
-        products = torch.zeros(1 if tied else count, d, d)  # of z z'
+        products = torch.zeros(1 if tied else count, d, d)  # of z z^T
         for part, log_joint in self.log_joints(z):
             belongs = log_joint.softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
-            if tied:  # summed over all components: sum_k belongs_k z z' = z z', since each row adds up to 1
+            if tied:  # summed over all components: sum_k belongs_k z z^T = z z^T, since each row adds up to 1
                 products[0] += part.T @ part
             else:
                 for k in range(count):
                     own = belongs[:, k] > 0  # in high dimensions most of these are exactly 0 in float32: skip them
                     products[k] += (belongs[own, k, None] * part[own]).T @ part[own]
-        # M step: new weights, means and covariances. A covariance is E[z z'] - mean mean'. If it is shared, it is
-        # 1/N sum_n z z' - 1/N sum_k mass_k mean_k mean_k', where mass_k mean_k = sums_k.
+        # M step: new weights, means and covariances. A covariance is E[z z^T] - mean mean^T. If it is shared, it is
+        # 1/N sum_n z z^T - 1/N sum_k mass_k mean_k mean_k^T, where mass_k mean_k = sums_k.
         means = sums / mass[:, None]
         if tied:
             covariances = ((products[0] - sums.T @ means) / len(z))[None]
@@ -616,11 +617,11 @@ class GaussianMixture:
         With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
         multiplied out, so that all distances to all components come from one matrix product."""
         count, d = self.means.shape
-        groups = len(self.factors)  # number of covariances: K or, if tied, 1
+        groups = len(self.factors)  # number of covariances: K or, if they share one, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
         white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)
-        # white_means: L^-1 mean, (K, 1, d) or, if tied, (1, K, d). log_scale: (K, 1, 1) or, if tied, (1, 1, K).
+        # white_means: L^-1 mean, (K, 1, d) or, with one covariance, (1, K, d). log_scale: (K, 1, 1) or (1, 1, K).
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
         log_scale = (self.weights.log() - log_det).view(groups, 1, -1)
         constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
@@ -718,8 +719,8 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
 
 @torch.no_grad()
 def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
-    """Generate `count` images. Returns x_hat (grey if there is no VAE) and the refined images, uint8 (count, 3, H, W)
-    on the CPU, and the seconds per image.
+    """Generate `count` images. Returns x_hat and the refined images, uint8 (count, 3, H, W) on the CPU, and the seconds
+    per image. (Without a VAE, x_hat is grey, and has the shape of what is diffused.)
 
     Every batch has a generator of its own. So, at the same `batch`, image k is made from the same z and noise whatever
     the sampler, the steps and the count.
@@ -1047,7 +1048,7 @@ TRAIN = {
     "attention": [],  # resolutions with attention in the U-Net, beside its middle
     "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the prediction; see stage 1. Found by trying
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
-    "components": 20, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
+    "components": 30, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
     "every": 50,  # steps between two rows of the log
     "compile": False,  # torch.compile
@@ -1081,12 +1082,12 @@ def budget(name, dataset, size):
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
         steps = 4000 if size == 32 else 2300
-        train |= {"vae_steps": steps, "unet_steps": steps, "flow_steps": steps, "components": 30, "beta": 0.25}
+        train |= {"vae_steps": steps, "unet_steps": steps, "flow_steps": steps, "beta": 0.25}
         evaluation |= {"count": 2000, "grid_count": 300}
     elif name == "gpu":  # sized for 25 minutes of one data-centre GPU, which was never measured
         train |= {"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "unet_ema": 0.9995, "dropout": 0.1,
                   "heads": 4, "attention": [16]}
-        train |= shapes_code if dataset == "shapes" else {"components": 30, "beta": 0.25}  # as for `cpu`
+        train |= shapes_code if dataset == "shapes" else {"beta": 0.25}  # as for `cpu`
         evaluation |= {"sample_steps": 25, "count": 10_000, "batch": 500, "grid_count": 2000, "probe_steps": 25,
                        "bits_images": 256, "bits_draws": 100}
     else:  # paper: the published settings of DiffuseVAE
@@ -1594,7 +1595,8 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        # A trial of bfloat16 on one batch, twice. The stage's loop runs on it, too, but `step` learns nothing from it.
+        # Where bfloat16 is used, it is tested first. The stage gets one batch twice, and treats it like any other, but
+        # `step` recognises the test and changes no weights.
         yield from self.try_reduced_precision()
         self.compile_networks()
         with self.running():

@@ -65,8 +65,8 @@ import torch
 import common
 import fid
 
-# The variants, in the order in which they are run, and the number of input channels of their U-Nets: 3 for x_t, and 3
-# more if the U-Net also sees x_hat. `vae` has no U-Net.
+# The variants, and the number of input channels of their U-Nets: 3 for x_t, and 3 more if the U-Net also sees x_hat.
+# `vae` has no U-Net. They are run in this order.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
 # `augmented` adds noise to x_hat, with an sd between 0 and this. Evaluation also adds noise to x_hat, up to an sd of
 # 0.4, to see how well a refiner copes with a bad x_hat (fid.robustness).
@@ -231,9 +231,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # `guidance` has no influence on training. But the scores of `guided` depend on it, and they are kept in the guide's
-    # folder. So with `--set guidance=...` the guide gets another folder, and is trained again there. form1 is not
-    # trained again, since main leaves `guidance` out of its settings. So its value is taken from the guide's settings.
+    # The value of `guidance` is taken from the guide's settings. Those of form1 always hold the default: main ignores
+    # `--set guidance=...` for form1, whose training does not depend on it.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -331,7 +330,9 @@ def main(argv=None):
         if variant == "vae":
             folder, state = vae_folder, vae_state
         elif variant == "guided":
-            # What is trained in this folder is the guide: form1, for a tenth of the steps (found by trying).
+            # What is trained in this folder is the guide: form1, for a tenth of the steps (found by trying). The scores
+            # of `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another
+            # one.
             folder, settings = setup.folder_and_settings("stage1-guided")
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)

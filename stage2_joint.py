@@ -31,7 +31,8 @@ The loss has two terms.
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M, without a
 factor, which is right for the U-Net. M's gradient reaches the VAE only through x_hat. Where it enters x_hat, it is
-multiplied by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in
+multiplied by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in E, in M
+and in their weights:
 
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
@@ -113,12 +114,13 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D. (So the
-    limit of the VAE's gradient, `vae_clip`, never acts here: it is meant for a sum over pixel values.)"""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D, and later
+    each by about its own size. (So the VAE's gradient never reaches its limit `vae_clip`, which is meant for a sum over
+    pixel values.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
-        self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))  # D is the number of pixel values
+        self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))
 
     def forward(self, vae_term, diffusion_term):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,)."""
@@ -294,19 +296,20 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def decode_and_refine(z, model, setup, first=0):
-    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. The noise is
-    the same in every call, unless `first` is another number: that of the first code, where many codes are refined in
-    parts."""
+    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. All calls
+    refine with the same noise. But if many codes are refined in parts, each part should have noise of its own. Then
+    `first` is the index of the part's first code."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # The factor 2 is there because `refine` also takes the next seed.
+    # `refine` also uses the seed after this one. The factor 2 keeps the seeds of all parts apart, even if a part is
+    # small.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
 
 
 def images_along_paths(first_codes, last_codes, points, model, setup):
-    """Paths of `points` images, from each of first_codes (P, d) to the one of last_codes (P, d). Returns the weights
+    """Paths of `points` images, from row i of first_codes (P, d) to row i of last_codes (P, d). Returns the weights
     w of slerp along a path, and the images, {"vae": (P, points, 3, H, W), "refined": ...}, uint8."""
     weights = torch.linspace(0, 1, points).tolist()
     along = [decode_and_refine(slerp(first_codes, last_codes, w), model, setup) for w in weights]

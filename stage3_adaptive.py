@@ -164,7 +164,7 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm, so larger ones are cut to it
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # the usual norm is about 10
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -343,8 +343,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit to its codes what
-    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow this is stage 1's VAE,
-    whose checkpoint is stored as stage 1's; get_vae_state calls fit_ex_post then.) Returns the finished checkpoint."""
+    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow, what is trained here
+    is exactly stage 1's VAE, and its checkpoint goes to stage 1's folder. So it holds nothing of stage 3, and
+    get_vae_state calls fit_ex_post later.) Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -506,8 +507,8 @@ def adaptivity(folder, state, model, setup):
     # quite 0. Its order is what counts.)
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with two other noises. (1,000 is added for each --seed, so these are the noises of the next two
-    # seeds. That does no harm, since their runs have other networks.)
+    # The same codes with two other noises. (Runs with the next two --seed have these noises, too. That does no harm,
+    # since they have other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
