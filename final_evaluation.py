@@ -278,7 +278,7 @@ CLAIMS = {
 # The others:
 FURTHER_CLAIMS = {
     "refinement": [
-        ("Does `x_hat` help, against a model without a VAE that is trained as long as VAE and refiner together?",
+        ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
