@@ -1056,7 +1056,8 @@ def examine(extractor, train, test):
     def fd_of_images(x):  # float (N, 3, H, W), 0 to 255
         return fd(extract(extractor, x.round().clamp(0, 255).byte())[0])
 
-    report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note, "n_test": len(images)}
+    report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note,
+              "n_train": len(train.images), "n_test": len(images)}
     if test.labels is None:  # the share of images that are the nearest of all to an augmented view of them
         views = extract(extractor, to_uint8(augment(to_float(test.images), gen, crop=True)))[0]
         nearest = (F.normalize(views) @ F.normalize(features).T).argmax(1)
