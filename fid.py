@@ -23,8 +23,8 @@ Three habits keep the scores honest.
     python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
-6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 hardly need common.py. "Stages" are the
-scripts that train models (stage1_baseline.py and the others).
+6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 need little of common.py, mostly for
+files. "Stages" are the scripts that train models (stage1_baseline.py and the others).
 """
 
 import argparse
@@ -77,7 +77,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
     branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. So one
-    hook keeps the block's input x, and another gives pool(x) to branch_pool."""
+    hook keeps the block's input x, and another gives pool(x) to branch_pool in place of avg_pool2d(x)."""
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
     # Before branch_pool; what this hook returns takes the place of its input.
@@ -108,7 +108,7 @@ class InceptionV3(nn.Module):
         maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name, layer in Inception3(1008, aux_logits=False, init_weights=False).named_children():
             self.add_module(name, layer)  # in order of use, and with the names that the file of weights has
-            if hasattr(layer, "branch_pool"):  # not in blocks that halve the resolution, which are the same in both
+            if hasattr(layer, "branch_pool"):  # a block that halves the resolution has none, and stays as it is
                 change_pool(layer, maximum if name == "Mixed_7c" else average)
         self.to(memory_format=torch.channels_last).eval()  # channels_last only makes it faster
 
@@ -134,6 +134,7 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(cache), hash_prefix=INCEPTION_SHA256)
         except Exception as error:  # no network, cut off, another file, a full disk: the remedy is the same
             fail(f"--weights {cache}: no such file, and no download ({error}); {advice}")
+    # Ends the program unless there is this one file, with these contents. `what` and `advice` begin and end the error.
     state = load_hashed([path], what="--weights", advice=advice, sha256=INCEPTION_SHA256)
     net = InceptionV3()
     net.load_state_dict(net.state_dict() | state)  # num_batches_tracked may be missing in the file; nothing uses it
@@ -158,7 +159,8 @@ class LocalNet(nn.Module):
     """Small residual network: uint8 images (B, 3, H, W) -> features (B, 64), logits (B, classes). It has 0.7M
     parameters and takes 0.1 GFLOP an image. Images that are not `size` x `size` (32 or 64) are cut to the centred
     square and resized with antialias, as stages do with a user's photos. The batch norm that makes the features gives
-    each of them mean 0 and variance about 1 over the training set, which sets the unit of the Frechet distance."""
+    each of them a mean of about 0 and a variance of about 1 over the training set, which sets the unit of the Frechet
+    distance."""
 
     suffix, dim, batch = "_local", 64, 256  # as in InceptionV3
 
@@ -223,7 +225,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
             fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
         home, name, to_train_on = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
     found = [Path(weights)] if weights else common.find_hashed(home, name)
-    what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # the beginning of errors
+    what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # how errors begin
     there = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(there) or 'none'}), or make it: "
               f"python fid.py --train-local {to_train_on}")
@@ -315,12 +317,15 @@ def expected_floor(stats, count):
     S of `stats`. With l the eigenvalues of S and D = S_1 - S_2 in the basis of its eigenvectors:
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
-        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D
+        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
         E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       the covariance of Gaussian draws
 
     The doubling for i = j adds (1/N1 + 1/N2) times 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
 
         E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))
+
+    The second line is the Bures metric. In one dimension, where S_1 = l + D and S_2 = l, it says that
+    (sqrt(l + D) - sqrt(l))^2 is about (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
 
     D is small, and so this holds, if there are many more images than features. (With as many images as features, and
     S = 1, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
@@ -418,17 +423,17 @@ def jackknife(score, x):
     if len(x) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
     scores_without = np.array([score(x[group != g]) for g in range(GROUPS)])
-    # Any two of these scores share most images, so they lie close together: their squared deviations are added up for
-    # the variance of the score, where those of independent scores would be averaged and divided by their number.
+    # The jackknife's variance of a score (Efron 1982). Any two of these scores share most images, so they lie close
+    # together. So their squared deviations are added up, not averaged.
     half_width = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(scores_without - scores_without.mean()).sum())
     return {"value": value, "low": value - half_width, "high": value + half_width}
 
 
 def jackknife_pairs(value, image_means):
-    """The jackknife of a score that is a mean over pairs of images, without computing pairs again. `value` is the score
-    and image_means (N,) has for each image the mean over the pairs of which it is the first member. If an image is left
-    out, the pairs are lost, too, of which it is the second one. So to first order, the score changes by twice the
-    change of the mean of image_means. (For KID, which has other terms as well, see `scores`.)"""
+    """The jackknife of a score that is the mean of a matrix of pairs of images, without computing pairs again. `value`
+    is the score, image_means (N,) has the means of the matrix's rows. If images are left out, their rows are lost, and
+    their columns, too. As the matrix is symmetric, both change the score alike. So to first order, it changes by twice
+    the change of the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -490,13 +495,16 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    row["is"] = jackknife(  # shuffled once for all, so that a group left out changes the ten parts little
-        lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
+    # With the order of inception_score, so that the value is the same. But it is shuffled here, once: shuffled again
+    # without a group, the ten parts would have other images.
+    row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
-    # KID (see there) depends on the generated image y_i by 2 (mean_j k(y_i, y_j) - mean_j k(y_i, x_j)). (The 2 is that
-    # of jackknife_pairs.) The interval needs these means only roughly. So the y_j are a block of 2,000 to 4,000
-    # generated images (or all, if there are fewer), and the x_j at most 5,000 real ones.
+    # If generated images y_i are left out, two of the three means in KID change: that of k(y, y') by twice the change
+    # of the mean over i of mean_j k(y_i, y_j), and -2 times that of k(y, x) by -2 times the change of the mean over i
+    # of mean_j k(y_i, x_j). So KID changes by twice the change of the mean of the image_means below. The interval needs
+    # these only roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the
+    # x_j at most 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
@@ -528,11 +536,12 @@ NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # 
 
 class Setup:
     """What a stage's command works with. Making it tries everything that can fail before any training begins: other
-    processes, the feature network, the data."""
+    processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN and common.EVAL
+    (section 8 there) for the chosen budget."""
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        self.changes = args.changes  # by --set; apart from `train`, since a run may not depend on all of them
+        self.changes = args.changes  # by --set; apart from `train`, since some of them may not concern every run
         # If torchrun has started several processes, each takes a share of the batch.
         common.join_processes(device, (train | self.changes)["batch"])
         if common.RANK > 0:
@@ -546,7 +555,8 @@ class Setup:
             common.wait_for_all()  # now the others go on
         # What is kept of a user's own folder does not go into that folder.
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-        # A run is trained anew if any of these settings differs. What the data are is among them.
+        # A run is trained anew if any of these settings differs. Among them is what the data are: how they were
+        # cropped, how many they are, and a note such as "JPEG copies".
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
@@ -624,7 +634,7 @@ def evaluate(folder, setup, state, model):
         for table in (tables["latent"], tables.get("start")):
             if table and train["budget"] != "smoke":  # which trains for a few steps: there is nothing to conclude
                 print(f"{folder.name}: {table['conclusion']}")
-    if model.denoiser_for is not None and model.decode is None:  # it is the likelihood of pixels
+    if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
     commit = ""
@@ -797,17 +807,19 @@ def measure_vae(folder, model, setup):
     count = min(1000, setup.evaluation["grid_count"])
     real, mu, logvar = test.images[:count], all_mu[:count], all_logvar[:count]
     gen, parts = generator(common.SEEDS["reconstruction"] + seed), []
-    for code in mu.to(model.device).split(setup.evaluation["batch"]):
+    for code in mu.to(model.device).split(setup.evaluation["batch"]):  # reconstructions are made from the mean code
         x_hat = model.vae.decoder(code)
         images = common.refine(model, x_hat, code, gen, "dpm", setup.evaluation["sample_steps"])
         parts.append((to_uint8(x_hat).cpu(), to_uint8(images).cpu()))
     x_hat, refined = map(torch.cat, zip(*parts, strict=True))
     pictures = {"real": real[:12], "VAE": x_hat[:12]}
     table = {"images": len(real), "psnr_db": psnr_db(x_hat, real),
-             "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
-             "hf_energy_vae": hf_energy(x_hat, test.images), "hf_energy_refined": hf_energy(refined, test.images)}
-    if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows these classes
-        for name, images in (("vae", x_hat), ("refined", refined)):
+             "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
+    for name, images in {"vae": x_hat, "refined": refined}.items():
+        if name == "refined" and model.denoiser_for is None:
+            break  # a VAE alone
+        table[f"hf_energy_{name}"] = hf_energy(images, test.images)
+        if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows the classes
             classes = extract(setup.extractor, images)[1].argmax(1)
             table[f"class_kept_{name}"] = float((classes == test.labels[:count]).float().mean())
     tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
@@ -819,6 +831,7 @@ def measure_vae(folder, model, setup):
     # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
     tables["density_of_samples"] = {name: {} for name in model.priors}
     for source, prior in model.priors.items():
+        # (A seed that held_out_codes uses, too. The committed results have these samples.)
         samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
         for judge, judging_prior in model.priors.items():
             tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))
@@ -880,7 +893,7 @@ def bits_per_dim(model, prior, setup):
     """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
     Dec(z) they are
         kl          log q(z | x) - log p(z), under the model's prior over z of the name `prior`
-        prior       the KL between the noisiest image and pure noise
+        prior       the KL between x_start made from the image and x_start made from x_hat (or, at T, pure noise)
         diffusion   the sum of the KLs of all steps
         data        -log of the probability of the pixels after the last step
     The last three are those of common.diffusion_nats."""
@@ -1058,7 +1071,7 @@ def examine(extractor, train, test):
 
     report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note,
               "n_train": len(train.images), "n_test": len(images)}
-    if test.labels is None:  # the share of images that are the nearest of all to an augmented view of them
+    if test.labels is None:  # the share of images to whose augmented view no other image is closer
         views = extract(extractor, to_uint8(augment(to_float(test.images), gen, crop=True)))[0]
         nearest = (F.normalize(views) @ F.normalize(features).T).argmax(1)
         report["retrieval"] = (nearest == torch.arange(len(images))).double().mean().item()
@@ -1095,7 +1108,7 @@ def train_local(name, data_dir="data"):
         (outdated if own and share_of_same_files(stored, data_dir) < UNCHANGED else current).append(path)
     if not current:
         current = [save_local(train_network(train), train.name, data_dir if own else None)]
-    for path in outdated:  # a new network that is the same to the bit has the same name, and stays
+    for path in outdated:  # but if the new network is the same to the bit, it has the same name, and stays
         for file in {path, path.with_suffix(".json")} - {*current}:
             file.unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
@@ -1111,13 +1124,8 @@ def train_local(name, data_dir="data"):
 
 def read_folder(folder, flag, count=None):
     """The images below a folder, or a seeded choice of `count`, as uint8 (N, 3, H, W), or as a list if they differ in
-    size; and whether most are JPEG. The program ends with an error if there are too few. It names `flag`, or
-    --count."""
+    size; and whether most are JPEG. The program ends with an error that names `flag` if there are too few."""
     files = find_images(folder)
-    if count is not None:
-        flag = f"--count {count}"
-        if count < 2:
-            fail(f"{flag}: give 2 or more")
     if len(files) < (needed := count or 2):
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")
     files = shuffle(files)[:count]
@@ -1149,12 +1157,15 @@ def main(arguments=None):
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
     real_is_folder = args.real not in DATASETS
-    for flag, folder in [("GENERATED", args.generated)] + real_is_folder * [("REAL", args.real)]:
-        if not Path(folder).is_dir():
-            fail(f"{flag}: no such folder: {folder}")
+    if not Path(args.generated).is_dir():
+        fail(f"GENERATED: no such folder: {args.generated}")
+    if real_is_folder and not Path(args.real).is_dir():
+        fail(f"REAL: no such folder, nor a data set: {args.real}")
+    if args.count is not None and args.count < 2:
+        fail(f"--count {args.count}: give 2 or more")
     extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
-                               device=common.choose_device(args.device), data_dir=args.real)
-    images, jpeg = read_folder(args.generated, "GENERATED", args.count)
+                               device=common.choose_device(args.device), data_dir=args.real)  # a data set ignores it
+    images, jpeg = read_folder(args.generated, f"--count {args.count}" if args.count else "GENERATED", args.count)
     if real_is_folder:
         real, real_jpeg = read_folder(args.real, "REAL")
         ref = make_reference(extractor, real)

@@ -59,7 +59,8 @@ SHEETS = {
 TITLES = {"uncertainty": 16}
 
 # What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
-# in -KEY=VALUE: it is the same variant, except for this setting.
+# in -KEY=VALUE: it is the same variant, except for this setting. A name with w0.003 is that of a run with
+# --diffusion-weight 0.003.
 VARIANTS = {
     "stage1-vae": "the VAE alone: its coarse image `x_hat`",
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
@@ -80,12 +81,13 @@ VARIANTS = {
     "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if the VAE is unsure of it",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
     "stage3-flow-film-variance": "`film`, but `s` is the variance that the encoder gives when it is shown `x_hat`",
-    "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`, which sampling does not have",
+    "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`; sampling has that of `x_hat`",
     "stage3-flow-coupling": "`fixed`, but the refiner sees what an invertible network makes of `x_hat` and `s`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
-# "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` adds three entries to what metrics.json holds:
+# "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` removes the name of the feature network from
+# metrics.json (`fd_local` and `fid` become `fd`), and adds three entries and the minutes of training:
 #   headline   the scores of the run's samples, from its own prior, sampler and number of steps
 #   steps      scores of samples with other samplers and steps, by their names: "dpm 6" is DPM-Solver++ with 6 steps
 #   priors     scores of samples whose codes come from other priors, by the prior's name
@@ -124,7 +126,7 @@ NUMBERS = {
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "noise 0 fd": "tables/robustness/scores/clean/fd",
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
-    # The next four are measured by stage 2, also for stage 1.
+    # The next four are measured by stage2_joint.py, which also adds them to the runs of stage 1.
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
     # 1 is a straight line.
@@ -193,10 +195,11 @@ NUMBERS = {
 }
 
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
-# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. Two examples: "shapes/stage2-*" are
-# all variants of stage 2 on shapes without a changed setting; "stage2-*=*" are those with one, on every data set.
-# A column may also be "NAME against VARIANT": by how many percent the number differs from that of VARIANT with the same
-# seeds. REPORT.md shows some of the tables, TABLES.md all of them.
+# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. A run with a changed setting, whose
+# name has a =, fits only a pattern with a =. Two examples: "shapes/stage2-*" are all variants of stage 2 on shapes
+# without a changed setting; "stage2-*=*" are those with one, on every data set. A column may also be "NAME against
+# VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
+# tables, TABLES.md all of them.
 TABLES = {
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
                    "fd; is; diversity; hf_energy; evaluations; seconds"),
@@ -373,7 +376,8 @@ def plain_names(part):
 
 
 def name_rows(metrics):
-    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors` (see NUMBERS)."""
+    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors`, and the minutes of training (see
+    NUMBERS)."""
     headline, *others = metrics["rows"]
     steps, priors = {}, {}
     for row in reversed(others):  # if two rows have the same name, the first one stays
@@ -381,9 +385,9 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # `priors` also needs the headline's own prior, from a row with as few images as the other priors have. Say that
-    # the headline is "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is the
-    # row steps["dpm 10"], which has 200. A VAE alone has no steps. All of its rows have equally many images, so the
+    # Priors are compared with each other, so their rows must rest on equally many images. Say that the headline is
+    # "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is not the headline but
+    # the row steps["dpm 10"], which has 200. A VAE alone has no steps. All of its rows have equally many images, so the
     # headline itself is taken. Without a row like these, the headline's prior is left out.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
@@ -422,7 +426,7 @@ def images_behind(metrics, name):
             images = part.get("n_generated", images)
             part = part.get(key)
     if "/latent_space/" in place_of(name) and not isinstance(part, dict):
-        return None  # in latent_space, `images` is of the scores, not of plain numbers (path length, probes)
+        return None  # in latent_space, scores rest on `images`, but plain numbers (path length, probes) on others
     return images
 
 
@@ -458,7 +462,8 @@ def shared_settings(metrics):
         "budget": run["budget"],
     }
     # Settings of the evaluation: the feature network, the number of images behind the headline, and others. The prior
-    # belongs to a variant. The list of further rows (`grid`) and the batch change no score of the headline.
+    # belongs to a variant. The list of further rows (`grid`) changes no score of the headline, and the batch is the
+    # same in all runs of a budget.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
             settings[key] = value
@@ -472,7 +477,8 @@ def shared_settings(metrics):
 
 
 def settings_of_variant(metrics):
-    """What all seeds of a variant must share: the sizes of the networks, and all train settings except the seed."""
+    """What all seeds of a variant must share: the sizes of the networks, and all train settings except the seed and the
+    folder of the data."""
     run = metrics["run"]
     train = {key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
     return {"parameters": run["parameters"]} | train
@@ -546,6 +552,7 @@ def values_by_seed(seeds, name):
 def rounded(x, digits):
     """A number as text with this many significant digits: 2.5 becomes 2.50. A larger one keeps all digits before the
     point: 1,234."""
+    # The # keeps zeros at the end.
     return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
 
 
@@ -843,7 +850,7 @@ def with_arrow(name):
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe")):
         return f"{name} ↑"
     if name.startswith(("fd", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps", "noise",
-                        "path length", "bits/dim", "seconds", "gflops", "train minutes")):
+                        "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes")):
         return f"{name} ↓"
     return name
 
@@ -876,14 +883,17 @@ def table_robustness(everything):
 
 
 def table_numbers(columns):
-    """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/"."""
+    """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/". Settings are left
+    out, and so are numbers of images and steps, which cells and names say already."""
     shown = []
     for seeds in columns.values():
         for metrics in seeds.values():
             shown.append({key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")})
     places, rows = shared_order(shown), []
     for place in places:
-        if not place.startswith(("run/eval/", "run/train/", "run/seed")):  # settings are not numbers of a run
+        setting = place.startswith(("run/eval/", "run/train/", "run/seed"))
+        said_already = place.endswith(("/n_generated", "/images", "/steps", "/nfe")) and "headline" not in place
+        if not setting and not said_already:
             rows.append([place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())])
     table = markdown(["", *columns], rows)
     return with_note(table, places)
@@ -1203,7 +1213,8 @@ def fill(text, tables):
     stay as they are: what stands between <!-- cited --> and <!-- end --> comes from other publications.) Exits if a
     table is not known, or if a marker is damaged or lacks its end: what follows it would be lost."""
     marks = re.findall(r"<!-- (\w+)", text)  # what begins a block, and what ends it, in turn
-    in_turn = len(marks) % 2 == 0 and "end" not in marks[::2] and set(marks[1::2]) <= {"end"}
+    begins, ends = marks[::2], marks[1::2]
+    in_turn = len(begins) == len(ends) and "end" not in begins and set(ends) <= {"end"}
     if not in_turn or marks.count("table") != len(re.findall("<!-- table .+? -->\n", text)):
         common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
                     "<!-- table NAME --> and <!-- end -->; nothing was written")

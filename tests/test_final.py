@@ -206,7 +206,7 @@ def test_arrows():
         "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "GFLOPs saved, %", "seconds saved, %",
         "seconds saved, %, batch 1", "memory saved, %"}
     assert {name for name, arrow in arrows.items() if not arrow} == {
-        "hf_energy", "hf_energy, 6 steps", "evaluations", "kl_nats", "posterior variance", "log p, N(0, I)",
+        "hf_energy", "hf_energy, 6 steps", "kl_nats", "posterior variance", "log p, N(0, I)",
         "log p, mixture", "log p, flow", "flow's log p of mixture samples", "mixture's log p of flow samples",
         "rank, regressed", "rank, variance", "rank, posterior", "spread, sure", "spread, unsure", "nearest, samples",
         "nearest, held out", "closer", "closer, pixels"}
@@ -627,8 +627,8 @@ def test_the_sentence_about_the_data(tmp_path):
 
 
 def test_long_tables(tmp_path):
-    """All tables. Every number of every stage by its place, with one line for each; settings are none. Then the feature
-    networks."""
+    """All tables. Every number of every stage by its place, with one line for each; settings are none, nor are the
+    numbers of images and steps of further rows. Then the feature networks."""
     many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
     many[3]["run"]["dataset"] = "cifar10"
     everything = load(tmp_path, *many)
@@ -666,6 +666,8 @@ def test_long_tables(tmp_path):
     places = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert sorted({*places}) == sorted(places)  # no place comes twice
     assert not [place for place in places if re.match("run/(seed|eval|train/)|.*_local", place)]
+    assert [place for place in places if re.search("/(n_generated|images|steps|nfe)$", place)] == [
+        f"headline/{name}" for name in ("steps", "nfe", "n_generated")]
     numbers = everything["cifar10"]["stage2-anneal"][0]
     for name, place in final.NUMBERS.items():
         assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
