@@ -204,6 +204,8 @@ TABLES = {
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
                    "fd; is; diversity; hf_energy; evaluations; seconds"),
     "joint": ("stage1-form1 stage2-*", "fd; fd against stage1-form1; is; kl_nats; noise fd"),
+    "parts of joint training": ("stage1-form1 stage2-anneal-from-vae stage2-anneal-grad-none stage2-anneal",
+                                "fd; noise fd; kl_nats; fd of real codes"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
@@ -263,7 +265,9 @@ CLAIMS = {
         ("Does guidance by a worse refiner help?", ("fd", "stage1-guided"), ("fd", "stage1-form1"))],
     "joint training": [
         ("Does joint training with learned weights help?", ("fd", "stage2-kendall"), ("fd", "stage1-form1")),
-        ("Is it the gradient that helps?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none"))],
+        ("Does joint training without the gradient help?",
+         ("fd", "stage2-anneal-grad-none"), ("fd", "stage1-form1")),
+        ("Does the gradient help?", ("fd", "stage2-anneal"), ("fd", "stage2-anneal-grad-none"))],
     "priors": [
         ("Is a flow better than N(0, I), each with its own VAE?",
          ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
@@ -275,6 +279,8 @@ CLAIMS = {
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
         ("Does training with noise raise fd without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
+        ("Does joint training without the gradient help against noise?",
+         ("noise fd", "stage2-anneal-grad-none"), ("noise fd", "stage1-form1")),
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
@@ -305,7 +311,7 @@ FURTHER_CLAIMS = {
          ("fd, N(0, I)", "stage2-anneal"), ("fd, N(0, I)", "stage1-form1")),
         ("Does joint training help with the codes of real images?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
-        ("With the codes of real images, is it the gradient that helps?",
+        ("With the codes of real images, does the gradient help?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
     "priors": [
         ("Is a flow, refined in four steps, better than N(0, I), refined in ten?",
@@ -334,7 +340,9 @@ FURTHER_CLAIMS = {
          ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
         ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
-    "noise": [],
+    "noise": [
+        ("Does the gradient help against noise?",
+         ("noise fd", "stage2-anneal"), ("noise fd", "stage2-anneal-grad-none"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd, against pixel diffusion without a VAE?",
          ("fd", "bonus-latent"), ("fd", "stage1-uncond")),
