@@ -815,9 +815,10 @@ def measure_vae(folder, model, setup):
     pictures = {"real": real[:12], "VAE": x_hat[:12]}
     table = {"images": len(real), "psnr_db": psnr_db(x_hat, real),
              "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
-    for name, images in {"vae": x_hat, "refined": refined}.items():
-        if name == "refined" and model.denoiser_for is None:
-            break  # a VAE alone
+    kinds = {"vae": x_hat}
+    if model.denoiser_for is not None:
+        kinds["refined"] = refined
+    for name, images in kinds.items():
         table[f"hf_energy_{name}"] = hf_energy(images, test.images)
         if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows the classes
             classes = extract(setup.extractor, images)[1].argmax(1)
