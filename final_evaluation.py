@@ -124,7 +124,7 @@ NUMBERS = {
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
     "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
-    "noise 0 fd": "tables/robustness/scores/clean/fd",
+    "fd, no noise": "tables/robustness/scores/clean/fd",
     "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
     # The next four are measured by stage2_joint.py, which also adds them to the runs of stage 1.
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
@@ -234,7 +234,7 @@ TABLES = {
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
                              "seconds without s; gflops with s; gflops without s"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
-              "noise 0 fd; noise fd; noise rise; noise 0.4 fd"),
+              "fd, no noise; noise fd; noise rise; noise 0.4 fd"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
 # The variants in README.md, in a table with a line for each and a column for each data set.
@@ -718,9 +718,9 @@ def table_answers(everything, topic):
             else:
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
-    note = ("By how much the first number differs from the second (number of runs). **Bold**: significant, "
-            "exploratory. Intervals: TABLES.md, *claims* and *further claims*. Budget, data and features: as in the "
-            "table of the four questions.")
+    note = ("The change from the second number to the first (number of runs). **Bold**: significant, exploratory. "
+            "Intervals: TABLES.md, *claims* and *further claims*. Budget, data and features: as in the table of the "
+            "four questions.")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
@@ -876,7 +876,7 @@ def table_overview(everything):
 
 def table_robustness(everything):
     """A line for each variant in ROBUSTNESS, with its fd without noise and its noise fd on each data set."""
-    names = ("noise 0 fd", "noise fd")
+    names = ("fd, no noise", "noise fd")
     header, rows = ["variant"], []
     for dataset in everything:
         header += [f"{dataset}: {with_arrow(name)}" for name in names]

@@ -137,7 +137,7 @@ EXPECTED = {
     "hf_energy, 6 steps": (157, 200), "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
-    "noise rise": (231, 201), "noise 0 fd": (240, 201), "noise 0.4 fd": (243, 201),
+    "noise rise": (231, 201), "fd, no noise": (240, 201), "noise 0.4 fd": (243, 201),
     "fd of real codes": (261, 202), "path length": (263, None), "probe, class": (265, None),
     "probe, bands": (266, None),
     "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
@@ -419,7 +419,7 @@ def test_table_of_robustness(tmp_path):
     """Two columns for each data set: fd without noise, and `mean`, which is measured with noise."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0)]
     table = final.table_robustness(load(tmp_path, *many))
-    assert table.splitlines()[0] == ("| variant | shapes: noise 0 fd ↓ | shapes: noise fd ↓ | cifar10: noise 0 fd ↓ | "
+    assert table.splitlines()[0] == ("| variant | shapes: fd, no noise ↓ | shapes: noise fd ↓ | cifar10: fd, no noise ↓ | "
                                      "cifar10: noise fd ↓ |")
     assert table.splitlines()[2:-2] == ["| `stage1-form1` |  |  | 10 [9, 11] (50) | 20 (50) |",
                                         "| `stage2-anneal` | 21.0 ± 1.4 (50) | 42.0 ± 2.8 (50) |  |  |"]
