@@ -55,7 +55,10 @@ SHEETS = {
     "conditionings": [(CONDITIONINGS[0], "uncertainty", 0, 1)] + [
         (variant, "uncertainty", 2 / 3, 1) for variant in CONDITIONINGS[1:]],
     # The real images are the same for all variants.
-    "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)]}
+    "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)],
+    # The last two of eight rows are x_hat with the strongest noise, and refined. `augmented` has the x_hat of `form1`.
+    "noise": [("stage1-form1", "robustness", 6 / 8, 1), ("stage1-augmented", "robustness", 7 / 8, 1),
+              ("stage2-anneal", "robustness", 6 / 8, 1)]}
 TITLES = {"uncertainty": 16}
 
 # What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
@@ -108,6 +111,7 @@ NUMBERS = {
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
     "seconds": "headline/seconds_per_image",  # the time of sampling one image
+    "seconds, 4 steps": "steps/dpm 4/seconds_per_image",
     "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
     "fd, 4 steps": "steps/dpm 4/fd",
     "fd, 6 steps": "steps/dpm 6/fd",
@@ -131,6 +135,7 @@ NUMBERS = {
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
     # 1 is a straight line.
     "path length": "tables/latent_space/slerp/refined/path_over_distance",
+    "path length, VAE": "tables/latent_space/slerp/vae/path_over_distance",  # of the VAE's images
     # What a linear regression reads from the code of a held-out image. The first is the share of images whose class it
     # finds. The second is the R^2 for the bands of a shape (none, broad or fine): 1 is perfect, and 0 is as good as
     # the mean of all images.
@@ -202,8 +207,12 @@ NUMBERS = {
 # tables, TABLES.md all of them.
 TABLES = {
     "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
-                   "fd; is; diversity; hf_energy; evaluations; seconds"),
-    "joint": ("stage1-form1 stage2-*", "fd; fd against stage1-form1; is; kl_nats; noise fd"),
+                   "fd; is; precision; diversity; hf_energy"),
+    "sampling": ("stage1-vae stage1-form1 stage1-guided stage3-flow-fixed bonus-latent",
+                 "seconds; seconds, 4 steps; evaluations; fd, 4 steps; fd, 10 steps; fd, 25 steps"),
+    "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
+                           "shapes/stage2-kendall shapes/stage2-bound",
+                           "fd; fd against stage1-form1; is; kl_nats; noise fd"),
     "parts of joint training": ("stage1-form1 stage2-anneal-from-vae stage2-anneal-grad-none stage2-anneal",
                                 "fd; noise fd; kl_nats; fd of real codes"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
@@ -217,8 +226,8 @@ TABLES = {
     "steps": ("stage1-form1 stage1-guided bonus-latent",
               "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
-    "codes": ("stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none",
-              "posterior variance; path length; probe, class; probe, bands"),
+    "codes": ("stage1-form1 stage2-anneal",
+              "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
     "joint, more": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
                     "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
@@ -284,7 +293,7 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
-# The others:
+# The others. REPORT.md does not show the topics that end in "more".
 FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
@@ -299,11 +308,7 @@ FURTHER_CLAIMS = {
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
     "joint training": [
-        ("Do learned weights help, against joint training without the gradient?",
-         ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
-        ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
-        ("Does it help not to clip the VAE's gradients?", ("fd", "stage2-anneal-vae_clip=0"), ("fd", "stage2-anneal")),
         ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
         ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
         ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
@@ -313,13 +318,19 @@ FURTHER_CLAIMS = {
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
         ("With the codes of real images, does the gradient help?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
+    "joint training, more": [
+        ("Do learned weights help, against joint training without the gradient?",
+         ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
+        ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
+        ("Does it help not to clip the VAE's gradients?", ("fd", "stage2-anneal-vae_clip=0"), ("fd", "stage2-anneal"))],
     "priors": [
         ("Is a flow, refined in four steps, better than N(0, I), refined in ten?",
          ("fd, 4 steps", "stage3-flow-fixed"), ("fd, N(0, I)", "stage1-form1")),
         ("Is a flow better than N(0, I) before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
         ("Is a flow better than a mixture before refinement?",
-         ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
+         ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow"))],
+    "priors, more": [
         ("Is a flow better than 30 components that share a covariance, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 30 components", "stage3-vae-flow")),
         ("Is a flow better than 300 components that share one, before refinement?",
@@ -329,15 +340,16 @@ FURTHER_CLAIMS = {
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
+        ("Does `film` reconstruct better with the image's own `s`?",
+         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
+        ("Does `coupling` reconstruct better with the image's own `s`?",
+         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling"))],
+    "conditioning, more": [
         ("Does conditioning help if `s` is the variance?",
          ("fd", "stage3-flow-film-variance"), ("fd", "stage3-flow-fixed")),
         ("Does conditioning help if `s` is the posterior variance?",
          ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
-        ("Does `film` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
-        ("Does `coupling` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
         ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
     "noise": [
@@ -707,7 +719,7 @@ def every_claim(claims):
 def table_answers(everything, topic):
     """The claims about a topic in short: a line for each, with the change in percent on each data set."""
     rows = []
-    for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
+    for claim in CLAIMS.get(topic, []) + FURTHER_CLAIMS[topic]:
         cells = []
         for results in everything.values():
             change = compare_sides(results, claim)
@@ -719,8 +731,7 @@ def table_answers(everything, topic):
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
     note = ("The change from the second number to the first (number of runs). **Bold**: significant, exploratory. "
-            "Intervals: TABLES.md, *claims* and *further claims*. Budget, data and features: as in the table of the "
-            "four questions.")
+            f"Intervals: TABLES.md, *claims* and *further claims*. {SETTINGS}")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
@@ -748,11 +759,14 @@ def table_claims(everything, claims, adjust=False):
                  "intervals are not.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
-    settings = [describe_data(*item) for item in everything.items()]
-    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {' '.join(settings)}*"
+    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {SETTINGS}*"
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
+
+# What stands below a table in place of the settings that all numbers of a data set share (see `table_data`).
+SETTINGS = "Budget, data, numbers of samples and feature networks: table *data*."
+
 
 def markdown(header, rows):
     """A table of texts. A | in a text, as in q(z|x), is escaped, or it would end its cell."""
@@ -784,7 +798,8 @@ def table_data(everything):
         metrics = a_run_of(results)
         run = metrics["run"]
         train = run["train"]
-        steps = f"{train['vae_steps']:,} and {train['unet_steps']:,} steps of {train['batch']} images"
+        steps = (f"budget `{run['budget']}`: {train['vae_steps']:,} and {train['unet_steps']:,} steps of "
+                 f"{train['batch']} images")
         samples = f"{metrics['rows'][0]['n_generated']:,} ({run['eval']['grid_count']})"
         rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, f"`{run['features']}`",
                      cell({run["seed"]: metrics}, "floor")])
@@ -811,8 +826,8 @@ def fits(dataset, variant, patterns):
     return False
 
 
-def with_note(table, names, settings=()):
-    """A table and, below it, sentences about the settings of its data sets, and about those notations in its cells that
+def with_note(table, names, settings=SETTINGS):
+    """A table and, below it, a text about the settings of its numbers, and about those notations in its cells that
     occur. `names`: its columns."""
     kinds = []
     if " ± " in table:
@@ -825,17 +840,15 @@ def with_note(table, names, settings=()):
         kinds.append("against: the change in percent, over the seeds that both have")
     if any(is_of_first_seed(name) for name in names):
         kinds.append("times: first seed (seconds: for one image)")
-    sentences = list(settings)
-    if kinds:
-        sentences.append(f"{'; '.join(kinds)}.")
-    return f"{table}\n\n*{' '.join(sentences)}*" if sentences else table
+    note = f"{settings} {'; '.join(kinds)}." if kinds else settings
+    return f"{table}\n\n*{note}*"
 
 
 def table_of(everything, patterns, columns):
     """One of TABLES. It has a line for each variant that fits one of the patterns and has a number in one of the
     columns."""
     columns = columns.split("; ")
-    rows, settings = [], {}
+    rows = []
     for dataset, results in everything.items():
         for variant, seeds in results.items():
             if not fits(dataset, variant, patterns):
@@ -848,9 +861,7 @@ def table_of(everything, patterns, columns):
                     cells.append(cell(seeds, column))
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
-                settings[dataset] = describe_data(dataset, results)
-    table = markdown(["variant", *map(with_arrow, columns)], rows)
-    return with_note(table, columns, settings.values())
+    return with_note(markdown(["variant", *map(with_arrow, columns)], rows), columns)
 
 
 def with_arrow(name):
@@ -871,7 +882,7 @@ def table_overview(everything):
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
     settings = [describe_data(*item) for item in everything.items()]
-    return with_note(table, ["fd"], settings)
+    return with_note(table, ["fd"], " ".join(settings))
 
 
 def table_robustness(everything):
@@ -886,8 +897,7 @@ def table_robustness(everything):
             cells += [cell(results.get(variant, {}), name) for name in names]
         if any(cells):
             rows.append([f"`{variant}`", *cells])
-    settings = [describe_data(*item) for item in everything.items()]
-    return with_note(markdown(header, rows), names, settings)
+    return with_note(markdown(header, rows), names)
 
 
 def table_numbers(columns):
@@ -964,7 +974,7 @@ def all_tables(everything):
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
-    for topic in CLAIMS:
+    for topic in FURTHER_CLAIMS:
         tables[f"answers on {topic}"] = table_answers(everything, topic)
     tables["claims"] = table_claims(everything, every_claim(CLAIMS))
     tables["further claims"] = table_claims(everything, every_claim(FURTHER_CLAIMS))
@@ -982,7 +992,7 @@ def long_tables(everything, tables, folder):
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
             if columns:
-                parts += [f"## {dataset}, {stage}", describe_data(dataset, results), table_numbers(columns)]
+                parts += [f"## {dataset}, {stage}", table_numbers(columns)]
     parts += ["## features", table_of_features(folder)]
     return "\n\n".join(parts) + "\n"
 

@@ -20,7 +20,7 @@ README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REP
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
 ALL_TABLES = ["data", "variants", "overview", "robustness", *final.TABLES, "questions",
-              *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
+              *(f"answers on {topic}" for topic in final.FURTHER_CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
@@ -131,6 +131,7 @@ def measured(seed=0):
 EXPECTED = {
     "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000),
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
+    "seconds, 4 steps": (180.5, 200),
     "evaluations": (20, 1000),
     "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
     "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
@@ -138,8 +139,8 @@ EXPECTED = {
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
     "noise rise": (231, 201), "fd, no noise": (240, 201), "noise 0.4 fd": (243, 201),
-    "fd of real codes": (261, 202), "path length": (263, None), "probe, class": (265, None),
-    "probe, bands": (266, None),
+    "fd of real codes": (261, 202), "path length, VAE": (262, None), "path length": (263, None),
+    "probe, class": (265, None), "probe, bands": (266, None),
     "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
     "flow's log p of mixture samples": (-282, None), "mixture's log p of flow samples": (-281, None),
     "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
@@ -216,7 +217,8 @@ def test_times_are_those_of_the_first_seed(tmp_path):
     """Times that were taken in turn, `cost` and `savings`, count for all seeds."""
     seeds = load(tmp_path, measured(10), measured(2))["shapes"]["stage2-anneal"]  # files are read in this order
     counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
-    assert {name for name, found in counted.items() if found == [2]} == {"seconds", "train minutes"}
+    assert {name for name, found in counted.items() if found == [2]} == {
+        "seconds", "seconds, 4 steps", "train minutes"}
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
     places = final.all_places(seeds[2])
     of_first = {place for place in places if len(final.values_by_seed(seeds, place)) == 1}
@@ -395,7 +397,7 @@ def test_claims(tmp_path):
     assert cells_of(fitted, "Fitted?")[2] == "12 / 30: -60% (one run)"
     for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
                         (claims, "without adjustment")):
-        assert note in table and "budget `cpu`, 100 samples, features `local-a`" in table
+        assert note in table and table.endswith(f"{final.SETTINGS}*")
 
 
 def test_answers(tmp_path):
@@ -411,16 +413,18 @@ def test_answers(tmp_path):
         "fd: stage1-form1 / stage1-vae", "**-75%** (3)", "-75% (1)"]
     assert cells_of(table, "Does guidance by a worse refiner help?")[1] == "+2.6% (3)"
     assert "| fd: stage1-guided / stage1-form1 | +2.6% (3) |  |" in table
-    assert table.endswith("as in the table of the four questions.*") and "**Bold**: significant" in table
-    assert {*final.CLAIMS} == {*final.FURTHER_CLAIMS}
+    assert table.endswith(f"{final.SETTINGS}*") and "**Bold**: significant" in table
+    assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
+    more = final.table_answers(load(tmp_path, *many), "joint training, more")  # the chart shows none of it
+    assert more.count("\n| Do") == len(final.FURTHER_CLAIMS["joint training, more"])
 
 
 def test_table_of_robustness(tmp_path):
     """Two columns for each data set: fd without noise, and `mean`, which is measured with noise."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0)]
     table = final.table_robustness(load(tmp_path, *many))
-    assert table.splitlines()[0] == ("| variant | shapes: fd, no noise ↓ | shapes: noise fd ↓ | cifar10: fd, no noise ↓ | "
-                                     "cifar10: noise fd ↓ |")
+    assert table.splitlines()[0] == ("| variant | shapes: fd, no noise ↓ | shapes: noise fd ↓ | "
+                                     "cifar10: fd, no noise ↓ | cifar10: noise fd ↓ |")
     assert table.splitlines()[2:-2] == ["| `stage1-form1` |  |  | 10 [9, 11] (50) | 20 (50) |",
                                         "| `stage2-anneal` | 21.0 ± 1.4 (50) | 42.0 ± 2.8 (50) |  |  |"]
 
@@ -578,20 +582,20 @@ def test_a_column_compares_with_another_variant(tmp_path):
 def test_the_note_explains_the_cells(tmp_path):
     """Each of its parts stands there only if the table has such cells."""
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
-    data = {dataset: final.describe_data(dataset, results) for dataset, results in everything.items()}
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
     images, times = "(n): measured on n images", "times: first seed (seconds: for one image)"
     for patterns, columns, note in (
-            ("cifar10/*", "fd", f"*{data['cifar10']} {interval}.*"),
-            ("shapes/*", "fd", f"*{data['shapes']} {spread}.*"),
-            ("cifar10/*", "fd, N(0, I)", f"*{data['cifar10']} {interval}; {images}.*"),
-            ("cifar10/*", "seconds", f"*{data['cifar10']} {times}.*"),
-            ("*", "fd; seconds; noise fd", f"*{' '.join(data.values())} {spread}; {interval}; {images}; {times}.*")):
-        assert final.table_of(everything, patterns, columns).splitlines()[-1] == note
+            ("cifar10/*", "fd", interval),
+            ("shapes/*", "fd", spread),
+            ("cifar10/*", "fd, N(0, I)", f"{interval}; {images}"),
+            ("cifar10/*", "seconds", times),
+            ("*", "fd; seconds; noise fd", f"{spread}; {interval}; {images}; {times}")):
+        assert final.table_of(everything, patterns, columns).splitlines()[-1] == f"*{final.SETTINGS} {note}.*"
     plain = "| shapes stage3-flow-film | 1.5 |"
-    assert final.with_note(plain, ["seconds with s"]) == plain  # taken in turn
-    assert final.with_note(plain, ["fd"], ["shapes: drawn."]) == f"{plain}\n\n*shapes: drawn.*"
-    assert final.table_overview(everything).endswith(f" {spread}; {interval}.*")
+    assert final.with_note(plain, ["seconds with s"]) == f"{plain}\n\n*{final.SETTINGS}*"  # taken in turn
+    assert final.with_note(plain, ["fd"], "shapes: drawn.") == f"{plain}\n\n*shapes: drawn.*"
+    data = [final.describe_data(dataset, results) for dataset, results in everything.items()]
+    assert final.table_overview(everything).endswith(f"\n\n*{' '.join(data)} {spread}; {interval}.*")
 
 
 def test_every_pattern_fits_a_variant(tmp_path):
@@ -620,9 +624,10 @@ def test_the_sentence_about_the_data(tmp_path):
     header, _, *rows = final.table_data({"shapes": results, "cifar10": cold}).splitlines()
     assert header == ("| data set | training images | training of VAE and refiner | samples (in probes) | "
                       "feature network | floor ↓ |")
-    assert rows == ["| shapes | 5, drawn | 2,220 and 221 steps of 32 images | 100 (50) | `local-a` | 11 [10, 12] |",
-                    "| cifar10 | 5, drawn | 2,220 and 221 steps of 32 images | 100 (50) | `local-a-0123abcd` | "
-                    "11 [10, 12] |"]
+    assert rows == ["| shapes | 5, drawn | budget `cpu`: 2,220 and 221 steps of 32 images | 100 (50) | `local-a` | "
+                    "11 [10, 12] |",
+                    "| cifar10 | 5, drawn | budget `cpu`: 2,220 and 221 steps of 32 images | 100 (50) | "
+                    "`local-a-0123abcd` | 11 [10, 12] |"]
     assert "221 steps of 8 images" in final.table_data({"shapes": load(tmp_path / "b", few)["shapes"]})
 
 
@@ -650,7 +655,7 @@ def test_long_tables(tmp_path):
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
     for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
         assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n\n" in text
-    for topic in final.CLAIMS:
+    for topic in final.FURTHER_CLAIMS:
         assert f"## answers on {topic}\n\n{final.table_answers(everything, topic)}\n\n" in text
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
@@ -671,7 +676,6 @@ def test_long_tables(tmp_path):
     numbers = everything["cifar10"]["stage2-anneal"][0]
     for name, place in final.NUMBERS.items():
         assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
-    assert final.describe_data("cifar10", everything["cifar10"]) in stage2
     assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2
     assert "times: first seed (seconds: for one image)" in stage2
     features = text.split("## features\n")[1].strip().splitlines()
