@@ -283,7 +283,7 @@ CLAIMS = {
         ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed"))],
     "conditioning": [
         ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
-        ("Do more steps for unsure images help, against steps by another's `s`?",
+        ("Do more steps for unsure images help, against steps by the `s` of other images?",
          ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
