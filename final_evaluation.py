@@ -56,7 +56,8 @@ SHEETS = {
         (variant, "uncertainty", 2 / 3, 1) for variant in CONDITIONINGS[1:]],
     # The real images are the same for all variants.
     "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)],
-    # The last two of eight rows are x_hat with the strongest noise, and refined. `augmented` has the x_hat of `form1`.
+    # The last two of the eight rows are x_hat with the strongest noise, and its refined image. `form1` and `augmented`
+    # have the same x_hat.
     "noise": [("stage1-form1", "robustness", 6 / 8, 1), ("stage1-augmented", "robustness", 7 / 8, 1),
               ("stage2-anneal", "robustness", 6 / 8, 1)]}
 TITLES = {"uncertainty": 16}
@@ -128,9 +129,9 @@ NUMBERS = {
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
     "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
-    "fd, no noise": "tables/robustness/scores/clean/fd",
-    "noise 0.4 fd": "tables/robustness/scores/noise 0.4/fd",
-    # The next four are measured by stage2_joint.py, which also adds them to the runs of stage 1.
+    "fd, no noise": "tables/robustness/scores/clean/fd",  # of as many images as those with noise
+    "fd, noise 0.4": "tables/robustness/scores/noise 0.4/fd",
+    # The next five are measured by stage2_joint.py, which also adds them to the runs of stage 1.
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
     # The length of a path of images from one held-out image to another, in features, over the distance of its two ends;
     # 1 is a straight line.
@@ -215,7 +216,7 @@ TABLES = {
                            "fd; fd against stage1-form1; is; kl_nats; noise fd"),
     "parts of joint training": ("stage1-form1 stage2-anneal-from-vae stage2-anneal-grad-none stage2-anneal",
                                 "fd; noise fd; kl_nats; fd of real codes"),
-    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
+    "conditioning": (" ".join(CONDITIONINGS),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
     "thirds by s": ("stage3-flow-fixed", "sure, VAE; middle, VAE; unsure, VAE; "
@@ -228,7 +229,7 @@ TABLES = {
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
     "codes": ("stage1-form1 stage2-anneal",
               "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
-    "joint, more": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
+    "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
                     "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
                "stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
@@ -243,7 +244,7 @@ TABLES = {
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
                              "seconds without s; gflops with s; gflops without s"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
-              "fd, no noise; noise fd; noise rise; noise 0.4 fd"),
+              "fd, no noise; noise fd; noise rise; fd, noise 0.4"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
 # The variants in README.md, in a table with a line for each and a column for each data set.
@@ -293,7 +294,7 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
-# The others. REPORT.md does not show the topics that end in "more".
+# The others. Those of the topics that end in "more" stand only in TABLES.md.
 FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
@@ -374,6 +375,8 @@ LOOKS = {
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
 PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
+# This stands below most tables. It says which table has the settings that all numbers of a data set share.
+SETTINGS = "Budget, data, numbers of samples and feature networks: see the table **data**."
 
 
 # --- Reading results -------------------------------------------------------------------------------------------------
@@ -719,7 +722,7 @@ def every_claim(claims):
 def table_answers(everything, topic):
     """The claims about a topic in short: a line for each, with the change in percent on each data set."""
     rows = []
-    for claim in CLAIMS.get(topic, []) + FURTHER_CLAIMS[topic]:
+    for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
         cells = []
         for results in everything.values():
             change = compare_sides(results, claim)
@@ -730,8 +733,8 @@ def table_answers(everything, topic):
             else:
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
-    note = ("The change from the second number to the first (number of runs). **Bold**: significant, exploratory. "
-            f"Intervals: TABLES.md, *claims* and *further claims*. {SETTINGS}")
+    note = ("By how much the first number is higher (+) or lower (-) than the second, in percent (number of runs). "
+            f"**Bold**: significant, exploratory. Intervals: TABLES.md, *claims* and *further claims*. {SETTINGS}")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
@@ -764,10 +767,6 @@ def table_claims(everything, claims, adjust=False):
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
-# What stands below a table in place of the settings that all numbers of a data set share (see `table_data`).
-SETTINGS = "Budget, data, numbers of samples and feature networks: table *data*."
-
-
 def markdown(header, rows):
     """A table of texts. A | in a text, as in q(z|x), is escaped, or it would end its cell."""
     lines = [header, ["---"] * len(header), *rows]
@@ -781,14 +780,19 @@ def a_run_of(results):
     return next(iter(results[variant].values()))
 
 
+def start_noise_of(run):
+    """The standard deviation of the noise from which refinement began, as text, if it was not 1."""
+    temperature = run["eval"]["temperature"]
+    return "" if temperature == 1 else f" from noise of sd {temperature:g}"
+
+
 def describe_data(dataset, results):
     """What all numbers of a data set share, in a sentence. `table_data` says more."""
     metrics = a_run_of(results)
-    run, temperature = metrics["run"], metrics["run"]["eval"]["temperature"]
-    start_noise = "" if temperature == 1 else f" from noise of sd {temperature:g}"
+    run = metrics["run"]
     network = re.sub("-[0-9a-f]{8}$", "", run["features"])  # without the hash
     return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {metrics['rows'][0]['n_generated']:,} samples"
-            f"{start_noise}, features `{network}`.")
+            f"{start_noise_of(run)}, features `{network}`.")
 
 
 def table_data(everything):
@@ -798,13 +802,13 @@ def table_data(everything):
         metrics = a_run_of(results)
         run = metrics["run"]
         train = run["train"]
-        steps = (f"budget `{run['budget']}`: {train['vae_steps']:,} and {train['unet_steps']:,} steps of "
+        steps = (f"`{run['budget']}`: {train['vae_steps']:,} and {train['unet_steps']:,} steps of "
                  f"{train['batch']} images")
-        samples = f"{metrics['rows'][0]['n_generated']:,} ({run['eval']['grid_count']})"
-        rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, f"`{run['features']}`",
-                     cell({run["seed"]: metrics}, "floor")])
-    return markdown(["data set", "training images", "training of VAE and refiner", "samples (in probes)",
-                     "feature network", with_arrow("floor")], rows)
+        samples = f"{metrics['rows'][0]['n_generated']:,}{start_noise_of(run)}"
+        rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, str(run["eval"]["grid_count"]),
+                     f"`{run['features']}`", cell({run["seed"]: metrics}, "floor")])
+    return markdown(["data set", "training images", "budget: training of VAE and refiner", "samples",
+                     "samples, side measurements", "feature network", with_arrow("floor")], rows)
 
 
 def table_variants(everything):
@@ -827,8 +831,8 @@ def fits(dataset, variant, patterns):
 
 
 def with_note(table, names, settings=SETTINGS):
-    """A table and, below it, a text about the settings of its numbers, and about those notations in its cells that
-    occur. `names`: its columns."""
+    """A table and, below it, a note: first `settings`, a text about the settings of its numbers, then what the
+    notations in its cells mean, as far as they occur. `names`: its columns."""
     kinds = []
     if " ± " in table:
         kinds.append("a ± b: mean ± sd over seeds")
@@ -875,7 +879,8 @@ def with_arrow(name):
 
 
 def table_overview(everything):
-    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set."""
+    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set. README.md does not show the
+    table of the data, so the settings stand below this one."""
     rows = []
     for variant in OVERVIEW:
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
@@ -974,7 +979,7 @@ def all_tables(everything):
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
-    for topic in FURTHER_CLAIMS:
+    for topic in CLAIMS:
         tables[f"answers on {topic}"] = table_answers(everything, topic)
     tables["claims"] = table_claims(everything, every_claim(CLAIMS))
     tables["further claims"] = table_claims(everything, every_claim(FURTHER_CLAIMS))

@@ -20,7 +20,7 @@ README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REP
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
 ALL_TABLES = ["data", "variants", "overview", "robustness", *final.TABLES, "questions",
-              *(f"answers on {topic}" for topic in final.FURTHER_CLAIMS), "claims", "further claims"]
+              *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
@@ -138,7 +138,7 @@ EXPECTED = {
     "hf_energy, 6 steps": (157, 200), "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
-    "noise rise": (231, 201), "fd, no noise": (240, 201), "noise 0.4 fd": (243, 201),
+    "noise rise": (231, 201), "fd, no noise": (240, 201), "fd, noise 0.4": (243, 201),
     "fd of real codes": (261, 202), "path length, VAE": (262, None), "path length": (263, None),
     "probe, class": (265, None), "probe, bands": (266, None),
     "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
@@ -271,7 +271,7 @@ def test_cells(tmp_path):
     del slow["tables"]["bits_per_dim"]
     seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
     names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
-             "noise fd", "noise 0.4 fd", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
+             "noise fd", "fd, noise 0.4", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
     cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
@@ -415,8 +415,6 @@ def test_answers(tmp_path):
     assert "| fd: stage1-guided / stage1-form1 | +2.6% (3) |  |" in table
     assert table.endswith(f"{final.SETTINGS}*") and "**Bold**: significant" in table
     assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
-    more = final.table_answers(load(tmp_path, *many), "joint training, more")  # the chart shows none of it
-    assert more.count("\n| Do") == len(final.FURTHER_CLAIMS["joint training, more"])
 
 
 def test_table_of_robustness(tmp_path):
@@ -622,11 +620,11 @@ def test_the_sentence_about_the_data(tmp_path):
     cold = load(tmp_path / "c", metrics(features="local-a-0123abcd", eval=EVAL | {"temperature": 0.9}))["shapes"]
     assert ", 100 samples from noise of sd 0.9, features `local-a`." in final.describe_data("shapes", cold)
     header, _, *rows = final.table_data({"shapes": results, "cifar10": cold}).splitlines()
-    assert header == ("| data set | training images | training of VAE and refiner | samples (in probes) | "
-                      "feature network | floor ↓ |")
-    assert rows == ["| shapes | 5, drawn | budget `cpu`: 2,220 and 221 steps of 32 images | 100 (50) | `local-a` | "
+    assert header == ("| data set | training images | budget: training of VAE and refiner | samples | "
+                      "samples, side measurements | feature network | floor ↓ |")
+    assert rows == ["| shapes | 5, drawn | `cpu`: 2,220 and 221 steps of 32 images | 100 | 50 | `local-a` | "
                     "11 [10, 12] |",
-                    "| cifar10 | 5, drawn | budget `cpu`: 2,220 and 221 steps of 32 images | 100 (50) | "
+                    "| cifar10 | 5, drawn | `cpu`: 2,220 and 221 steps of 32 images | 100 from noise of sd 0.9 | 50 | "
                     "`local-a-0123abcd` | 11 [10, 12] |"]
     assert "221 steps of 8 images" in final.table_data({"shapes": load(tmp_path / "b", few)["shapes"]})
 
@@ -655,7 +653,7 @@ def test_long_tables(tmp_path):
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
     for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
         assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n\n" in text
-    for topic in final.FURTHER_CLAIMS:
+    for topic in final.CLAIMS:
         assert f"## answers on {topic}\n\n{final.table_answers(everything, topic)}\n\n" in text
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
@@ -676,7 +674,7 @@ def test_long_tables(tmp_path):
     numbers = everything["cifar10"]["stage2-anneal"][0]
     for name, place in final.NUMBERS.items():
         assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
-    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2
+    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2 and final.SETTINGS in stage2
     assert "times: first seed (seconds: for one image)" in stage2
     features = text.split("## features\n")[1].strip().splitlines()
     assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
@@ -1123,6 +1121,12 @@ def test_no_decimal_is_typed():
     assert typed_decimals(README) == [] == typed_decimals(REPORT)
     assert typed_decimals(README.replace("\n## Map", "\nA third, 0.34, of them.\n\n## Map")) == ["0.34"]
     assert typed_decimals("`torch>=2.6` [a](b-0.1.png) <!-- table t -->\n| 1.5 |\n<!-- end -->") == []
+
+
+def test_the_settings_stand_where_tables_say():
+    """In the table of the data, which REPORT.md and TABLES.md show."""
+    assert "see the table **data**" in final.SETTINGS and "<!-- table data -->" in REPORT
+    assert "\n## data\n" in (final.ROOT / "results" / "TABLES.md").read_text()
 
 
 def test_sizes():
