@@ -590,7 +590,8 @@ def mean_and_sd(values):
 
 def cell(seeds, name):
     """A number in {seed: metrics} as text: of one seed with its interval, of several with their standard deviation. If
-    it does not rest on as many images as the headline, their number follows in brackets."""
+    it does not rest on as many images as the headline, their number follows in brackets (but not that of a time, which
+    hardly depends on it)."""
     found = values_by_seed(seeds, name)
     if not found:
         return ""
@@ -601,7 +602,7 @@ def cell(seeds, name):
     else:
         text = mean_and_sd(list(found.values()))
     images = images_behind(first, name)
-    if images in (None, first["headline"]["n_generated"]):
+    if is_of_first_seed(name) or images in (None, first["headline"]["n_generated"]):
         return text
     return f"{text} ({images:,})"
 

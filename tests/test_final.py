@@ -219,6 +219,7 @@ def test_times_are_those_of_the_first_seed(tmp_path):
     counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
     assert {name for name, found in counted.items() if found == [2]} == {
         "seconds", "seconds, 4 steps", "train minutes"}
+    assert final.cell(seeds, "seconds, 4 steps") == "180" and "(200)" in final.cell(seeds, "fd, 4 steps")
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
     places = final.all_places(seeds[2])
     of_first = {place for place in places if len(final.values_by_seed(seeds, place)) == 1}
