@@ -284,7 +284,7 @@ CLAIMS = {
         ("Is a flow better than a mixture?", ("fd, flow", "stage3-flow-fixed"), ("fd, mixture", "stage3-flow-fixed"))],
     "conditioning": [
         ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
-        ("Do more steps for unsure images help, against steps by the `s` of other images?",
+        ("Are steps by `s` better than by the `s` of other images?",
          ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
@@ -337,7 +337,7 @@ FURTHER_CLAIMS = {
         ("Is a flow better than 300 components that share one, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
     "conditioning": [
-        ("Do more steps for unsure images help, against two for all?",
+        ("Are steps by `s` better than two for all?",
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
