@@ -82,7 +82,7 @@ VARIANTS = {
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",
-    "stage3-flow-fade": "`fixed`, but the refiner sees a dimmer `x_hat` if the VAE is unsure of it",
+    "stage3-flow-fade": "`fixed`, but the refiner sees an `x_hat` that is faded to grey if the VAE is unsure of it",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
     "stage3-flow-film-variance": "`film`, but `s` is the variance that the encoder gives when it is shown `x_hat`",
     "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`; sampling has that of `x_hat`",
@@ -207,8 +207,6 @@ NUMBERS = {
 # VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
 # tables, TABLES.md all of them.
 TABLES = {
-    "comparison": (" ".join(("stage1-vae", "stage1-augmented", *MAIN_VARIANTS)),
-                   "fd; is; precision; diversity; hf_energy"),
     "sampling": ("stage1-vae stage1-form1 stage1-guided stage3-flow-fixed bonus-latent",
                  "seconds; seconds, 4 steps; evaluations; fd, 4 steps; fd, 10 steps; fd, 25 steps"),
     "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
@@ -249,10 +247,14 @@ TABLES = {
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
 # The variants in README.md, in a table with a line for each and a column for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
-# The variants whose fd without noise and with noise on x_hat are compared: in a chart, and in a table with a line for
-# each and two columns for each data set.
+# The variants whose fd without noise and with noise on x_hat are compared, in a chart and in a table.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
+COMPARED = (*OVERVIEW, "stage1-augmented", "stage2-anneal-grad-none")
+# Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
+# of these numbers on each data set.
+SIDE_BY_SIDE = {"quality": (COMPARED, ("fd", "is")), "detail and diversity": (COMPARED, ("hf_energy", "diversity")),
+                "robustness": (ROBUSTNESS, ("fd, no noise", "noise fd"))}
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
@@ -891,13 +893,12 @@ def table_overview(everything):
     return with_note(table, ["fd"], " ".join(settings))
 
 
-def table_robustness(everything):
-    """A line for each variant in ROBUSTNESS, with its fd without noise and its noise fd on each data set."""
-    names = ("fd, no noise", "noise fd")
+def table_side_by_side(everything, variants, names):
+    """One of SIDE_BY_SIDE. It has a line for each of the variants that was run, with these numbers on each data set."""
     header, rows = ["variant"], []
     for dataset in everything:
         header += [f"{dataset}: {with_arrow(name)}" for name in names]
-    for variant in ROBUSTNESS:
+    for variant in variants:
         cells = []
         for results in everything.values():
             cells += [cell(results.get(variant, {}), name) for name in names]
@@ -976,7 +977,9 @@ def table_of_features(folder):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything), "robustness": table_robustness(everything)}
+              "overview": table_overview(everything)}
+    for name, (variants, names) in SIDE_BY_SIDE.items():
+        tables[name] = table_side_by_side(everything, variants, names)
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)

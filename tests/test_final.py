@@ -19,7 +19,7 @@ import final_evaluation as final
 README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
-ALL_TABLES = ["data", "variants", "overview", "robustness", *final.TABLES, "questions",
+ALL_TABLES = ["data", "variants", "overview", *final.SIDE_BY_SIDE, *final.TABLES, "questions",
               *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
@@ -418,10 +418,10 @@ def test_answers(tmp_path):
     assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
 
 
-def test_table_of_robustness(tmp_path):
-    """Two columns for each data set: fd without noise, and `mean`, which is measured with noise."""
+def test_data_sets_side_by_side(tmp_path):
+    """The columns of `robustness`: for each data set fd without noise, and `mean`, which is measured with noise."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0)]
-    table = final.table_robustness(load(tmp_path, *many))
+    table = final.table_side_by_side(load(tmp_path, *many), *final.SIDE_BY_SIDE["robustness"])
     assert table.splitlines()[0] == ("| variant | shapes: fd, no noise ↓ | shapes: noise fd ↓ | "
                                      "cifar10: fd, no noise ↓ | cifar10: noise fd ↓ |")
     assert table.splitlines()[2:-2] == ["| `stage1-form1` |  |  | 10 [9, 11] (50) | 20 (50) |",
@@ -605,7 +605,7 @@ def test_every_pattern_fits_a_variant(tmp_path):
         for pattern in variants.split():
             assert len(final.table_of(everything, pattern, "fd").splitlines()) > 4, pattern
     # LOOKS is of charts, which look them up by the variant's name.
-    assert {*final.ROBUSTNESS} <= {*final.LOOKS} <= {*VARIANTS}
+    assert {*final.ROBUSTNESS} <= {*final.LOOKS} <= {*VARIANTS} and {*final.COMPARED} <= {*VARIANTS}
 
 
 def test_a_bar_in_a_cell_is_escaped():
@@ -1032,7 +1032,7 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
         path = project / "results" / "features" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"accuracy": 0.5}))
-    (project / "README.md").write_text("<!-- table comparison -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
+    (project / "README.md").write_text("<!-- table sampling -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes-0123abcd" in text and "shapes stage1-form1" in text and "photos" not in text
