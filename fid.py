@@ -12,7 +12,7 @@ Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
     A floor         Even real images do not have an FD of 0: it is biased upward, by about C (1/N1 + 1/N2) for N1 and N2
-                    images (for C see expected_floor). So the FD of equally many held-out real images is given beside
+                    images (expected_floor derives C). So the FD of equally many held-out real images is given beside
                     it, as the lowest that can be expected (of all held-out images, if there are fewer).
     An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
@@ -30,6 +30,7 @@ files. "Stages" are the scripts that train models (stage1_baseline.py and the ot
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -39,7 +40,7 @@ import platform
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -54,9 +55,9 @@ from common import DATASETS, fail, find_images, generator, load_hashed, randn, r
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
 OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
-# A network that was trained on a user's folder is refused if the folder has changed much since: if fewer than nine in
-# ten of its files are the same.
-UNCHANGED = 0.9
+# A network that was trained on a user's folder is refused if a smaller share of the folder's files is still the same.
+# (A few files more or less should not cost another training.)
+LEAST_SHARE_UNCHANGED = 0.9
 
 
 def require_uint8(images):
@@ -76,8 +77,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
-    branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. So one
-    hook keeps the block's input x, and another gives pool(x) to branch_pool in place of avg_pool2d(x)."""
+    branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. A hook
+    that runs before a module may replace its input. So one hook keeps the block's input x, and another gives pool(x) to
+    branch_pool in place of avg_pool2d(x)."""
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
     # Before branch_pool; what this hook returns takes the place of its input.
@@ -90,6 +92,7 @@ def resize_matrix(size, target):
     position = torch.arange(target, dtype=torch.float64) * size / target  # (target,)
     low = position.long()  # the pixel before the position; low + 1 is the one after it
     before, after = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)  # (target, size)
+    # With f = position - low, each row has the weight 1 - f at `low`, and f at the pixel after it.
     return torch.lerp(before.double(), after.double(), (position - low)[:, None]).float()
 
 
@@ -134,7 +137,8 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(cache), hash_prefix=INCEPTION_SHA256)
         except Exception as error:  # no network, cut off, another file, a full disk: the remedy is the same
             fail(f"--weights {cache}: no such file, and no download ({error}); {advice}")
-    # Ends the program unless there is this one file, with these contents. `what` and `advice` begin and end the error.
+    # load_hashed ends the program if the file is missing or has other contents. The error begins with `what` and ends
+    # with `advice`.
     state = load_hashed([path], what="--weights", advice=advice, sha256=INCEPTION_SHA256)
     net = InceptionV3()
     net.load_state_dict(net.state_dict() | state)  # num_batches_tracked may be missing in the file; nothing uses it
@@ -162,7 +166,7 @@ class LocalNet(nn.Module):
     each of them a mean of about 0 and a variance of about 1 over the training set, which sets the unit of the Frechet
     distance."""
 
-    suffix, dim, batch = "_local", 64, 256  # as in InceptionV3
+    suffix, dim, batch = "_local", 64, 256  # the same attributes as InceptionV3 has
 
     def __init__(self, classes, size=32):
         super().__init__()
@@ -218,21 +222,21 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     another file. The program ends with an error if there is none, or if the folder has changed since its training."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    home, name, to_train_on = FEATURES_DIR, dataset, dataset
+    home, name, train_argument = FEATURES_DIR, dataset, dataset  # its folder, its name, and what --train-local is given
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
             fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
-        home, name, to_train_on = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
+        home, name, train_argument = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
     found = [Path(weights)] if weights else common.find_hashed(home, name)
     what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # how errors begin
-    there = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
-    advice = (f"name one with --weights (there are {', '.join(there) or 'none'}), or make it: "
-              f"python fid.py --train-local {to_train_on}")
+    all_networks = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
+    advice = (f"name one with --weights (there are {', '.join(all_networks) or 'none'}), or make it: "
+              f"python fid.py --train-local {train_argument}")
     stored = load_hashed(found, what, advice)  # ends the program unless exactly one is found
     if "classes" not in stored:
         fail(f"{what}: {found[0]} is not a local feature network; {advice}")
-    if dataset == "folder" and not weights and (share := share_of_same_files(stored, data_dir)) < UNCHANGED:
+    if dataset == "folder" and not weights and (share := share_of_same_files(stored, data_dir)) < LEAST_SHARE_UNCHANGED:
         fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
              f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
     net = LocalNet(stored["classes"], stored["size"])
@@ -302,9 +306,12 @@ CHUNK = 512  # rows of a matrix of pairs that are in memory at a time
 def frechet_distance(a, b):
     """The Frechet distance (top of this file) of two Moments, in squared units of the features.
 
-    Let S_i = R_i R_i^T. For any two matrices, A B and B A have the same nonzero eigenvalues. With A = R_1 and
-    B = R_1^T R_2 R_2^T, A B is S_1 S_2, and B A is C C^T, where C = R_1^T R_2. So tr (S_1 S_2)^(1/2) is the sum of the
-    singular values of C. That is exact for N < d too, and needs no matrix square root."""
+    Let S_i = R_i R_i^T. For any two matrices, A B and B A have the same nonzero eigenvalues. Take
+
+        A = R_1,  B = R_1^T R_2 R_2^T:    A B = S_1 S_2    and    B A = C C^T    with C = R_1^T R_2
+
+    The eigenvalues of C C^T are the squared singular values of C. So tr (S_1 S_2)^(1/2) is the sum of the singular
+    values of C. That is exact for N < d too, and needs no matrix square root."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
     delta = a.mean - b.mean
@@ -314,7 +321,8 @@ def frechet_distance(a, b):
 
 def expected_floor(stats, count):
     """The expected Frechet distance between N1 = `count` and N2 = stats.count draws of one Gaussian with the covariance
-    S of `stats`. With l the eigenvalues of S and D = S_1 - S_2 in the basis of its eigenvectors:
+    S of `stats`. The draws have the means mu_1, mu_2 and the covariances S_1, S_2. Let l be the eigenvalues of S, and D
+    the matrix S_1 - S_2 in the basis of the eigenvectors of S. Then
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
@@ -322,13 +330,13 @@ def expected_floor(stats, count):
 
     The doubling for i = j adds (1/N1 + 1/N2) times 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
 
-        E FD = (1/N1 + 1/N2) (5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j))
+        E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
 
-    The second line is the Bures metric. In one dimension, where S_1 = l + D and S_2 = l, it says that
-    (sqrt(l + D) - sqrt(l))^2 is about (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
+    The second line is the Bures metric (Bhatia, Jain and Lim 2019, arXiv:1712.01504). In one dimension, where
+    S_1 = l + D and S_2 = l, it says that (sqrt(l + D) - sqrt(l))^2 is about (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
 
-    D is small, and so this holds, if there are many more images than features. (With as many images as features, and
-    S = 1, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
+    D is small, and so this holds, if there are many more images than features. (If S = I, N1 is the number of features
+    and N2 far larger, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
     eigenvalues = stats.root.square().sum(0)  # (k,), those above 0: column j of root has the squared length l_j
     pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
     return ((1 / count + 1 / stats.count) * (1.25 * eigenvalues.sum() + 0.5 * pairs)).item()
@@ -358,7 +366,7 @@ def pair_means(kernel, x, y=None):
     for i in range(0, len(x), CHUNK):
         values = kernel(x[i:i + CHUNK], y)  # (CHUNK, N)
         if leave_out_self:
-            values[:, i:i + CHUNK].fill_diagonal_(0)
+            values[:, i:i + CHUNK].fill_diagonal_(0)  # kernel(x_i, x_i) lies on the diagonal of this block
         sums.append(values.sum(1))
     return torch.cat(sums) / (len(y) - int(leave_out_self))
 
@@ -398,8 +406,9 @@ def precision_recall(real, generated, k=3):
         raise ValueError(f"precision and recall with k={k} need more than {k} images on each side")
 
     def share_inside(x, centres):  # the share of the rows of x that lie in the ball of some row of `centres`
-        # k + 1, since each image is its own nearest neighbour; the factor lets points on a surface count as inside
+        # k + 1, since each image is its own nearest neighbour
         radius = torch.cat([distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(CHUNK)])
+        # The factor 1 + 1e-9: a point on the surface of a ball counts as inside, whatever the rounding.
         inside = [(distances(part, centres) <= radius * (1 + 1e-9)).any(1) for part in x.split(CHUNK)]
         return torch.cat(inside).double().mean().item()
 
@@ -430,10 +439,10 @@ def jackknife(score, x):
 
 
 def jackknife_pairs(value, image_means):
-    """The jackknife of a score that is the mean of a matrix of pairs of images, without computing pairs again. `value`
-    is the score, image_means (N,) has the means of the matrix's rows. If images are left out, their rows are lost, and
-    their columns, too. As the matrix is symmetric, both change the score alike. So to first order, it changes by twice
-    the change of the mean of image_means."""
+    """The jackknife of a score that is the mean of a symmetric matrix of pairs of images, without computing the pairs
+    again. `value` is the score, image_means (N,) has the means of the matrix's rows. Leaving out an image removes its
+    row and its column. Since the matrix is symmetric, both change the score by the same amount. So, to first order, the
+    score changes by twice the change of the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -472,11 +481,12 @@ def reference(extractor, data_train, data_test, cache_dir):
     name = f"{data_train.name}-{data_train.crop}-{len(train)}-{pixels.hexdigest()[:8]}-{extractor.name}.pt"
     path = Path(cache_dir) / name
     device = scoring_device(extractor)
-    with contextlib.suppress(Exception):  # there is no such file, or it is damaged
-        return Reference(*(x.to(device) for x in torch.load(path, weights_only=True)))
-    ref = make_reference(extractor, train, test)
-    tensors = [ref.features, ref.test_features, ref.test_logits]
-    common.save_state(path, tensors)
+    try:
+        tensors = torch.load(path, weights_only=True)
+    except Exception:  # there is no such file, or it is damaged
+        ref = make_reference(extractor, train, test)
+        tensors = [ref.features, ref.test_features, ref.test_logits]
+        common.save_state(path, tensors)
     return Reference(*(x.to(device) for x in tensors))
 
 
@@ -485,8 +495,8 @@ def scores(extractor, generated, ref, progress=False):
     "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
         fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
-        kid                 over 100 subsets of 1,000; if either side has fewer than 2,000 images, of all generated ones
-                            and the first 2,000 real ones, once
+        kid                 if there are 2,000 images or more on both sides, over 100 random subsets of 1,000; else one
+                            estimate from all generated images and at most 2,000 real ones
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
         floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
@@ -495,16 +505,17 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    # With the order of inception_score, so that the value is the same. But it is shuffled here, once: shuffled again
-    # without a group, the ten parts would have other images.
+    # Shuffled as inception_score would do it, but here, once. If it shuffled again whenever a group is left out, the
+    # ten parts would have other images.
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
-    # If generated images y_i are left out, two of the three means in KID change: that of k(y, y') by twice the change
-    # of the mean over i of mean_j k(y_i, y_j), and -2 times that of k(y, x) by -2 times the change of the mean over i
-    # of mean_j k(y_i, x_j). So KID changes by twice the change of the mean of the image_means below. The interval needs
-    # these only roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the
-    # x_j at most 5,000 real ones.
+    # KID = mean k(x, x') + mean k(y, y') - 2 mean k(y, x), for real images x and generated images y. Let b_i be the
+    # mean of k(y_i, y_j) over j, and c_i that of k(y_i, x_j). If some y_i are left out, the second mean changes by
+    # twice the change of mean b_i (see jackknife_pairs), and the third by the change of mean c_i. So KID changes by
+    # twice the change of mean (b_i - c_i), and these differences are the image_means. The interval needs them only
+    # roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the x_j at most
+    # 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
@@ -522,14 +533,15 @@ def scores(extractor, generated, ref, progress=False):
 
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
 #
-# A VAE draws z from a prior, and decodes it to x_hat. A refiner makes an image of noise and x_hat. What kind of model a
-# common.Model is shows in three of its attributes:
+# A VAE draws z from a prior, and decodes it to x_hat. A refiner turns noise and x_hat into an image. Three attributes
+# of a common.Model tell its kind. (denoiser_for(x_hat, z, clean) returns the function that predicts the clean image
+# from a noisy one. `clean` is x_hat without the noise of `robustness`, and only stage 3 uses it.)
 #
 #                         vae    denoiser_for   decode
-#     VAE alone           set    None           None     x_hat is its image
-#     diffusion alone     None   set            None     makes an image of noise alone
-#     VAE and refiner     set    set            None
-#     latent diffusion    None   set            set      makes a latent of noise alone, and decodes it
+#     VAE alone           set    None           None     its image is x_hat
+#     diffusion alone     None   set            None     turns noise into an image
+#     VAE and refiner     set    set            None     turns noise and x_hat into an image
+#     latent diffusion    None   set            set      turns noise into a latent, and decodes it
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -541,7 +553,8 @@ class Setup:
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        self.changes = args.changes  # by --set; apart from `train`, since some of them may not concern every run
+        # The settings that --set changes. They are not in `train`, since a run takes only those that concern it.
+        self.changes = args.changes
         # If torchrun has started several processes, each takes a share of the batch.
         common.join_processes(device, (train | self.changes)["batch"])
         if common.RANK > 0:
@@ -564,8 +577,8 @@ class Setup:
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 
     def folder_and_settings(self, name, ignored=()):
-        """The folder and the train settings of the run of this name. What --set changes is part of both, except for
-        settings whose names begin with one of `ignored`, on which this run does not depend (a VAE not on "unet_")."""
+        """The folder and the train settings of the run of this name. Both include the changes by --set, except those of
+        settings that begin with one of `ignored`. (A VAE does not depend on settings that begin with "unet_".)"""
         changes = {key: value for key, value in self.changes.items() if not key.startswith(ignored)}
         return self.home / f"{name}{common.name_changes(changes)}-s{self.train['seed']}", self.train | changes
 
@@ -587,14 +600,16 @@ def mean_score(values):
 
 
 def high_frequency_power(images):
-    """Mean power of the grey image above 1/4 cycle per pixel: uint8 (N, 3, H, W) -> (N,). A Hann window fades the image
-    out towards its borders, whose jumps would count as detail."""
+    """Mean power of the grey image above 1/4 cycle per pixel, which is half the highest frequency that an image can
+    hold: uint8 (N, 3, S, S) -> (N,). A Hann window fades the image out towards its borders, whose jumps would count as
+    detail."""
     grey = images.float().mean(1)  # (N, H, W)
     size = grey.shape[-1]
     window = torch.hann_window(size, periodic=False, device=grey.device)
     spectrum = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window)
-    frequency = torch.fft.fftfreq(size, device=grey.device)  # cycles per pixel
-    return spectrum.abs().square()[:, torch.hypot(frequency[:, None], frequency) > 0.25].mean(1)
+    frequency = torch.fft.fftfreq(size, device=grey.device)  # along one axis, in cycles per pixel
+    is_high = torch.hypot(frequency[:, None], frequency) > 0.25  # (S, S)
+    return spectrum.abs().square()[:, is_high].mean(1)
 
 
 def hf_energy(images, real):
@@ -615,7 +630,8 @@ def read_metrics(path, evaluation=None):
     or if they have another schema."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         metrics = json.loads(Path(path).read_text())
-        if metrics["schema"] == 1 and metrics["rows"] and evaluation in (None, metrics["run"]["eval"]):
+        complete = metrics["schema"] == 1 and metrics["rows"]
+        if complete and (evaluation is None or evaluation == metrics["run"]["eval"]):
             return metrics
     return None
 
@@ -655,11 +671,11 @@ def evaluate(folder, setup, state, model):
 
 
 def measure(model, setup, prior, sampler, steps, count, damage):
-    """Generate `count` images and score them. `damage` is the standard deviation of noise that is added to x_hat (see
-    `robustness`). Returns one row of the metrics, and the images before and after refinement."""
+    """Generate `count` images and score them. `damage` is the standard deviation of the noise that `robustness` adds to
+    x_hat or to a latent. Returns one row of the metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
-    steps = min(steps, model.diffusion.start)  # as the sampler does: there are no more times
+    steps = min(steps, model.diffusion.start)  # the sampler takes at most `start` steps, one for each time
     row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
            "seconds_per_image": seconds} | setup.score(images)  # nfe: number of evaluations of a network
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
@@ -670,10 +686,10 @@ def measure_samples(folder, model, setup):
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
     # Some rows are needed twice: the one without noise in `robustness` is also in the grid. lru_cache keeps the last
-    # ones, by (prior, sampler, steps, count, damage).
-    draw = functools.lru_cache(8)(partial(measure, model, setup))
+    # eight results of `measure`, by its arguments prior, sampler, steps, count and damage.
+    draw_and_score = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
-    row, x_hat, images_of_headline = draw(prior, sampler, steps, evaluation["count"], 0.0)
+    row, x_hat, images_of_headline = draw_and_score(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.denoiser_for is not None
     common.draw_samples(folder, {"VAE": x_hat, "refined": images_of_headline} if both else
                         {model.name: images_of_headline})
@@ -684,32 +700,34 @@ def measure_samples(folder, model, setup):
     for other in model.priors:
         if other != prior:
             count = evaluation["count" if model.denoiser_for is None else "grid_count"]  # a VAE alone is fast
-            rows.append(draw(other, sampler, steps, count, 0.0)[0])
+            rows.append(draw_and_score(other, sampler, steps, count, 0.0)[0])
     if model.denoiser_for is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
-            row, _, images = draw(prior, name, n, evaluation["grid_count"], 0.0)
+            row, _, images = draw_and_score(prior, name, n, evaluation["grid_count"], 0.0)
             rows.append(row)
             pictures[f"{name} {n}"] = images[:12]
         common.save_grid(folder / "steps.png", pictures)
         tables["copies"] = copies(folder, images_of_headline[: evaluation["grid_count"]], setup)
     if model.vae is not None or model.decode is not None:
-        tables["robustness"] = robustness(folder, draw, prior, evaluation, setup.fd_key, model.denoiser_for is not None)
+        tables["robustness"] = robustness(folder, draw_and_score, prior, setup, model.denoiser_for is not None)
     return rows, tables
 
 
-def robustness(folder, draw, prior, evaluation, fd_key, refined):
-    """Scores with noise on x_hat before it is refined, or on a latent before it is decoded. The codes z, and the noise
-    from which refinement begins, are the same at every strength. `mean` is the mean Frechet distance over the three
-    strengths above 0, `rise` is by how much that is higher than without noise. Writes robustness.png."""
-    sampler, steps = ("dpm", evaluation["probe_steps"]) if refined else ("none", 0)
+def robustness(folder, draw_and_score, prior, setup, has_diffusion):
+    """Scores with noise on x_hat (before it is refined, if it is), or on a latent before it is decoded. The codes z,
+    and the noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over
+    the three strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` of
+    a model. Writes robustness.png."""
+    evaluation, fd_key = setup.evaluation, setup.fd_key
+    sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
     scores_by_noise, pictures = {}, {}
     for name, sd in NOISE.items():
-        row, x_hat, images = draw(prior, sampler, steps, evaluation["grid_count"], sd)
+        row, x_hat, images = draw_and_score(prior, sampler, steps, evaluation["grid_count"], sd)
         scores_by_noise[name] = {fd_key: row[fd_key], "hf_energy": row["hf_energy"]}
         if prior != "none":  # latent diffusion has no prior over z, and no x_hat
             pictures[name] = x_hat[:12]
-        if refined:
+        if has_diffusion:
             pictures[f"{name}, refined"] = images[:12]
     common.save_grid(folder / "robustness.png", pictures)
     clean, *noisy = [row[fd_key]["value"] for row in scores_by_noise.values()]
@@ -734,8 +752,9 @@ def nearest_rows(queries, rows):
 def copies(folder, images, setup):
     """Does a model copy training images? The distance of generated images, uint8 (N, 3, H, W), to the nearest training
     image, and the same for as many held-out images: by pixels (the root of the mean squared difference, in grey
-    levels) and in the features of the scores. `closer` is the share of generated images that are closer to a training
-    image than 99% of the held-out ones are. It is about 0.01 if nothing is copied.
+    levels) and in the features of the scores. Let r be the distance within which 1% of the held-out images have a
+    training image. `closer` is the share of generated images that have one within r. A share far above 0.01 would speak
+    for copies.
 
     If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
     generated images that are closest in the features, with their nearest training images."""
@@ -750,11 +769,11 @@ def copies(folder, images, setup):
         by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
                    "features": nearest_rows(features, setup.reference.features.cpu())}
         for kind, (distance, index) in by_kind.items():
+            if kind == "pixels":
+                distance = distance / both[0].numel() ** 0.5  # the root of the mean, not of the sum
             # The rows of the view are the images (0) and their mirror images (1), if any. The smaller distance counts.
-            smaller, which = distance.view(-1, count).min(0)
+            smaller, which = distance.view(-1, count).min(0)  # `which` is the row that has it
             nearest[kind, side] = smaller, index.view(-1, count)[which, torch.arange(count)]
-        distance, index = nearest["pixels", side]
-        nearest["pixels", side] = distance / both[0].numel() ** 0.5, index
     for kind in ("pixels", "features"):
         (generated, _), (held_out, _) = nearest[kind, "generated"], nearest[kind, "held_out"]
         table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
@@ -766,7 +785,7 @@ def copies(folder, images, setup):
     return table
 
 
-COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
+COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares: 30 and 6,000 are those in use
 
 
 def held_out_codes(model, setup):
@@ -790,7 +809,7 @@ def by_components(model, setup):
         if components > len(z):
             break
         mixture = common.GaussianMixture.fit(z, components, seed, tied=True)
-        trial = replace(model, priors={f"mixture of {components}": mixture})
+        trial = dataclasses.replace(model, priors={f"mixture of {components}": mixture})
         row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count, damage=0.0)
         density = mean_score(mixture.log_prob(held_out))
         table[str(components)] = {setup.fd_key: row[setup.fd_key], "log_density": density}
@@ -832,7 +851,7 @@ def measure_vae(folder, model, setup):
     # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
     tables["density_of_samples"] = {name: {} for name in model.priors}
     for source, prior in model.priors.items():
-        # (A seed that held_out_codes uses, too. The committed results have these samples.)
+        # held_out_codes has this seed, too. That does no harm, since its codes and these samples are never compared.
         samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
         for judge, judging_prior in model.priors.items():
             tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))
@@ -847,6 +866,7 @@ def draw_trajectory(folder, model, prior, setup):
     gen = generator(common.SEEDS["trajectory"] + setup.train["seed"])
     z = model.priors[prior].sample(4, gen).to(model.device)
     x_hat = model.vae.decoder(z)
+    # refine fills the list with (t, x_t, predicted x0) of each step.
     image = common.refine(model, x_hat, z, gen, "dpm", steps, trajectory=trajectory)
     shown = [trajectory[round(i * (len(trajectory) - 1) / 3)] for i in range(4)]  # four steps, the first and last too
     noisy = [x_hat, *(x for _, x, _ in shown), image]
@@ -859,10 +879,10 @@ def draw_trajectory(folder, model, prior, setup):
 
 
 def diagnose(mu, logvar, sharpness):
-    """Why the VAE's images are smooth, if they are: its latent is unused, or underfitted, or a Gaussian decoder
-    averages over all that the code leaves open. mu, logvar (N, d) of held-out images; `sharpness`: hf_energy of their
-    x_hat. The thresholds are rules of thumb: 5% of the units, a posterior variance of 0.9 (the prior's is 1), half the
-    sharpness of real images."""
+    """Why the VAE's images are smooth, if they are: its latent is unused; or it is underfitted; or z does not hold the
+    detail, and a Gaussian decoder gives the mean of all images that fit z. mu, logvar (N, d) of held-out images;
+    `sharpness`: hf_energy of their x_hat. The thresholds are rules of thumb: 5% of the units, a posterior variance of
+    0.9 (the prior's is 1), half the sharpness of real images."""
     active = int(common.active_units(mu).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
@@ -879,8 +899,8 @@ def diagnose(mu, logvar, sharpness):
 
 def check_start(diffusion, x_hat, real):
     """Whether refinement begins early enough to correct what is wrong with x_hat, uint8 (N, 3, H, W). At its start, the
-    noise should hide the VAE's error, `real` - x_hat. As a rule of thumb, the noise over the signal should be six times
-    the error's standard deviation or more."""
+    noise should hide the VAE's error, `real` - x_hat: the noise's standard deviation, divided by the factor of the
+    image in x_t, should be six times the error's standard deviation or more. (Six is a rule of thumb.)"""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
@@ -894,8 +914,9 @@ def bits_per_dim(model, prior, setup):
     """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
     Dec(z) they are
         kl          log q(z | x) - log p(z), under the model's prior over z of the name `prior`
-        prior       the KL between x_start made from the image and x_start made from x_hat (or, at T, pure noise)
-        diffusion   the sum of the KLs of all steps
+        prior       the KL of x_start made from the image to x_start made from x_hat (to pure noise, if sampling begins
+                    with that)
+        diffusion   the sum of the KLs of all steps, estimated from a few of them
         data        -log of the probability of the pixels after the last step
     The last three are those of common.diffusion_nats."""
     evaluation = setup.evaluation
@@ -909,11 +930,11 @@ def bits_per_dim(model, prior, setup):
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
-        denoise = model.denoiser_for(x_hat, z, clean=x_hat)  # no noise was added to x_hat
+        denoise = model.denoiser_for(x_hat, z, clean=x_hat)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
-    unit = images[0].numel() * math.log(2)  # nats in one bit per pixel value
-    return {"bound": mean_score(sum(parts.values()) / unit), "images": len(images), "latent_prior": prior,
-            **{name: float((value / unit).mean()) for name, value in parts.items()}}
+    nats_per_bit = images[0].numel() * math.log(2)  # that one bit for each pixel value of an image makes
+    return {"bound": mean_score(sum(parts.values()) / nats_per_bit), "images": len(images), "latent_prior": prior,
+            **{name: float((value / nats_per_bit).mean()) for name, value in parts.items()}}
 
 
 def show(score):
@@ -946,25 +967,28 @@ def print_results(finished, setup):
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
 PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
-IMAGES_SEEN = {"cifar10": 800_000}  # in training; of other data 200,000, but each image at most 100 times
+# How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. For other data it is 200,000,
+# but each image is seen at most 100 times.
+IMAGES_SEEN = {"cifar10": 800_000}
 
 
 def augment(x, gen, crop=False):
     """A random view of each float image of x (B, 3, S, S): mirrored or not, and shifted by up to an eighth of its side.
     With `crop`, in place of the shift, a square of 25 to 100% of the area, enlarged, with jitter of colour, contrast
-    and brightness. No view is noisy or blurred (except by enlarging), since the features must not ignore noise and
-    blur."""
+    and brightness (its strengths were found by trying). No view is noisy or blurred (except by enlarging), since the
+    features must not ignore noise and blur."""
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
     scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
     reach = 1 - scale if crop else torch.full_like(scale, 0.25)  # the largest shift; 0.25 is an eighth of 2
     pixel = 2 / x.shape[-1]
-    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))  # whole pixels, which need no blur
+    # By whole pixels, so that a shift does not blur.
+    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
-    # For each image the rows (mirror * scale, 0, dx) and (0, scale, dy). The six entries, each (B, 1, 1, 1), become a
-    # matrix (B, 2, 3).
-    theta = torch.stack([scale * mirror, zero, dx, zero, scale, dy]).view(2, 3, -1).permute(2, 0, 1)
+    # For each image the matrix with the rows (mirror * scale, 0, dx) and (0, scale, dy).
+    entries = [entry.flatten() for entry in (scale * mirror, zero, dx, zero, scale, dy)]  # each (B,)
+    theta = torch.stack(entries, 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if crop:
@@ -993,9 +1017,9 @@ def train_network(data, seed=0, batch=256):
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
     # A second head on the features, for training only: it regresses the factors or, without labels, is SimCLR's
     # projection. (With labels alone it has no use.)
-    head = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
+    extra_head = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
         nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
-    networks = nn.ModuleList([net, head])
+    networks = nn.ModuleList([net, extra_head])
     batch = min(batch, len(images))
     steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
@@ -1013,10 +1037,10 @@ def train_network(data, seed=0, batch=256):
 
     def loss_of(networks, x, index, reduced):
         """The loss of a batch x (B, 3, S, S) of the images `index` (B,), or of two views of each (2B, 3, S, S)."""
-        net, head = networks
+        net, extra_head = networks
         with common.autocast(cpu, reduced):
             features = net.body(x.contiguous(memory_format=torch.channels_last))
-            logits, outputs = net.head(features).float(), head(features).float()
+            logits, outputs = net.head(features).float(), extra_head(features).float()
         if labels is None:
             return contrastive_loss(*outputs.chunk(2))
         loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
@@ -1032,7 +1056,8 @@ def train_network(data, seed=0, batch=256):
             trial = copy.deepcopy(networks)
             loss_of(trial, x, index, precision).backward()
             gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])  # one tensor
-        # Batch norm amplifies rounding: these gradients differ by up to 26%, and by 100% or more with a wrong kernel.
+        # Some processors have faulty bfloat16 kernels, whose gradients differ by 100% or more. Rounding alone, which
+        # batch norm amplifies, makes up to 26%. The limit of 50% lies between.
         reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}", 0.5)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
         x = to_float(images[index])  # (B, 3, S, S)
@@ -1045,7 +1070,9 @@ def train_network(data, seed=0, batch=256):
         loss.backward()
         optimiser.step()
         schedule.step()
-    if labels is None:  # k-means: round Gaussians of variance 1 at the centres c have the logits x.c - |c|^2 / 2
+    if labels is None:
+        # k-means. Each cluster stands for a Gaussian with its centre c as mean and the covariance I. In the logarithm
+        # of its density at x, only x.c - |c|^2 / 2 differs between clusters. So these are the logits.
         from scipy.cluster.vq import kmeans2
         features = extract(net, images)[0].double().numpy()
         centres = torch.from_numpy(kmeans2(features, classes, minit="++", seed=seed)[0]).float()  # (K, d)
@@ -1057,8 +1084,7 @@ def examine(extractor, train, test):
     """What an extractor's numbers mean: a dict, for the JSON beside its weights, measured on held-out images. `train`
     and `test` are common.ImageData. The keys of "noise" are in units of the pixel range, those of "blur" in pixels.
 
-    With a good network, fd grows with noise and with blur, and that of half the classes is far above the floor. The
-    recall of fifty images, repeated, is near 0."""
+    With a good network, fd grows with noise and with blur, and that of half the classes is far above the floor."""
     from scipy.ndimage import gaussian_filter
     gen, images = generator(0), test.images.float()
     ref = make_reference(extractor, train.images)
@@ -1072,7 +1098,7 @@ def examine(extractor, train, test):
 
     report = {"extractor": extractor.name, "classes": extractor.classes, "note": train.note,
               "n_train": len(train.images), "n_test": len(images)}
-    if test.labels is None:  # the share of images to whose augmented view no other image is closer
+    if test.labels is None:  # the share of augmented views whose nearest image is the one that they were made from
         views = extract(extractor, to_uint8(augment(to_float(test.images), gen, crop=True)))[0]
         nearest = (F.normalize(views) @ F.normalize(features).T).argmax(1)
         report["retrieval"] = (nearest == torch.arange(len(images))).double().mean().item()
@@ -1086,8 +1112,6 @@ def examine(extractor, train, test):
     report["sample_size"] = {n: fd(features[:n]) for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(images)}
     half_of_them = features[classes < extractor.classes / 2]
     report["half_the_classes"] = fd(half_of_them) if len(half_of_them) > 1 else None
-    fifty_repeated = shuffle(features)[:50].repeat(20, 1)
-    report["fifty_images_repeated_recall"] = precision_recall(ref.features[:1000], fifty_repeated)[1]
     report["real_recall"] = precision_recall(ref.features[:len(images)], features)[1]
     report["real_is"] = inception_score(logits)[0]
     return report
@@ -1095,7 +1119,8 @@ def examine(extractor, train, test):
 
 def train_local(name, data_dir="data"):
     """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
-    weights. One that exists is only examined, since results depend on it, unless the user's folder has changed."""
+    weights. A network that exists is kept and only examined, because results depend on it. It is replaced only if the
+    user's folder has changed."""
     own = name not in DATASETS  # name is the path of a user's own folder
     if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
@@ -1106,12 +1131,18 @@ def train_local(name, data_dir="data"):
     outdated, current = [], []  # outdated: trained on other files than the folder has now
     for path in found:
         stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
-        (outdated if own and share_of_same_files(stored, data_dir) < UNCHANGED else current).append(path)
+        if own and share_of_same_files(stored, data_dir) < LEAST_SHARE_UNCHANGED:
+            outdated.append(path)
+        else:
+            current.append(path)
+    if len(current) > 1:
+        fail(f"--train-local {name}: there are {len(current)} networks of this name, {', '.join(map(str, current))}; "
+             "remove all but one")
     if not current:
-        current = [save_local(train_network(train), train.name, data_dir if own else None)]
-    for path in outdated:  # but if the new network is the same to the bit, it has the same name, and stays
-        for file in {path, path.with_suffix(".json")} - {*current}:
-            file.unlink(missing_ok=True)
+        save_local(train_network(train), train.name, data_dir if own else None)
+    for path in outdated:
+        path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = home / extractor.name.removeprefix("local-")  # without .pt or .json
     report = json.dumps(examine(extractor, train, test), indent=1)
@@ -1136,6 +1167,11 @@ def read_folder(folder, flag, count=None):
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images, jpeg
 
 
+def contents(folder):
+    """A hash of each image file in a folder and below it, in order."""
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in find_images(folder))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Scores of generated images against real ones.")
     parser.add_argument("real", nargs="?", metavar="REAL", help=f"{', '.join(DATASETS)} (train split), or a folder")
@@ -1149,7 +1185,7 @@ def main(arguments=None):
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     parser.error = fail
     args = parser.parse_args(arguments)
-    sys.excepthook = common.end_in_a_line
+    sys.excepthook = common.end_in_a_line  # Ctrl-C ends in one line, without a traceback
     if args.train_local:
         for name, value in vars(args).items():
             if name not in ("train_local", "data_dir") and value != parser.get_default(name):
@@ -1165,7 +1201,8 @@ def main(arguments=None):
     if args.count is not None and args.count < 2:
         fail(f"--count {args.count}: give 2 or more")
     extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
-                               device=common.choose_device(args.device), data_dir=args.real)  # a data set ignores it
+                               device=common.choose_device(args.device),
+                               data_dir=args.real)  # the user's folder; it is not used if REAL is a data set
     images, jpeg = read_folder(args.generated, f"--count {args.count}" if args.count else "GENERATED", args.count)
     if real_is_folder:
         real, real_jpeg = read_folder(args.real, "REAL")
@@ -1178,12 +1215,12 @@ def main(arguments=None):
     for folder, found in ((args.generated, images), (args.real, real)):
         if isinstance(found, list):
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
-    if real_is_folder and file_marks(args.real) == file_marks(args.generated):
+    if real_is_folder and contents(args.real) == contents(args.generated):
         print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)
-    if count < 10 * extractor.dim:
+    if count < 10 * extractor.dim:  # a rule of thumb
         print(f"warning: {count} images are few for {extractor.dim} features, {10 * extractor.dim} would do: read the "
               "distance beside its floor", file=sys.stderr)
     held_out = ref.test_logits

@@ -321,7 +321,8 @@ def test_robustness_by_hand(refined, tmp_path, monkeypatch):
         image = torch.full((2, 3, 32, 32), len(sds), dtype=torch.uint8)
         return {"fid": {"value": values[len(sds) - 1]}, "hf_energy": {"value": 1.0 - damage}}, image, 10 * image
 
-    table = fid.robustness(tmp_path, draw, "gmm", {"probe_steps": 7, "grid_count": 2}, "fid", refined)
+    setup = SimpleNamespace(evaluation={"probe_steps": 7, "grid_count": 2}, fd_key="fid")
+    table = fid.robustness(tmp_path, draw, "gmm", setup, refined)
     assert table["mean"] == pytest.approx(82 / 3) and table["rise"] == pytest.approx(52 / 3)
     assert sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03) and (table["steps"], table["images"]) == (7 * refined, 2)
     assert asked == {("gmm", "dpm", 7, 2) if refined else ("gmm", "none", 0, 2)}

@@ -527,7 +527,7 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     assert len([*own.iterdir()]) == 2 and path.stem.startswith("mine.v1 [new]-") and not features_dir.exists()
     assert report["classes"] == 20 and 0 <= report["retrieval"] <= 1 and report["n_test"] == 8
     assert {"extractor", "note", "floor", "noise", "blur", "sample_size", "half_the_classes",
-            "fifty_images_repeated_recall", "real_recall", "real_is"} <= set(report)
+            "real_recall", "real_is"} <= set(report)
     fid.main(["--train-local", folder])  # it is there already, so it is only examined
     assert path.read_bytes() == before and [*own.glob("*.pt")] == [path]
     assert json.loads(path.with_suffix(".json").read_text()) == report
@@ -556,6 +556,9 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
         again.setattr(fid, "train_network", None)
         fid.main(["--train-local", folder])
     assert [*own.glob("*.pt")] == [new]
+    second = fid.save_local(fid.LocalNet(20), new.stem[:-9], folder)
+    expect_error(capsys, lambda: fid.main(["--train-local", folder]), "2 networks", new.name, second.name, "remove all")
+    second.unlink()
     whole = new.read_bytes()
     new.write_bytes(whole[:5000])
     expect_error(capsys, lambda: fid.main(["--train-local", folder]), "--train-local", new.name, "remove this file")
@@ -611,7 +614,7 @@ def test_committed_extractors_keep_their_promises(name):
     assert rising([report["floor"], *noise]) and weakest < noise[0]  # the face network does not see noise of 0.02
     assert rising([report["floor"], *report["blur"].values()])
     assert report["half_the_classes"] >= 5 * report["floor"]
-    assert report["fifty_images_repeated_recall"] < 0.1 < report["real_recall"]
+    assert report["real_recall"] > 0.1
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -672,6 +675,10 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
     assert "warning: both folders hold the same files" in captured.err and "differ in size" not in captured.err
+    # Files of equal names and sizes, but with other images.
+    one, other = (save_folder(smooth_images(20, seed=seed), tmp_path / f"bmp{seed}", "bmp") for seed in (1, 2))
+    fid.main([one, other, *folders.weights, "--json"])
+    assert "same files" not in capsys.readouterr().err
 
 
 def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypatch):
