@@ -8,31 +8,36 @@ The loss has two terms.
 
     VAE term        E = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I)), exactly as in stage 1
     diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
-                    pixel values and divided by its running mean at this noise level (common.Training.even_levels). So
-                    M stays near 1, but its gradient does not vanish, since the running mean counts as a constant.
-                    SSE is a sum over pixel values, and M a mean. Multiplied by D, M is a sum, too. (The `paper` budget
-                    does not divide; there M is the plain error.)
+                    pixel values and divided by its running mean at this noise level (common.Training.even_levels). The
+                    factor D makes M as large as a sum over pixel values, which SSE is. (M itself stays near 1. But its
+                    gradient does not vanish, since the running mean counts as a constant. The `paper` budget does not
+                    divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
     sum             E + lambda D M, with one fixed weight lambda.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
-    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018). The derivative by
-                    a is 0 where a = log E, that by b where b = log(D M). So a tends to log E, and b to log(D M), which
-                    is log D where M is near 1. The ratio of the two weights, exp(a - b), plays the part of lambda. It
-                    tends to E / D.
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115,
+                    up to a factor of 2). The derivative by a is 0 where a = log E, that by b where b = log(D M). So a
+                    tends to log E, and b to log(D M), which is log D where M is near 1. The weight of D M over that of
+                    E, exp(-b) / exp(-a), plays the part of lambda. It tends to E / D.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
-                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of the
-                    latter compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At start = 400, our
-                    setting, this is 0.5 SSE(x0, x_hat). On shapes the VAE collapses: the code stays empty, and images
-                    are useless. (We did not find out why. A VAE trained alone on 0.5 SSE and the KL does not collapse.)
+                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of that
+                    process's bound compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At
+                    start = 400, our setting, it is 0.5 SSE(x0, x_hat); the end of bound_loss derives that. On shapes
+                    the VAE collapses: the code stays empty, and images are useless. (We did not find out why. A VAE
+                    trained alone on 0.5 SSE and the KL does not collapse.)
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
-U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. So we call backward on E + M, without a
-factor, which is right for the U-Net. M's gradient reaches the VAE only through x_hat. Where it enters x_hat, it is
-multiplied by lambda D (scale_gradient). So the VAE gets the gradient of E + lambda D M. The losses differ in E, in M
-and in their weights:
+U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
+x_hat, and where it enters x_hat, it can be multiplied by a factor (scale_gradient). So
+
+    we call backward on     E + M
+    the U-Net gets          the gradient of M
+    the VAE gets            the gradient of E, plus lambda D times the gradient of M that arrives at x_hat
+
+The losses differ in E, in M and in their weights:
 
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
@@ -63,9 +68,9 @@ Expect  as many minutes of training as stage 1 takes for both networks; the same
         pictures of paths through the latent space: between held-out images in `interpolation.png`, between samples in
         `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
         of the latent space, and of how the samples depend on the number of components of the mixture that codes are
-        drawn from. On shapes more samples can be recognised as a shape than in stage 1 (a higher precision), and the KL
-        is more than twice as large. The Frechet distance is about the same, and paths through the latent space are not
-        straighter.
+        drawn from. On shapes the refiner tolerates noise on x_hat far better than in stage 1, the KL is more than twice
+        as large, and precision is higher. The Frechet distance is about the same, and paths through the latent space
+        are not straighter.
 """
 
 import argparse
@@ -115,8 +120,8 @@ def lambda_at(train, step):
 
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D, and later
-    each by about its own size. (So the VAE's gradient never reaches its limit `vae_clip`, which is meant for a sum over
-    pixel values.)"""
+    each by about its own value. (So the VAE's gradient is small, and never reaches its limit `vae_clip`, which is meant
+    for a sum over pixel values.)"""
 
     def __init__(self, pixel_values):
         super().__init__()
@@ -148,10 +153,10 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step: a constant, and a
     factor times the squared error of the predicted x0) and, for t = 1, the nats of the pixels given x_1
     (common.data_nats). The terms over t are largest at small t, so these times are drawn more often, which lowers the
-    variance: t is the whole part of start * u^4, plus 1, for uniform u (B,). (The power 4 was found by trying.) The
-    probability that t is at most k is that of u^4 < k / start, which is (k / start)^(1/4). So the probability of a time
-    is P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4). Each term is divided by the P(t) of its time, which keeps the
-    estimate unbiased."""
+    variance (importance sampling): t is the whole part of start * u^4, plus 1, for uniform u (B,). (The power 4 was
+    found by trying.) The probability that t is at most k is that of u^4 < k / start, which is (k / start)^(1/4). So the
+    probability of a time is P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4). Each term is divided by the P(t) of its
+    time, which keeps the estimate unbiased."""
     u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
     probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
@@ -178,7 +183,7 @@ def watch_training(vae, unet, diffusion, images):
     unet.eval()  # without dropout
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
-    x0, x_hat = x0[:64], vae.decoder(mu[:64])
+    x0, x_hat = x0[:64], vae.decoder(mu[:64])  # enough for a mean loss; from mean codes, to have no noise of z in it
     t = torch.linspace(1, diffusion.start, len(x0), device=x0.device).long()
     eps = common.randn(x0.shape, gen)
     numbers = {"active_units": float(common.active_units(mu).sum())}
@@ -230,22 +235,22 @@ def train_joint(folder, train, data, device, vae_state=None):
             # M: what the U-Net learns from and, through `shown`, the VAE.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                logged = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per pixel value
-                unet_loss = logged
+                plain_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per value
+                unet_loss = plain_loss
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
-                logged = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the plain squared error
-                unet_loss = training.even_levels(logged, t, diffusion)  # (B,), M of each image
+                plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
+                unet_loss = training.even_levels(plain_loss, t, diffusion)  # (B,), M of each image
             vae_loss = vae_term  # (B,)
             if train["loss"] == "kendall":
                 # exp(-a) E + a + exp(-b) D M + b. The last part has to train b alone, so M is detached here. The
                 # networks get its gradient from unet_loss, below.
                 vae_loss = balance(vae_term, pixel_values * unet_loss.detach())
         weight = diffusion_weight / vae_weight  # for the log: lambda or, under `kendall`, exp(a - b)
-        training.step(vae_loss + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: logged, "weight": weight},
+        training.step(vae_loss + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
-    return training.finish(vae_state["seconds"] if vae_state else 0.0,
+    return training.finish(seconds_before=vae_state["seconds"] if vae_state else 0.0,
                            gmm=common.fit_mixture(vae, data.images, train, device))
 
 
@@ -296,13 +301,12 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def decode_and_refine(z, model, setup, first=0):
-    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. All calls
-    refine with the same noise. But if many codes are refined in parts, each part should have noise of its own. Then
-    `first` is the index of the part's first code."""
+    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. The noise of
+    refinement depends only on the seed and on `first`. So all points of a path, which leave `first` at 0, share it. Who
+    refines many codes in parts gives the index of each part's first code, so that no two parts share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # `refine` also uses the seed after this one. The factor 2 keeps the seeds of all parts apart, even if a part is
-    # small.
+    # `refine` also uses the seed after this one. With the factor 2, not even parts of a single code share a seed.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -320,7 +324,7 @@ def images_along_paths(first_codes, last_codes, points, model, setup):
 @torch.no_grad()
 def draw_paths(picture, model, setup):
     """Draw three paths between codes that the mixture draws, in the file `picture`. (The paths that latent_space draws
-    begin and end in real images, which may not be published of every data set.)"""
+    show real images, and some data sets do not allow those to be published.)"""
     gen = common.generator(common.SEEDS["paths"] + setup.train["seed"])
     first_codes, last_codes = model.priors["gmm"].sample(6, gen).chunk(2)  # (3, d) each
     weights, strips = images_along_paths(first_codes, last_codes, POINTS, model, setup)
@@ -424,6 +428,7 @@ def add_tables(folder, model, metrics, setup):
     """Add to a run what this stage measures and draws, if it is not there yet: paths.png, and in the metrics its latent
     space, and the Frechet distance by the number of components of the mixture."""
     tables = metrics["tables"]
+    # The picture may be missing beside a table, in runs that are older than it.
     if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
@@ -436,7 +441,7 @@ def results_of_stage1(setup):
     """{folder: metrics} of stage 1's runs `stage1-vae` and `stage1-form1`, as far as they are there. A run with other
     data, settings or another evaluation than this one is left out."""
     results = {}
-    for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ("guidance",))):
+    for name, ignored in (("stage1-vae", common.OF_UNET), ("stage1-form1", ())):
         folder, settings = setup.folder_and_settings(name, ignored=ignored)
         metrics = fid.read_metrics(folder / "metrics.json", setup.evaluation)
         if metrics and common.first_difference(metrics["run"]["train"], settings) is None:
@@ -446,21 +451,21 @@ def results_of_stage1(setup):
 
 def main(argv=None):
     args, own, name = read_flags(argv)
-    # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
-    train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
+    # Settings of stage 3 and of stage 1's `guided`: to change them by --set is an error here.
+    train, evaluation, device = common.read_settings(args, unused=("flow_steps", "guidance"))
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
             networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
         return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
-    folder, settings = setup.folder_and_settings(name, ignored=("guidance",))
+    folder, settings = setup.folder_and_settings(name)
     settings |= own
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
-        # Without a checkpoint, finished_state would prepare the folder for a training. With resume=True, it returns
-        # None for an unfinished one. Both end in the message below.
+        # finished_state returns None for an unfinished VAE. It is not called if there is no checkpoint, since it would
+        # then prepare the folder for a training. In both cases vae_state stays None, and the message below appears.
         if (vae_folder / "checkpoint.pt").is_file():
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:
@@ -477,7 +482,7 @@ def main(argv=None):
 
     # If stage 1 was run, measure its form1 in the same way.
     stage1 = results_of_stage1(setup)
-    form1_folder, _ = setup.folder_and_settings("stage1-form1", ignored=("guidance",))
+    form1_folder, _ = setup.folder_and_settings("stage1-form1")
     if form1_folder in stage1 and (form1_folder / "checkpoint.pt").is_file():
         form1 = load_model(common.load_checkpoint(form1_folder / "checkpoint.pt"), device)
         form1.temperature = setup.evaluation["temperature"]

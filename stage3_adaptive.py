@@ -25,24 +25,26 @@ Uncertainty
     and how sure the encoder is when it is shown x_hat.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
-        phi    [z, z^2, s_vec]: (B, 3d)
+        phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. w and b are scaled so that s has mean 0 and standard
                deviation 1 over training images.
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
-        posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
-                   Enc(x). In sampling there is no x, so it is made from those of Enc(x_hat), as for `variance`. (Both
-                   are standardised in the same way.) So in sampling the refiner meets an s of another kind than in
+        posterior  The obvious measure: the variance of q(z|x). It makes s_vec
+                       in training from the log-variances of Enc(x)
+                       in sampling from those of Enc(x_hat), as `variance` does, since there is no x
+                   (both standardised in the same way). So in sampling the refiner meets an s of another kind than in
                    training. One may expect that to hurt; in the one run that we made it did not.
 
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
-    fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades where the VAE is unsure. Nothing is learned.
+    fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades to grey if the VAE is unsure: at s = 2, two standard
+               deviations above the mean, 37% of it are left. Nothing is learned.
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
-               block (after FiLM, Perez et al. 2018, which also scales them). Another one, the gate, multiplies each
-               colour of x_hat by 1 + tanh(gate). Both functions start at zero, so that the strategy equals `fixed` at
-               first.
+               block (after FiLM, Perez et al. 2018, which also scales them). A second linear function of s_vec and s,
+               the gate, gives three numbers. Each colour of x_hat is multiplied by 1 + tanh of its number. Both
+               functions start at zero, so that the strategy equals `fixed` at first.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
                x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
                log-determinant: a prior is a density, a condition may be any function of x_hat.
@@ -164,7 +166,7 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # the usual norm is about 10
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # near the usual norm: many steps are shortened
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -242,7 +244,7 @@ def fit_uncertainty(trip):
 def rank_errors(trip, stats):
     """Does s rank the errors of held-out images? For each kind of uncertainty, Spearman's rank correlation of s with
     the squared error of x_hat, and a conclusion: yes, if it is significant (5%) and at least 0.1, the usual bound for a
-    weak correlation."""
+    weak correlation (Cohen 1988). `posterior` has the s that it has in training, made from Enc(x)."""
     facts = {}
     log_variances = {"variance": trip.logvar_of_x_hat, "regressed": trip.logvar_of_x_hat, "posterior": trip.logvar}
     for kind, logvar in log_variances.items():
@@ -258,19 +260,19 @@ def rank_errors(trip, stats):
 # --- Conditioning ----------------------------------------------------------------------------------------------------
 
 class ImageCoupling(nn.Module):
-    """Affine coupling layer on images (B, 3, H, W). Of the pixels of a checkerboard, those of one `colour` (0 or 1)
+    """Affine coupling layer on images (B, 3, H, W). Of the pixels of a checkerboard, those of one `parity` (0 or 1)
     stay. A small network sees them and s, and scales and shifts the others. It can be inverted, and starts as the
     identity."""
 
-    def __init__(self, colour, width=16):
+    def __init__(self, parity, width=16):
         super().__init__()
-        self.colour = colour
+        self.parity = parity
         self.net = nn.Sequential(nn.Conv2d(4, width, 3, padding=1), nn.SiLU(),
                                  common.zero_init(nn.Conv2d(width, 6, 3, padding=1)))
 
     def forward(self, x, s):
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
-        stays = ((rows[:, None] + columns) % 2 == self.colour).to(x.dtype)  # (H, W)
+        stays = ((rows[:, None] + columns) % 2 == self.parity).to(x.dtype)  # (H, W)
         s_map = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * stays, s_map], 1)).chunk(2, 1)  # each (B, 3, H, W)
         log_scale = torch.tanh(raw).float() * (1 - stays)  # float32 also under autocast; 0 where pixels stay
@@ -296,7 +298,8 @@ class Conditioner(nn.Module):
             return x_hat * torch.exp(-0.5 * s.clamp(min=0))[:, None, None, None], None
         if self.strategy == "film":
             s_all = torch.cat([s_vec, s[:, None]], 1)  # (B, d + 1)
-            return x_hat * (1 + torch.tanh(self.gate(s_all)))[:, :, None, None], self.film(s_all)
+            factor = 1 + torch.tanh(self.gate(s_all))  # (B, 3)
+            return x_hat * factor[:, :, None, None], self.film(s_all)
         if self.strategy == "coupling":
             for coupling in self.couplings:
                 x_hat = coupling(x_hat, s)
@@ -325,8 +328,9 @@ def build_vae(train):
 def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
     `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
-    flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That matters
-    little: the steps of Muon do not depend on the size of a gradient, and those of Adam adapt to it in time."""
+    flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That
+    matters little: the steps of Muon, which trains the flow's matrices, do not depend on the size of a gradient. (Adam,
+    which trains the biases, adapts slowly, so that these move less for some time.)"""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -343,9 +347,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 def train_vae(folder, train, data, device):
     """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit to its codes what
-    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow, what is trained here
-    is exactly stage 1's VAE, and its checkpoint goes to stage 1's folder. So it holds nothing of stage 3, and
-    get_vae_state calls fit_ex_post later.) Returns the finished checkpoint."""
+    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow this trains stage 1's
+    VAE, for stage 1's folder. What stage 3 adds to that is fitted in get_vae_state, and kept in another folder.)
+    Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -376,7 +380,8 @@ def fit_ex_post(vae, train, data, device):
 
 def get_vae_state(folder, train, setup, resume):
     """The checkpoint of the VAE and of what is fitted to it. It is read from `folder`, or made there. A VAE without a
-    flow is the same as in stage 1, so it is taken from stage 1's folder, and trained into that folder if need be."""
+    flow is the same as in stage 1. So it is taken from stage 1's folder, and trained into that folder if need be; then
+    the rest is fitted, and kept in `folder`."""
     state = common.finished_state(folder, train, resume)
     if state is not None:
         return state
@@ -385,13 +390,13 @@ def get_vae_state(folder, train, setup, resume):
     # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
     # Beside the U-Net's settings flow_steps is ignored, too: stage 1's VAE does not depend on it.
     stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=(*common.OF_UNET, "flow_steps"))
-    state = (common.finished_state(stage1_folder, settings, resume)
-             or train_vae(stage1_folder, settings, setup.data, setup.device))
+    stage1_state = (common.finished_state(stage1_folder, settings, resume)
+                    or train_vae(stage1_folder, settings, setup.data, setup.device))
     clock = time.time()
-    vae = common.frozen(build_vae(train), state["vae"], setup.device)
+    vae = common.frozen(build_vae(train), stage1_state["vae"], setup.device)
     fitted = fit_ex_post(vae, train, setup.data, setup.device)
-    return common.save_finished(folder, state | fitted | {"train": train,
-                                                          "seconds": state["seconds"] + time.time() - clock})
+    seconds = stage1_state["seconds"] + time.time() - clock
+    return common.save_finished(folder, stage1_state | fitted | {"train": train, "seconds": seconds})
 
 
 def build_refiner(train, d):
@@ -428,7 +433,7 @@ def train_refiner(folder, train, vae_state, data, device):
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
-    return training.finish(vae_state["seconds"],
+    return training.finish(seconds_before=vae_state["seconds"],
                            **{key: vae_state[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
@@ -444,7 +449,7 @@ def load_model(state, device, shuffled=False):
               "flow": flow}
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     model = common.Model(train.get("conditioning", "vae"), device, shape=(3, size, size), diffusion=diffusion,
-                         # all networks whose parameters count; vae.flow is replaced by `flow`
+                         # those whose parameters are counted; of the two flows only the one that was fitted ex post
                          networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
@@ -482,8 +487,8 @@ def refine_all(model, uncertainty, z, steps, seed):
 
 def scores_against_originals(images, real_features, setup):
     """How close reconstructions (the VAE's images or refined ones) are to the very images that they reconstruct, whose
-    features (N, f) are given: the Frechet distance between the two sets, the mean distance between an image and its
-    original, and the sharpness."""
+    features (N, f) are given: the Frechet distance between the two sets, and the mean distance between an image and its
+    original; and their sharpness, relative to all held-out images."""
     features, _ = fid.extract(setup.extractor, images)  # (N, f), and logits
     distance = fid.frechet_distance(fid.moments(features), fid.moments(real_features))
     return {"fd_to_originals": distance, "feature_distance": float((features - real_features).norm(dim=1).mean()),
@@ -507,8 +512,8 @@ def adaptivity(folder, state, model, setup):
     # quite 0. Its order is what counts.)
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
-    # The same codes with two other noises. (Runs with the next two --seed have these noises, too. That does no harm,
-    # since they have other networks.)
+    # The same codes with two other noises. (seed + 1000 and + 2000 are also the seeds of runs with the next two --seed.
+    # That does no harm, since these have other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
@@ -607,7 +612,8 @@ def read_flags(argv):
 
 def main(argv=None):
     args = read_flags(argv)
-    train, evaluation, device = common.read_settings(args)
+    # A setting of stage 1's `guided`: to change it by --set is an error here.
+    train, evaluation, device = common.read_settings(args, unused=("guidance",))
     vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
     # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name.
@@ -624,8 +630,8 @@ def main(argv=None):
     folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its headline is of samples
-    # from vae_prior, whatever --prior is, so that it does not depend on which of these runs came first.
+    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its headline is always of
+    # samples from vae_prior, so that both find the same one, whichever of them came first.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
@@ -644,7 +650,7 @@ def main(argv=None):
     name = f"stage3-{args.prior}-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
-    folder, settings = setup.folder_and_settings(name, ignored=("guidance",))
+    folder, settings = setup.folder_and_settings(name)
     state = (common.finished_state(folder, settings | own, args.resume)
              or train_refiner(folder, settings | own, vae_state, setup.data, device))
     model = load_model(state, device)

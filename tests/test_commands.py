@@ -556,6 +556,8 @@ def test_committed_weights(dataset, size):
         ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
     *((name, f"--set {text}", [f"--set {text}: ", word]) for name in COMMANDS for text, word in (
         ("guidance=much", "number"), ("start=1001", "from 2 to 1,000"), ("steps=5", "no such setting"))),
+    *((name, f"--set {key}=1", [f"--set {key}: nothing in this stage depends on it"]) for name, key in (
+        ("stage1", "flow_steps"), ("stage2", "flow_steps"), ("stage2", "guidance"), ("stage3", "guidance"))),
     ("stage2", "--from-vae", ["stage1-vae-s0", "holds no finished VAE"]),
     ("stage2", "--loss bound --gradient decoder", ["--gradient decoder", "bound"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
