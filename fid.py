@@ -3,7 +3,7 @@ and the evaluation of a trained model by them.
 
 The claim behind the scores: two sets of images are alike if a trained network's features of them are. Each image
 becomes a vector: 2048 numbers from the Inception network of 2015, or 64 from a small network trained on the data set at
-hand. Every score compares the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu
+hand. Most scores compare the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu
 and covariance S (Heusel et al. 2017). Only with Inception's features is it called FID:
 
     FD = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
@@ -12,8 +12,8 @@ Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
     A floor         Even real images do not have an FD of 0: it is biased upward, by about C (1/N1 + 1/N2) for N1 and N2
-                    images (expected_floor derives C). So the FD of equally many held-out real images is given beside
-                    it, as the lowest that can be expected (of all held-out images, if there are fewer).
+                    images (expected_floor derives C). So beside the FD of N generated images stands that of N held-out
+                    real images, or of all if there are fewer: about the lowest that can be expected.
     An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
                     repeated images has a higher FD, so its interval would lie above the score.)
@@ -55,8 +55,8 @@ from common import DATASETS, fail, find_images, generator, load_hashed, randn, r
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
 OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
-# A network that was trained on a user's folder is refused if a smaller share of the folder's files is still the same.
-# (A few files more or less should not cost another training.)
+# A network that was trained on a user's folder is used only if at least this share of its files has not changed since
+# then. (A few files more or less should not cost another training.)
 LEAST_SHARE_UNCHANGED = 0.9
 
 
@@ -78,8 +78,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
     branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. A hook
-    that runs before a module may replace its input. So one hook keeps the block's input x, and another gives pool(x) to
-    branch_pool in place of avg_pool2d(x)."""
+    that runs before a module may replace its input. So one hook puts the block's input x into the list `inputs`, and
+    another takes it out and gives pool(x) to branch_pool in place of avg_pool2d(x)."""
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
     # Before branch_pool; what this hook returns takes the place of its input.
@@ -92,8 +92,8 @@ def resize_matrix(size, target):
     position = torch.arange(target, dtype=torch.float64) * size / target  # (target,)
     low = position.long()  # the pixel before the position; low + 1 is the one after it
     before, after = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)  # (target, size)
-    # With f = position - low, each row has the weight 1 - f at `low`, and f at the pixel after it.
-    return torch.lerp(before.double(), after.double(), (position - low)[:, None]).float()
+    f = (position - low)[:, None]  # (target, 1), how far the position lies behind the pixel before it
+    return torch.lerp(before.double(), after.double(), f).float()  # (1 - f) before + f after
 
 
 class InceptionV3(nn.Module):
@@ -249,7 +249,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
 
 def scoring_device(extractor):
     """Where scores against a data set are computed: the device of the feature network, or the CPU if that has no
-    float64. (Scores against a folder are computed on the CPU.)"""
+    float64. (Scores against a folder are computed on the CPU, where make_reference leaves the features.)"""
     device = next(extractor.parameters()).device
     try:
         torch.empty(0, dtype=torch.float64, device=device)
@@ -326,9 +326,11 @@ def expected_floor(stats, count):
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       the covariance of Gaussian draws
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution)
 
-    The doubling for i = j adds (1/N1 + 1/N2) times 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, in all 1/4 tr S. So
+    With the third line, the second has the expectation (1/N1 + 1/N2) times 1/2 sum_ij l_i l_j / (l_i + l_j), and the
+    doubling for i = j adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i to the sum, in all 1/4 tr S. The first line adds
+    tr S. So
 
         E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
 
@@ -432,17 +434,18 @@ def jackknife(score, x):
     if len(x) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
     scores_without = np.array([score(x[group != g]) for g in range(GROUPS)])
-    # The jackknife's variance of a score (Efron 1982). Any two of these scores share most images, so they lie close
-    # together. So their squared deviations are added up, not averaged.
+    # The jackknife's variance of a score (Efron 1982). Any two of these scores share most of their images, so they vary
+    # much less than scores of separate draws would. That is why their squared deviations are added up (times 19/20),
+    # not averaged.
     half_width = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(scores_without - scores_without.mean()).sum())
     return {"value": value, "low": value - half_width, "high": value + half_width}
 
 
 def jackknife_pairs(value, image_means):
-    """The jackknife of a score that is the mean of a symmetric matrix of pairs of images, without computing the pairs
-    again. `value` is the score, image_means (N,) has the means of the matrix's rows. Leaving out an image removes its
-    row and its column. Since the matrix is symmetric, both change the score by the same amount. So, to first order, the
-    score changes by twice the change of the mean of image_means."""
+    """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
+    two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
+    rows. Leaving out an image removes its row and its column. Since the matrix is symmetric, both change the score by
+    the same amount. So, to first order, the score changes by twice the change of the mean of image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -472,7 +475,7 @@ def make_reference(extractor, train, test=None):
     return Reference(extract(extractor, shuffle(train), progress=True)[0], *held_out)
 
 
-def reference(extractor, data_train, data_test, cache_dir):
+def cached_reference(extractor, data_train, data_test, cache_dir):
     """The Reference of a data set (common.ImageData of two splits). It is kept in cache_dir, in a file whose name
     changes with the data set, its crop, any of its pixels and the feature network."""
     train, test, pixels = data_train.images, data_test.images, hashlib.sha256()
@@ -505,8 +508,8 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    # Shuffled as inception_score would do it, but here, once. If it shuffled again whenever a group is left out, the
-    # ten parts would have other images.
+    # Shuffled a second time, with inception_score's own seed, and before the jackknife. If inception_score shuffled
+    # again whenever a group is left out, the ten parts would have other images.
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
     kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
@@ -534,26 +537,31 @@ def scores(extractor, generated, ref, progress=False):
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
 #
 # A VAE draws z from a prior, and decodes it to x_hat. A refiner turns noise and x_hat into an image. Three attributes
-# of a common.Model tell its kind. (denoiser_for(x_hat, z, clean) returns the function that predicts the clean image
-# from a noisy one. `clean` is x_hat without the noise of `robustness`, and only stage 3 uses it.)
+# of a common.Model tell its kind. (denoiser_for(x_hat, z, clean) returns the network as a function of x_t and t.
+# `clean` is the undamaged x_hat. It differs from x_hat only in `robustness`, and only stage 3 uses it.)
 #
 #                         vae    denoiser_for   decode
 #     VAE alone           set    None           None     its image is x_hat
 #     diffusion alone     None   set            None     turns noise into an image
 #     VAE and refiner     set    set            None     turns noise and x_hat into an image
-#     latent diffusion    None   set            set      turns noise into a latent, and decodes it
+#     latent diffusion    None   set            set      turns noise into a latent, and decodes it; it has no x_hat
+#
+# The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
+# first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
+# of steps in measurements such as `robustness`.
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
 
 class Setup:
-    """What a stage's command works with. Making it tries everything that can fail before any training begins: other
-    processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN and common.EVAL
-    (section 8 there) for the chosen budget."""
+    """What a stage's command works with. Making it loads everything that may be missing or wrong before any training
+    begins: other processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN
+    and common.EVAL (section 8 there) for the chosen budget."""
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        # The settings that --set changes. They are not in `train`, since a run takes only those that concern it.
+        # The settings that --set changes. They are kept apart from `train`, since folder_and_settings gives a run only
+        # those on which it depends.
         self.changes = args.changes
         # If torchrun has started several processes, each takes a share of the batch.
         common.join_processes(device, (train | self.changes)["batch"])
@@ -568,8 +576,8 @@ class Setup:
             common.wait_for_all()  # now the others go on
         # What is kept of a user's own folder does not go into that folder.
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-        # A run is trained anew if any of these settings differs. Among them is what the data are: how they were
-        # cropped, how many they are, and a note such as "JPEG copies".
+        # A folder that holds a run with other settings than these is refused. Among them is what the data are: how they
+        # were cropped, how many they are, and a note such as "JPEG copies".
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
@@ -585,7 +593,7 @@ class Setup:
     @cached_property
     def reference(self):
         """What the scores compare with: the features of the training images, kept beside the data."""
-        return reference(self.extractor, self.data, self.test, self.cache)
+        return cached_reference(self.extractor, self.data, self.test, self.cache)
 
     def score(self, images):
         """All scores of uint8 images (see `scores`). The first process computes them for all."""
@@ -600,10 +608,10 @@ def mean_score(values):
 
 
 def high_frequency_power(images):
-    """Mean power of the grey image above 1/4 cycle per pixel, which is half the highest frequency that an image can
-    hold: uint8 (N, 3, S, S) -> (N,). A Hann window fades the image out towards its borders, whose jumps would count as
-    detail."""
-    grey = images.float().mean(1)  # (N, H, W)
+    """Mean power of the grey image above 1/4 cycle per pixel, which is half the highest frequency along an axis: uint8
+    (N, 3, S, S) -> (N,). The Fourier transform takes the image as periodic, so its left and right borders meet in a
+    jump, which would count as detail. A Hann window fades the borders out."""
+    grey = images.float().mean(1)  # (N, S, S)
     size = grey.shape[-1]
     window = torch.hann_window(size, periodic=False, device=grey.device)
     spectrum = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window)
@@ -647,7 +655,7 @@ def evaluate(folder, setup, state, model):
     rows, tables = measure_samples(folder, model, setup)
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
-        for table in (tables["latent"], tables.get("start")):
+        for table in (tables["latent"], tables.get("start")):  # "start" comes from check_start, if there is a refiner
             if table and train["budget"] != "smoke":  # which trains for a few steps: there is nothing to conclude
                 print(f"{folder.name}: {table['conclusion']}")
     if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
@@ -675,7 +683,8 @@ def measure(model, setup, prior, sampler, steps, count, damage):
     x_hat or to a latent. Returns one row of the metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
-    steps = min(steps, model.diffusion.start)  # the sampler takes at most `start` steps, one for each time
+    # The sampler begins at time `start` and visits each time at most once.
+    steps = min(steps, model.diffusion.start)
     row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
            "seconds_per_image": seconds} | setup.score(images)  # nfe: number of evaluations of a network
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
@@ -715,10 +724,10 @@ def measure_samples(folder, model, setup):
 
 
 def robustness(folder, draw_and_score, prior, setup, has_diffusion):
-    """Scores with noise on x_hat (before it is refined, if it is), or on a latent before it is decoded. The codes z,
-    and the noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over
-    the three strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` of
-    a model. Writes robustness.png."""
+    """Scores with noise on x_hat, before a refiner sees it, or on a latent, before it is decoded. The codes z, and the
+    noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over the three
+    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` of a model.
+    Writes robustness.png."""
     evaluation, fd_key = setup.evaluation, setup.fd_key
     sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
     scores_by_noise, pictures = {}, {}
@@ -752,9 +761,8 @@ def nearest_rows(queries, rows):
 def copies(folder, images, setup):
     """Does a model copy training images? The distance of generated images, uint8 (N, 3, H, W), to the nearest training
     image, and the same for as many held-out images: by pixels (the root of the mean squared difference, in grey
-    levels) and in the features of the scores. Let r be the distance within which 1% of the held-out images have a
-    training image. `closer` is the share of generated images that have one within r. A share far above 0.01 would speak
-    for copies.
+    levels) and in the features of the scores. Let r be the 1% quantile of the held-out images' distances. `closer` is
+    the share of generated images whose distance is at most r. A share far above 0.01 would speak for copies.
 
     If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
     generated images that are closest in the features, with their nearest training images."""
@@ -773,11 +781,11 @@ def copies(folder, images, setup):
                 distance = distance / both[0].numel() ** 0.5  # the root of the mean, not of the sum
             # The rows of the view are the images (0) and their mirror images (1), if any. The smaller distance counts.
             smaller, which = distance.view(-1, count).min(0)  # `which` is the row that has it
-            nearest[kind, side] = smaller, index.view(-1, count)[which, torch.arange(count)]
+            nearest[kind, side] = smaller, index.view(-1, count).gather(0, which[None])[0]
     for kind in ("pixels", "features"):
         (generated, _), (held_out, _) = nearest[kind, "generated"], nearest[kind, "held_out"]
         table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
-                       "closer": float((generated < held_out.quantile(0.01)).float().mean())}
+                       "closer": float((generated <= held_out.quantile(0.01)).float().mean())}
     distance, index = nearest["features", "generated"]
     closest = distance.argsort()[:5]
     common.save_grid(folder / "copies.png", {"generated": sides["generated"][closest],
@@ -785,7 +793,7 @@ def copies(folder, images, setup):
     return table
 
 
-COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares: 30 and 6,000 are those in use
+COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
 
 
 def held_out_codes(model, setup):
@@ -839,7 +847,8 @@ def measure_vae(folder, model, setup):
         kinds["refined"] = refined
     for name, images in kinds.items():
         table[f"hf_energy_{name}"] = hf_energy(images, test.images)
-        if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):  # it knows the classes
+        if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):
+            # The network was trained on this data set, so it predicts the classes of the labels.
             classes = extract(setup.extractor, images)[1].argmax(1)
             table[f"class_kept_{name}"] = float((classes == test.labels[:count]).float().mean())
     tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
@@ -899,8 +908,8 @@ def diagnose(mu, logvar, sharpness):
 
 def check_start(diffusion, x_hat, real):
     """Whether refinement begins early enough to correct what is wrong with x_hat, uint8 (N, 3, H, W). At its start, the
-    noise should hide the VAE's error, `real` - x_hat: the noise's standard deviation, divided by the factor of the
-    image in x_t, should be six times the error's standard deviation or more. (Six is a rule of thumb.)"""
+    noise should hide the VAE's error, `real` - x_hat. With x_t = a x0 + sigma eps, the noise has the standard deviation
+    sigma / a relative to the image. It should be at least six times the error's (a rule of thumb)."""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
@@ -914,8 +923,8 @@ def bits_per_dim(model, prior, setup):
     """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
     Dec(z) they are
         kl          log q(z | x) - log p(z), under the model's prior over z of the name `prior`
-        prior       the KL of x_start made from the image to x_start made from x_hat (to pure noise, if sampling begins
-                    with that)
+        prior       KL(q(x_start given the image) || p(x_start given x_hat)), where p is pure noise if sampling begins
+                    with that
         diffusion   the sum of the KLs of all steps, estimated from a few of them
         data        -log of the probability of the pixels after the last step
     The last three are those of common.diffusion_nats."""
@@ -932,9 +941,10 @@ def bits_per_dim(model, prior, setup):
             parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
         denoise = model.denoiser_for(x_hat, z, clean=x_hat)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
-    nats_per_bit = images[0].numel() * math.log(2)  # that one bit for each pixel value of an image makes
-    return {"bound": mean_score(sum(parts.values()) / nats_per_bit), "images": len(images), "latent_prior": prior,
-            **{name: float((value / nats_per_bit).mean()) for name, value in parts.items()}}
+    # One bit per pixel value ("bits per dimension") is this many nats per image.
+    nats_per_bpd = images[0].numel() * math.log(2)
+    return {"bound": mean_score(sum(parts.values()) / nats_per_bpd), "images": len(images), "latent_prior": prior,
+            **{name: float((value / nats_per_bpd).mean()) for name, value in parts.items()}}
 
 
 def show(score):
@@ -967,8 +977,8 @@ def print_results(finished, setup):
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
 PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
-# How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. For other data it is 200,000,
-# but each image is seen at most 100 times.
+# How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. For other data it is 200,000.
+# But no image is seen more than 100 times.
 IMAGES_SEEN = {"cifar10": 800_000}
 
 
@@ -1021,7 +1031,9 @@ def train_network(data, seed=0, batch=256):
         nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
     networks = nn.ModuleList([net, extra_head])
     batch = min(batch, len(images))
-    steps = math.ceil(min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images)) / batch)
+    images_seen = min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images))
+    steps = math.ceil(images_seen / batch)
+    # Random orders of all images, one after another, are cut into batches.
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
     batches = torch.cat(epochs)[:steps * batch].view(steps, batch)  # indices of images
     # Found by trying, near known recipes (SimCLR: 0.3 for a batch of 256).
@@ -1112,6 +1124,7 @@ def examine(extractor, train, test):
     report["sample_size"] = {n: fd(features[:n]) for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(images)}
     half_of_them = features[classes < extractor.classes / 2]
     report["half_the_classes"] = fd(half_of_them) if len(half_of_them) > 1 else None
+    # The recall that real images reach: held-out ones take the place of generated ones.
     report["real_recall"] = precision_recall(ref.features[:len(images)], features)[1]
     report["real_is"] = inception_score(logits)[0]
     return report
@@ -1119,8 +1132,9 @@ def examine(extractor, train, test):
 
 def train_local(name, data_dir="data"):
     """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
-    weights. A network that exists is kept and only examined, because results depend on it. It is replaced only if the
-    user's folder has changed."""
+    weights. A network that exists is kept and only examined, because results depend on it. It is replaced only if many
+    of the files in the user's folder have changed. (If all have, it may belong to another folder of this name: then the
+    program ends with an error.)"""
     own = name not in DATASETS  # name is the path of a user's own folder
     if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
@@ -1131,16 +1145,18 @@ def train_local(name, data_dir="data"):
     outdated, current = [], []  # outdated: trained on other files than the folder has now
     for path in found:
         stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
-        if own and share_of_same_files(stored, data_dir) < LEAST_SHARE_UNCHANGED:
-            outdated.append(path)
-        else:
-            current.append(path)
+        share = share_of_same_files(stored, data_dir) if own else 1
+        if share == 0:
+            fail(f"--train-local {name}: {path} was trained on a folder of this name, but with other files; rename "
+                 "your folder, or remove that file")
+        (current if share >= LEAST_SHARE_UNCHANGED else outdated).append(path)
     if len(current) > 1:
         fail(f"--train-local {name}: there are {len(current)} networks of this name, {', '.join(map(str, current))}; "
              "remove all but one")
     if not current:
         save_local(train_network(train), train.name, data_dir if own else None)
     for path in outdated:
+        print(f"removed: {path}, which was trained before the files in {name} changed")
         path.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
@@ -1210,7 +1226,7 @@ def main(arguments=None):
     else:
         train, test = (common.load_images(args.real, split, args.data_dir) for split in ("train", "test"))
         real, real_jpeg = train.images, "JPEG" in train.note
-        ref = reference(extractor, train, test, Path(args.data_dir) / "cache")
+        ref = cached_reference(extractor, train, test, Path(args.data_dir) / "cache")
     row, count = scores(extractor, images, ref, progress=True), len(images)
     for folder, found in ((args.generated, images), (args.real, real)):
         if isinstance(found, list):

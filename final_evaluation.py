@@ -185,8 +185,8 @@ NUMBERS = {
     "spread, sure": "tables/adaptivity/terciles/sure/spread",
     "spread, unsure": "tables/adaptivity/terciles/unsure/spread",
     # The mean distance, in features, of generated images and of held-out ones to the nearest training image. Let r be
-    # the distance within which 1% of the held-out images have a training image. `closer` is the share of the generated
-    # images that have one within r. It is about 0.01 if nothing is copied.
+    # the 1% quantile of the held-out images' distances. `closer` is the share of the generated images whose distance is
+    # at most r. A share far above 0.01 would speak for copies.
     "nearest, samples": "tables/copies/features/generated",
     "nearest, held out": "tables/copies/features/held_out",
     "closer": "tables/copies/features/closer",

@@ -91,7 +91,7 @@ def test_name_and_settings_of_a_run(small, monkeypatch):
 def test_setup_of_several_processes(small, monkeypatch):
     """The first process decodes the data before all others. It computes scores alone and hands them on."""
     monkeypatch.setattr(fid, "load_extractor", lambda *how: SimpleNamespace(name="stub", suffix="_local"))
-    monkeypatch.setattr(fid, "reference", lambda *how: events.append(how) or "reference")
+    monkeypatch.setattr(fid, "cached_reference", lambda *how: events.append(how) or "reference")
     monkeypatch.setattr(fid, "scores", lambda *how: events.append("scores") or how)
     load_images = common.load_images
     monkeypatch.setattr(common, "load_images", lambda *how: events.append("load") or load_images(*how))

@@ -430,7 +430,7 @@ def test_scores_of_thousands(local, monkeypatch):
 def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
     """Another pixel, name, crop or network has a reference of its own. A damaged file is made again."""
     train, test = smooth_images(60), image_data(smooth_images(30, seed=1))
-    first, again = (fid.reference(local, image_data(train), test, tmp_path) for _ in range(2))
+    first, again = (fid.cached_reference(local, image_data(train), test, tmp_path) for _ in range(2))
     (file,) = tmp_path.iterdir()
     assert torch.equal(again.stats.cov, first.stats.cov) and torch.equal(again.stats.root, first.stats.root)
     assert torch.equal(again.features, first.features) and torch.equal(again.test_logits, first.test_logits)
@@ -442,10 +442,10 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
     variants = [(local, image_data(changed)), (local, image_data(train, name="other")), (other, image_data(train)),
                 (local, image_data(train, crop="centre"))]
     for i, (extractor, data) in enumerate(variants, 2):
-        fid.reference(extractor, data, test, tmp_path)
+        fid.cached_reference(extractor, data, test, tmp_path)
         assert len(list(tmp_path.iterdir())) == i
     file.write_bytes(b"half a file")
-    assert torch.equal(fid.reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
+    assert torch.equal(fid.cached_reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
 
 
 # ---- Training local networks -----------------------------------------------------------------------------------------
@@ -537,6 +537,8 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     fid.main([folder, folder])  # found by the folder's name, but not for other files in a folder of that name
     other = save_folder(smooth_images(4), tmp_path / "elsewhere" / "mine.v1 [new]")
     expect_error(capsys, lambda: fid.main([other, other]), "was trained on other files", other, "(0% agree)")
+    expect_error(capsys, lambda: fid.main(["--train-local", other]), "a folder of this name", path.name, "rename")
+    assert path.read_bytes() == before  # the network of the first folder is not lost
     fid.main([other, other, "--weights", str(path)])
     named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
     fid.save_local(fid.LocalNet(2), "shapes")
@@ -548,7 +550,9 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     save_folder(smooth_images(9, 48), tmp_path / "mine.v1 [new]" / "few")  # 80 of 89
     expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(90% agree)",
                  f"--train-local {folder}")
+    capsys.readouterr()
     fid.main(["--train-local", folder])
+    assert f"removed: {path.relative_to(tmp_path)}" in capsys.readouterr().out
     new, = own.glob("*.pt")
     assert new != path and {file.name for file in own.iterdir()} == {new.name, f"{new.stem}.json"}
     path.write_bytes(before)  # as if the command had been killed before it removed the outdated network
