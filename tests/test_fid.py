@@ -537,7 +537,8 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     fid.main([folder, folder])  # found by the folder's name, but not for other files in a folder of that name
     other = save_folder(smooth_images(4), tmp_path / "elsewhere" / "mine.v1 [new]")
     expect_error(capsys, lambda: fid.main([other, other]), "was trained on other files", other, "(0% agree)")
-    expect_error(capsys, lambda: fid.main(["--train-local", other]), "a folder of this name", path.name, "rename")
+    third = save_folder(smooth_images(60, 40), tmp_path / "third" / "mine.v1 [new]", "jpg")
+    expect_error(capsys, lambda: fid.main(["--train-local", third]), "a folder of this name", path.name, "rename")
     assert path.read_bytes() == before  # the network of the first folder is not lost
     fid.main([other, other, "--weights", str(path)])
     named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
