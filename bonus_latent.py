@@ -11,7 +11,7 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first, and the diffusion loss does not train it. If it did, the encoder
                   could lower that loss without learning anything. The scaling is fixed, so it could make the latent so
-                  small that x_t is almost pure noise, which is easy to predict.
+                  small that x_t is almost pure noise. The noise can then be read off x_t, and the loss is low.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
@@ -107,8 +107,9 @@ def encode_all(autoencoder, images, device):
 
 
 def train_autoencoder(folder, train, data, device):
-    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE: main has copied
-    vae_lr to autoencoder_lr, and so on, where Training looks them up. Returns the finished checkpoint."""
+    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE.
+    Training looks settings up under the network's name, so main has copied vae_lr to autoencoder_lr, and so on. Returns
+    the finished checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -137,7 +138,7 @@ def train_latent(folder, train, ae_state, data, device):
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
-    # (Training converts uint8 images alone. These latents are floats, and come back as they are.)
+    # (Training converts only uint8 images. These latents are floats, and come back as they are.)
     training = common.Training(folder, train, device, latents, steps=train["unet_steps"], flip=False, unet=unet)
     for mu_and_sd in training:  # (B, 8, h, w)
         mu, sd = mu_and_sd.chunk(2, 1)
@@ -259,8 +260,8 @@ def savings(folder, model, train, setup):
               "latent": CostProbe(latent_unet, model.shape, model.decode, latent, model.reduced)}
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
-    # The pixel model begins at x_hat and has only `start` times, so at most as many steps. The latent model begins at
-    # T. (main refuses `--set start=...`, which would change only this comparison.)
+    # The pixel model begins at x_hat, at time `start`, and cannot have more steps than that. The latent model begins at
+    # T. (main refuses `--set start=...`: it would train the same models again, and change only this comparison.)
     costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
@@ -286,9 +287,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)
-    # (beta: the autoencoder's weight of the KL is BETA, above.)
+    # (beta: the autoencoder's weight of the KL is BETA, above. pool: its networks never pool.)
     train, evaluation, device = common.read_settings(
-        args, unused=("beta", "start", "guidance", "components", "tied", "flow_steps"))
+        args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
+    # args.changes now holds what --set changes.
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
     # The autoencoder is trained with the settings of a VAE. Training looks them up under the name of the network.

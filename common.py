@@ -15,13 +15,13 @@ Conventions, used by every file:
     Networks and batches have the memory format channels_last, in which convolutions are faster. Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
-    of images in [0, 1], summed over pixel values; `eps_mse` and `v_mse` are means over pixel values, of images in
-    [-1, 1].
+    of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
+    U-Net predicts (see Diffusion), averaged over its values, with images in [-1, 1].
     Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
     number that depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two
     exceptions are initial weights and dropout masks: they use torch's global generator, which is seeded before a
     network is built and before every step with dropout.
-    In training, and in refinement, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
+    In training and in sampling, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
     float32 again.
 """
 
@@ -81,8 +81,8 @@ def to_uint8(x):
 # ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Posterior(NamedTuple):
-    """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. Sampling runs backwards in time:
-    x_next is the image after a step of sampling, with less noise than x_t. Two choices of the variance are in use
+    """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. ("Next" means next in sampling, which
+    runs backwards in time: t_next < t, and x_next has less noise than x_t.) Two choices of the variance are in use
     (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
     "fixedlarge") is the variance of the noise that the forward process adds on its way from x_next to x_t."""
 
@@ -183,8 +183,9 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
     DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. (Any smooth variable that grows along the path may say where the middle is. The
-    paper's is lambda = log(a / sigma).) The two latest predictions are extrapolated linearly:
+    the x0 of the middle of the step. Where the middle is, is measured in lambda = log(a / sigma), as in the paper. (Any
+    other smooth variable that grows along the path would do, too.) The two latest predictions are extrapolated
+    linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -225,7 +226,7 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
             variance = posterior.large_variance if steps == diffusion.start else posterior.small_variance
             noise = randn(x.shape, gen) if t_next > 0 else 0.0
             x = posterior.x0_factor * x0 + posterior.xt_factor * x + math.sqrt(variance) * noise
-        elif sampler == "ddim":  # the same x0 and eps, mixed as at the earlier time
+        elif sampler == "ddim":  # the same x0 and eps, mixed with the factors of t_next
             x = diffusion.q_sample(x0, torch.full_like(t_batch, t_next), eps)
         else:  # "dpm"
             x = dpm_step(diffusion, x, x0, t, t_next, previous)
@@ -267,12 +268,12 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
-    (16, 64, 1), ..., (1, 128, 1)]. The published tables do not count the block right before a change of resolution. So
-    each level but the last has `blocks` + 1 blocks: (32, 32, 0) has one. Then the resolution changes: as published
-    (`pool`) by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d: nn.Conv2d,
-    computed as a matrix product, see section 11). The strided convolution has a weight for every position in its
-    window. An average does not tell positions apart, and the published network averages all the way down to 1x1. It can
-    still learn where things are, from the zero padding at the border, but not in a short training."""
+    (16, 64, 1), ..., (1, 128, 1)]. `blocks` is the published number, which leaves out one block of each level but the
+    last: the one right before the resolution changes. So (32, 32, 0) has one block. Then the resolution changes: as
+    published (`pool`) by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d:
+    nn.Conv2d, computed as a matrix product, see section 11). The strided convolution has a weight for every position in
+    its window. An average does not tell positions apart, and the published network averages all the way down to 1x1. It
+    can still learn where things are, from the zero padding at the border, but not in a short training."""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -374,7 +375,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in float32, with 32 groups as published. Our small widths have fewer: the largest power of two that
     divides a quarter of the width. So a group has at least four channels.
 
-    Autocast does the same on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as slow."""
+    Autocast, too, uses float32 here on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as
+    slow."""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)  # widths 128, 96 and 48: 32, 8 and 4 groups
@@ -431,16 +433,18 @@ class UNet(nn.Module):
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
     enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
-    from the stack, and sees it beside its input (a skip connection). In DDPM every level has one more block on the way
-    up than on the way down. This additional block takes the map that entered the level. So (32, 128, 2, 3) puts three
-    maps on the stack and takes three. Most levels of our small networks do without the additional block, and leave that
-    map unused: (32, 32, 1, 1) puts two maps on the stack and takes one. `attention` lists the resolutions that have
+    from the stack, and sees it beside its input (a skip connection).
+        In DDPM every level has one more block on the way up than on the way down, and all maps are taken: (32, 128, 2,
+        3) puts three maps on the stack and takes three.
+        Most levels of our small networks have as many blocks up as down, and the map that entered the level is left:
+        (32, 32, 1, 1) puts two maps on the stack and takes one.
+    `attention` lists the resolutions that have
     self-attention; the middle of the network always has it. `extra` (B, 4 * first width), if given, is added to the
     time embedding. Stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
-        width = table[0][1]  # from here on: the channels that the next layer gets; every layer that is added changes it
+        width = table[0][1]  # from here on: the number of channels at the place that we have reached
         self.frequencies, emb_dim = width // 2, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -554,10 +558,10 @@ class GaussianMixture:
         """The mixture fitted to codes z (N, d). A first mixture is improved by `rounds` of EM on a part of the codes,
         for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes.
 
-        The first mixture has the cluster means of k-means, and one covariance, that of the codes about the mean of
-        their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd of refined
-        samples was clearly higher.) But k-means of the thousands of components that a `tied` mixture may have would
-        take minutes. So there the first means are random codes, and the first covariance is that of all codes."""
+        If not `tied`, the first mixture has the cluster means of k-means, and one covariance, that of the codes about
+        the mean of their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd
+        of refined samples was clearly higher.) If `tied`, there may be thousands of components, and k-means would take
+        minutes. Then the first means are random codes all the same, and the first covariance is that of all codes."""
         # Subtracted while fitting, because em_round computes a covariance as E[z z^T] - mean mean^T. Far from 0, that
         # is a small difference of large numbers.
         centre = z.mean(0)
@@ -565,13 +569,13 @@ class GaussianMixture:
         z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
         part = z[: max(subset, 20 * components)]
         if tied:
-            means, errors = z[:components], z
+            means, residuals = z[:components], z
         else:
             means, cluster = kmeans2(part.numpy(), min(components, len(part)), minit="++", rng=seed)
             means = torch.from_numpy(means)
-            errors = part - means[torch.from_numpy(cluster).long()]
+            residuals = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
-        covariance = errors.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
+        covariance = residuals.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
         mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # shared by all components
         for _ in range(rounds):
             mixture = mixture.em_round(part, tied)
@@ -620,10 +624,10 @@ class GaussianMixture:
         groups = len(self.factors)  # number of covariances: K or, if they share one, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
+        # L^-1 mean: (K, 1, d) or, with one covariance, (1, K, d)
         white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)
-        # white_means: L^-1 mean, (K, 1, d) or, with one covariance, (1, K, d). log_scale: (K, 1, 1) or (1, 1, K).
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
-        log_scale = (self.weights.log() - log_det).view(groups, 1, -1)
+        log_scale = (self.weights.log() - log_det).view(groups, 1, -1)  # (K, 1, 1) or (1, 1, K)
         constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
         rows = max(100, min(2000, 750_000 // count))  # so that a part and its logarithms stay in a processor's cache
         for part in z.cpu().split(rows):
@@ -665,7 +669,7 @@ class Model:
     # x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
-    evaluations: int = 1  # of networks in each sampling step
+    evaluations: int = 1  # how many networks run in each sampling step
     temperature: float = 1.0  # factor of the noise in x_start; below 1 there are fewer artefacts and less detail
     reduced: bool = False  # whether it samples in bfloat16; see choose_precision
 
@@ -704,9 +708,9 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     """Refine x_hat (B, 3, H, W) with its code z (B, d): images in [-1, 1]. Of a VAE alone, x_hat itself comes back. If
     noise was added to x_hat, `clean` is x_hat without it.
 
-    The noise of x_start is drawn from `gen`, a CPU generator. The noise of the steps (`ddpm` alone has any) is drawn on
-    the device, from a new generator whose seed is that of `gen` plus one. (Beware: if `refine` is called again with
-    the same `gen`, the noise of the steps is repeated, but not that of x_start.) `trajectory`: see sample."""
+    The noise of x_start is drawn from `gen`, a CPU generator. Of the samplers, only `ddpm` draws noise in its steps. It
+    comes from a new generator on the device, whose seed is that of `gen` plus one. (So a second call with the same
+    `gen` repeats the noise of the steps, but not that of x_start.) `trajectory`: see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -732,8 +736,8 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, above all SEEDS (section 11)
-        damage_gen = generator(gen.initial_seed() + 2)
+        gen = generator(1_000_000 * (seed + 1) + offset)  # a million numbers for each `seed`
+        damage_gen = generator(gen.initial_seed() + 2)  # since `refine` uses the seed + 1
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
             clean = x_hat
@@ -1032,7 +1036,7 @@ TRAIN = {
     # matrix orthogonal, so that all directions are learned at the same speed; section 12.)
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
-    "warmup": 0.05,  # over which the rates rise from 0: a share of the steps or, if it is 1 or more, their number
+    "warmup": 0.05,  # how long the rates rise from 0: below 1 a share of all steps, otherwise a number of steps
     "decay": True,  # then they fall linearly to 0; False: they stay
     # Largest norm of a network's gradient; 0: no limit. The VAE's loss is a sum over 3,072 pixel values or more, so its
     # gradients are large; the refiner's loss is a mean.
@@ -1060,9 +1064,10 @@ EVAL = {
     "temperature": 1.0,  # factor of the noise in x_start
     # Samplers and steps of further rows
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
-    "grid_count": 500,  # images of each further row, and of each probe
+    "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
-    "bits_images": 128, "bits_draws": 40,  # held-out images and times per image from which the bound is estimated
+    # The bound on the likelihood is estimated from so many held-out images, with so many diffusion times t for each.
+    "bits_images": 128, "bits_draws": 40,
 }
 
 
@@ -1544,7 +1549,7 @@ class Training:
     `networks` are given by name. For each NAME, the settings `train` hold the learning rates NAME_lr (Adam) and
     NAME_muon_lr (Muon, the optimizer above), the largest norm of a gradient NAME_clip, and the decay NAME_ema of the
     moving average of the weights. A checkpoint is written every minute, on SIGTERM and on Ctrl-C. If the folder has an
-    unfinished one, training goes on from there, and ends with the same bits as if it had never been stopped
+    unfinished one, training goes on from there. On a CPU it ends with the same bits as if it had never been stopped
     (tests/test_training.py).
     """
 
@@ -1595,8 +1600,8 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        # Where bfloat16 is used, it is tested first. The stage gets one batch twice, and treats it like any other, but
-        # `step` recognises the test and changes no weights.
+        # Where bfloat16 is used, it is tested first. The stage gets one batch twice, and treats it like any other. But
+        # while self.trial is a list, `step` only stores gradients there, and changes no weights.
         yield from self.try_reduced_precision()
         self.compile_networks()
         with self.running():
@@ -1641,6 +1646,7 @@ class Training:
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
         trains on latents, which are floats already.)"""
         if self.train["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
+            # 2**24 is more than the steps of any run, so no two runs share a seed.
             torch.manual_seed((self.train["seed"] * 2**24 + self.steps_taken) * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.images[self.own_part(index)]
@@ -1667,9 +1673,9 @@ class Training:
         times; NOISE_LEVELS intervals of equal length share 1..start. With the setting even_levels off, `loss` itself.
 
         A plain MSE is far larger at the lowest noise levels, where only grain is decided (weak noise looks much like
-        fine texture), than at the highest, where shapes are. After the division all levels have a mean loss of about 1,
-        and so an equal say. Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach the same by learning each level's
-        loss with a small network."""
+        fine texture), than at the highest, where shapes are decided. After the division all levels have a mean loss of
+        about 1, and so an equal say. Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach the same by learning
+        each level's loss with a small network."""
         if not self.train["even_levels"]:
             return loss
         level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
@@ -1731,7 +1737,7 @@ class Training:
                    for name, network in self.networks.items()}
         bad = [name for name, value in (self.sums | weights).items() if not torch.isfinite(value)]
         if bad:
-            saved = ("its last checkpoint is from before" if (self.folder / "checkpoint.pt").is_file()
+            saved = ("its last checkpoint is older than that" if (self.folder / "checkpoint.pt").is_file()
                      else "nothing was saved")
             fail(f"{self.folder.name}: {' and '.join(bad)} not finite by step {self.steps_taken}; {saved}; "
                  "try a larger --batch-size or another --seed, and look at the data")
@@ -1774,9 +1780,9 @@ class Training:
         random numbers are as they were.
 
         What is tested is whether this machine's bfloat16 routines compute correctly, not the weights. So all matrices
-        have random weights meanwhile. With the true weights, errors could not be judged. In a new run some are zero and
-        let no gradient through. In a resumed run the gradients are small sums of large terms, which rounding alone
-        changes by up to a half."""
+        have random weights meanwhile. With the true weights, a fault could be hidden or imitated: in a new run some are
+        zero and let no gradient through; in a resumed run the gradients nearly cancel, so that rounding alone changes
+        them by up to a half."""
         if not self.reduced:
             return
         random_numbers = self.gen.get_state()
@@ -1784,7 +1790,7 @@ class Training:
         weights, gen = [p.detach().clone() for p in matrices], generator(0)
         with torch.no_grad():
             for p in matrices:
-                sd = (3 * p[0].numel()) ** -0.5  # that of torch's default initial weights
+                sd = (3 * p[0].numel()) ** -0.5  # torch's initial weights are uniform in +-1/sqrt(inputs)
                 p.copy_(sd * torch.randn(p.shape, generator=gen))
         self.trial = []  # `step` appends to it, and does nothing else
         for reduced in (False, True):

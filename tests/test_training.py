@@ -421,7 +421,7 @@ def test_what_is_not_finite_leaves_the_last_checkpoint(tmp_path, monkeypatch, ca
     message, parser = capsys.readouterr().err, argparse.ArgumentParser()
     common.add_flags(parser)
     named = re.findall(r"--[a-z-]+", message)
-    assert "step 6; its last checkpoint is from before" in message
+    assert "step 6; its last checkpoint is older than that" in message
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["steps"] == 5
     assert named and all(flag in parser.format_help() for flag in named)
 
