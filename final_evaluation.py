@@ -704,7 +704,7 @@ def describe_sides(claim):
         return f"{name}: {variant} / {other_variant}"
     if variant == other_variant:
         return f"{variant}: {name} / {other_name}"
-    return f"{name} of {variant} / {other_name} of {other_variant}"
+    return f"{variant} ({name}) / {other_variant} ({other_name})"
 
 
 def test_together(results, claims):

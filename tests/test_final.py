@@ -776,7 +776,7 @@ def test_chart_of_claims(tmp_path):
     names = [question for question, _ in texts]
     assert [sides for _, sides in texts][:2] == ["fd: stage2-anneal / stage1-form1",
                                                  "stage3-flow-film: seconds with s / seconds without s"]
-    assert "fd, mixture of stage1-form1 / fd of stage1-vae" == final.describe_sides(
+    assert "stage1-form1 (fd, mixture) / stage1-vae (fd)" == final.describe_sides(
         ("?", ("fd, mixture", "stage1-form1"), ("fd", "stage1-vae")))
     assert names[0] == "Quality: does joint training help?" and len(names) == len(CHART_CLAIMS)
     marks = {}  # {(row, shift): (ratio, filled or not, or "x")}
