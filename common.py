@@ -16,7 +16,7 @@ Conventions, used by every file:
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
-    U-Net predicts (see Diffusion), averaged over its values, with images in [-1, 1].
+    U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
     Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
     number that depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two
     exceptions are initial weights and dropout masks: they use torch's global generator, which is seeded before a
@@ -438,9 +438,8 @@ class UNet(nn.Module):
         3) puts three maps on the stack and takes three.
         Most levels of our small networks have as many blocks up as down, and the map that entered the level is left:
         (32, 32, 1, 1) puts two maps on the stack and takes one.
-    `attention` lists the resolutions that have
-    self-attention; the middle of the network always has it. `extra` (B, 4 * first width), if given, is added to the
-    time embedding. Stage 3 uses it."""
+    `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 *
+    first width), if given, is added to the time embedding. Stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
@@ -561,7 +560,7 @@ class GaussianMixture:
         If not `tied`, the first mixture has the cluster means of k-means, and one covariance, that of the codes about
         the mean of their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd
         of refined samples was clearly higher.) If `tied`, there may be thousands of components, and k-means would take
-        minutes. Then the first means are random codes all the same, and the first covariance is that of all codes."""
+        minutes. Then the first means are random codes nevertheless, and the first covariance is that of all codes."""
         # Subtracted while fitting, because em_round computes a covariance as E[z z^T] - mean mean^T. Far from 0, that
         # is a small difference of large numbers.
         centre = z.mean(0)
@@ -736,8 +735,8 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        gen = generator(1_000_000 * (seed + 1) + offset)  # a million numbers for each `seed`
-        damage_gen = generator(gen.initial_seed() + 2)  # since `refine` uses the seed + 1
+        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, and none of SEEDS
+        damage_gen = generator(gen.initial_seed() + 2)  # since `refine` uses the seed of `gen` + 1
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
             clean = x_hat
@@ -1646,7 +1645,7 @@ class Training:
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
         trains on latents, which are floats already.)"""
         if self.train["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            # 2**24 is more than the steps of any run, so no two runs share a seed.
+            # 2**24 is more than the steps of any run, so no two --seed share one of these.
             torch.manual_seed((self.train["seed"] * 2**24 + self.steps_taken) * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.images[self.own_part(index)]

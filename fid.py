@@ -200,11 +200,16 @@ def file_marks(folder):
             for path in find_images(folder)]
 
 
+def folder_mark(folder):
+    """A mark of eight digits for a folder: a hash of its path. It is stored with a network that was trained on it."""
+    return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:8]
+
+
 def save_local(net, name, folder=None):
     """Write a LocalNet to <name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return the path. A network
     that was trained on a user's own `folder` of images goes to OWN_FEATURES_DIR, any other to FEATURES_DIR."""
     state = {"classes": net.classes, "size": net.size, "files": file_marks(folder) if folder else None,
-             "state": common.half(net.state_dict())}
+             "folder": folder_mark(folder) if folder else None, "state": common.half(net.state_dict())}
     return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)  # fills in the *
 
 
@@ -238,7 +243,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
         fail(f"{what}: {found[0]} is not a local feature network; {advice}")
     if dataset == "folder" and not weights and (share := share_of_same_files(stored, data_dir)) < LEAST_SHARE_UNCHANGED:
         fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
-             f"train it anew: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
+             f"make another: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -329,8 +334,8 @@ def expected_floor(stats, count):
         E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution)
 
     With the third line, the second has the expectation (1/N1 + 1/N2) times 1/2 sum_ij l_i l_j / (l_i + l_j), and the
-    doubling for i = j adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i to the sum, in all 1/4 tr S. The first line adds
-    tr S. So
+    doubling for i = j adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i to what follows the factor, in all 1/4 tr S. The
+    first line adds tr S. So
 
         E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
 
@@ -554,8 +559,8 @@ NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # 
 
 
 class Setup:
-    """What a stage's command works with. Making it loads everything that may be missing or wrong before any training
-    begins: other processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN
+    """What a stage's command works with. Making it tries, before any training begins, what may be missing or wrong:
+    other processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN
     and common.EVAL (section 8 there) for the chosen budget."""
 
     def __init__(self, args, train, evaluation, device):
@@ -726,8 +731,8 @@ def measure_samples(folder, model, setup):
 def robustness(folder, draw_and_score, prior, setup, has_diffusion):
     """Scores with noise on x_hat, before a refiner sees it, or on a latent, before it is decoded. The codes z, and the
     noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over the three
-    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` of a model.
-    Writes robustness.png."""
+    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` for a model,
+    with its other arguments. Writes robustness.png."""
     evaluation, fd_key = setup.evaluation, setup.fd_key
     sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
     scores_by_noise, pictures = {}, {}
@@ -978,7 +983,7 @@ def print_results(finished, setup):
 
 PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
 # How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. For other data it is 200,000.
-# But no image is seen more than 100 times.
+# But each image is seen about 100 times at most.
 IMAGES_SEEN = {"cifar10": 800_000}
 
 
@@ -1133,8 +1138,8 @@ def examine(extractor, train, test):
 def train_local(name, data_dir="data"):
     """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
     weights. A network that exists is kept and only examined, because results depend on it. It is replaced only if many
-    of the files in the user's folder have changed. (If all have, it may belong to another folder of this name: then the
-    program ends with an error.)"""
+    of the files in the user's folder have changed. The network of another folder of this name is never replaced: the
+    program ends with an error."""
     own = name not in DATASETS  # name is the path of a user's own folder
     if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
@@ -1145,11 +1150,13 @@ def train_local(name, data_dir="data"):
     outdated, current = [], []  # outdated: trained on other files than the folder has now
     for path in found:
         stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
-        share = share_of_same_files(stored, data_dir) if own else 1
-        if share == 0:
-            fail(f"--train-local {name}: {path} was trained on a folder of this name, but with other files; rename "
-                 "your folder, or remove that file")
-        (current if share >= LEAST_SHARE_UNCHANGED else outdated).append(path)
+        if not own or share_of_same_files(stored, data_dir) >= LEAST_SHARE_UNCHANGED:
+            current.append(path)
+        elif stored.get("folder") == folder_mark(data_dir):
+            outdated.append(path)
+        else:
+            fail(f"--train-local {name}: {path} was trained on another folder of this name; rename your folder, or "
+                 "remove that file")
     if len(current) > 1:
         fail(f"--train-local {name}: there are {len(current)} networks of this name, {', '.join(map(str, current))}; "
              "remove all but one")
@@ -1184,7 +1191,7 @@ def read_folder(folder, flag, count=None):
 
 
 def contents(folder):
-    """A hash of each image file in a folder and below it, in order."""
+    """The hashes of all image files in a folder and below it, sorted."""
     return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in find_images(folder))
 
 
@@ -1231,7 +1238,8 @@ def main(arguments=None):
     for folder, found in ((args.generated, images), (args.real, real)):
         if isinstance(found, list):
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
-    if real_is_folder and contents(args.real) == contents(args.generated):
+    same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)
+    if same_names_and_sizes and contents(args.real) == contents(args.generated):
         print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",

@@ -228,7 +228,7 @@ TABLES = {
     "codes": ("stage1-form1 stage2-anneal",
               "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
     "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
-                    "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
+                       "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
     "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
                "stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
     "priors, more": ("stage3-vae-*", "log p, N(0, I); log p, mixture; log p, flow; "
@@ -250,6 +250,7 @@ OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd without noise and with noise on x_hat are compared, in a chart and in a table.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
+# Those whose quality, detail and diversity are compared.
 COMPARED = (*OVERVIEW, "stage1-augmented", "stage2-anneal-grad-none")
 # Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
 # of these numbers on each data set.

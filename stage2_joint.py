@@ -302,8 +302,9 @@ def linear_probe(train_x, train_y, test_x, test_y):
 @torch.no_grad()
 def decode_and_refine(z, model, setup, first=0):
     """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. The noise of
-    refinement depends only on the seed and on `first`. So all points of a path, which leave `first` at 0, share it. Who
-    refines many codes in parts gives the index of each part's first code, so that no two parts share their noise."""
+    refinement depends only on the seed and on `first`. So all points of a path, which leave `first` at 0, share it. A
+    caller that refines many codes in parts gives the index of each part's first code, so that no two parts share their
+    noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
     # `refine` also uses the seed after this one. With the factor 2, not even parts of a single code share a seed.

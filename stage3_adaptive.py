@@ -40,7 +40,7 @@ Uncertainty
 Conditioning: what the refiner is shown
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades to grey if the VAE is unsure: at s = 2, two standard
-               deviations above the mean, 37% of it are left. Nothing is learned.
+               deviations above the mean, 37% of it is left. Nothing is learned.
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
                block (after FiLM, Perez et al. 2018, which also scales them). A second linear function of s_vec and s,
                the gate, gives three numbers. Each colour of x_hat is multiplied by 1 + tanh of its number. Both

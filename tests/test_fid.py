@@ -177,6 +177,8 @@ def test_precision_recall(monkeypatch):
     assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
     twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each, found only by `<=`
     assert fid.precision_recall(twice, twice) == (1, 1)
+    real = gaussian(200, 3)
+    assert fid.precision_recall(real, gaussian(10, 3, seed=1).repeat(4, 1))[1] < 0.1  # few images, with balls of 0
 
     def covered(x, centres):
         radius = [sorted(math.dist(c, o) for o in centres)[3] for c in centres]
@@ -537,8 +539,9 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     fid.main([folder, folder])  # found by the folder's name, but not for other files in a folder of that name
     other = save_folder(smooth_images(4), tmp_path / "elsewhere" / "mine.v1 [new]")
     expect_error(capsys, lambda: fid.main([other, other]), "was trained on other files", other, "(0% agree)")
-    third = save_folder(smooth_images(60, 40), tmp_path / "third" / "mine.v1 [new]", "jpg")
-    expect_error(capsys, lambda: fid.main(["--train-local", third]), "a folder of this name", path.name, "rename")
+    third = save_folder(smooth_images(60, 40, seed=3), tmp_path / "third" / "mine.v1 [new]")
+    shutil.copy(f"{folder}/0000.png", third)  # one file is the same
+    expect_error(capsys, lambda: fid.main(["--train-local", third]), "another folder of this name", path.name, "rename")
     assert path.read_bytes() == before  # the network of the first folder is not lost
     fid.main([other, other, "--weights", str(path)])
     named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
@@ -619,7 +622,7 @@ def test_committed_extractors_keep_their_promises(name):
     assert rising([report["floor"], *noise]) and weakest < noise[0]  # the face network does not see noise of 0.02
     assert rising([report["floor"], *report["blur"].values()])
     assert report["half_the_classes"] >= 5 * report["floor"]
-    assert report["real_recall"] > 0.1
+    assert report["real_recall"] > 0.8
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
