@@ -213,7 +213,7 @@ TABLES = {
                            "shapes/stage2-kendall shapes/stage2-bound",
                            "fd; fd against stage1-form1; is; kl_nats; noise fd"),
     "parts of joint training": ("stage1-form1 stage2-anneal-from-vae stage2-anneal-grad-none stage2-anneal",
-                                "fd; noise fd; kl_nats; fd of real codes"),
+                                "fd before; fd; noise fd; kl_nats; fd of real codes"),
     "conditioning": (" ".join(CONDITIONINGS),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
@@ -347,12 +347,12 @@ FURTHER_CLAIMS = {
         ("Does `film` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
         ("Does `coupling` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling"))],
-    "conditioning, more": [
-        ("Does conditioning help if `s` is the variance?",
+         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
+        ("Does conditioning help if `s` is the variance for `x_hat`?",
          ("fd", "stage3-flow-film-variance"), ("fd", "stage3-flow-fixed")),
-        ("Does conditioning help if `s` is the posterior variance?",
-         ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed")),
+        ("Does conditioning help if `s` is the variance of `q(z|x)`?",
+         ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed"))],
+    "conditioning, more": [
         ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
         ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
@@ -737,7 +737,8 @@ def table_answers(everything, topic):
             else:
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
-    note = ("By how much the first number is higher (+) or lower (-) than the second, in percent (number of runs). "
+    note = ("By how much the first number is higher (+) or lower (-) than the second, over runs of equal seeds (number "
+            "of runs; one run: seed 0). "
             f"**Bold**: significant, exploratory. Intervals: TABLES.md, *claims* and *further claims*. {SETTINGS}")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
