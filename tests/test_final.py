@@ -1166,6 +1166,7 @@ def test_pictures():
     shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT)}
     committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
     assert shown == committed
+    assert all(f"-{name}.png" in README + REPORT for name in final.SHEETS)
     assert sum((final.ROOT / path).stat().st_size for path in committed) < 6e6
     real = re.compile(rf"results/(?!shapes|figures/shapes).*"
                       rf"({'|'.join((*final.FIGURES_OF_REAL_IMAGES, 'conditionings'))})\.png")
