@@ -20,6 +20,7 @@ import statistics
 from fnmatch import fnmatch
 from pathlib import Path
 
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw
@@ -207,28 +208,23 @@ NUMBERS = {
 # VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
 # tables, TABLES.md all of them.
 TABLES = {
-    "sampling": ("stage1-vae stage1-form1 stage1-guided stage3-flow-fixed bonus-latent",
-                 "seconds; seconds, 4 steps; evaluations; fd, 4 steps; fd, 10 steps; fd, 25 steps"),
     "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
                            "shapes/stage2-kendall shapes/stage2-bound",
                            "fd; fd against stage1-form1; is; kl_nats; noise fd"),
-    "parts of joint training": ("stage1-form1 stage2-anneal-from-vae stage2-anneal-grad-none stage2-anneal",
-                                "fd before; fd; noise fd; kl_nats; fd of real codes"),
     "conditioning": (" ".join(CONDITIONINGS),
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
-    "measures of uncertainty": ("stage3-flow-fixed", "rank, posterior; rank, variance; rank, regressed"),
-    "thirds by s": ("stage3-flow-fixed", "sure, VAE; middle, VAE; unsure, VAE; "
-                    "sure, refined; middle, refined; unsure, refined"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
-    "steps": ("stage1-form1 stage1-guided bonus-latent",
-              "fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; seconds"),
+    "steps": ("stage1-vae stage1-form1 stage1-guided stage3-flow-fixed bonus-latent",
+              "fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; "
+              "seconds, 4 steps; seconds"),
     "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
     "codes": ("stage1-form1 stage2-anneal",
               "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
     "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
-                       "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise"),
+                       "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise; "
+                       "fd of real codes"),
     "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
                "stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
     "priors, more": ("stage3-vae-*", "log p, N(0, I); log p, mixture; log p, flow; "
@@ -236,8 +232,9 @@ TABLES = {
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
     "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
-                    "fd against stage3-flow-fixed; rank, regressed; rank, variance; rank, posterior; sure, VAE; "
-                    "unsure, VAE; spread, sure"),
+                    "fd against stage3-flow-fixed; rank, regressed; rank, variance; rank, posterior; spread, sure"),
+    "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
+                    "sure, refined; middle, refined; unsure, refined"),
     "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-film-*")),
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
                              "seconds without s; gflops with s; gflops without s"),
@@ -245,17 +242,26 @@ TABLES = {
               "fd, no noise; noise fd; noise rise; fd, noise 0.4"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
+# Tables below which TABLES.md shows a chart: its name, and its caption. (REPORT.md shows the other charts.)
+CHARTS_BELOW = {
+    "recipe": (
+        "recipe", "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one run "
+        "each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, refinement "
+        "begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600."),
+    "steps by uncertainty": (
+        "steps", "The change of fd if images get one, two or three steps by how unsure the VAE is of them, against two "
+        "steps for all. Blue: by the image's own `s`; orange: by the `s` of another image. Lines are one standard "
+        "deviation over seeds; bars without one are single runs.")}
 # The variants in README.md, in a table with a line for each and a column for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
-# The variants whose fd without noise and with noise on x_hat are compared, in a chart and in a table.
+# The variants whose fd is shown against noise on x_hat.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
-# Those whose quality, detail and diversity are compared.
-COMPARED = (*OVERVIEW, "stage1-augmented", "stage2-anneal-grad-none")
-# Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
-# of these numbers on each data set.
-SIDE_BY_SIDE = {"quality": (COMPARED, ("fd", "is")), "detail and diversity": (COMPARED, ("hf_energy", "diversity")),
-                "robustness": (ROBUSTNESS, ("fd, no noise", "noise fd"))}
+# Those that are compared by all criteria: their fd and Inception Score in a table in which the data sets stand side by
+# side, and all numbers of SUMMARY in a chart, in which form1 is the baseline.
+COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
+            "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
+SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length", "evaluations")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
@@ -302,27 +308,30 @@ FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
+        ("Does a longer training of the VAE help?",
+         ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
+        ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
+        ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
+    "refinement, more": [
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
         ("Does it help to divide the loss by its mean at each noise level?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-even_levels=False")),
-        ("Does a longer training of the VAE help?",
-         ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
-        ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1")),
-        ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
-        ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
+        ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1"))],
     "joint training": [
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
+        ("What does joint training do to fd before refinement?",
+         ("fd before", "stage2-anneal"), ("fd before", "stage1-form1")),
         ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
-        ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
         ("What does joint training do to detail?", ("hf_energy", "stage2-anneal"), ("hf_energy", "stage1-form1")),
         ("Does joint training help with codes from N(0, I)?",
          ("fd, N(0, I)", "stage2-anneal"), ("fd, N(0, I)", "stage1-form1")),
         ("Does joint training help with the codes of real images?",
-         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
-        ("With the codes of real images, does the gradient help?",
-         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none"))],
+         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1"))],
     "joint training, more": [
+        ("With the codes of real images, does the gradient help?",
+         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
+        ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
         ("Do learned weights help, against joint training without the gradient?",
          ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
@@ -345,14 +354,14 @@ FURTHER_CLAIMS = {
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film")),
+         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film"))],
+    "conditioning, more": [
         ("Does `coupling` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
         ("Does conditioning help if `s` is the variance for `x_hat`?",
          ("fd", "stage3-flow-film-variance"), ("fd", "stage3-flow-fixed")),
         ("Does conditioning help if `s` is the variance of `q(z|x)`?",
-         ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed"))],
-    "conditioning, more": [
+         ("fd", "stage3-flow-film-posterior"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
         ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
@@ -895,12 +904,12 @@ def table_overview(everything):
     return with_note(table, ["fd"], " ".join(settings))
 
 
-def table_side_by_side(everything, variants, names):
-    """One of SIDE_BY_SIDE. It has a line for each of the variants that was run, with these numbers on each data set."""
-    header, rows = ["variant"], []
+def table_quality(everything):
+    """A line for each variant in COMPARED that was run, with its fd and Inception Score on each data set."""
+    names, header, rows = ["fd", "is"], ["variant"], []
     for dataset in everything:
         header += [f"{dataset}: {with_arrow(name)}" for name in names]
-    for variant in variants:
+    for variant in COMPARED:
         cells = []
         for results in everything.values():
             cells += [cell(results.get(variant, {}), name) for name in names]
@@ -979,9 +988,7 @@ def table_of_features(folder):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything)}
-    for name, (variants, names) in SIDE_BY_SIDE.items():
-        tables[name] = table_side_by_side(everything, variants, names)
+              "overview": table_overview(everything), "quality": table_quality(everything)}
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
@@ -999,6 +1006,9 @@ def long_tables(everything, tables, folder):
              "with `--set KEY=VALUE` ends in `-KEY=VALUE`: it is the same variant, except for this setting."]
     for name, table in tables.items():
         parts += [f"## {name}", table]
+        chart, caption = CHARTS_BELOW.get(name, (None, None))
+        if chart and CHARTS[chart](everything):  # it may have nothing to show
+            parts += [f"![{chart}](figures/{chart}.png)", f"*{caption}*"]
     for dataset, results in everything.items():
         for stage in ("stage1", "stage2", "stage3", "bonus"):
             columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
@@ -1115,6 +1125,38 @@ def chart_claims(everything):
     return with_legend(figure, [axis], 6)
 
 
+def chart_summary(everything):
+    """All models by all criteria: a panel for each data set, a line for each variant and a column for each number. A
+    cell has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is
+    worse, and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
+    colours = LinearSegmentedColormap.from_list("worse to better", ["#E69F00", "#FFFFFF", "#56B4E9"])
+    everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
+    if not everything:
+        return None
+    figure, axes = new_chart(len(everything), 0.28 * (len(COMPARED) + 2), columns=1)
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        variants = [variant for variant in COMPARED if variant in results]
+        better = [[0.0] * len(SUMMARY) for _ in variants]  # 1: better by a factor of two or more; -1: worse by as much
+        for y, variant in enumerate(variants):
+            for x, name in enumerate(SUMMARY):
+                values = values_by_seed(results[variant], name)
+                if not values:
+                    continue
+                change = compare_sides(results, ("", (name, variant), (name, "stage1-form1")))
+                arrow = with_arrow(name).removeprefix(name).strip()
+                if change and arrow:
+                    doublings = change["log_ratio"] / math.log(2)
+                    better[y][x] = doublings if arrow == "↑" else -doublings
+                axis.text(x, y, rounded(statistics.mean(values.values()), 3), ha="center", va="center", fontsize=9)
+        axis.imshow(better, colours, vmin=-1, vmax=1, aspect="auto")
+        axis.grid(False)
+        axis.set_xticks(range(len(SUMMARY)), map(with_arrow, SUMMARY))
+        axis.set_yticks(range(len(variants)), variants)
+        axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+        axis.set_title(dataset, loc="left", weight="bold")
+    return figure
+
+
 def chart_cost(everything):
     """fd against what sampling costs, with DPM-Solver++ of 2 to 25 steps: above, by evaluations of the network,
     below, by seconds per image (of the first seed)."""
@@ -1227,8 +1269,9 @@ def chart_recipe(everything):
     return figure
 
 
-CHARTS = {"claims": chart_claims, "cost": chart_cost, "noise": chart_noise, "steps": chart_steps,
-          "priors": chart_priors, "recipe": chart_recipe}
+# Their files are results/figures/NAME.png.
+CHARTS = {"claims": chart_claims, "summary": chart_summary, "cost": chart_cost, "noise": chart_noise,
+          "priors": chart_priors, "recipe": chart_recipe, "steps": chart_steps}
 
 
 def texts_beside(folder):

@@ -19,7 +19,7 @@ import final_evaluation as final
 README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
-ALL_TABLES = ["data", "variants", "overview", *final.SIDE_BY_SIDE, *final.TABLES, "questions",
+ALL_TABLES = ["data", "variants", "overview", "quality", *final.TABLES, "questions",
               *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
@@ -418,14 +418,17 @@ def test_answers(tmp_path):
     assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
 
 
-def test_data_sets_side_by_side(tmp_path):
-    """The columns of `robustness`: for each data set fd without noise, and `mean`, which is measured with noise."""
-    many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0)]
-    table = final.table_side_by_side(load(tmp_path, *many), *final.SIDE_BY_SIDE["robustness"])
-    assert table.splitlines()[0] == ("| variant | shapes: fd, no noise ↓ | shapes: noise fd ↓ | "
-                                     "cifar10: fd, no noise ↓ | cifar10: noise fd ↓ |")
-    assert table.splitlines()[2:-2] == ["| `stage1-form1` |  |  | 10 [9, 11] (50) | 20 (50) |",
-                                        "| `stage2-anneal` | 21.0 ± 1.4 (50) | 42.0 ± 2.8 (50) |  |  |"]
+def test_the_table_of_quality(tmp_path):
+    """The data sets stand side by side. A variant that was not run, or is not among those that are compared, has no
+    line."""
+    many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0),
+            metrics("stage2-sum")]
+    table = final.table_quality(load(tmp_path, *many))
+    assert table.splitlines()[0] == "| variant | shapes: fd ↓ | shapes: is ↑ | cifar10: fd ↓ | cifar10: is ↑ |"
+    shift = SCORES.index("is_local")
+    assert table.splitlines()[2:-2] == [
+        f"| `stage1-form1` |  |  | 10 [9, 11] | {10 + shift} [{9 + shift}, {11 + shift}] |",
+        f"| `stage2-anneal` | 21.0 ± 1.4 | {21 + shift}.0 ± 1.4 |  |  |"]
 
 
 def test_guiding_questions():
@@ -744,6 +747,41 @@ def test_chart_of_noise(tmp_path):
     assert (shapes.get_title(), cifar10.get_title(), shapes.get_yscale()) == ("shapes", "cifar10", "log")
 
 
+def test_chart_of_all_criteria(tmp_path):
+    """Cells hold means over seeds. Colours are log ratios to form1 over equal seeds, in doublings, positive where a
+    number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Numbers that
+    a run lacks leave their cells empty. A data set without form1 has no panel."""
+    anneal = [metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 7, 30.0)]
+    del anneal[0]["tables"]["robustness"]
+    everything = load(tmp_path, metrics(), metrics(seed=1, distance=50.0), *anneal, metrics("stage2-sum"),
+                      metrics("stage2-anneal", dataset="cifar10"), metrics(dataset="celeba64"))
+    shapes, celeba64 = final.chart_summary(everything).axes
+    assert [shapes.get_title(loc="left"), celeba64.get_title(loc="left")] == ["shapes", "celeba64"]
+    assert [label.get_text() for label in shapes.get_yticklabels()] == ["stage1-form1", "stage2-anneal"]
+    assert [label.get_text() for label in shapes.get_xticklabels()] == [*map(final.with_arrow, final.SUMMARY)]
+    x = final.SUMMARY.index
+    texts = {tuple(text.get_position()): text.get_text() for text in shapes.texts}
+    assert texts[x("fd"), 0] == "30.0" and texts[x("fd"), 1] == "25.0"
+    assert texts[x("noise fd"), 1] == "60.0" and (x("path length"), 0) not in texts
+    baseline, joint = shapes.images[0].get_array()
+    assert not baseline.any() and joint[x("fd")] == pytest.approx(-1)  # 20 with seed 0, where form1 has 10
+    shift = SCORES.index("is_local")
+    assert joint[x("is")] == pytest.approx(math.log2((20 + shift) / (10 + shift)))
+    assert joint[x("hf_energy")] == joint[x("noise fd")] == 0  # neither is better; no seed has both
+
+
+def test_a_long_table_has_its_chart(tmp_path):
+    """The chart and its caption stand below the table of its numbers, if there is something to show."""
+    changed = metrics("stage1-form1-beta=0.5", train={"beta": 0.5})
+    for name, runs, shown in (("bare", [metrics("stage1-vae")], []), ("changed", [metrics(), changed], ["recipe"])):
+        everything = load(tmp_path / name, *runs)
+        text = final.long_tables(everything, final.all_tables(everything), tmp_path)
+        assert re.findall(r"!\[.*\]\(figures/(.*)\.png\)", text) == shown
+    below = text.split("## recipe\n\n")[1].split("\n\n## ")[0]
+    chart, caption = final.CHARTS_BELOW["recipe"]
+    assert below.endswith(f"\n\n![{chart}](figures/recipe.png)\n\n*{caption}*")
+
+
 def test_chart_of_costs(tmp_path):
     """fd of the rows with few images, above by evaluations, below by the seconds of the first seed. A single run has no
     bars."""
@@ -1032,7 +1070,7 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
         path = project / "results" / "features" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"accuracy": 0.5}))
-    (project / "README.md").write_text("<!-- table sampling -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
+    (project / "README.md").write_text("<!-- table steps -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes-0123abcd" in text and "shapes stage1-form1" in text and "photos" not in text
@@ -1060,7 +1098,7 @@ def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
         "README.md": marked, "REPORT.md": marked}
     claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.every_claim(final.CLAIMS))
     assert (tmp_path / "other" / "README.md").read_text() == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
-    charts = [results / "figures" / f"{name}.png" for name in ("claims", "cost", "noise")]
+    charts = [results / "figures" / f"{name}.png" for name in ("claims", "summary", "cost", "noise")]
     assert capsys.readouterr().out.splitlines()[-1] == " ".join(
         map(str, ["written:", tmp_path / "other" / "README.md", results / "TABLES.md", *charts]))
     assert all(Image.open(path).width == 1500 for path in charts)
@@ -1153,7 +1191,8 @@ def test_charts_of_the_results():
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
     for name, chart in final.CHARTS.items():
         for axis in chart(everything).axes:
-            assert axis.containers or axis.lines and name in ("claims", "priors"), name  # which draw no bars
+            drawn = {"claims": axis.lines, "priors": axis.lines, "summary": axis.images}
+            assert drawn.get(name, axis.containers), name  # the other charts draw bars
             lines = [line.lines[0] for line in axis.containers if hasattr(line, "lines") and line.lines[0]]
             assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines), name
     colours = [colour for colour, _ in final.LOOKS.values()]
@@ -1162,12 +1201,13 @@ def test_charts_of_the_results():
 
 def test_pictures():
     """Every picture that a text shows is there, and every picture that is there is shown. Together they have at most
-    6 MB, and none shows real images, except of shapes."""
-    shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT)}
+    7 MB, and none shows real images, except of shapes."""
+    tables = (final.ROOT / "results" / "TABLES.md").read_text().replace("](figures/", "](results/figures/")
+    shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT), *PICTURE.findall(tables)}
     committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
     assert shown == committed
     assert all(f"-{name}.png" in README + REPORT for name in final.SHEETS)
-    assert sum((final.ROOT / path).stat().st_size for path in committed) < 6e6
+    assert sum((final.ROOT / path).stat().st_size for path in committed) < 7e6
     real = re.compile(rf"results/(?!shapes|figures/shapes).*"
                       rf"({'|'.join((*final.FIGURES_OF_REAL_IMAGES, 'conditionings'))})\.png")
     assert not any(map(real.fullmatch, committed))
