@@ -245,9 +245,9 @@ TABLES = {
 # Tables below which TABLES.md shows a chart: its name, and its caption. (REPORT.md shows the other charts.)
 CHARTS_BELOW = {
     "recipe": (
-        "recipe", "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one run "
-        "each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, refinement "
-        "begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600."),
+        "recipe", "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one "
+        "run each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
+        "refinement begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600."),
     "steps by uncertainty": (
         "steps", "The change of fd if images get one, two or three steps by how unsure the VAE is of them, against two "
         "steps for all. Blue: by the image's own `s`; orange: by the `s` of another image. Lines are one standard "
@@ -257,11 +257,17 @@ OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd is shown against noise on x_hat.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
-# Those that are compared by all criteria: their fd and Inception Score in a table in which the data sets stand side by
-# side, and all numbers of SUMMARY in a chart, in which form1 is the baseline.
+# Those that are compared by all criteria: their fd and Inception Score in a table, and all numbers of SUMMARY in a
+# chart, in which form1 is the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
-SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length", "evaluations")
+# Those whose times are compared. (Stage 3's ways of conditioning are timed in turn, see "seconds with s".)
+COSTS = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-fixed",
+         "bonus-latent")
+SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length")
+# Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
+# of these numbers on each data set.
+SIDE_BY_SIDE = {"quality": (COMPARED, ("fd", "is")), "cost": (COSTS, ("seconds", "train minutes"))}
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
@@ -388,7 +394,7 @@ LOOKS = {
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
 PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 # This stands below most tables. It says which table has the settings that all numbers of a data set share.
-SETTINGS = "Budget, data, numbers of samples and feature networks: see the table **data**."
+SETTINGS = "Settings: see the table **data**."
 
 
 # --- Reading results -------------------------------------------------------------------------------------------------
@@ -746,9 +752,8 @@ def table_answers(everything, topic):
             else:
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
-    note = ("By how much the first number is higher (+) or lower (-) than the second, over runs of equal seeds (number "
-            "of runs; one run: seed 0). "
-            f"**Bold**: significant, exploratory. Intervals: TABLES.md, *claims* and *further claims*. {SETTINGS}")
+    note = ("By how much the first number is higher (+) or lower (-) than the second, over equal seeds (number of "
+            f"runs; one run: seed 0). **Bold**: significant, exploratory. Intervals: TABLES.md, *claims*. {SETTINGS}")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
@@ -904,12 +909,12 @@ def table_overview(everything):
     return with_note(table, ["fd"], " ".join(settings))
 
 
-def table_quality(everything):
-    """A line for each variant in COMPARED that was run, with its fd and Inception Score on each data set."""
-    names, header, rows = ["fd", "is"], ["variant"], []
+def table_side_by_side(everything, variants, names):
+    """One of SIDE_BY_SIDE. It has a line for each of the variants that was run, with these numbers on each data set."""
+    header, rows = ["variant"], []
     for dataset in everything:
         header += [f"{dataset}: {with_arrow(name)}" for name in names]
-    for variant in COMPARED:
+    for variant in variants:
         cells = []
         for results in everything.values():
             cells += [cell(results.get(variant, {}), name) for name in names]
@@ -988,7 +993,9 @@ def table_of_features(folder):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything), "quality": table_quality(everything)}
+              "overview": table_overview(everything)}
+    for name, (variants, names) in SIDE_BY_SIDE.items():
+        tables[name] = table_side_by_side(everything, variants, names)
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
@@ -1140,7 +1147,7 @@ def chart_summary(everything):
         for y, variant in enumerate(variants):
             for x, name in enumerate(SUMMARY):
                 values = values_by_seed(results[variant], name)
-                if not values:
+                if not values or name == "noise fd" and variant not in ROBUSTNESS:  # the latent model has no x_hat
                     continue
                 change = compare_sides(results, ("", (name, variant), (name, "stage1-form1")))
                 arrow = with_arrow(name).removeprefix(name).strip()

@@ -19,7 +19,7 @@ import final_evaluation as final
 README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
-ALL_TABLES = ["data", "variants", "overview", "quality", *final.TABLES, "questions",
+ALL_TABLES = ["data", "variants", "overview", *final.SIDE_BY_SIDE, *final.TABLES, "questions",
               *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
@@ -418,12 +418,12 @@ def test_answers(tmp_path):
     assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
 
 
-def test_the_table_of_quality(tmp_path):
-    """The data sets stand side by side. A variant that was not run, or is not among those that are compared, has no
+def test_data_sets_side_by_side(tmp_path):
+    """The table of quality. A variant that was not run, or is not among those that are compared, has no
     line."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0),
             metrics("stage2-sum")]
-    table = final.table_quality(load(tmp_path, *many))
+    table = final.table_side_by_side(load(tmp_path, *many), *final.SIDE_BY_SIDE["quality"])
     assert table.splitlines()[0] == "| variant | shapes: fd ↓ | shapes: is ↑ | cifar10: fd ↓ | cifar10: is ↑ |"
     shift = SCORES.index("is_local")
     assert table.splitlines()[2:-2] == [
@@ -750,20 +750,23 @@ def test_chart_of_noise(tmp_path):
 def test_chart_of_all_criteria(tmp_path):
     """Cells hold means over seeds. Colours are log ratios to form1 over equal seeds, in doublings, positive where a
     number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Numbers that
-    a run lacks leave their cells empty. A data set without form1 has no panel."""
+    a run lacks leave their cells empty, and so does noise on the latent model's latent. A data set without form1 has no
+    panel."""
     anneal = [metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 7, 30.0)]
     del anneal[0]["tables"]["robustness"]
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=50.0), *anneal, metrics("stage2-sum"),
-                      metrics("stage2-anneal", dataset="cifar10"), metrics(dataset="celeba64"))
+                      metrics("bonus-latent"), metrics("stage2-anneal", dataset="cifar10"),
+                      metrics(dataset="celeba64"))
     shapes, celeba64 = final.chart_summary(everything).axes
     assert [shapes.get_title(loc="left"), celeba64.get_title(loc="left")] == ["shapes", "celeba64"]
-    assert [label.get_text() for label in shapes.get_yticklabels()] == ["stage1-form1", "stage2-anneal"]
+    assert [label.get_text() for label in shapes.get_yticklabels()] == ["stage1-form1", "stage2-anneal", "bonus-latent"]
     assert [label.get_text() for label in shapes.get_xticklabels()] == [*map(final.with_arrow, final.SUMMARY)]
     x = final.SUMMARY.index
     texts = {tuple(text.get_position()): text.get_text() for text in shapes.texts}
     assert texts[x("fd"), 0] == "30.0" and texts[x("fd"), 1] == "25.0"
     assert texts[x("noise fd"), 1] == "60.0" and (x("path length"), 0) not in texts
-    baseline, joint = shapes.images[0].get_array()
+    assert texts[x("fd"), 2] == "10.0" and (x("noise fd"), 2) not in texts
+    baseline, joint, _ = shapes.images[0].get_array()
     assert not baseline.any() and joint[x("fd")] == pytest.approx(-1)  # 20 with seed 0, where form1 has 10
     shift = SCORES.index("is_local")
     assert joint[x("is")] == pytest.approx(math.log2((20 + shift) / (10 + shift)))
