@@ -753,7 +753,7 @@ def table_answers(everything, topic):
                 cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
         rows.append([claim[0], describe_sides(claim), *cells])
     note = ("By how much the first number is higher (+) or lower (-) than the second, over equal seeds (number of "
-            f"runs; one run: seed 0). **Bold**: significant, exploratory. Intervals: TABLES.md, *claims*. {SETTINGS}")
+            f"runs; one run: seed 0). **Bold**: significant, exploratory. Intervals: TABLES.md. {SETTINGS}")
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
 
 
