@@ -4,8 +4,8 @@ Part I    1 diffusion, 2 networks, 3 priors over z, 4 a model: what a stage hand
 Part II   5 the likelihood bound, 6 the built-in data, 7 messages and files, 8 budgets, 9 data sets, 10 processes,
           11 random numbers, precision, cost, 12 training, 13 runs, 14 pictures
 
-For stage 1, read Part I, the settings in TRAIN (section 8) and the class Training (section 12). The rest can be looked
-up when a stage uses it. `fid.py` builds on this file and holds the scores and the evaluation of a model.
+For stage 1, read Part I, the settings in TRAIN and EVAL (section 8) and the class Training (section 12). The rest can
+be looked up when a stage uses it. `fid.py` builds on this file and holds the scores and the evaluation of a model.
 
 Conventions, used by every file:
     "As published" refers to DiffuseVAE (Pandey et al. 2022), which stage 1 replicates.
@@ -17,10 +17,10 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
     U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
-    Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
-    number that depends on the purpose (SEEDS, section 11), or a constant where all runs should draw alike. The two
-    exceptions are initial weights and dropout masks: they use torch's global generator, which is seeded before a
-    network is built and before every step with dropout.
+    Every random draw that decides a result comes from an explicit generator. Its seed is --seed plus a number that
+    depends on the purpose (SEEDS, section 11). Where all runs should draw alike, it is a constant. Initial weights and
+    dropout masks are the exceptions: they use torch's global generator, which is seeded before a network is built and
+    before every step with dropout.
     In training and in sampling, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
     float32 again.
 """
@@ -97,10 +97,10 @@ class Diffusion:
     steps.
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
-    Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small, so that errors
-    grow. From v, x0 is computed without a division, which helps short trainings. `start` is the time at which the
-    reverse process begins: T, or a smaller one where an x_hat already shows roughly what x0 looks like. Only the times
-    1..start are trained and sampled."""
+    Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small. So the errors of
+    a network that was trained for a short time are magnified. From v, x0 is computed without a division. `start` is the
+    time at which the reverse process begins: T, or a smaller one where an x_hat already shows roughly what x0 looks
+    like. Only the times 1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -137,19 +137,21 @@ class Diffusion:
         return eps if self.objective == "eps" else a * eps - sigma * x0
 
     def simple_loss(self, denoise, x0, t, eps):
-        """Squared error of the network's prediction `denoise(x_t, t)`, mean over pixel values (DDPM eq. 14): (B,)."""
-        return ((denoise(self.q_sample(x0, t, eps), t) - self.target(x0, t, eps)) ** 2).flatten(1).mean(1)
+        """Squared error of the network's prediction `denoise(x_t, t)`, mean over pixel values: (B,). (DDPM eq. 14, if
+        the network predicts eps.)"""
+        prediction = denoise(self.q_sample(x0, t, eps), t)  # (B, C, H, W)
+        return ((prediction - self.target(x0, t, eps)) ** 2).flatten(1).mean(1)
 
-    def to_x0_and_eps(self, prediction, xt, t, clamp=True):
+    def to_x0_and_eps(self, prediction, x_t, t, clamp=True):
         """Solve the network's prediction at x_t for x0 and eps. `clamp` limits x0 to [-1, 1]; eps is computed from the
         clamped x0, so that both still add up to x_t."""
         a, sigma = self.scales(t)
         if self.objective == "eps":
-            x0 = (xt - sigma * prediction) / a  # from x_t = a x0 + sigma eps
+            x0 = (x_t - sigma * prediction) / a  # from x_t = a x0 + sigma eps
         else:
-            x0 = a * xt - sigma * prediction  # a x_t - sigma v = (a^2 + sigma^2) x0 = x0
+            x0 = a * x_t - sigma * prediction  # a x_t - sigma v = (a^2 + sigma^2) x0 = x0
         x0 = x0.clamp(-1, 1) if clamp else x0
-        return x0, (xt - a * x0) / sigma
+        return x0, (x_t - a * x0) / sigma
 
     def posterior(self, t, t_next):
         """The Posterior of x at the time t_next < t, given x_t and x0 (DDPM eq. 6-7). With t_next = t - 1 these are
@@ -182,10 +184,10 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
-    DDIM takes this step with the x0 that is predicted at its beginning. This solver is of second order because it takes
-    the x0 of the middle of the step. Where the middle is, is measured in lambda = log(a / sigma), as in the paper. (Any
-    other smooth variable that grows along the path would do, too.) The two latest predictions are extrapolated
-    linearly:
+    DDIM takes this step with the x0 that is predicted at its beginning. This solver takes the x0 of the middle of the
+    step, as the midpoint rule does, and so is of second order. Where the middle is, is measured in
+    lambda = log(a / sigma), as in the paper. (Any other smooth variable that grows along the path would do, too.) The
+    two latest predictions are extrapolated linearly:
         x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
     """
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -268,12 +270,14 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
-    (16, 64, 1), ..., (1, 128, 1)]. `blocks` is the published number, which leaves out one block of each level but the
-    last: the one right before the resolution changes. So (32, 32, 0) has one block. Then the resolution changes: as
-    published (`pool`) by average pooling and a 1x1 convolution, otherwise by a strided convolution (PatchConv2d:
-    nn.Conv2d, computed as a matrix product, see section 11). The strided convolution has a weight for every position in
-    its window. An average does not tell positions apart, and the published network averages all the way down to 1x1. It
-    can still learn where things are, from the zero padding at the border, but not in a short training."""
+    (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has blocks + 1 blocks: the published number `blocks` leaves
+    out the one right before the resolution changes. Then the resolution changes: as published (`pool`) by average
+    pooling and a 1x1 convolution, otherwise by a strided convolution. The strided convolution has a weight for every
+    position in its window. An average does not tell positions apart, and the published network averages all the way
+    down to 1x1. It can still learn where things are, from the zero padding at the border, but not in a short training.
+
+    (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
+    wrongly in bfloat16; see section 11.)"""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -325,8 +329,8 @@ class Decoder(nn.Module):
         self.body = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, z):
-        x_hat = torch.sigmoid(self.body(z[:, :, None, None]).float())  # in [0, 1], as published
-        return 2 * x_hat - 1
+        pixels = torch.sigmoid(self.body(z[:, :, None, None]).float())  # (B, 3, H, W) in [0, 1], as published
+        return 2 * pixels - 1
 
 
 class VAE(nn.Module):
@@ -555,7 +559,8 @@ class GaussianMixture:
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, subset=10_000):
         """The mixture fitted to codes z (N, d). A first mixture is improved by `rounds` of EM on a part of the codes,
-        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes.
+        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes. With
+        thousands of components, the part is all codes, too.
 
         If not `tied`, the first mixture has the cluster means of k-means, and one covariance, that of the codes about
         the mean of their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd
@@ -565,7 +570,8 @@ class GaussianMixture:
         # is a small difference of large numbers.
         centre = z.mean(0)
         # In random order, since the first ones are used below, and image files may be sorted by class.
-        z = (z - centre).cpu()[torch.randperm(len(z), generator=generator(seed))]
+        order = torch.randperm(len(z), generator=generator(seed))
+        z = (z - centre).cpu()[order]
         part = z[: max(subset, 20 * components)]
         if tied:
             means, residuals = z[:components], z
@@ -595,15 +601,15 @@ class GaussianMixture:
         mass = torch.full((count,), 1e-9)  # (K,), positive so that it can be divided by
         sums = torch.zeros(count, d)  # of z
         products = torch.zeros(1 if tied else count, d, d)  # of z z^T
-        for part, log_joint in self.log_joints(z):
+        for chunk, log_joint in self.log_joints(z):
             belongs = log_joint.softmax(1)  # (n, K), rows add up to 1
-            mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
+            mass, sums = mass + belongs.sum(0), sums + belongs.T @ chunk
             if tied:  # summed over all components: sum_k belongs_k z z^T = z z^T, since each row adds up to 1
-                products[0] += part.T @ part
+                products[0] += chunk.T @ chunk
             else:
                 for k in range(count):
                     own = belongs[:, k] > 0  # in high dimensions most of these are exactly 0 in float32: skip them
-                    products[k] += (belongs[own, k, None] * part[own]).T @ part[own]
+                    products[k] += (belongs[own, k, None] * chunk[own]).T @ chunk[own]
         # M step: new weights, means and covariances. A covariance is E[z z^T] - mean mean^T. If it is shared, it is
         # 1/N sum_n z z^T - 1/N sum_k mass_k mean_k mean_k^T, where mass_k mean_k = sums_k.
         means = sums / mass[:, None]
@@ -628,13 +634,13 @@ class GaussianMixture:
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
         log_scale = (self.weights.log() - log_det).view(groups, 1, -1)  # (K, 1, 1) or (1, 1, K)
         constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
-        rows = max(100, min(2000, 750_000 // count))  # so that a part and its logarithms stay in a processor's cache
-        for part in z.cpu().split(rows):
-            white = (part - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
+        rows = max(100, min(2000, 750_000 // count))  # so that a chunk and its logarithms stay in a processor's cache
+        for chunk in z.cpu().split(rows):
+            white = (chunk - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
             # log_scale - 1/2 |white - white_means|^2 - d/2 log(2 pi), multiplied out: (groups, n, K / groups). It is
             # computed in place, since these are the largest arrays of the fit.
             joint = (white @ white_means.mT).add_(constant).sub_(0.5 * white.square().sum(2, keepdim=True))
-            yield part, joint.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
+            yield chunk, joint.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
 
     @torch.autocast("cpu", enabled=False)  # in bfloat16 the density would be wrong by nats
     def log_prob(self, z):
@@ -659,13 +665,13 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion  # a VAE alone has one, too, that is never used
+    diffusion: Diffusion  # a VAE alone has one, too, but does not sample with it
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`
     # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z), which differs from
-    # x_hat if evaluation added noise. Only stage 3 makes use of z and clean. A VAE alone has no denoiser_for.
+    # x_hat if evaluation added noise. Only stage 3 uses z and clean. A VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step
@@ -708,8 +714,7 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator. Of the samplers, only `ddpm` draws noise in its steps. It
-    comes from a new generator on the device, whose seed is that of `gen` plus one. (So a second call with the same
-    `gen` repeats the noise of the steps, but not that of x_start.) `trajectory`: see sample."""
+    comes from a new generator on the device, whose seed is that of `gen` plus one. `trajectory`: see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -731,8 +736,8 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
     before it is decoded: evaluation tests with it how well a model copes with a bad x_hat. Several processes share the
     batches between them."""
-    parts, offsets = [], range(0, count, batch)
-    offsets = offsets[RANK::RANKS]  # the share of process RANK of RANKS (section 10); with a single process, all
+    parts = []
+    offsets = range(0, count, batch)[RANK::RANKS]  # the share of process RANK of RANKS; with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
         gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, and none of SEEDS
@@ -818,8 +823,8 @@ def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
         u = torch.rand(len(x0), generator=gen, device=gen.device)
         position = (k + u.cpu().double()) * terms / draws  # (B,), in the k-th of `draws` pieces of 0..terms
         t = 2 + position.long().clamp(max=terms - 1).to(x0.device)  # (B,); rounding might have given `terms`
-        xt = diffusion.q_sample(x0, t, randn(x0.shape, gen))
-        x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t)
+        x_t = diffusion.q_sample(x0, t, randn(x0.shape, gen))
+        x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x_t, t), x_t, t)
         total += kl_step(diffusion, x0, x0_predicted, t) * terms / draws
     one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
     x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen))
@@ -908,7 +913,7 @@ def fail(message):
 def end_in_a_line(kind, error, trace):
     """For sys.excepthook: Ctrl-C ends in one line in place of a traceback. Other errors are shown as ever."""
     if issubclass(kind, KeyboardInterrupt):
-        tqdm.write("\nstopped; a stage goes on with --resume", file=sys.stderr)
+        tqdm.write("\nstopped (training of a stage goes on with --resume)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -1027,7 +1032,7 @@ UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of 
     "paper 64": [(64, 128, 2, 3), (32, 256, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 512, 2, 3)],
 }
 
-# What every budget trains with unless `budget` below changes it. `paper` changes nearly all. The values were found by
+# What every budget trains with unless `budget` below changes it. `paper` changes most of it. The values were found by
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
@@ -1531,7 +1536,9 @@ def lock(folder):
     return file
 
 
-NOISE_LEVELS = 20  # into which Training.even_levels divides the times
+# Training.even_levels divides the times into so many noise levels: enough for the loss to be about the same within a
+# level, and few enough for a batch of 32 to have images at most levels.
+NOISE_LEVELS = 20
 
 
 class Training:
@@ -1565,6 +1572,7 @@ class Training:
             others = [p for p in network.parameters() if p.dim() <= 1 or not by_muon]
             if matrices:
                 self.optimizers[f"{name}_muon_lr"] = Muon(matrices)
+            # `step` sets the learning rates.
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(others, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + SEEDS["training"], device)
         self.run_id = secrets.token_hex(8)  # tells this training from every other one
@@ -1599,8 +1607,9 @@ class Training:
         return autocast(self.device, self.reduced)
 
     def __iter__(self):
-        # Where bfloat16 is used, it is tested first. The stage gets one batch twice, and treats it like any other. But
-        # while self.trial is a list, `step` only stores gradients there, and changes no weights.
+        # Where bfloat16 is used, it is tested first, on the loss of the stage: the stage gets one batch twice, once for
+        # each precision, and treats it like any other. Meanwhile self.trial is a list, and `step` only stores gradients
+        # there: it changes no weights.
         yield from self.try_reduced_precision()
         self.compile_networks()
         with self.running():
@@ -1645,8 +1654,9 @@ class Training:
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
         trains on latents, which are floats already.)"""
         if self.train["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            # 2**24 is more than the steps of any run, so no two --seed share one of these.
-            torch.manual_seed((self.train["seed"] * 2**24 + self.steps_taken) * RANKS + RANK)
+            # 2**24 is more than the steps of any run, so no two --seed share a seed of a step.
+            step_seed = self.train["seed"] * 2**24 + self.steps_taken
+            torch.manual_seed(step_seed * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.images[self.own_part(index)]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)

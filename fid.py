@@ -13,14 +13,16 @@ Three habits keep the scores honest.
                     into moments in float64.
     A floor         Even real images do not have an FD of 0: it is biased upward, by about C (1/N1 + 1/N2) for N1 and N2
                     images (expected_floor derives C). So beside the FD of N generated images stands that of N held-out
-                    real images, or of all if there are fewer: about the lowest that can be expected.
+                    real images, which is about the lowest that can be expected. If fewer images are held out, all of
+                    them are taken. Then the floor lies somewhat higher than that.
     An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
                     repeated images has a higher FD, so its interval would lie above the score.)
 
-    python fid.py REAL GENERATED          two folders, or a data set's name (shapes, cifar10, celeba64) and a folder
-    python fid.py cifar10 samples --features inception --count 10000 --json
     python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
+    python fid.py REAL GENERATED          two folders, the first with such a network; or a data set's name (shapes,
+                                          cifar10, celeba64), whose network is there, and a folder
+    python fid.py cifar10 samples --features inception --count 10000 --json
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
 6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 need little of common.py, mostly for
@@ -63,8 +65,9 @@ LEAST_SHARE_UNCHANGED = 0.9
 def require_uint8(images):
     """uint8 (B, 3, H, W) -> the same; grey (B, 1, H, W) -> its channel three times; anything else is a ValueError."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}; round floats "
-                         "in [-1, 1] by ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)")
+        raise ValueError(f"images must be uint8 (B, 3, H, W) or (B, 1, H, W), not {images.dtype} "
+                         f"{tuple(images.shape)}; round floats in [-1, 1] by "
+                         "((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)")
     return images.expand(-1, 3, -1, -1)
 
 
@@ -83,7 +86,7 @@ def change_pool(block, pool):
     inputs = []
     block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
     # Before branch_pool; what this hook returns takes the place of its input.
-    block.branch_pool.register_forward_pre_hook(lambda branch_pool, arguments: pool(inputs.pop()))
+    block.branch_pool.register_forward_pre_hook(lambda branch_pool, _: pool(inputs.pop()))
 
 
 def resize_matrix(size, target):
@@ -92,7 +95,7 @@ def resize_matrix(size, target):
     position = torch.arange(target, dtype=torch.float64) * size / target  # (target,)
     low = position.long()  # the pixel before the position; low + 1 is the one after it
     before, after = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)  # (target, size)
-    f = (position - low)[:, None]  # (target, 1), how far the position lies behind the pixel before it
+    f = (position - low)[:, None]  # (target, 1), which part of the way from low to low + 1 the position lies at
     return torch.lerp(before.double(), after.double(), f).float()  # (1 - f) before + f after
 
 
@@ -118,7 +121,7 @@ class InceptionV3(nn.Module):
     def forward(self, images):
         x = require_uint8(images).float()
         rows, columns = (resize_matrix(side, 299).to(x.device) for side in x.shape[2:])
-        x = (rows @ x @ columns.T - 128) / 128  # (B, 3, 299, 299)
+        x = (rows @ x @ columns.T - 128) / 128  # (B, 3, 299, 299), scaled as in the original graph
         x = x.contiguous(memory_format=torch.channels_last)
         for layer in [*self.children()][:-2]:  # all but dropout and fc
             x = layer(x)
@@ -155,6 +158,8 @@ def conv_bn(inputs, outputs, stride=1):
 
 
 class Residual(nn.Sequential):
+    """x -> x + the layers' output of x."""
+
     def forward(self, x):
         return x + super().forward(x)
 
@@ -227,12 +232,14 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     another file. The program ends with an error if there is none, or if the folder has changed since its training."""
     if kind == "inception":
         return load_inception(weights).to(device)
-    home, name, train_argument = FEATURES_DIR, dataset, dataset  # its folder, its name, and what --train-local is given
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
             fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
-        home, name, train_argument = OWN_FEATURES_DIR, Path(data_dir).resolve().name, data_dir
+        home, name = OWN_FEATURES_DIR, Path(data_dir).resolve().name  # where the network lies, and its name
+        train_argument = data_dir  # what --train-local is given to make it
+    else:
+        home, name, train_argument = FEATURES_DIR, dataset, dataset
     found = [Path(weights)] if weights else common.find_hashed(home, name)
     what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # how errors begin
     all_networks = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
@@ -241,9 +248,12 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     stored = load_hashed(found, what, advice)  # ends the program unless exactly one is found
     if "classes" not in stored:
         fail(f"{what}: {found[0]} is not a local feature network; {advice}")
-    if dataset == "folder" and not weights and (share := share_of_same_files(stored, data_dir)) < LEAST_SHARE_UNCHANGED:
-        fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} agree); "
-             f"make another: python fid.py --train-local {data_dir}, or name it with --weights to use it all the same")
+    if dataset == "folder" and not weights:
+        share = share_of_same_files(stored, data_dir)
+        if share < LEAST_SHARE_UNCHANGED:
+            fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} "
+                 f"agree); make another: python fid.py --train-local {data_dir}, or name it with --weights to use it "
+                 "all the same")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -333,14 +343,18 @@ def expected_floor(stats, count):
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
         E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution)
 
-    With the third line, the second has the expectation (1/N1 + 1/N2) times 1/2 sum_ij l_i l_j / (l_i + l_j), and the
-    doubling for i = j adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i to what follows the factor, in all 1/4 tr S. The
-    first line adds tr S. So
+    With the third line, the second has the expectation
+
+        (1/N1 + 1/N2) (1/2 sum_ij l_i l_j / (l_i + l_j) + 1/4 tr S)
+
+    where 1/4 tr S comes from the doubling for i = j, which adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i. The first
+    line adds tr S to the bracket. So
 
         E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
 
-    The second line is the Bures metric (Bhatia, Jain and Lim 2019, arXiv:1712.01504). In one dimension, where
-    S_1 = l + D and S_2 = l, it says that (sqrt(l + D) - sqrt(l))^2 is about (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
+    The second line is the Bures metric, derived by Bhatia, Jain and Lim (2019, arXiv:1712.01504). As an example in one
+    dimension, where S_1 = l + D and S_2 = l, it says that (sqrt(l + D) - sqrt(l))^2 is about
+    (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
 
     D is small, and so this holds, if there are many more images than features. (If S = I, N1 is the number of features
     and N2 far larger, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
@@ -368,8 +382,10 @@ def inception_score(logits, splits=10, seed=2020):
 def pair_means(kernel, x, y=None):
     """For each row x_i of x (M, d), the mean of kernel(x_i, y_j) over all rows of y (N, d): float64 (M,). Without y,
     the mean of kernel(x_i, x_j) over all j except i."""
-    x, sums, leave_out_self = x.double(), [], y is None
+    leave_out_self = y is None
+    x = x.double()
     y = x if leave_out_self else y.double()
+    sums = []
     for i in range(0, len(x), CHUNK):
         values = kernel(x[i:i + CHUNK], y)  # (CHUNK, N)
         if leave_out_self:
@@ -428,7 +444,8 @@ def diversity(real, generated):
     return (pair_means(distances, generated).mean() / pair_means(distances, real).mean()).item()
 
 
-GROUPS, T_95 = 20, 2.093024  # of the jackknife; and the 97.5% quantile of Student's t with 19 degrees of freedom
+GROUPS = 20  # of the jackknife
+T_95 = 2.093024  # the 97.5% quantile of Student's t with GROUPS - 1 degrees of freedom
 
 
 def jackknife(score, x):
@@ -449,8 +466,9 @@ def jackknife(score, x):
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
     two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
-    rows. Leaving out an image removes its row and its column. Since the matrix is symmetric, both change the score by
-    the same amount. So, to first order, the score changes by twice the change of the mean of image_means."""
+    rows. Leaving out an image removes its row and its column. Since the matrix is symmetric, each of the two changes
+    the score by the same amount. So, to first order, the score changes by twice the change of the mean of
+    image_means."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -476,8 +494,10 @@ class Reference:
 
 def make_reference(extractor, train, test=None):
     """The Reference of real images `train` and held-out ones `test`: uint8 (N, 3, H, W), or lists as in `extract`."""
-    held_out = () if test is None else extract(extractor, shuffle(test), progress=True)
-    return Reference(extract(extractor, shuffle(train), progress=True)[0], *held_out)
+    features, _ = extract(extractor, shuffle(train), progress=True)
+    if test is None:
+        return Reference(features)
+    return Reference(features, *extract(extractor, shuffle(test), progress=True))
 
 
 def cached_reference(extractor, data_train, data_test, cache_dir):
@@ -517,13 +537,17 @@ def scores(extractor, generated, ref, progress=False):
     # again whenever a group is left out, the ten parts would have other images.
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     at_most_2000 = min(count, 2000, len(ref.features))
-    kid_real, subset_size = (ref.features[:2000], None) if at_most_2000 < 2000 else (ref.features, 1000)
-    # KID = mean k(x, x') + mean k(y, y') - 2 mean k(y, x), for real images x and generated images y. Let b_i be the
-    # mean of k(y_i, y_j) over j, and c_i that of k(y_i, x_j). If some y_i are left out, the second mean changes by
-    # twice the change of mean b_i (see jackknife_pairs), and the third by the change of mean c_i. So KID changes by
-    # twice the change of mean (b_i - c_i), and these differences are the image_means. The interval needs them only
-    # roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the x_j at most
-    # 5,000 real ones.
+    if at_most_2000 < 2000:
+        kid_real, subset_size = ref.features[:2000], None
+    else:
+        kid_real, subset_size = ref.features, 1000
+    # For real images x and generated images y,
+    #     KID = mean k(x, x') + mean k(y, y') - 2 mean k(y, x).
+    # Let b_i be the mean of k(y_i, y_j) over j, and c_i that of k(y_i, x_j). If some y_i are left out, the second mean
+    # changes by twice the change of mean b_i (see jackknife_pairs), and the third by the change of mean c_i. So KID
+    # changes by twice the change of mean (b_i - c_i). These differences are the image_means. The interval needs them
+    # only roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the x_j at
+    # most 5,000 real ones.
     image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
                              for block in features.tensor_split(max(1, count // 2000))])
     row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
@@ -532,8 +556,10 @@ def scores(extractor, generated, ref, progress=False):
     row["diversity"] = jackknife_pairs(diversity(some_real, some), image_means)
     real = ref.features[:count]
     precision, recall = precision_recall(real, features[:len(real)], k=min(3, count - 1, len(real) - 1))
-    floor = expected_floor(ref.stats, count) if ref.test_features is None else frechet_distance(
-        moments(ref.test_features[:count]), ref.stats)
+    if ref.test_features is None:
+        floor = expected_floor(ref.stats, count)
+    else:
+        floor = frechet_distance(moments(ref.test_features[:count]), ref.stats)
     for key, value in (("precision", precision), ("recall", recall), ("floor", floor)):
         row[key] = {"value": value, "low": None, "high": None}
     return {key + extractor.suffix: score for key, score in row.items()}
@@ -643,7 +669,7 @@ def read_metrics(path, evaluation=None):
     or if they have another schema."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         metrics = json.loads(Path(path).read_text())
-        complete = metrics["schema"] == 1 and metrics["rows"]
+        complete = metrics["schema"] == 1 and len(metrics["rows"]) > 0
         if complete and (evaluation is None or evaluation == metrics["run"]["eval"]):
             return metrics
     return None
@@ -688,10 +714,10 @@ def measure(model, setup, prior, sampler, steps, count, damage):
     x_hat or to a latent. Returns one row of the metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
-    # The sampler begins at time `start` and visits each time at most once.
-    steps = min(steps, model.diffusion.start)
-    row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": steps * model.evaluations, "n_generated": count,
-           "seconds_per_image": seconds} | setup.score(images)  # nfe: number of evaluations of a network
+    steps = min(steps, model.diffusion.start)  # sampling visits each of the times start, ..., 1 at most once
+    nfe = steps * model.evaluations  # number of evaluations of a network
+    row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": nfe, "n_generated": count,
+           "seconds_per_image": seconds} | setup.score(images)
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
 
 
@@ -699,9 +725,10 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # Some rows are needed twice: the one without noise in `robustness` is also in the grid. lru_cache keeps the last
-    # eight results of `measure`, by its arguments prior, sampler, steps, count and damage.
-    draw_and_score = functools.lru_cache(8)(partial(measure, model, setup))
+    # Some rows are needed twice: the one without noise in `robustness` is also in the grid. So the last eight results
+    # of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
+    measure_this_model = partial(measure, model, setup)
+    draw_and_score = functools.lru_cache(8)(measure_this_model)
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw_and_score(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.denoiser_for is not None
@@ -913,8 +940,9 @@ def diagnose(mu, logvar, sharpness):
 
 def check_start(diffusion, x_hat, real):
     """Whether refinement begins early enough to correct what is wrong with x_hat, uint8 (N, 3, H, W). At its start, the
-    noise should hide the VAE's error, `real` - x_hat. With x_t = a x0 + sigma eps, the noise has the standard deviation
-    sigma / a relative to the image. It should be at least six times the error's (a rule of thumb)."""
+    noise should hide the VAE's error, `real` - x_hat. With x_t = a x0 + sigma eps, where a and sigma are x0_scale and
+    eps_scale, the noise has the standard deviation sigma / a relative to the image. It should be at least six times the
+    error's (a rule of thumb)."""
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
@@ -982,9 +1010,10 @@ def print_results(finished, setup):
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
 PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
-# How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. For other data it is 200,000.
-# But each image is seen about 100 times at most.
+# How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. (Each image is seen about 100
+# times at most.)
 IMAGES_SEEN = {"cifar10": 800_000}
+IMAGES_SEEN_OF_OTHERS = 200_000
 
 
 def augment(x, gen, crop=False):
@@ -1032,11 +1061,13 @@ def train_network(data, seed=0, batch=256):
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
     # A second head on the features, for training only: it regresses the factors or, without labels, is SimCLR's
     # projection. (With labels alone it has no use.)
-    extra_head = nn.Linear(net.dim, factors.shape[1]) if factors is not None else nn.Sequential(
-        nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
+    if factors is not None:
+        extra_head = nn.Linear(net.dim, factors.shape[1])
+    else:
+        extra_head = nn.Sequential(nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
     networks = nn.ModuleList([net, extra_head])
     batch = min(batch, len(images))
-    images_seen = min(IMAGES_SEEN.get(data.name, 200_000), 100 * len(images))
+    images_seen = min(IMAGES_SEEN.get(data.name, IMAGES_SEEN_OF_OTHERS), 100 * len(images))
     steps = math.ceil(images_seen / batch)
     # Random orders of all images, one after another, are cut into batches.
     epochs = [torch.randperm(len(images), generator=gen) for _ in range(math.ceil(steps * batch / len(images)))]
@@ -1048,7 +1079,7 @@ def train_network(data, seed=0, batch=256):
         peak_rate = 0.4
     else:
         peak_rate = 0.1  # regressions diverge above it
-    # The schedule sets rate and momentum in every step, whatever they are here.
+    # The schedule overwrites rate and momentum in every step.
     optimiser = torch.optim.SGD(networks.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
 
@@ -1073,8 +1104,9 @@ def train_network(data, seed=0, batch=256):
             trial = copy.deepcopy(networks)
             loss_of(trial, x, index, precision).backward()
             gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])  # one tensor
-        # Some processors have faulty bfloat16 kernels, whose gradients differ by 100% or more. Rounding alone, which
-        # batch norm amplifies, makes up to 26%. The limit of 50% lies between.
+        # The gradients of faulty bfloat16 kernels differed by 100% or more here. Rounding alone, which batch norm
+        # amplifies, makes up to 26%. The limit of 50% lies between. (Without batch norm both are smaller, see
+        # common.rounding_explains.)
         reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}", 0.5)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
         x = to_float(images[index])  # (B, 3, S, S)
@@ -1127,7 +1159,7 @@ def examine(extractor, train, test):
     report["blur"] = {sd: fd_of_images(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, sd, sd))))
                       for sd in (0.5, 1, 2, 4)}
     report["sample_size"] = {n: fd(features[:n]) for n in (100, 250, 500, 1000, 2000, 4000) if n <= len(images)}
-    half_of_them = features[classes < extractor.classes / 2]
+    half_of_them = features[classes < extractor.classes / 2]  # as if a generator had dropped the other classes
     report["half_the_classes"] = fd(half_of_them) if len(half_of_them) > 1 else None
     # The recall that real images reach: held-out ones take the place of generated ones.
     report["real_recall"] = precision_recall(ref.features[:len(images)], features)[1]
@@ -1238,6 +1270,10 @@ def main(arguments=None):
     for folder, found in ((args.generated, images), (args.real, real)):
         if isinstance(found, list):
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
+    if torch.is_tensor(real) and torch.is_tensor(images) and real.shape[2:] != images.shape[2:]:
+        real_size, size = ("x".join(map(str, each.shape[2:])) for each in (real, images))  # height x width
+        print(f"warning: images of {args.real} have {real_size} pixels, those of {args.generated} {size}; resizing "
+              "them moves the distance", file=sys.stderr)
     same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)
     if same_names_and_sizes and contents(args.real) == contents(args.generated):
         print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
@@ -1254,7 +1290,8 @@ def main(arguments=None):
              # of as many images as the floor, since the Inception Score grows with their number
              "real_is": None if held_out is None else inception_score(held_out[:count])[0], "scores": row}
     if args.json:
-        return print(json.dumps(facts, indent=1))
+        print(json.dumps(facts, indent=1))
+        return
     print("{n_generated:,} images of {generated} against {n_real:,} of {real}, features {features}".format(**facts))
     for key, score in row.items():
         interval = "" if score["low"] is None else f"   95% interval {score['low']:.4f} to {score['high']:.4f}"

@@ -6,18 +6,18 @@ model decides *how it looks*.
 
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
-                      As published, beta is 1. We train with 0.04 on shapes and 0.25 on real images (common.budget).
-                      With a smaller beta the code holds more of the image, and it becomes harder to model how codes
-                      are distributed (see 3).
+                      As published, beta is 1. The budgets `cpu` and `gpu` have 0.04 on shapes and 0.25 on real images
+                      (common.budget). With a smaller beta the code holds more of the image, and it becomes harder to
+                      model how codes are distributed (see 3).
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      The target is eps as published. Our own settings (every --budget but `paper`) use
+                      The target is eps as published (--budget paper). With all other budgets it is
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
-                      and let all noise levels count alike, by dividing the loss of each level by its running mean
-                      (train_refiner says why). There are two ways to show x_hat to the U-Net. Its input is [x_t, x_hat]
-                      in Formulation 1, and [x_t + x_hat, x_hat] in Formulation 2, where [a, b] is a and b,
-                      concatenated. (For the paper's view of Formulation 2 see denoiser.)
+                      and the loss of each noise level is divided by its running mean, so that all levels count alike
+                      (train_refiner says why).
+                      There are two ways to show x_hat to the U-Net. Its input is, with concatenation as [.., ..],
+                          [x_t, x_hat] in Formulation 1,    [x_t + x_hat, x_hat] in Formulation 2 (see denoiser).
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -65,11 +65,11 @@ import torch
 import common
 import fid
 
-# The variants, and the number of input channels of their U-Nets: 3 for x_t, and 3 more if the U-Net also sees x_hat.
-# `vae` has no U-Net. They are run in this order.
+# The variants, in the order in which they are run, and the number of input channels of their U-Nets: 3 for x_t, and 3
+# more if the U-Net also sees x_hat. `vae` has no U-Net.
 CHANNELS = {"vae": None, "uncond": 3, "form1": 6, "form2": 6, "guided": 6, "augmented": 6}
-# `augmented` adds noise to x_hat, with an sd between 0 and this. Evaluation also adds noise to x_hat, up to an sd of
-# 0.4, to see how well a refiner copes with a bad x_hat (fid.robustness).
+# `augmented` adds noise to x_hat, with an sd between 0 and this. It is the sd of the strongest noise with which
+# evaluation tests a refiner (fid.NOISE), so `augmented` is trained for all noise that it is tested with.
 AUGMENTATION = 0.4
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/form1-*.pt and guide-*.pt, for --pretrained
 
@@ -94,15 +94,15 @@ def build_diffusion(train, variant, device):
 
     How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
     it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of
-    sqrt(abar) (x_hat - x0), which the noise has to hide. At start = 400, our setting, the noise has 12 times the
-    standard deviation of the difference on CIFAR-10, 15 times on faces and 33 times on shapes (over pixel values of
-    held-out images, with the budget cpu). Below six times, which is a rough limit, fid.check_start says that refinement
-    begins too late (at too small a time). The better the VAE, the smaller `start` may be."""
-    return common.Diffusion(train["objective"], device=device, start=None if variant == "uncond" else train["start"])
+    sqrt(abar) (x_hat - x0), which the noise has to hide. The noise should have at least six times the standard
+    deviation of this difference (a rough limit, which fid.check_start tests). At start = 400, our setting, it has 12
+    times or more on our data sets. The better the VAE, the smaller `start` may be."""
+    start = None if variant == "uncond" else train["start"]
+    return common.Diffusion(train["objective"], device=device, start=start)
 
 
 def denoiser(unet, x_hat, variant):
-    """`denoise(x, t) -> prediction` for one batch, given its x_hat (B, 3, H, W).
+    """The function (x_t, t) -> prediction for one batch, given its x_hat (B, 3, H, W).
 
     In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, and all else is as in Formulation 1. The paper
     describes it in another way, as a diffusion process of y_t = x_t + x_hat, which ends in noise around x_hat and not
@@ -112,29 +112,29 @@ def denoiser(unet, x_hat, variant):
     if variant == "uncond":
         return unet
 
-    def denoise(xt, t):
-        shown = xt + x_hat if variant == "form2" else xt
+    def denoise(x_t, t):
+        shown = x_t + x_hat if variant == "form2" else x_t  # (B, 3, H, W)
         return unet(torch.cat([shown, x_hat], 1), t)
 
     return denoise
 
 
 def guided_denoiser(refiner, guide, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x, t) -> prediction that is made of the two
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): the function (x_t, t) -> prediction that is made of the two
     functions `refiner` and `guide`, as prediction = refiner + guidance * (refiner - guide). (`guidance` is the paper's
     w - 1.)
 
     The paper guides the predicted image x0, we guide the predicted eps or v. That is the same, because at a given x_t
-    both are linear in x0. With x_t = a x0 + sigma eps and a^2 + sigma^2 = 1,
+    both are affine in x0. With x_t = a x0 + sigma eps and a^2 + sigma^2 = 1,
         eps = x_t / sigma - (a / sigma) x0    and    v = a eps - sigma x0 = (a / sigma) x_t - (1 / sigma) x0.
-    So a prediction is c + k x, where x is the predicted image, and c and k depend on x_t and t alone. If the refiner
-    predicts the image x and the guide the image y, then with g for `guidance`
-        (1 + g) (c + k x) - g (c + k y) = c + k ((1 + g) x - g y),
-    which is the prediction that belongs to the guided image (1 + g) x - g y."""
+    So a prediction is c + k p, where p is the predicted image, and c and k depend on x_t and t alone. If the refiner
+    predicts the image p and the guide the image q, then with g for `guidance`
+        (1 + g) (c + k p) - g (c + k q) = c + k ((1 + g) p - g q),
+    which is the prediction that belongs to the guided image (1 + g) p - g q."""
 
-    def denoise_guided(xt, t):
-        prediction = refiner(xt, t)
-        return prediction + guidance * (prediction - guide(xt, t))
+    def denoise_guided(x_t, t):
+        prediction = refiner(x_t, t)
+        return prediction + guidance * (prediction - guide(x_t, t))
 
     return denoise_guided
 
@@ -164,7 +164,7 @@ def train_vae(folder, train, data, device):
 
 def train_refiner(folder, train, variant, vae_state, data, device):
     """Train a refiner behind the frozen VAE of the checkpoint `vae_state`. Returns the finished checkpoint, which
-    contains the VAE as well. The control `uncond` has no VAE, and makes no use of `vae_state`."""
+    contains the VAE as well. The control `uncond` has no VAE, and does not use `vae_state`."""
     torch.manual_seed(train["seed"])
     unet = common.build_unet(train, CHANNELS[variant])
     diffusion = build_diffusion(train, variant, device)
@@ -186,8 +186,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture. But all that is
         # decided at these levels is the grain of the image. So an image's loss is divided by the running mean of the
-        # losses at its noise level. On shapes this lowers fd by about a quarter (two seeds); on real images it makes no
-        # clear difference (REPORT.md). With the budget `paper` the loss stays as it is.
+        # losses at its noise level (not with the budget `paper`). What this gains stands in REPORT.md, Appendix.
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -203,7 +202,7 @@ def load_model(state, variant, device):
     """The common.Model of a variant, built from its checkpoint alone. (The checkpoint of `guided` is made by
     with_guide.)"""
     train, size = state["train"], state["train"]["image_size"]
-    diffusion = build_diffusion(train, variant, device)  # of which a VAE alone makes no use
+    diffusion = build_diffusion(train, variant, device)  # (a VAE alone does not sample with it)
     model = common.Model(variant, device, shape=(3, size, size), diffusion=diffusion)
     if variant != "uncond":
         model.vae = common.frozen(common.build_vae(train), state["vae"], device)
@@ -213,14 +212,14 @@ def load_model(state, variant, device):
     if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
-        # common.refine calls denoiser_for once for each batch, and samples with the function (x, t) -> prediction that
-        # it returns. z is the code of x_hat, and `clean` is x_hat before evaluation adds noise to it. Only stage 3
-        # makes use of these two.
+        # common.refine calls denoiser_for once for each batch, and samples with the function (x_t, t) -> prediction
+        # that it returns. z is the code of x_hat, and `clean` is x_hat before evaluation adds noise to it. Only stage 3
+        # uses these two.
         model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
-    if variant == "guided":  # a denoiser_for that takes the place of the one above
+    if variant == "guided":  # replace denoiser_for by one that evaluates two U-Nets
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
         model.networks += (guide,)
-        model.evaluations = 2  # of a network, in every step of sampling
+        model.evaluations = 2  # the refiner and the guide, in every step of sampling
         model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
     common.choose_precision(model)  # bfloat16 where the device has it and the outputs agree with those of float32
@@ -231,8 +230,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # The value of `guidance` is taken from the guide's settings. Those of form1 always hold the default: main ignores
-    # `--set guidance=...` for form1, whose training does not depend on it.
+    # The guide's settings hold the chosen `guidance`. Those of form1, whose training does not depend on it, hold the
+    # default.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -246,11 +245,10 @@ def draw_pretrained(args, evaluation, device):
     their files small, the encoder is left out, and matrices are stored in half precision."""
     checkpoints = []
     for name in ("form1", "guide"):
-        # The file NAME-<hash>.pt, whose name holds the hash of its contents. `what` and `advice` are the two parts of
-        # the message if it is missing or damaged.
-        checkpoints.append(common.load_hashed(common.find_hashed(PRETRAINED / args.dataset, name),
-                                          what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
-                                          advice="take another --dataset, or train: leave --pretrained out"))
+        files = common.find_hashed(PRETRAINED / args.dataset, name)  # NAME-<hash>.pt, with the hash of its contents
+        # `what` and `advice` are the two parts of the message if the file is missing or damaged.
+        checkpoints.append(common.load_hashed(files, what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
+                                              advice="take another --dataset, or train: leave --pretrained out"))
     state = with_guide(*checkpoints)
     # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
@@ -299,8 +297,8 @@ def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
-    # The changes of --set are not in `train` yet. read_settings has put them into args.changes, since each run takes
-    # only those that concern it (setup.folder_and_settings, below).
+    # `train` does not contain the changes of --set yet. They are in args.changes, since each run takes only those that
+    # concern it (setup.folder_and_settings, below).
     if args.dry_run:
         train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -319,8 +317,8 @@ def main(argv=None):
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
         # With `--set beta=1`, the folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta.
-        # With `--set unet_steps=900`, the VAE's folder and settings stay as they are, since unet_steps is among the
-        # `ignored` settings: the VAE does not depend on it. So runs with another U-Net find the same VAE.
+        # The VAE does not depend on settings of the U-Net. They are ignored, so that runs with another U-Net find the
+        # same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
         # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.
@@ -330,13 +328,12 @@ def main(argv=None):
         if variant == "vae":
             folder, state = vae_folder, vae_state
         elif variant == "guided":
-            # What is trained in this folder is the guide: form1, for a tenth of the steps (found by trying). The scores
-            # of `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another
-            # one.
+            # In this folder the guide is trained: form1, for a tenth of the steps (found by trying). The scores of
+            # `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another one.
             folder, settings = setup.folder_and_settings("stage1-guided")
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)
-                           or train_refiner(folder, settings, "form1", vae_state, setup.data, device))
+                           or train_refiner(folder, settings, "form1", form1_state, setup.data, device))
             state = with_guide(form1_state, guide_state)
         else:
             folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=("guidance",))

@@ -889,7 +889,7 @@ def test_read_image(tmp_path, capsys):
 
 def test_ctrl_c_ends_in_one_line(capsys):
     """Any other error is shown as ever."""
-    for kind, shown in ((KeyboardInterrupt, "\nstopped; a stage goes on with --resume\n"),
+    for kind, shown in ((KeyboardInterrupt, "\nstopped (training of a stage goes on with --resume)\n"),
                         (ValueError, "ValueError: x\n")):
         common.end_in_a_line(kind, kind("x"), None)
         assert capsys.readouterr().err == shown

@@ -686,7 +686,12 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     # Files of equal names and sizes, but with other images.
     one, other = (save_folder(smooth_images(20, seed=seed), tmp_path / f"bmp{seed}", "bmp") for seed in (1, 2))
     fid.main([one, other, *folders.weights, "--json"])
-    assert "same files" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "same files" not in error and "pixels" not in error
+    large = save_folder(smooth_images(20).repeat_interleave(2, 2).repeat_interleave(2, 3), tmp_path / "large")
+    fid.main([folders.real, large, *folders.weights, "--json"])
+    assert (f"warning: images of {folders.real} have 32x32 pixels, those of {large} 64x64; resizing them moves the "
+            "distance\n") in capsys.readouterr().err
 
 
 def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypatch):
