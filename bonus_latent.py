@@ -10,19 +10,19 @@ diffused instead, each of the many passes of the U-Net costs a fraction. What th
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first, and the diffusion loss does not train it. If it did, the encoder
-                  could lower that loss without learning anything. The scaling is fixed, so it could make the latent so
-                  small that x_t is almost pure noise. The noise can then be read off x_t, and the loss is low.
+                  could lower that loss without learning anything: it could make the latent very small. Then x_t is
+                  almost pure noise, the noise can be read off x_t, and the loss is low.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
 Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
         latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
         The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
-        FLOPs are counted; seconds are medians; the costliest operators (profile-*.txt) and, on a CPU, the memory come
-        from torch.profiler.
+        FLOPs are counted. Seconds are medians. On a CPU the memory comes from torch.profiler, and so does the list of
+        the costliest operators (profile-*.txt).
         On shapes latent diffusion takes less than half the seconds of stage 1's refiner if images are sampled in
-        batches, and more seconds than it if they are sampled one by one. Its Frechet distance is seven times that of
-        stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
+        batches, and more seconds than it if they are sampled one by one. Its Frechet distance is over seven times that
+        of stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
 """
 
 import argparse
@@ -60,13 +60,14 @@ class Autoencoder(nn.Module):
         super().__init__()
         w, block = width, common.BottleneckBlock
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1), block(w), common.PatchConv2d(w, 2 * w, 2, stride=2),  # half the resolution
-            block(2 * w), common.PatchConv2d(2 * w, 2 * w, 2, stride=2),
-            block(2 * w), block(2 * w), nn.Conv2d(2 * w, 2 * CHANNELS, 1))
+            nn.Conv2d(3, w, 3, padding=1), block(w),  # (B, w, H, W)
+            common.PatchConv2d(w, 2 * w, 2, stride=2), block(2 * w),  # (B, 2 w, H/2, W/2)
+            common.PatchConv2d(2 * w, 2 * w, 2, stride=2), block(2 * w), block(2 * w),  # (B, 2 w, H/4, W/4)
+            nn.Conv2d(2 * w, 2 * CHANNELS, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w), block(2 * w),
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, 2 * w, 3, padding=1), block(2 * w),
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, w, 3, padding=1), block(w), block(w),
+            nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w), block(2 * w),  # (B, 2 w, H/4, W/4)
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, 2 * w, 3, padding=1), block(2 * w),  # (B, 2 w, H/2, W/2)
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, w, 3, padding=1), block(w), block(w),  # (B, w, H, W)
             nn.Conv2d(w, 3, 3, padding=1))
 
     def encode(self, x0):
@@ -107,9 +108,8 @@ def encode_all(autoencoder, images, device):
 
 
 def train_autoencoder(folder, train, data, device):
-    """Train the autoencoder and measure the scale of its latent. Its settings are those of a VAE.
-    Training looks settings up under the network's name, so main has copied vae_lr to autoencoder_lr, and so on. Returns
-    the finished checkpoint."""
+    """Train the autoencoder with the settings of a VAE, and measure the scale of its latent. Returns the finished
+    checkpoint."""
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -135,7 +135,8 @@ def train_latent(folder, train, ae_state, data, device):
     scale = {key: value.to(device) for key, value in ae_state["scale"].items()}
     # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = torch.cat([data.images, data.images.flip(3)]) if train["unet_flip"] else data.images
-    latents = torch.cat(encode_all(autoencoder, images, device), 1)  # mu and sd, (N, 8, h, w), encoded once
+    # Encoded once: mu and sd, side by side, since Training draws batches from a single tensor.
+    latents = torch.cat(encode_all(autoencoder, images, device), 1)  # (N, 8, h, w)
     torch.manual_seed(train["seed"])
     unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
     # (Training converts only uint8 images. These latents are floats, and come back as they are.)
@@ -194,7 +195,8 @@ class CostProbe:
     makes x_hat from z. In the latent space it is the autoencoder's, which makes the image from a latent."""
 
     def __init__(self, unet, unet_shape, decode, code, reduced):
-        self.unet, self.decode, self.code, self.device, self.reduced = unet, decode, code, code.device, reduced
+        self.unet, self.decode, self.code = unet, decode, code
+        self.device, self.reduced = code.device, reduced  # reduced: whether it runs in bfloat16
         self.x = torch.randn(len(code), *unet_shape, device=self.device)
         self.t = torch.full((len(code),), 500, device=self.device)  # no cost depends on the time
 
@@ -236,11 +238,12 @@ def all_costs(probes, steps, batch):
             costs[name][key] = (steps[name] * one_pass[name] + decoding[name]) / n
     for name, probe in probes.items():
         pass_gflops = common.count_gflops(partial(probe.evaluate_unet, 1))
-        memory = max(peak_memory(partial(run, batch), device) for run in (probe.evaluate_unet, probe.decode_codes))
-        costs[name] |= {"peak_memory_mb": memory,
+        decoding_gflops = common.count_gflops(partial(probe.decode_codes, 1))
+        pass_memory = peak_memory(partial(probe.evaluate_unet, batch), device)
+        decoding_memory = peak_memory(partial(probe.decode_codes, batch), device)
+        costs[name] |= {"peak_memory_mb": max(pass_memory, decoding_memory),
                         "gflops_per_pass": pass_gflops,
-                        "gflops_per_image": steps[name] * pass_gflops + common.count_gflops(
-                            partial(probe.decode_codes, 1))}
+                        "gflops_per_image": steps[name] * pass_gflops + decoding_gflops}
     return costs
 
 
@@ -287,7 +290,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)
-    # (beta: the autoencoder's weight of the KL is BETA, above. pool: its networks never pool.)
+    # These settings would have no effect here: the autoencoder's weight of the KL is BETA, above; its networks never
+    # pool; diffusion begins at T; and there is no mixture, no flow and no guide.
     train, evaluation, device = common.read_settings(
         args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
     # args.changes now holds what --set changes.
@@ -319,9 +323,9 @@ def main(argv=None):
     if args.export:
         common.export(args, folder, model, setup.evaluation)
     fid.print_results({folder: metrics}, setup)
-    saved = tables["savings"]
-    print(f"\nsaved against pixel space ({saved['device']}, {saved['sampler_steps']} steps, batch {saved['batch']}): "
-          + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in saved["saved_percent"].items()))
+    found = tables["savings"]
+    print(f"\nsaved against pixel space ({found['device']}, {found['sampler_steps']} steps, batch {found['batch']}): "
+          + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in found["saved_percent"].items()))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ The loss has two terms.
     VAE term        E = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I)), exactly as in stage 1
     diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
                     pixel values and divided by its running mean at this noise level (common.Training.even_levels). The
-                    factor D makes M as large as a sum over pixel values, which SSE is. (M itself stays near 1. But its
-                    gradient does not vanish, since the running mean counts as a constant. The `paper` budget does not
-                    divide; there M is the plain error.)
+                    factor D puts M on the scale of a sum over pixel values, as SSE is one. (M itself stays near 1. But
+                    its gradient does not vanish, since the running mean counts as a constant. The `paper` budget does
+                    not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
@@ -19,19 +19,20 @@ The loss has two terms.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115,
-                    up to a factor of 2). The derivative by a is 0 where a = log E, that by b where b = log(D M). So a
-                    tends to log E, and b to log(D M), which is log D where M is near 1. The weight of D M over that of
-                    E, exp(-b) / exp(-a), plays the part of lambda. It tends to E / D.
+                    up to a factor of 2). The loss is lowest in a at a = log E, and in b at b = log(D M), which is log D
+                    where M is near 1. The weight of D M over that of E, exp(-b) / exp(-a), plays the part of lambda. So
+                    it tends to E / D: the smaller the VAE's error, the smaller the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
                     weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of that
                     process's bound compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At
-                    start = 400, our setting, it is 0.5 SSE(x0, x_hat); the end of bound_loss derives that. On shapes
-                    the VAE collapses: the code stays empty, and images are useless. (We did not find out why. A VAE
-                    trained alone on 0.5 SSE and the KL does not collapse.)
+                    start = 400, our setting, it is 0.5 SSE(x0, x_hat); the end of bound_loss derives that. So the
+                    bound fixes the weights of SSE and KL, and beta plays no part. On shapes the VAE collapses: the code
+                    stays empty, and images are useless. (We did not find out why. A VAE trained alone on 0.5 SSE and
+                    the KL does not collapse.)
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
-x_hat, and where it enters x_hat, it can be multiplied by a factor (scale_gradient). So
+x_hat. On its way back, it is multiplied by lambda D at x_hat (scale_gradient). So
 
     we call backward on     E + M
     the U-Net gets          the gradient of M
@@ -56,6 +57,7 @@ The log shows both, and lambda:
 
     kl_nats, active_units       how much information is in z
     weight                      lambda
+    v_mse                       the U-Net's plain squared error; under `bound`, bound_per_dim: M in nats
     v_mse_own, v_mse_shuffled   the U-Net's plain mean squared error if it is shown the right x_hat, and if it is shown
                                 that of another image. If they are equal, the refiner ignores x_hat. (If the U-Net
                                 predicts eps, the names begin with `eps`.)
@@ -69,8 +71,8 @@ Expect  as many minutes of training as stage 1 takes for both networks; the same
         `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
         of the latent space, and of how the samples depend on the number of components of the mixture that codes are
         drawn from. On shapes the refiner tolerates noise on x_hat far better than in stage 1, the KL is more than twice
-        as large, and precision is higher. The Frechet distance is about the same, and paths through the latent space
-        are not straighter.
+        as large, and precision is higher. The Frechet distance is about the same, and the images along a path through
+        the latent space change no more directly from one end to the other.
 """
 
 import argparse
@@ -96,8 +98,7 @@ def denoiser(unet, x_hat):
 
 def scale_gradient(x_hat, scale):
     """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor."""
-    # The hook is on a tensor of its own in the graph. SSE's gradient also reaches x_hat, but not through this tensor,
-    # so it is not scaled.
+    # The hook is on the copy, which only the U-Net uses. SSE uses the original, so its gradient is not scaled.
     x_hat_copy = x_hat.view_as(x_hat)
     x_hat_copy.register_hook(lambda gradient: scale * gradient)
     return x_hat_copy
@@ -119,18 +120,18 @@ def lambda_at(train, step):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first both terms are divided by D, and later
-    each by about its own value. (So the VAE's gradient is small, and never reaches its limit `vae_clip`, which is meant
-    for a sum over pixel values.)"""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later E
+    is divided by about E, and D M by about D M. (So the VAE's gradient is small, and never reaches its limit
+    `vae_clip`, which is meant for a sum over pixel values.)"""
 
-    def __init__(self, pixel_values):
+    def __init__(self, D):
         super().__init__()
-        self.a_and_b = nn.Parameter(torch.full((2,), math.log(pixel_values)))
+        self.a_and_b = nn.Parameter(torch.full((2,), math.log(D)))
 
-    def forward(self, vae_term, diffusion_term):
+    def forward(self, E, DM):
         """E and D M, each (B,) -> exp(-a) E + a + exp(-b) D M + b, (B,)."""
         a, b = self.a_and_b
-        return (-a).exp() * vae_term + a + (-b).exp() * diffusion_term + b
+        return (-a).exp() * E + a + (-b).exp() * DM + b
 
 
 def loss_weights(train, step, balance):
@@ -153,21 +154,23 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step: a constant, and a
     factor times the squared error of the predicted x0) and, for t = 1, the nats of the pixels given x_1
     (common.data_nats). The terms over t are largest at small t, so these times are drawn more often, which lowers the
-    variance (importance sampling): t is the whole part of start * u^4, plus 1, for uniform u (B,). (The power 4 was
-    found by trying.) The probability that t is at most k is that of u^4 < k / start, which is (k / start)^(1/4). So the
-    probability of a time is P(t) = (t / start)^(1/4) - ((t - 1) / start)^(1/4). Each term is divided by the P(t) of its
-    time, which keeps the estimate unbiased."""
-    u = u.cpu().double()  # float64 for P(t); on the CPU, since not every device has it
+    variance (importance sampling). From a uniform u in [0, 1) comes, with a power that was found by trying,
+        t = floor(start u^4) + 1
+        P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
+        P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
+    Each term is divided by the probability of its time, which keeps the estimate unbiased."""
+    u = u.cpu().double()  # float64 for the probability; on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
-    probability = (t.double() / diffusion.start) ** 0.25 - ((t.double() - 1) / diffusion.start) ** 0.25  # (B,)
+    at_most_t, below_t = (t.double() / diffusion.start) ** 0.25, ((t.double() - 1) / diffusion.start) ** 0.25
+    probability = at_most_t - below_t  # (B,)
     t = t.to(x0.device)
-    xt = diffusion.q_sample(x0, t, eps)
-    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(xt, t), xt, t, clamp=False)  # clamping would stop the gradient
+    x_t = diffusion.q_sample(x0, t, eps)
+    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x_t, t), x_t, t, clamp=False)  # clamping would stop the gradient
     # kl_step is defined from t = 2 on. Images with t = 1 get another term, below.
     nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,)
-    first = t == 1
-    if first.any():
-        nats[first] = common.data_nats(diffusion, x0[first], x0_predicted[first])
+    is_last_step = t == 1
+    if is_last_step.any():
+        nats[is_last_step] = common.data_nats(diffusion, x0[is_last_step], x0_predicted[is_last_step])
     # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). Images lie in [-1, 1],
     # but SSE is taken in [0, 1], so |x0 - x_hat|^2 is 4 SSE. So kl_prior is SSE times 2 abar / (1 - abar), or 0.5 SSE
     # at start = 400.
@@ -183,7 +186,7 @@ def watch_training(vae, unet, diffusion, images):
     unet.eval()  # without dropout
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
-    x0, x_hat = x0[:64], vae.decoder(mu[:64])  # enough for a mean loss; from mean codes, to have no noise of z in it
+    x0, x_hat = x0[:64], vae.decoder(mu[:64])  # 64 are enough for a mean loss; mean codes, so without noise of z
     t = torch.linspace(1, diffusion.start, len(x0), device=x0.device).long()
     eps = common.randn(x0.shape, gen)
     numbers = {"active_units": float(common.active_units(mu).sum())}
@@ -204,8 +207,8 @@ def train_joint(folder, train, data, device, vae_state=None):
         vae.load_state_dict(vae_state["vae"])
     torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
     unet = common.build_unet(train, 6)
-    pixel_values = data.images[0].numel()  # D
-    balance = Balance(pixel_values)  # which only `kendall` uses
+    D = data.images[0].numel()  # the number of pixel values
+    balance = Balance(D)  # which only `kendall` uses
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if train["loss"] == "kendall" else {})
     diffusion = common.Diffusion(train["objective"], device=device, start=train["start"])
     # In `paper`, images are mirrored for the refiner but not for the VAE. Here both see the same images: the refiner's.
@@ -224,30 +227,30 @@ def train_joint(folder, train, data, device, vae_state=None):
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            vae_term = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            E = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
             vae_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
-            shown = scale_gradient(x_hat_for_unet, diffusion_weight * pixel_values)
+            shown = scale_gradient(x_hat_for_unet, diffusion_weight * D)
 
             # M: what the U-Net learns from and, through `shown`, the VAE.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                plain_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / pixel_values  # (B,), nats per value
-                unet_loss = plain_loss
+                plain_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / D  # (B,), nats per pixel value
+                M = plain_loss
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
-                unet_loss = training.even_levels(plain_loss, t, diffusion)  # (B,), M of each image
-            vae_loss = vae_term  # (B,)
+                M = training.even_levels(plain_loss, t, diffusion)  # (B,)
+            loss = E + M
             if train["loss"] == "kendall":
-                # exp(-a) E + a + exp(-b) D M + b. The last part has to train b alone, so M is detached here. The
-                # networks get its gradient from unet_loss, below.
-                vae_loss = balance(vae_term, pixel_values * unet_loss.detach())
+                # exp(-a) E + a + exp(-b) D M + b in place of E. In it, exp(-b) D M has to train b alone, so M is
+                # detached there. The networks get M's gradient from the M that is added.
+                loss = balance(E, D * M.detach()) + M
         weight = diffusion_weight / vae_weight  # for the log: lambda or, under `kendall`, exp(a - b)
-        training.step(vae_loss + unet_loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
+        training.step(loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(seconds_before=vae_state["seconds"] if vae_state else 0.0,
@@ -307,7 +310,7 @@ def decode_and_refine(z, model, setup, first=0):
     noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # `refine` also uses the seed after this one. With the factor 2, not even parts of a single code share a seed.
+    # `refine` uses this seed and the next one, so seeds are two apart.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -339,7 +342,7 @@ def draw_paths(picture, model, setup):
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=POINTS):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
-        posterior   the Frechet distance of images that are made from these codes, not from codes of a prior
+        posterior   "fd of real codes": the Frechet distance of images from these codes, in place of codes of a prior
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
         probe       how well a linear function of the code tells the image's class and, of shapes, its factors
     The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
@@ -363,13 +366,13 @@ def latent_space(picture, model, setup, pairs=32, points=POINTS):
         features, _ = fid.extract(setup.extractor, strips[name].flatten(0, 1))  # (pairs * points, f), and logits
         result["slerp"][name] = smoothness(features.view(-1, points, features.shape[1]))
     rows = {}
-    for i in range(min(3, count)):
+    for i in range(min(3, pairs)):
         real_a, real_b = test.images[i : i + 1], test.images[count + i : count + i + 1]
         rows[f"VAE {i + 1}"] = torch.cat([real_a, strips["vae"][i], real_b])
         rows[f"refined {i + 1}"] = torch.cat([real_a, strips["refined"][i], real_b])
     common.save_grid(picture, rows, columns=["real", *(f"w = {w:.3g}" for w in weights), "real"])
 
-    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]
+    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough for 64 or 128 numbers
     train_mu, _ = common.encode(model.vae, data.images[chosen], model.device)
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
@@ -426,10 +429,10 @@ def read_flags(argv):
 
 
 def add_tables(folder, model, metrics, setup):
-    """Add to a run what this stage measures and draws, if it is not there yet: paths.png, and in the metrics its latent
-    space, and the Frechet distance by the number of components of the mixture."""
+    """Add to a run what this stage measures and draws, if it is not there yet: paths.png, interpolation.png, and in
+    the metrics its latent space, and the Frechet distance by the number of components of the mixture."""
     tables = metrics["tables"]
-    # The picture may be missing beside a table, in runs that are older than it.
+    # The picture is drawn again if somebody removed it.
     if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
@@ -490,10 +493,10 @@ def main(argv=None):
         add_tables(form1_folder, form1, stage1[form1_folder], setup)
     all_metrics = stage1 | {folder: metrics}
     fid.print_results(all_metrics, setup)
-    for folder, metrics in all_metrics.items():
-        if "latent_space" in metrics["tables"]:
-            numbers = metrics["tables"]["latent_space"]["slerp"]["refined"]
-            print(f"{folder.name}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
+    for run_folder, run_metrics in all_metrics.items():
+        if "latent_space" in run_metrics["tables"]:
+            numbers = run_metrics["tables"]["latent_space"]["slerp"]["refined"]
+            print(f"{run_folder.name}: path length over end distance {numbers['path_over_distance']:.3f}, end distance "
                   f"{numbers['end_distance']:.3f} (refined, slerp)")
     if len(stage1) < 2:
         print(f"no complete results of stage 1 in {setup.home}; to compare, run stage1_baseline.py with the same flags "

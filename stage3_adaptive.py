@@ -6,14 +6,14 @@ instead. Second, where the VAE is unsure its x_hat is misleading. There the refi
 might take more steps.
 
 The flow prior
-    u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|. The VAE's KL term is
-    estimated from one sample z ~ q(z|x): KL = log q(z|x) - log p(z), shape (B,).
+    u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|.
     VAE and flow are trained in three parts (60% and 40% were found by trying):
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
-        the last 40%                 The flow now follows the codes closely. The KL to the flow, as estimated above,
-                                     takes the place of the KL to N(0, I), and trains both.
+        the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
+                                     KL to N(0, I), and trains both. It is estimated from one sample z ~ q(z|x), as
+                                     log q(z|x) - log p(z), shape (B,).
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
     The rival is the Gaussian mixture of stage 1, fitted to the same codes. How many components it needs to do as well
     as the flow is measured, too.
@@ -22,19 +22,18 @@ Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
     with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
     known then, and both tell something about the error: the code z (from rare codes the decoder makes worse images),
-    and how sure the encoder is when it is shown x_hat.
+    and how sure the encoder is when it is shown x_hat (a blurred x_hat may fit many codes).
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
-        s      w . phi + b: (B,). High means a large error. w and b are scaled so that s has mean 0 and standard
-               deviation 1 over training images.
+        s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
+               standard deviation 1.
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
-        posterior  The obvious measure: the variance of q(z|x). It makes s_vec
-                       in training from the log-variances of Enc(x)
-                       in sampling from those of Enc(x_hat), as `variance` does, since there is no x
-                   (both standardised in the same way). So in sampling the refiner meets an s of another kind than in
+        posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
+                   Enc(x), and standardised in the same way. In sampling it is made from those of Enc(x_hat), as for
+                   `variance`, since there is no x. So in sampling the refiner meets an s of another kind than in
                    training. One may expect that to hurt; in the one run that we made it did not.
 
 Conditioning: what the refiner is shown
@@ -57,7 +56,7 @@ Expect  one and a half times the minutes of stage 1. Runs with --prior flow shar
         stage 1. On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the scores
         are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it does not,
         conditioning on it can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and
-        even so conditioning on it does not help (REPORT.md).
+        even so conditioning on it is not shown to help (REPORT.md).
 """
 
 import argparse
@@ -95,7 +94,7 @@ class Coupling(nn.Module):
     def log_scale_and_shift(self, first):
         """The half that stays (B, half) -> log-scale and shift of the other half, each (B, d - half)."""
         raw, shift = self.net(first).chunk(2, 1)
-        return 2 * torch.tanh(raw / 2), shift
+        return 2 * torch.tanh(raw / 2), shift  # a log-scale with the slope 1 at 0 and the limits -2 and 2
 
     def forward(self, z):
         """z (B, d) -> output (B, d), log |det| (B,)."""
@@ -166,7 +165,7 @@ def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # near the usual norm: many steps are shortened
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10, so this shortens many steps
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -210,7 +209,9 @@ def s_vec_and_s(z, logvar, stats, kind):
     """s_vec (B, d) and s (B,), from z and log-variances, each (B, d), with the w and b of this kind of uncertainty."""
     kind = "variance" if kind == "posterior" else kind  # `posterior` has other log-variances, but the same w and b
     s_vec = standardise(logvar, stats)
-    return s_vec, (predictors(z, s_vec) * stats[f"{kind}_weight"]).sum(1) + stats[f"{kind}_bias"]
+    weight, bias = stats[f"{kind}_weight"], stats[f"{kind}_bias"]
+    s = (predictors(z, s_vec) * weight).sum(1) + bias  # (B,)
+    return s_vec, s
 
 
 def uncertainty_of(vae, z, x_hat, stats, kind):
@@ -251,9 +252,11 @@ def rank_errors(trip, stats):
         _, s = s_vec_and_s(trip.z, logvar, stats, kind)
         # The s of `variance` and `posterior`, a mean of s_vec, is constant if no dimension is in use.
         correlation, p_value = spearmanr(s, trip.sse) if float(s.std()) > 0 else (0.0, 1.0)
-        does_rank = correlation >= 0.1 and p_value <= 0.05
-        facts[kind] = {"correlation": float(correlation), "conclusion": "s ranks the error" if does_rank else
-                       "s does not rank the error: conditioning on it can hardly help"}
+        if correlation >= 0.1 and p_value <= 0.05:
+            conclusion = "s ranks the error"
+        else:
+            conclusion = "s does not rank the error: conditioning on it can hardly help"
+        facts[kind] = {"correlation": float(correlation), "conclusion": conclusion}
     return facts
 
 
@@ -275,7 +278,7 @@ class ImageCoupling(nn.Module):
         stays = ((rows[:, None] + columns) % 2 == self.parity).to(x.dtype)  # (H, W)
         s_map = s[:, None, None, None].expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
         raw, shift = self.net(torch.cat([x * stays, s_map], 1)).chunk(2, 1)  # each (B, 3, H, W)
-        log_scale = torch.tanh(raw).float() * (1 - stays)  # float32 also under autocast; 0 where pixels stay
+        log_scale = torch.tanh(raw).float() * (1 - stays)  # within -1..1, and 0 where pixels stay; in float32
         return x * log_scale.exp() + shift.float() * (1 - stays)
 
 
@@ -327,10 +330,11 @@ def build_vae(train):
 
 def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
-    `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file). The
-    flow learns from the term -log p(z), which has the weight 1 in the first part and beta in the second. That
-    matters little: the steps of Muon, which trains the flow's matrices, do not depend on the size of a gradient. (Adam,
-    which trains the biases, adapts slowly, so that these move less for some time.)"""
+    `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file).
+
+    The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
+    where it is a part of the KL. A smaller weight matters little, since the steps of the optimizers Muon and Adam
+    hardly depend on the size of a gradient."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -424,12 +428,13 @@ def train_refiner(folder, train, vae_state, data, device):
             with torch.no_grad():
                 mu, logvar = vae.encoder(x0)
                 z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
-                x_hat, s_vec, s = vae.decoder(z), None, None
+                x_hat = vae.decoder(z)  # (B, 3, H, W)
+                s_vec = s = None  # `fixed` needs none
                 if kind == "posterior":
                     with torch.autocast(x0.device.type, enabled=False):  # see uncertainty_of
                         _, exact_logvar = vae.encoder(x0)
                     s_vec, s = s_vec_and_s(z, exact_logvar, stats, kind)
-                elif train["conditioning"] != "fixed":  # `fixed` needs no s
+                elif train["conditioning"] != "fixed":
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
@@ -455,6 +460,7 @@ def load_model(state, device, shuffled=False):
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
+        # `clean` is x_hat before evaluation adds noise to it. s describes the VAE, not that noise.
         def denoiser_for(x_hat, z, clean):
             s_vec = s = None
             if train["conditioning"] != "fixed":
@@ -481,7 +487,7 @@ def refine_all(model, uncertainty, z, steps, seed):
         gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
         refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), uncertainty(z_part, x_hat)[1].cpu()))
-    x_hat, refined, s = (torch.cat([part[k] for part in parts]) for k in range(3))
+    x_hat, refined, s = map(torch.cat, zip(*parts, strict=True))
     return x_hat, refined, s
 
 
@@ -503,7 +509,8 @@ def adaptivity(folder, state, model, setup):
         adaptive_refinement  generated images, with steps that depend on s
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    # Images per third: grid_count // 2, or a third of the held-out images if that is fewer.
+    # Images per third: half as many as other measurements use, since there are three thirds. (Or a third of the
+    # held-out images, if that is fewer.)
     per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
@@ -587,8 +594,8 @@ def adaptive_refinement(model, uncertainty, setup):
         return images
 
     result = {"mean_steps": 2, "images": count}
-    for name, images in (("even", refined[2]), ("adaptive_steps", with_steps_by(s)),
-                         ("shuffled_steps", with_steps_by(s.roll(1)))):
+    sets = {"even": refined[2], "adaptive_steps": with_steps_by(s), "shuffled_steps": with_steps_by(s.roll(1))}
+    for name, images in sets.items():
         scores = setup.score(images)
         result[name] = {setup.fd_key: scores[setup.fd_key],
                         "hf_energy": fid.hf_energy(images, setup.test.images)}
@@ -630,8 +637,8 @@ def main(argv=None):
     folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
     vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
     vae_model = load_model(vae_state, device)
-    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its headline is always of
-    # samples from vae_prior, so that both find the same one, whichever of them came first.
+    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its first row of scores is
+    # always of samples from vae_prior, so that both find the same one, whichever of them came first.
     vae_setup = copy.copy(setup)
     vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
     vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
