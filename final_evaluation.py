@@ -341,6 +341,7 @@ FURTHER_CLAIMS = {
         ("Do learned weights help, against joint training without the gradient?",
          ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
+        ("Does a small weight help, against a larger one?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage2-anneal")),
         ("Does it help not to clip the VAE's gradients?", ("fd", "stage2-anneal-vae_clip=0"), ("fd", "stage2-anneal"))],
     "priors": [
         ("Is a flow, refined in four steps, better than N(0, I), refined in ten?",
