@@ -1171,7 +1171,7 @@ def list_split(dataset, split, folder):
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
         part = {}  # by the name of a file, without its suffix: copies may have another one than the file lists
-        for line in partition.read_text().splitlines():
+        for line in partition.read_text(encoding="utf-8").splitlines():
             if line.strip():
                 name, number = line.split()[:2]
                 part[Path(name).stem] = number

@@ -668,7 +668,7 @@ def read_metrics(path, evaluation=None):
     """The metrics in a file (with these evaluation settings, if given), or None if there are none, if they are damaged,
     or if they have another schema."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        metrics = json.loads(Path(path).read_text())
+        metrics = json.loads(Path(path).read_text(encoding="utf-8"))
         complete = metrics["schema"] == 1 and len(metrics["rows"]) > 0
         if complete and (evaluation is None or evaluation == metrics["run"]["eval"]):
             return metrics

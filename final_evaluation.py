@@ -1,9 +1,9 @@
 """Final evaluation: reads results, writes tables and charts, and tests the claims. It trains nothing.
 
 Every run of a stage leaves a file metrics.json. `NUMBERS` gives names to the numbers in it, `TABLES` says which numbers
-of which runs make a table, `CLAIMS` says which two numbers answer a question, and `CHARTS` lists the charts. A text
-marks the place of a table by two lines, <!-- table NAME --> and <!-- end -->. This program replaces what stands between
-them. README.md has a glossary of the words used here.
+of which runs make a table, `PRIMARY_CLAIMS`, `CLAIMS` and `FURTHER_CLAIMS` say which two numbers answer a question, and
+`CHARTS` lists the charts. README.md and REPORT.md mark the place of a table by two lines, <!-- table NAME --> and
+<!-- end -->. This program replaces what stands between them. README.md has a glossary of the words used here.
 
 Run     python final_evaluation.py                     results/ -> README.md, REPORT.md, results/TABLES.md, charts
         python final_evaluation.py --check             writes nothing; exit status 1 if a text would change
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent
 # that fits), then by the alphabet. The empty text at the end fits all other names.
 DATASET_ORDER = (*common.DATASETS, "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
-# The variants that are compared with each other most often: in README.md, in a picture of samples, and by their cost.
+# The variants that are compared with each other most often: in README.md, in a picture of samples, and in the chart of
+# fd against the cost of sampling.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
                  "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
@@ -63,8 +64,8 @@ SHEETS = {
               ("stage2-anneal", "robustness", 6 / 8, 1)]}
 TITLES = {"uncertainty": 16}
 
-# What the variants are; s says how large the VAE's error is expected to be. The name of a run with --set KEY=VALUE ends
-# in -KEY=VALUE: it is the same variant, except for this setting. A name with w0.003 is that of a run with
+# What the variants are. (`s` says how large the VAE's error is expected to be.) The name of a run with --set KEY=VALUE
+# ends in -KEY=VALUE: it is the same variant, except for this setting. A name with w0.003 is that of a run with
 # --diffusion-weight 0.003.
 VARIANTS = {
     "stage1-vae": "the VAE alone: its coarse image `x_hat`",
@@ -86,7 +87,8 @@ VARIANTS = {
     "stage3-flow-fade": "`fixed`, but the refiner sees an `x_hat` that is faded to grey if the VAE is unsure of it",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
     "stage3-flow-film-variance": "`film`, but `s` is the variance that the encoder gives when it is shown `x_hat`",
-    "stage3-flow-film-posterior": "the same, but trained with the variance of `q(z|x)`; sampling has that of `x_hat`",
+    "stage3-flow-film-posterior": "`film`, but in training `s` is the variance of `q(z|x)`; in sampling it is the "
+                                  "variance that the encoder gives when it is shown `x_hat`",
     "stage3-flow-coupling": "`fixed`, but the refiner sees what an invertible network makes of `x_hat` and `s`",
     "bonus-latent": "diffusion in the latent space of an autoencoder"}
 
@@ -128,7 +130,8 @@ NUMBERS = {
     "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
     "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
-    "noise fd": "tables/robustness/mean",  # mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat
+    # The mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat (of latent diffusion: on its latent).
+    "noise fd": "tables/robustness/mean",
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "fd, no noise": "tables/robustness/scores/clean/fd",  # of as many images as those with noise
     "fd, noise 0.4": "tables/robustness/scores/noise 0.4/fd",
@@ -281,7 +284,7 @@ PRIMARY_CLAIMS = [
     ("**Latent space**: does joint training smooth it?",
      ("path length", "stage2-anneal"), ("path length", "stage1-form1"))]
 
-# All other claims, by what they are about. The most important ones, which the chart shows:
+# The most important ones of all other claims, by what they are about. The chart shows them.
 CLAIMS = {
     "refinement": [
         ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
@@ -309,7 +312,7 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
-# The others. Those of the topics that end in "more" stand only in TABLES.md.
+# The others. REPORT.md leaves out those of topics that end in "more".
 FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
@@ -503,9 +506,9 @@ def shared_settings(metrics):
         "n_real": run["n_real"],  # the number of real images with which generated ones are compared
         "budget": run["budget"],
     }
-    # Settings of the evaluation: the feature network, the number of images behind the headline, and others. The prior
-    # belongs to a variant. The list of further rows (`grid`) changes no score of the headline, and the batch is the
-    # same in all runs of a budget.
+    # Settings of the evaluation: the feature network, the number of images behind the headline, and others. Variants
+    # may have different priors. The list of further rows (`grid`) changes no score of the headline, and the batch is
+    # the same in all runs of a budget.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
             settings[key] = value
@@ -519,11 +522,11 @@ def shared_settings(metrics):
 
 
 def settings_of_variant(metrics):
-    """What all seeds of a variant must share: the sizes of the networks, and all train settings except the seed and the
-    folder of the data."""
+    """What all seeds of a variant must share: the prior of the headline's samples, the sizes of the networks, and all
+    train settings except the seed and the folder of the data."""
     run = metrics["run"]
     train = {key: value for key, value in run["train"].items() if key not in ("seed", "data_dir")}
-    return {"parameters": run["parameters"]} | train
+    return {"prior": run["eval"]["prior"], "parameters": run["parameters"]} | train
 
 
 def check_comparable(path, metrics, first):
@@ -959,8 +962,11 @@ def conclude(new_seeds, committed_seeds, name):
     new, committed = values_by_seed(new_seeds, name), values_by_seed(committed_seeds, name)
     if not committed:
         return "nothing committed"
-    first_old, first_new = next(iter(committed_seeds.values())), next(iter(new_seeds.values()))
-    difference = common.first_difference(shared_settings(first_old), shared_settings(first_new))
+    settings = []  # of a committed run and of a new one
+    for seeds in (committed_seeds, new_seeds):
+        first = next(iter(seeds.values()))
+        settings.append(shared_settings(first) | {"prior": first["run"]["eval"]["prior"]})
+    difference = common.first_difference(*settings)
     if difference:
         return f"not comparable: {difference}"
     if not new:
@@ -980,7 +986,7 @@ def table_of_features(folder):
     for dataset in sorted(common.DATASETS):
         network_files = Path(folder).glob(f"features/{dataset}-????????.json")  # with the hash of a network
         for path in sorted(network_files):
-            columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text()))
+            columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text(encoding="utf-8")))
     rows = []
     for place in shared_order(columns.values()):
         row = [place]
@@ -1210,7 +1216,7 @@ def chart_steps(everything):
                 continue
             for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
                 by_s = values_by_seed(seeds, name)
-                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in even]
+                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in even if seed in by_s]
                 axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
                          yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
@@ -1310,7 +1316,8 @@ def fill(text, tables):
 
 def draw_sheet(path, runs, strips):
     """One picture of several variants: a strip (see SHEETS) of a picture of each run with seed 0 that is in the folder
-    `runs`, below the variant's name. Returns whether there was any."""
+    `runs`, below the variant's name. A picture that is there already is not replaced by a smaller one, which would show
+    fewer variants. Returns whether a picture was written."""
     found = {}
     for variant, picture, start, end in strips:
         file = runs / f"{variant}-s0" / f"{picture}.png"
@@ -1324,6 +1331,9 @@ def draw_sheet(path, runs, strips):
     name_height = 20  # pixels
     width = max(strip.width for strip in found.values())
     height = sum(name_height + strip.height for strip in found.values())
+    if path.is_file() and Image.open(path).height > height:
+        print(f"kept: {path}, since {runs} has fewer of its pictures")
+        return False
     page = Image.new("RGB", (width, height), "white")
     y = 0
     for variant, strip in found.items():
@@ -1338,7 +1348,8 @@ def draw_sheet(path, runs, strips):
 
 def choose_runs(runs, folder):
     """Check run folders that are to be collected, before anything is written. Returns {the file that metrics will be
-    copied to: (run folder, facts about the run)}. Exits if one of them must not be collected."""
+    copied to: (run folder, facts about the run)}. Runs on a user's own images are left out. Exits if another one must
+    not be collected."""
     chosen = {}
     for run in map(Path, runs):
         facts = load_metrics(run / "metrics.json")["run"]
@@ -1364,7 +1375,7 @@ def collect(runs, folder):
     """Copy metrics, and the figures that README.md or REPORT.md shows, from run folders into FOLDER/DATASET. Of the
     runs in WEIGHTS, at the cpu budget, also keep the weights."""
     chosen = choose_runs(runs, folder)
-    texts = "".join(path.read_text() for path in texts_beside(folder))
+    texts = "".join(path.read_text(encoding="utf-8") for path in texts_beside(folder))
     before = set(Path(folder).rglob("*"))
     written, sheets = [], {}  # the paths of sheets, with what they are drawn from
     for target, (run, facts) in chosen.items():
@@ -1436,9 +1447,12 @@ def main(argv=None):
         parts = [f"## {name}\n\n{table}" for name, table in (reproduced | tables).items()]
         texts = {source / "REPORT.md": "\n\n".join(parts) + "\n"}
     else:
-        texts = {path: fill(path.read_text(), tables) for path in texts_beside(source)}
+        texts = {path: fill(path.read_text(encoding="utf-8"), tables) for path in texts_beside(source)}
         texts[source / "TABLES.md"] = long_tables(everything, tables, source)
-    changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
+    changed = []
+    for path, text in texts.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            changed.append(path)
     if args.check:
         print(f"would change: {', '.join(map(str, changed))}" if changed else "texts agree with the results")
         raise SystemExit(bool(changed))

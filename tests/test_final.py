@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
         "grid": [["dpm", 5], ["dpm", 25]], "probe_steps": 10, "bits_images": 128, "bits_draws": 40,
-        "features": "local-a"}
+        "features": "local-a", "prior": "gmm"}
 TRAIN = common.TRAIN | {"vae_steps": 2220, "unet_steps": 221, "dataset": "shapes", "image_size": 32}
 VARIANTS = [*final.VARIANTS, "stage2-sum-w10"]
 SCORES = ("fd_local", "floor_local", "is_local", "kid_local", "precision_local", "recall_local", "diversity_local",
@@ -521,7 +523,8 @@ def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
     same += [metrics(train={"loss": "anneal"}, parameters=7, eval=EVAL | {"prior": "none", "grid": [], "batch": 1})]
     assert [*load(tmp_path, *same)["shapes"][name]] == [0, 1, 2]
     for change, key in (({"train": train | {"beta": 0.6}}, "beta"), ({"train": {"loss": "bound", "beta": 0.5}}, "loss"),
-                        ({"parameters": 7, "train": train | {"beta": 0.5}}, "parameters")):
+                        ({"parameters": 7, "train": train | {"beta": 0.5}}, "parameters"),
+                        ({"eval": EVAL | {"prior": "gaussian"}, "train": train | {"beta": 0.5}}, "prior")):
         expect_error(capsys, lambda change=change: load(tmp_path, *same, metrics(name, seed=3, **change)),
                      f": {key} was ", f"{name}-s3.json cannot be compared", f"{name}-s0.json")
 
@@ -714,6 +717,7 @@ def test_reproduced(tmp_path):
         found = load(tmp_path / f"new{k}", *(metrics(seed=seed, distance=distance) for seed, distance in new.items()))
         assert final.table_reproduced(found["shapes"], committed).splitlines()[2].endswith(f"| {conclusion} |")
     for change, text in (({"eval": EVAL | {"count": 40}}, "count was 100, is now 40"),
+                         ({"eval": EVAL | {"prior": "gaussian"}}, "prior was gmm, is now gaussian"),
                          ({"train": {"beta": 9.0}}, "beta was 1.0, is now 9.0")):
         few = load(tmp_path / text, metrics(**change))["shapes"]
         assert f"| not comparable: {text} |" in final.table_reproduced(few, one["shapes"])
@@ -991,6 +995,11 @@ def test_collect_and_runs(project, capsys):
     sheet = Image.open(home / "figures" / "shapes-sheet.png")  # 20 pixels of name above each third
     assert sheet.size == (30, 80)
     assert [sheet.getpixel((15, y)) for y in (25, 58, 65)] == [(0, 0, 255), (255, 255, 255), (255, 0, 0)]
+    # From a folder that has fewer of its pictures, the sheet is not drawn again: it would lose some.
+    alone = str(shutil.copytree(uncond, project / "alone" / "shapes-cpu" / "stage1-uncond-s0"))
+    final.main(["--collect", alone])
+    assert f"kept: {home / 'figures' / 'shapes-sheet.png'}" in capsys.readouterr().out
+    assert Image.open(home / "figures" / "shapes-sheet.png").size == (30, 80)
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
     report = (project / "runs" / "REPORT.md").read_text()
@@ -1144,6 +1153,14 @@ def check():
 
 def test_the_texts_agree_with_the_results(capsys):
     assert check() == 0, capsys.readouterr().out
+
+
+def test_texts_are_read_as_they_are_written():
+    """In UTF-8, on every system. Python warns where a file is read in whatever encoding the system prefers."""
+    run = subprocess.run([sys.executable, "-X", "warn_default_encoding", "final_evaluation.py", "--check"],
+                         cwd=final.ROOT, capture_output=True, text=True)
+    own = [line for line in run.stderr.splitlines() if re.search(r"/(final_evaluation|fid|common)\.py:", line)]
+    assert run.returncode == 0 and "EncodingWarning" in run.stderr and not own  # other packages do cause warnings
 
 
 @pytest.mark.parametrize("name", ["README.md", "REPORT.md", "results/TABLES.md"])
