@@ -1849,7 +1849,7 @@ def add_flags(parser, priors=(), default_prior=None):
     add("--steps", type=int, help="optimisation steps of each network, in place of the budget's")
     add("--batch-size", type=int, help="images per step, in place of the budget's")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[],
-        help="override settings that --dry-run shows; the run's name then contains them")
+        help="override training settings that --dry-run shows, except lists; the run's name then contains them")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--out", default="runs", help="folder for runs (default: %(default)s)")
     add("--resume", action="store_true", help="continue an unfinished run, if there is one")
@@ -1915,9 +1915,11 @@ def parse_changes(texts, train):
     settable = {key: value for key, value in train.items()
                 if not isinstance(value, list) and key not in ("heads", "compile")}  # --compile is a flag of its own
     for text in texts:
-        key, _, word = text.partition("=")
+        key, equals, word = text.partition("=")
         if key not in settable:
             fail(f"--set {text}: no such setting; there are {', '.join(settable)}")
+        if not equals:
+            fail(f"--set {text}: has no value; write --set {text}=VALUE")
         old = settable[key]
         if isinstance(old, bool):
             allowed, value = "true or false", {"true": True, "false": False}.get(word.lower())

@@ -235,7 +235,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
-            fail(f"{data_dir}: {problem}; name the folder of your images, in a stage with --data-dir")
+            fail(f"{data_dir}: {problem}; name the folder of your images (of a stage: --data-dir)")
         home, name = OWN_FEATURES_DIR, Path(data_dir).resolve().name  # where the network lies, and its name
         train_argument = data_dir  # what --train-local is given to make it
     else:

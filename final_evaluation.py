@@ -405,9 +405,11 @@ SETTINGS = "Settings: see the table **data**."
 
 def load_metrics(path):
     """The metrics in a file. Exits, naming the file, if they cannot be read."""
+    if not path.is_file():
+        common.fail(f"{path}: no such file; give the folder of a finished run")
     metrics = fid.read_metrics(path)
     if metrics is None:
-        common.fail(f"{path}: damaged or missing; restore it, or run again with --resume")
+        common.fail(f"{path}: damaged; restore it, or run again with --resume")
     return metrics
 
 

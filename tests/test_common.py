@@ -948,14 +948,15 @@ SET_ERRORS = [
     (["steps=5", "unet=[]", "attention=16", "heads=3", "encoder=1", "seed=1", "image_size=64", "dataset=cifar10", "=3",
       "Beta=1", "compile=true"],
      ["no such setting", "vae_steps, unet_steps", "beta, pool"]),
-    (["beta", "beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],
+    (["beta", "decay", "objective"], ["has no value", "=VALUE"]),
+    (["beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],
      ["must be a number from 0 to 1,000,000,000"]),
     (["vae_steps=1.5", "vae_steps=1e3", "batch=-1", "components=many"],
      ["must be a whole number from", "to 1,000,000,000"]),
     (["start=1", "start=1001", "start=12.5"], ["must be a whole number from 2 to 1,000"]),
     (["vae_ema=1.5", "unet_ema=-1", "dropout=2"], ["must be a number from 0 to 1"]),
-    (["tied=1", "even_levels=yes", "pool=", "decay"], ["must be true or false"]),
-    (["objective=x0", "objective=EPS", "objective"], ["must be eps or v"])]
+    (["tied=1", "even_levels=yes", "pool="], ["must be true or false"]),
+    (["objective=x0", "objective=EPS"], ["must be eps or v"])]
 
 
 @pytest.mark.parametrize("text,words", [(text, words) for texts, words in SET_ERRORS for text in texts])

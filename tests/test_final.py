@@ -1017,6 +1017,8 @@ def test_collect_and_runs(project, capsys):
     assert capsys.readouterr().out.endswith("written: nothing, the report agrees with the results\n")
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
+    expect_error(capsys, lambda: final.main(["--collect", str(project / "nowhere")]), "nowhere", "no such file",
+                 "the folder of a finished run")
 
 
 def test_titles_are_as_high_as_a_grid_makes_them(tmp_path):
