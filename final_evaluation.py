@@ -361,6 +361,8 @@ FURTHER_CLAIMS = {
     "conditioning": [
         ("Are steps by `s` better than two for all?",
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
+        ("Are steps by the `s` of other images better than two for all?",
+         ("steps by other s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
