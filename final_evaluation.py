@@ -264,10 +264,10 @@ ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented",
 # chart, in which form1 is the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
+SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length")
 # Those whose times are compared. (Stage 3's ways of conditioning are timed in turn, see "seconds with s".)
 COSTS = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-fixed",
          "bonus-latent")
-SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length")
 # Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
 # of these numbers on each data set.
 SIDE_BY_SIDE = {"quality": (COMPARED, ("fd", "is")), "cost": (COSTS, ("seconds", "train minutes"))}
@@ -639,7 +639,7 @@ def cell_of_comparison(results, variant, column):
     name, other_variant = column.split(" against ")
     if variant == other_variant:
         return ""
-    change = compare_sides(results, ("", (name, variant), (name, other_variant)))
+    change = compare_sides(results, (name, variant), (name, other_variant))
     if change is None:  # no seed has both
         return ""
     seeds = "1 seed" if change["seeds"] == 1 else f"{change['seeds']} seeds"
@@ -703,11 +703,11 @@ def describe_change(change):
     return f"{text}, p = {change['p']:.2g}"
 
 
-def compare_sides(results, claim):
-    """Both sides of a claim on a data set, over the seeds that both have: their numbers, `ours` and `theirs`, and what
-    `compare` says of them. A seed is left out if one of its numbers is 0, as precision may be after a few steps: it has
-    no ratio. None if no seed remains."""
-    _, (name, variant), (other_name, other_variant) = claim  # its question does not matter here
+def compare_sides(results, our_side, their_side):
+    """The two sides of a claim, each (name of a number, variant), on a data set, over the seeds that both have: their
+    numbers, `ours` and `theirs`, and what `compare` says of them. A seed is left out if one of its numbers is 0, as
+    precision may be after a few steps: it has no ratio. None if no seed remains."""
+    (name, variant), (other_name, other_variant) = our_side, their_side
     our_values = values_by_seed(results.get(variant, {}), name)
     their_values = values_by_seed(results.get(other_variant, {}), other_name)
     shared_seeds = []
@@ -734,7 +734,7 @@ def describe_sides(claim):
 def test_together(results, claims):
     """Compare the sides of each claim on a data set, as `compare_sides` does, and adjust their p-values for being
     tested together."""
-    changes = [compare_sides(results, claim) for claim in claims]
+    changes = [compare_sides(results, *sides) for _, *sides in claims]
     tested = [change for change in changes if change and change["p"] is not None]
     for change, p in zip(tested, holm([change["p"] for change in tested]), strict=True):
         change["adjusted"] = p
@@ -752,7 +752,8 @@ def table_answers(everything, topic):
     for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
         cells = []
         for results in everything.values():
-            change = compare_sides(results, claim)
+            _, *sides = claim
+            change = compare_sides(results, *sides)
             if change is None:
                 cells.append("")
             elif is_significant(change):
@@ -774,7 +775,7 @@ def table_claims(everything, claims, adjust=False):
         if adjust:
             changes = test_together(results, claims)
         else:
-            changes = [compare_sides(results, claim) for claim in claims]
+            changes = [compare_sides(results, *sides) for _, *sides in claims]
         for row, change in zip(rows, changes, strict=True):
             if change is None:
                 row.append("not measured")
@@ -1108,7 +1109,8 @@ def chart_claims(everything):
     claims = PRIMARY_CLAIMS + other_claims
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
-        found = test_together(results, PRIMARY_CLAIMS) + [compare_sides(results, claim) for claim in other_claims]
+        found = test_together(results, PRIMARY_CLAIMS)
+        found += [compare_sides(results, *sides) for _, *sides in other_claims]
         if any(found):
             changes[dataset] = found
     if not changes:
@@ -1158,9 +1160,9 @@ def chart_summary(everything):
         for y, variant in enumerate(variants):
             for x, name in enumerate(SUMMARY):
                 values = values_by_seed(results[variant], name)
-                if not values or name == "noise fd" and variant not in ROBUSTNESS:  # the latent model has no x_hat
+                if not values or (name == "noise fd" and variant == "bonus-latent"):  # which has no x_hat
                     continue
-                change = compare_sides(results, ("", (name, variant), (name, "stage1-form1")))
+                change = compare_sides(results, (name, variant), (name, "stage1-form1"))
                 arrow = with_arrow(name).removeprefix(name).strip()
                 if change and arrow:
                     doublings = change["log_ratio"] / math.log(2)

@@ -310,10 +310,10 @@ def test_a_score_of_zero_has_no_ratio():
     def runs(*values):
         return {seed: {"headline": {"precision": score(value)}} for seed, value in enumerate(values)}
 
-    claim = ("", ("precision", "a"), ("precision", "b"))
-    found = final.compare_sides({"a": runs(2, 0, 4), "b": runs(1, 3, 0)}, claim)
+    sides = ("precision", "a"), ("precision", "b")
+    found = final.compare_sides({"a": runs(2, 0, 4), "b": runs(1, 3, 0)}, *sides)
     assert (found["ours"], found["theirs"], found["seeds"]) == ([2], [1], 1)
-    assert final.compare_sides({"a": runs(0), "b": runs(3)}, claim) is None
+    assert final.compare_sides({"a": runs(0), "b": runs(3)}, *sides) is None
 
 
 def test_compare_equal_ratios():
@@ -1201,7 +1201,7 @@ def test_every_claim_and_column_has_numbers():
     """A misspelt variant or column would show as "not measured" or as an empty column."""
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
     for claim in ALL_CLAIMS:
-        assert final.compare_sides(everything["shapes"], claim), claim  # of shapes, all are tested
+        assert final.compare_sides(everything["shapes"], *claim[1:]), claim  # of shapes, all are tested
     for name, (variants, columns) in final.TABLES.items():
         rows = [line.split("|")[2:-1] for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
         empty = [column for k, column in enumerate(columns.split("; ")) if not any(cells[k].strip() for cells in rows)]
