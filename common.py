@@ -17,10 +17,10 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
     U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
-    Every random draw that decides a result comes from an explicit generator. Its seed is --seed plus a number that
-    depends on the purpose (SEEDS, section 11). Where all runs should draw alike, it is a constant. Initial weights and
-    dropout masks are the exceptions: they use torch's global generator, which is seeded before a network is built and
-    before every step with dropout.
+    Every random draw that decides a result comes from an explicit generator. In most cases its seed is --seed plus a
+    number that depends on the purpose (SEEDS, section 11). Where all runs should draw alike, it is a constant. Initial
+    weights and dropout masks are the exceptions: they use torch's global generator, which is seeded before a network is
+    built and before every step with dropout.
     In training and in sampling, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
     float32 again.
 """
@@ -559,8 +559,8 @@ class GaussianMixture:
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, subset=10_000):
         """The mixture fitted to codes z (N, d). A first mixture is improved by `rounds` of EM on a part of the codes,
-        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes. With
-        thousands of components, the part is all codes, too.
+        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes. (For the
+        6,000 components that we use on shapes, 20 each are more than all codes.)
 
         If not `tied`, the first mixture has the cluster means of k-means, and one covariance, that of the codes about
         the mean of their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd

@@ -752,8 +752,7 @@ def table_answers(everything, topic):
     for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
         cells = []
         for results in everything.values():
-            _, *sides = claim
-            change = compare_sides(results, *sides)
+            change = compare_sides(results, *claim[1:])
             if change is None:
                 cells.append("")
             elif is_significant(change):
@@ -967,11 +966,10 @@ def conclude(new_seeds, committed_seeds, name):
     new, committed = values_by_seed(new_seeds, name), values_by_seed(committed_seeds, name)
     if not committed:
         return "nothing committed"
-    settings = []  # of a committed run and of a new one
-    for seeds in (committed_seeds, new_seeds):
-        first = next(iter(seeds.values()))
-        settings.append(shared_settings(first) | {"prior": first["run"]["eval"]["prior"]})
-    difference = common.first_difference(*settings)
+    old_run, new_run = next(iter(committed_seeds.values())), next(iter(new_seeds.values()))
+    old_settings = shared_settings(old_run) | {"prior": old_run["run"]["eval"]["prior"]}
+    new_settings = shared_settings(new_run) | {"prior": new_run["run"]["eval"]["prior"]}
+    difference = common.first_difference(old_settings, new_settings)
     if difference:
         return f"not comparable: {difference}"
     if not new:
@@ -1223,6 +1221,8 @@ def chart_steps(everything):
             for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
                 by_s = values_by_seed(seeds, name)
                 changes = [100 * (by_s[seed] / even[seed] - 1) for seed in even if seed in by_s]
+                if not changes:
+                    continue
                 axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
                          yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
@@ -1338,7 +1338,7 @@ def draw_sheet(path, runs, strips):
     width = max(strip.width for strip in found.values())
     height = sum(name_height + strip.height for strip in found.values())
     if path.is_file() and Image.open(path).height > height:
-        print(f"kept: {path}, since {runs} has fewer of its pictures")
+        print(f"kept: {path}; from the pictures in {runs} it would become smaller")
         return False
     page = Image.new("RGB", (width, height), "white")
     y = 0

@@ -333,7 +333,7 @@ def main(argv=None):
             folder, settings = setup.folder_and_settings("stage1-guided")
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)
-                           or train_refiner(folder, settings, "form1", form1_state, setup.data, device))
+                           or train_refiner(folder, settings, "form1", vae_state, setup.data, device))
             state = with_guide(form1_state, guide_state)
         else:
             folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=("guidance",))

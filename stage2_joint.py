@@ -244,11 +244,12 @@ def train_joint(folder, train, data, device, vae_state=None):
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
                 M = training.even_levels(plain_loss, t, diffusion)  # (B,)
-            loss = E + M
             if train["loss"] == "kendall":
                 # exp(-a) E + a + exp(-b) D M + b in place of E. In it, exp(-b) D M has to train b alone, so M is
                 # detached there. The networks get M's gradient from the M that is added.
-                loss = balance(E, D * M.detach()) + M
+                loss = balance(E, D * M.detach()) + M  # (B,)
+            else:
+                loss = E + M  # (B,)
         weight = diffusion_weight / vae_weight  # for the log: lambda or, under `kendall`, exp(a - b)
         training.step(loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
@@ -432,7 +433,7 @@ def add_tables(folder, model, metrics, setup):
     """Add to a run what this stage measures and draws, if it is not there yet: paths.png, interpolation.png, and in
     the metrics its latent space, and the Frechet distance by the number of components of the mixture."""
     tables = metrics["tables"]
-    # The picture is drawn again if somebody removed it.
+    # paths.png is drawn again if somebody removed it.
     if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
