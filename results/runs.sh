@@ -31,7 +31,7 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
     run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
 fi
-if [ "$dataset" = shapes ] || [ "$dataset $seed" = "celeba64 0" ]; then
+if [ "$dataset" != cifar10 ]; then
     run stage2_joint.py --diffusion-weight 0.003
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
