@@ -1271,7 +1271,7 @@ def main(arguments=None):
         if isinstance(found, list):
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
     if torch.is_tensor(real) and torch.is_tensor(images) and real.shape[2:] != images.shape[2:]:
-        real_size, size = ("x".join(map(str, each.shape[2:])) for each in (real, images))  # height x width
+        real_size, size = "x".join(map(str, real.shape[2:])), "x".join(map(str, images.shape[2:]))  # height x width
         print(f"warning: images of {args.real} have {real_size} pixels, those of {args.generated} {size}; resizing "
               "them moves the distance", file=sys.stderr)
     same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)
