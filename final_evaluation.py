@@ -261,7 +261,7 @@ OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
 # Those that are compared by all criteria: their fd and Inception Score in a table, and all numbers of SUMMARY in a
-# chart, in which form1 is the baseline.
+# chart, with form1 as the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length")
@@ -1144,9 +1144,9 @@ def chart_claims(everything):
 
 
 def chart_summary(everything):
-    """All models by all criteria: a panel for each data set, a line for each variant and a column for each number. A
-    cell has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is
-    worse, and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
+    """All models by all criteria. Each data set has a panel, in which variants are lines and numbers are columns. A cell
+    has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is worse,
+    and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
     colours = LinearSegmentedColormap.from_list("worse to better", ["#E69F00", "#FFFFFF", "#56B4E9"])
     everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
     if not everything:
