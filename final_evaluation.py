@@ -1144,9 +1144,9 @@ def chart_claims(everything):
 
 
 def chart_summary(everything):
-    """All models by all criteria. Each data set has a panel, in which variants are lines and numbers are columns. A cell
-    has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is worse,
-    and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
+    """All models by all criteria. Each data set has a panel, in which variants are lines and numbers are columns. A
+    cell has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is
+    worse, and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
     colours = LinearSegmentedColormap.from_list("worse to better", ["#E69F00", "#FFFFFF", "#56B4E9"])
     everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
     if not everything:

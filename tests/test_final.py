@@ -1190,6 +1190,24 @@ def test_the_settings_stand_where_tables_say():
     assert "\n## data\n" in (final.ROOT / "results" / "TABLES.md").read_text()
 
 
+def test_comparisons_with_the_repeated_baseline():
+    """What REPORT.md says of guidance and of training with noise on faces, against the repetitions of form1 that they
+    build on (seed 0: the committed run). No table shows these numbers."""
+    results = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["celeba64"]
+    repeated = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage1-form1"]
+    results["repeated"] = {0: results["stage1-form1"][0], **repeated}
+    compared = lambda name, variant: final.compare_sides(results, (name, variant), (name, "repeated"))  # noqa: E731
+    guided = compared("fd", "stage1-guided")
+    lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
+    text = " ".join(REPORT.split())
+    assert "fd on faces is {}, {} and {} lower".format(*lower) in text and guided["p"] < 0.05
+    assert f"(p is {guided['p']:.0%}, exploratory)" in text
+    assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == "-17%"
+    fd, noise_fd = compared("fd", "stage1-augmented"), compared("noise fd", "stage1-augmented")
+    assert f"is {math.expm1(fd['log_ratio']):.0%} higher (not significant)" in text and fd["p"] > 0.05
+    assert f"noise fd {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant)" in text and noise_fd["p"] < 0.05
+
+
 def test_sizes():
     """The README is read in three minutes, and the tables of REPORT.md have at most six numbers in a line."""
     assert README.count("\n") <= 200
