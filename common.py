@@ -1776,12 +1776,17 @@ class Training:
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}})
 
     def finish(self, seconds_before=0.0, **parts):
-        """Save and return the finished checkpoint: the averaged weights of each network under its name, and `parts`,
-        whatever else the model consists of. Its `seconds` contain what was done after the last training step, such as
-        fitting a prior. `seconds_before` is the training time of the checkpoint it builds on, such as the VAE's."""
+        """Save the finished checkpoint, and return it as it is read back, on the CPU. It holds the averaged weights of
+        each network under its name, and `parts`, whatever else the model consists of. Its `seconds` contain what was
+        done after the last training step, such as fitting a prior. `seconds_before` is the training time of the
+        checkpoint it builds on, such as the VAE's."""
         seconds = self.seconds + time.time() - self.clock
-        return save_finished(self.folder, {"train": self.train, "run_id": self.run_id, "seconds": seconds,
-                                           "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
+        if RANK == 0:
+            save_state(self.folder / "checkpoint.pt", {
+                "train": self.train, "finished": True, "run_id": self.run_id, "seconds": seconds,
+                "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
+        wait_for_all()
+        return load_checkpoint(self.folder / "checkpoint.pt")
 
     def try_reduced_precision(self):
         """A safety net, to be skipped on first reading. Before training in bfloat16, compute loss and gradients of one
@@ -1813,14 +1818,6 @@ class Training:
             for p, value in zip(matrices, weights, strict=True):
                 p.copy_(value)
         self.gen.set_state(random_numbers)
-
-
-def save_finished(folder, state):
-    """Save a finished checkpoint, and return it as it is read back, on the CPU."""
-    if RANK == 0:
-        save_state(folder / "checkpoint.pt", state | {"finished": True})
-    wait_for_all()
-    return load_checkpoint(folder / "checkpoint.pt")
 
 
 def learning_rate(base, step, steps, warmup, decay):

@@ -13,7 +13,6 @@ Run     python final_evaluation.py                     results/ -> README.md, RE
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
@@ -82,7 +81,6 @@ VARIANTS = {
     "stage2-anneal-grad-none": "`stage2-anneal`, but the refiner's loss does not reach the VAE",
     "stage2-anneal-from-vae": "`stage2-anneal`, but it begins with the finished VAE of stage 1",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
-    "stage3-vae-gaussian": "`stage1-vae` with a flow that was fitted afterwards",
     "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",
     "stage3-flow-fade": "`fixed`, but the refiner sees an `x_hat` that is faded to grey if the VAE is unsure of it",
     "stage3-flow-film": "`fixed`, but the refiner also sees `s`: how unsure the VAE is of each image",
@@ -123,17 +121,22 @@ NUMBERS = {
     "fd, 25 steps": "steps/dpm 25/fd",
     "fd, ddim 25": "steps/ddim 25/fd",  # 25 steps of DDIM; all others are of DPM-Solver++
     "hf_energy, 6 steps": "steps/dpm 6/hf_energy",
+    "hf_energy, ddim 6": "steps/ddim 6/hf_energy",
     "fd, N(0, I)": "priors/gaussian/fd",  # with codes from N(0, I)
     "fd, mixture": "priors/gmm/fd",  # with codes from the Gaussian mixture that is fitted after training
     "fd, flow": "priors/flow/fd",  # with codes from the flow
     "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
     "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
     "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
+    "psnr, dB": "tables/reconstruction/psnr_db",  # of x_hat, against the image that it reconstructs; higher is better
+    "weight": "tables/training/weight",  # lambda at the end of joint training; of `kendall`: exp(a - b)
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1
     # The mean of the three fds with noise of sd 0.1, 0.2 and 0.4 on x_hat (of latent diffusion: on its latent).
     "noise fd": "tables/robustness/mean",
     "noise rise": "tables/robustness/rise",  # by how much that mean is above the fd without noise
     "fd, no noise": "tables/robustness/scores/clean/fd",  # of as many images as those with noise
+    "fd, noise 0.1": "tables/robustness/scores/noise 0.1/fd",
+    "fd, noise 0.2": "tables/robustness/scores/noise 0.2/fd",
     "fd, noise 0.4": "tables/robustness/scores/noise 0.4/fd",
     # The next five are measured by stage2_joint.py, which also adds them to the runs of stage 1.
     "fd of real codes": "tables/latent_space/posterior/refined",  # with codes of held-out images in place of a prior's
@@ -202,6 +205,8 @@ NUMBERS = {
     "seconds saved, %": "tables/savings/saved_percent/seconds_per_image",
     "seconds saved, %, batch 1": "tables/savings/saved_percent/seconds_per_image_batch_1",
     "memory saved, %": "tables/savings/saved_percent/peak_memory_mb",
+    "memory, MB": "tables/savings/latent/peak_memory_mb",
+    "memory, MB, pixels": "tables/savings/pixel/peak_memory_mb",
 }
 
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
@@ -219,17 +224,19 @@ TABLES = {
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
-    "steps": ("stage1-vae stage1-form1 stage1-guided stage3-flow-fixed bonus-latent",
-              "fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; evaluations; "
-              "seconds, 4 steps; seconds"),
-    "recipe": ("stage1-form1 stage1-*=* stage1-guided", "fd; hf_energy; precision; recall; train minutes"),
+    "steps": ("stage1-vae stage1-uncond stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed bonus-latent",
+              "fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
+              "hf_energy, ddim 6; evaluations; seconds, 4 steps; seconds"),
+    "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
+               "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
     "codes": ("stage1-form1 stage2-anneal",
               "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
     "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
-                       "fd before; fd; precision; hf_energy; kl_nats; bits/dim; noise fd; noise rise; "
-                       "fd of real codes"),
-    "priors": ("stage1-vae stage1-form1 stage2-anneal stage2-kendall stage2-anneal-grad-none stage3-vae-flow "
-               "stage3-flow-fixed", "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
+                       "fd before; fd; precision; hf_energy; kl_nats; psnr, dB; weight; bits/dim; noise fd; "
+                       "noise rise; fd of real codes"),
+    "priors": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-anneal stage2-kendall "
+               "stage2-anneal-grad-none stage3-vae-flow stage3-flow-fixed",
+               "fd, N(0, I); fd, mixture; fd, flow; fd of real codes"),
     "priors, more": ("stage3-vae-*", "log p, N(0, I); log p, mixture; log p, flow; "
                      "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
@@ -242,9 +249,10 @@ TABLES = {
                              "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
                              "seconds without s; gflops with s; gflops without s"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
-              "fd, no noise; noise fd; noise rise; fd, noise 0.4"),
+              "fd, no noise; fd, noise 0.1; fd, noise 0.2; fd, noise 0.4; noise fd; noise rise"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
-    "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent", "fd; is; precision; diversity; ceiling")}
+    "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent",
+                         "fd; is; precision; diversity; ceiling; memory, MB; memory, MB, pixels")}
 # Tables below which TABLES.md shows a chart: its name, and its caption. (REPORT.md shows the other charts.)
 CHARTS_BELOW = {
     "recipe": (
@@ -477,28 +485,6 @@ def images_behind(metrics, name):
     if "/latent_space/" in place_of(name) and not isinstance(part, dict):
         return None  # in latent_space, scores rest on `images`, but plain numbers (path length, probes) on others
     return images
-
-
-def all_places(part, place=""):
-    """The places of all numbers and scores in nested dictionaries, as in ["headline/fd", ...]. `place` is where `part`
-    itself stands. Texts, truth values and lists are left out."""
-    is_score = isinstance(part, dict) and set(part) == {"value", "low", "high"}
-    is_number = isinstance(part, (int, float)) and not isinstance(part, bool)  # in Python, True is an int
-    if is_score or is_number:
-        return [place]
-    found = []
-    if isinstance(part, dict):
-        for key, value in part.items():
-            found += all_places(value, f"{place}/{key}".strip("/"))
-    return found
-
-
-def shared_order(dictionaries):
-    """The places of all numbers that occur in any of the dictionaries, each once, in order."""
-    places = {}  # a dictionary keeps the order of its keys
-    for numbers in dictionaries:
-        places |= dict.fromkeys(all_places(numbers))
-    return list(places)
 
 
 def shared_settings(metrics):
@@ -897,10 +883,10 @@ def table_of(everything, patterns, columns):
 
 def with_arrow(name):
     """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
-    if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe")):
+    if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return f"{name} ↑"
     if name.startswith(("fd", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps", "noise",
-                        "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes")):
+                        "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes", "memory")):
         return f"{name} ↓"
     return name
 
@@ -929,23 +915,6 @@ def table_side_by_side(everything, variants, names):
         if any(cells):
             rows.append([f"`{variant}`", *cells])
     return with_note(markdown(header, rows), names)
-
-
-def table_numbers(columns):
-    """A line for each number in {column: {seed: metrics}}. Its name is its place, without "tables/". Settings are left
-    out, and so are numbers of images and steps, which cells and names say already."""
-    shown = []
-    for seeds in columns.values():
-        for metrics in seeds.values():
-            shown.append({key: metrics[key] for key in ("headline", "priors", "steps", "tables", "run")})
-    places, rows = shared_order(shown), []
-    for place in places:
-        setting = place.startswith(("run/eval/", "run/train/", "run/seed"))
-        said_already = place.endswith(("/n_generated", "/images", "/steps", "/nfe")) and "headline" not in place
-        if not setting and not said_already:
-            rows.append([place.removeprefix("tables/"), *(cell(seeds, place) for seeds in columns.values())])
-    table = markdown(["", *columns], rows)
-    return with_note(table, places)
 
 
 def table_reproduced(new, committed):
@@ -982,24 +951,6 @@ def conclude(new_seeds, committed_seeds, name):
     return f"{'reproduced' if largest_error <= 0.4 else 'NOT reproduced'} (off by {largest_error:.0%})"
 
 
-def table_of_features(folder):
-    """A column for each feature network that was trained here: its accuracy, and how much its Frechet distance grows
-    with damage to real images."""
-    columns = {}
-    for dataset in sorted(common.DATASETS):
-        network_files = Path(folder).glob(f"features/{dataset}-????????.json")  # with the hash of a network
-        for path in sorted(network_files):
-            columns[f"`{path.stem}`"] = plain_names(json.loads(path.read_text(encoding="utf-8")))
-    rows = []
-    for place in shared_order(columns.values()):
-        row = [place]
-        for column in columns.values():
-            found = at_place(column, place)  # not `number`: a place may be called like one of NUMBERS
-            row.append("" if found is None else mean_and_sd([found]))
-        rows.append(row)
-    return markdown(["", *columns], rows)
-
-
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
@@ -1016,22 +967,16 @@ def all_tables(everything):
     return tables
 
 
-def long_tables(everything, tables, folder):
-    """The whole text of TABLES.md: all tables, every number of every variant, and the feature networks."""
+def long_tables(everything, tables):
+    """The whole text of TABLES.md: all tables, and the charts that belong to them."""
     parts = ["# Long tables", "Written by `python final_evaluation.py`. README.md and `NUMBERS` in final_evaluation.py "
-             "explain the words. A number without a name is called by its place in metrics.json. The name of a run "
-             "with `--set KEY=VALUE` ends in `-KEY=VALUE`: it is the same variant, except for this setting."]
+             "explain the words. The name of a run with `--set KEY=VALUE` ends in `-KEY=VALUE`: it is the same "
+             "variant, except for this setting. The JSON file of each run holds more numbers."]
     for name, table in tables.items():
         parts += [f"## {name}", table]
         chart, caption = CHARTS_BELOW.get(name, (None, None))
         if chart and CHARTS[chart](everything):  # it may have nothing to show
             parts += [f"![{chart}](figures/{chart}.png)", f"*{caption}*"]
-    for dataset, results in everything.items():
-        for stage in ("stage1", "stage2", "stage3", "bonus"):
-            columns = {variant: seeds for variant, seeds in results.items() if variant.startswith(stage)}
-            if columns:
-                parts += [f"## {dataset}, {stage}", table_numbers(columns)]
-    parts += ["## features", table_of_features(folder)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -1238,27 +1183,23 @@ def chart_steps(everything):
 
 def chart_priors(everything):
     """What a prior's density says about its samples: fd of unrefined samples against the log-density of held-out codes.
-    One marker for each prior, VAE and run; filled for VAEs that were trained together with their flow. A line joins the
-    mixture and the flow of the same VAE."""
+    One marker for each prior and run of the VAE of stage 3. A line joins the mixture and the flow of the same VAE."""
     figure, axes = new_chart(len(everything), 3.4)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for variant, trained in (("stage3-vae-flow", "VAE trained with a flow"),
-                                 ("stage3-vae-gaussian", "VAE trained with N(0, I)")):
-            seeds = results.get(variant, {})
-            points = {}  # {prior: {seed: (density, fd)}} of the runs that have both
-            for prior in PRIOR_LOOKS:
-                densities, fds = values_by_seed(seeds, f"log p, {prior}"), values_by_seed(seeds, f"fd, {prior}")
-                points[prior] = {seed: (densities[seed], fds[seed]) for seed in densities if seed in fds}
-            for seed in seeds:
-                if seed in points["mixture"] and seed in points["flow"]:
-                    (density, fd), (flow_density, flow_fd) = points["mixture"][seed], points["flow"][seed]
-                    axis.plot([density, flow_density], [fd, flow_fd], "#bbbbbb", linewidth=1)
-            for prior, (colour, marker) in PRIOR_LOOKS.items():
-                xs = [density for density, _ in points[prior].values()]
-                ys = [fd for _, fd in points[prior].values()]
-                if xs:
-                    axis.plot(xs, ys, marker, color=colour, label=f"{prior}, {trained}",
-                              markerfacecolor=colour if variant == "stage3-vae-flow" else "white")
+        seeds = results.get("stage3-vae-flow", {})
+        points = {}  # {prior: {seed: (density, fd)}} of the runs that have both
+        for prior in PRIOR_LOOKS:
+            densities, fds = values_by_seed(seeds, f"log p, {prior}"), values_by_seed(seeds, f"fd, {prior}")
+            points[prior] = {seed: (densities[seed], fds[seed]) for seed in densities if seed in fds}
+        for seed in seeds:
+            if seed in points["mixture"] and seed in points["flow"]:
+                (density, fd), (flow_density, flow_fd) = points["mixture"][seed], points["flow"][seed]
+                axis.plot([density, flow_density], [fd, flow_fd], "#bbbbbb", linewidth=1)
+        for prior, (colour, marker) in PRIOR_LOOKS.items():
+            xs = [density for density, _ in points[prior].values()]
+            ys = [fd for _, fd in points[prior].values()]
+            if xs:
+                axis.plot(xs, ys, marker, color=colour, label=prior)
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
     return with_legend(figure, axes, 3)
@@ -1454,7 +1395,7 @@ def main(argv=None):
         texts = {source / "REPORT.md": "\n\n".join(parts) + "\n"}
     else:
         texts = {path: fill(path.read_text(encoding="utf-8"), tables) for path in texts_beside(source)}
-        texts[source / "TABLES.md"] = long_tables(everything, tables, source)
+        texts[source / "TABLES.md"] = long_tables(everything, tables)
     changed = []
     for path, text in texts.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -49,21 +49,19 @@ Conditioning: what the refiner is shown
                log-determinant: a prior is a density, a condition may be any function of x_hat.
 
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
-        python stage3_adaptive.py --prior gmm --conditioning fixed    stage 1, evaluated like this stage
+        python stage3_adaptive.py --prior gmm                         the same networks, codes from the mixture
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  on a GPU no other flag is needed
-Expect  one and a half times the minutes of stage 1. Runs with --prior flow share one VAE; all others take that of
-        stage 1. On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the scores
-        are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it does not,
-        conditioning on it can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and
-        even so conditioning on it is not shown to help (REPORT.md).
+Expect  one and a half times the minutes of stage 1. All conditionings share one VAE. On shapes the flow draws far
+        better codes than N(0, I), but worse ones than the mixture, so the scores are worse than stage 1's. The command
+        says whether s ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help.
+        On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it is not
+        shown to help (REPORT.md).
 """
 
 import argparse
-import copy
 import dataclasses
 import math
-import time
 from functools import partial
 from typing import NamedTuple
 
@@ -149,14 +147,12 @@ class RealNVP(nn.Module):
         return self.inverse(torch.randn(count, self.d, generator=gen).to(self.orders.device)).cpu()
 
 
-def fit_flow(mu, logvar, seed, steps, initial=None, batch=256):
-    """Fit a RealNVP to codes z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood, beginning with the weights
-    `initial` or with couplings that do nothing yet. The codes are drawn anew in each step, so that the flow cannot
-    learn the noise of one draw. Returns the flow in evaluation mode."""
-    torch.manual_seed(seed)
+def fit_flow(weights, mu, logvar, seed, steps, batch=256):
+    """Fit a RealNVP, beginning with these weights, to codes z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood.
+    The codes are drawn anew in each step, so that the flow cannot learn the noise of one draw. Returns the flow in
+    evaluation mode."""
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
-    if initial:
-        flow.load_state_dict(initial)
+    flow.load_state_dict(weights)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, warmup=0.05, decay=True)
@@ -319,18 +315,17 @@ def denoiser(refiner, x_hat, s_vec, s):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def build_vae(train):
-    """The VAE. If it is trained under a flow, then vae.flow is this flow, a part of the same network, so that both are
-    trained with the settings vae_*. Codes are not drawn from vae.flow, but from a copy that is fitted further (see
-    fit_ex_post)."""
+    """The VAE and the flow under which it is trained. The flow, vae.flow, is a part of the same network, so that both
+    are trained with the settings vae_*. Codes are not drawn from vae.flow, but from a copy that is fitted further (see
+    train_vae)."""
     vae = common.build_vae(train)
-    # .get, because this function is also called with the settings of stage 1's VAE, which have no vae_prior
-    vae.flow = RealNVP(vae.latent_dim) if train.get("vae_prior") == "flow" else None
+    vae.flow = RealNVP(vae.latent_dim)
     return vae
 
 
 def vae_loss(vae, x0, noise, beta, flow_is_prior):
-    """The loss of the VAE and its flow, (B,), and its terms for the log. Without a flow this is stage 1's loss.
-    `flow_is_prior` is False in the first part of the training and True in the second (see the top of this file).
+    """The loss of the VAE and its flow, (B,), and its terms for the log. `flow_is_prior` is False in the first part of
+    the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
     where it is a part of the KL. A smaller weight matters little, since the steps of the optimizers Muon and Adam
@@ -338,8 +333,6 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
-    if vae.flow is None:
-        return sse + beta * kl, {"sse": sse, "kl_nats": kl}
     log_p = vae.flow.log_prob(z if flow_is_prior else z.detach())  # (B,); the gradient of z.detach() ends there
     kl_flow = gaussian_log_prob(z, mu, logvar) - log_p  # (B,), of one sample z: may be negative
     if flow_is_prior:  # the KL to the flow trains both networks
@@ -350,10 +343,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 
 def train_vae(folder, train, data, device):
-    """Train the VAE, and its flow if it has one, as one network with the settings vae_*. Then fit to its codes what
-    belongs to it: the mixture and, if the VAE has a flow, what fit_ex_post fits. (Without a flow this trains stage 1's
-    VAE, for stage 1's folder. What stage 3 adds to that is fitted in get_vae_state, and kept in another folder.)
-    Returns the finished checkpoint."""
+    """Train the VAE and its flow as one network. Then fit to the codes of the finished VAE what belongs to it: the
+    mixture; a flow, beginning with the one that was trained with the VAE; and the statistics of the uncertainty, from
+    10,000 training images. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -365,42 +357,12 @@ def train_vae(folder, train, data, device):
                                    flow_is_prior=training.steps_taken >= 0.6 * train["vae_steps"])
         training.step(loss, terms)
     vae = common.frozen(build_vae(train), training.averages["vae"], device)
-    parts = {"gmm": common.fit_mixture(vae, data.images, train, device)}
-    if vae.flow is not None:
-        parts |= fit_ex_post(vae, train, data, device)
-    return training.finish(**parts)
-
-
-def fit_ex_post(vae, train, data, device):
-    """What this stage fits to a finished VAE: the weights of a flow, beginning with those of a flow that was trained
-    with the VAE, if there is one; and the statistics of the uncertainty, from 10,000 training images."""
+    gmm = common.fit_mixture(vae, data.images, train, device)
     mu, logvar = common.encode(vae, data.images, device)
-    initial = vae.flow.state_dict() if vae.flow is not None else None
-    flow = fit_flow(mu, logvar, train["seed"], train["flow_steps"], initial)
+    flow = fit_flow(vae.flow.state_dict(), mu, logvar, train["seed"], train["flow_steps"])
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:10_000]
     trip = round_trip(vae, data.images[chosen], train["seed"], device)
-    return {"flow": flow.state_dict(), "uncertainty": fit_uncertainty(trip)}
-
-
-def get_vae_state(folder, train, setup, resume):
-    """The checkpoint of the VAE and of what is fitted to it. It is read from `folder`, or made there. A VAE without a
-    flow is the same as in stage 1. So it is taken from stage 1's folder, and trained into that folder if need be; then
-    the rest is fitted, and kept in `folder`."""
-    state = common.finished_state(folder, train, resume)
-    if state is not None:
-        return state
-    if train["vae_prior"] == "flow":
-        return train_vae(folder, train, setup.data, setup.device)
-    # The VAE of stage 1, to which a flow and the statistics of the uncertainty are fitted.
-    # Beside the U-Net's settings flow_steps is ignored, too: stage 1's VAE does not depend on it.
-    stage1_folder, settings = setup.folder_and_settings("stage1-vae", ignored=(*common.OF_UNET, "flow_steps"))
-    stage1_state = (common.finished_state(stage1_folder, settings, resume)
-                    or train_vae(stage1_folder, settings, setup.data, setup.device))
-    clock = time.time()
-    vae = common.frozen(build_vae(train), stage1_state["vae"], setup.device)
-    fitted = fit_ex_post(vae, train, setup.data, setup.device)
-    seconds = stage1_state["seconds"] + time.time() - clock
-    return common.save_finished(folder, stage1_state | fitted | {"train": train, "seconds": seconds})
+    return training.finish(gmm=gmm, flow=flow.state_dict(), uncertainty=fit_uncertainty(trip))
 
 
 def build_refiner(train, d):
@@ -621,8 +583,7 @@ def main(argv=None):
     args = read_flags(argv)
     # A setting of stage 1's `guided`: to change it by --set is an error here.
     train, evaluation, device = common.read_settings(args, unused=("guidance",))
-    vae_prior = "flow" if args.prior == "flow" else "gaussian"  # under which the VAE is trained
-    own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty, "vae_prior": vae_prior}
+    own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
     # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name.
     own |= common.settings_for(train | args.changes, "refiner", like="unet")
     if args.dry_run:
@@ -634,14 +595,11 @@ def main(argv=None):
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.
-    folder, settings = setup.folder_and_settings(f"stage3-vae-{vae_prior}", ignored=common.OF_UNET)
-    vae_state = get_vae_state(folder, settings | {"vae_prior": vae_prior}, setup, args.resume)
+    folder, settings = setup.folder_and_settings("stage3-vae-flow", ignored=common.OF_UNET)
+    vae_state = (common.finished_state(folder, settings, args.resume)
+                 or train_vae(folder, settings, setup.data, device))
     vae_model = load_model(vae_state, device)
-    # The folder is named after vae_prior, so runs with --prior gaussian and gmm share it. Its first row of scores is
-    # always of samples from vae_prior, so that both find the same one, whichever of them came first.
-    vae_setup = copy.copy(setup)
-    vae_setup.evaluation = setup.evaluation | {"prior": vae_prior}
-    vae_metrics = fid.evaluate(folder, vae_setup, vae_state, vae_model)
+    vae_metrics = fid.evaluate(folder, setup, vae_state, vae_model)
     if "uncertainty" not in vae_metrics["tables"]:  # it is there if this VAE was measured before
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
@@ -654,7 +612,7 @@ def main(argv=None):
     all_metrics = {folder: vae_metrics}
 
     # The refiner.
-    name = f"stage3-{args.prior}-{args.conditioning}"
+    name = f"stage3-flow-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
     folder, settings = setup.folder_and_settings(name)

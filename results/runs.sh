@@ -48,7 +48,6 @@ fi
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
 [ "$seed" = 0 ] || exit 0
 run stage2_joint.py --from-vae
-run stage3_adaptive.py --prior gmm --conditioning fixed  # also fits a flow to the codes of stage 1's VAE
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many

@@ -275,8 +275,7 @@ def test_stage2_with_and_without_stage1(smoke, tmp_path, monkeypatch, capsys):
 
 
 def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
-    """Without a flow the VAE is trained in stage 1's folder; with one it is shared. All priors have rows. `posterior`
-    has no bound. `fixed` is not influenced by s."""
+    """They share a VAE. Another prior trains nothing. All priors have rows. `fixed` is not influenced by s."""
     home, printed = smoke("stage3")
     assert "uncertainty, regressed: rank correlation" in printed
     trained, training = [], common.Training
@@ -286,12 +285,14 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
     smoke_flags = [*SMOKE, "--temperature", "1"]
     COMMANDS["stage3"]([*smoke_flags, "--conditioning", "coupling", "--uncertainty", "posterior"])
     assert trained == ["stage3-flow-coupling-posterior-s0"]
-    COMMANDS["stage3"]([*smoke_flags, "--prior", "gmm", "--conditioning", "fixed"])
-    assert trained[1:] == ["stage1-vae-s0", "stage3-gmm-fixed-s0"]
+    COMMANDS["stage3"]([*smoke_flags, "--conditioning", "fixed"])
+    assert trained[1:] == ["stage3-flow-fixed-s0"]
+    COMMANDS["stage3"]([*smoke_flags, "--conditioning", "fixed", "--prior", "gmm"])
+    assert len(trained) == 2
     capsys.readouterr()
-    flow = ["flow", "gaussian", "gmm"]
-    priors = {"stage3-vae-flow": flow, "stage3-flow-film": flow, "stage3-flow-coupling-posterior": flow,
-              "stage3-vae-gaussian": ["gaussian", "gmm", "flow"], "stage3-gmm-fixed": ["gmm", "gaussian", "flow"]}
+    flow, gmm = ["flow", "gaussian", "gmm"], ["gmm", "gaussian", "flow"]
+    priors = {"stage3-vae-flow": gmm, "stage3-flow-film": flow, "stage3-flow-coupling-posterior": flow,
+              "stage3-flow-fixed": gmm}
     for variant, expected in priors.items():
         metrics = load(tmp_path, variant)
         tables, rows = metrics["tables"], metrics["rows"]
@@ -306,7 +307,7 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert tables["adaptivity"]["adaptive_refinement"]["mean_steps"] == 2
         assert tables["bits_per_dim"]["bound"]["value"] > 0
         assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
-        if variant == "stage3-gmm-fixed":
+        if variant == "stage3-flow-fixed":
             assert controls["shuffled"] == controls["true"] and costs["this"]["gflops"] == costs["fixed"]["gflops"]
         else:
             assert costs["this"]["gflops"] > costs["fixed"]["gflops"]

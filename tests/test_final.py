@@ -89,6 +89,7 @@ def measured(seed=0):
     found["tables"] = {
         "before_refinement": {name: score(200 + k) for k, name in enumerate(SCORES)},
         "bits_per_dim": {"bound": score(210), "images": 128, "latent_prior": "gmm", "kl": 211.0},
+        "training": {"weight": 219.0},
         "reconstruction": {"psnr_db": 220.0, "kl_nats": 221.0, "hf_energy_vae": score(222)},
         "latent": {"active_units": 223, "posterior_variance": 224.0},
         "robustness": {"steps": 10, "images": 201, "mean": 230.0, "rise": 231.0, "scores": {
@@ -122,7 +123,8 @@ def measured(seed=0):
                    "features": {"generated": 353.0, "held_out": 354.0, "closer": 355.0}},
         "ceiling": {"images": 205, "fd_local": score(360), "hf_energy": score(361), "psnr_db": 362.0},
         "savings": {"device": "cpu", "sampler_steps": 10, "batch": 100,
-                    "pixel": {"seconds_per_image": 1.0}, "latent": {"seconds_per_image": 2.0},
+                    "pixel": {"seconds_per_image": 1.0, "peak_memory_mb": 377.0},
+                    "latent": {"seconds_per_image": 2.0, "peak_memory_mb": 376.0},
                     "saved_percent": {"seconds_per_image_batch_1": 370.0, "seconds_per_image": 371.0,
                                       "peak_memory_mb": 372.0, "train_seconds_per_image": 373.0,
                                       "gflops_per_pass": 374.0, "gflops_per_image": 375.0}}}
@@ -137,10 +139,13 @@ EXPECTED = {
     "evaluations": (20, 1000),
     "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
     "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
-    "hf_energy, 6 steps": (157, 200), "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
+    "hf_energy, 6 steps": (157, 200), "hf_energy, ddim 6": (137, 200),
+    "weight": (219, None), "psnr, dB": (220, None),
+    "fd, N(0, I)": (110, 200), "fd, mixture": (160, 200), "fd, flow": (120, 200),
     "train minutes": (110, None), "bits/dim": (210, 128), "kl_nats": (221, None), "posterior variance": (224, None),
     "spread, sure": (315, 101), "spread, unsure": (319, 101), "noise fd": (230, 201),
-    "noise rise": (231, 201), "fd, no noise": (240, 201), "fd, noise 0.4": (243, 201),
+    "noise rise": (231, 201), "fd, no noise": (240, 201),
+    "fd, noise 0.1": (241, 201), "fd, noise 0.2": (242, 201), "fd, noise 0.4": (243, 201),
     "fd of real codes": (261, 202), "path length, VAE": (262, None), "path length": (263, None),
     "probe, class": (265, None), "probe, bands": (266, None),
     "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
@@ -156,7 +161,8 @@ EXPECTED = {
     "gflops without s": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
     "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205),
     "GFLOPs saved, %": (375, None), "seconds saved, %": (371, None), "seconds saved, %, batch 1": (370, None),
-    "memory saved, %": (372, None)}
+    "memory saved, %": (372, None),
+    "memory, MB": (376, None), "memory, MB, pixels": (377, None)}
 
 
 def test_every_number_comes_from_its_place(tmp_path):
@@ -206,13 +212,13 @@ def test_arrows():
     """Down where lower is better, up where higher is, and none where neither is."""
     arrows = {name: final.with_arrow(name).removeprefix(name).strip() for name in final.NUMBERS}
     assert {name for name, arrow in arrows.items() if arrow == "↑"} == {
-        "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "GFLOPs saved, %", "seconds saved, %",
-        "seconds saved, %, batch 1", "memory saved, %"}
+        "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "psnr, dB", "GFLOPs saved, %",
+        "seconds saved, %", "seconds saved, %, batch 1", "memory saved, %"}
     assert {name for name, arrow in arrows.items() if not arrow} == {
-        "hf_energy", "hf_energy, 6 steps", "kl_nats", "posterior variance", "log p, N(0, I)",
-        "log p, mixture", "log p, flow", "flow's log p of mixture samples", "mixture's log p of flow samples",
-        "rank, regressed", "rank, variance", "rank, posterior", "spread, sure", "spread, unsure", "nearest, samples",
-        "nearest, held out", "closer", "closer, pixels"}
+        "hf_energy", "hf_energy, 6 steps", "hf_energy, ddim 6", "kl_nats", "weight", "posterior variance",
+        "log p, N(0, I)", "log p, mixture", "log p, flow", "flow's log p of mixture samples",
+        "mixture's log p of flow samples", "rank, regressed", "rank, variance", "rank, posterior", "spread, sure",
+        "spread, unsure", "nearest, samples", "nearest, held out", "closer", "closer, pixels"}
 
 
 def test_times_are_those_of_the_first_seed(tmp_path):
@@ -223,11 +229,6 @@ def test_times_are_those_of_the_first_seed(tmp_path):
         "seconds", "seconds, 4 steps", "train minutes"}
     assert final.cell(seeds, "seconds, 4 steps") == "180" and "(200)" in final.cell(seeds, "fd, 4 steps")
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
-    places = final.all_places(seeds[2])
-    of_first = {place for place in places if len(final.values_by_seed(seeds, place)) == 1}
-    assert of_first == {place for place in places if re.search("seconds|minutes", place)
-                        and not place.startswith(("tables/adaptivity/cost", "tables/savings"))}
-    assert {"run/train_seconds", "steps/dpm 6/seconds_per_image"} < of_first
 
 
 def test_rows_by_name(tmp_path):
@@ -244,14 +245,6 @@ def test_rows_by_name(tmp_path):
                    "stage1-form1": {"steps dpm 5": 20, "steps dpm 25": 12, "priors gaussian": 30, "priors gmm": 12},
                    "stage1-guided": {"steps dpm 5": 20, "priors gaussian": 30}}
     assert all(m["headline"]["fd"] == score(10) and m["run"]["train_minutes"] == 1.5 for m in found.values())
-
-
-def test_all_places():
-    """Numbers and scores have a place. Texts, truth values, lists and missing numbers have none."""
-    part = {"a": 1, "b": {"c": 2.5, "d": score(1), "e": {"value": 3, "low": None, "high": None}}, "f": "text",
-            "g": [1, 2], "h": True, "i": None, "j": {"value": 4, "low": 5}, "k": {}}
-    assert final.all_places(part) == ["a", "b/c", "b/d", "b/e", "j/value", "j/low"]
-    assert final.all_places(part["b"], "b") == ["b/c", "b/d", "b/e"] and final.all_places(7, "x") == ["x"]
 
 
 def test_numbers_as_text():
@@ -637,56 +630,26 @@ def test_the_sentence_about_the_data(tmp_path):
 
 
 def test_long_tables(tmp_path):
-    """All tables. Every number of every stage by its place, with one line for each; settings are none, nor are the
-    numbers of images and steps of further rows. Then the feature networks."""
+    """All tables, in order."""
     many = metrics(), metrics(seed=1, distance=13.0), metrics("stage1-vae"), measured(), metrics("bonus-latent")
     many[3]["run"]["dataset"] = "cifar10"
     everything = load(tmp_path, *many)
-    (tmp_path / "features").mkdir()
-    for name, value in (("shapes-0123abcd", 0.5), ("cifar10-0123abcd", 0.25), ("cifar10-nohash", 9),
-                        ("photos-0123abcd", 9)):
-        report = {"accuracy": value, "floor": value / 5, "noise": {"0.1": 76.5}, "note": "x"}
-        (tmp_path / "features" / f"{name}.json").write_text(json.dumps(
-            report if "shapes" in name else report | {"size": 64}))
     tables = final.all_tables(everything)
-    text = final.long_tables(everything, tables, tmp_path)
-    assert re.findall("## (.*)", text) == [*ALL_TABLES, "shapes, stage1", "shapes, bonus", "cifar10, stage2",
-                                           "features"]
+    text = final.long_tables(everything, tables)
+    assert re.findall("## (.*)", text) == ALL_TABLES
     assert text.split("## variants\n\n")[1].split("\n\n")[0].splitlines() == [
         "| variant | what it is | seeds, shapes | seeds, cifar10 |", "| --- | --- | --- | --- |", *(
             f"| `{variant}` | {final.VARIANTS[variant]} | {seeds} |" for variant, seeds in
             (("stage1-vae", "1 | "), ("stage1-form1", "2 | "), ("stage2-anneal", " | 1"), ("bonus-latent", "1 | ")))]
     for name, arguments in final.TABLES.items():
-        assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n## " in text
+        assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n" in text
     for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
-        assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n\n" in text
+        assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n" in text
     for topic in final.CLAIMS:
         assert f"## answers on {topic}\n\n{final.table_answers(everything, topic)}\n\n" in text
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
     assert f"## overview\n\n{final.table_overview(everything)}\n\n" in text
-    stage1, stage2 = (text.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("shapes, stage1", "cifar10, stage2"))
-    for line in ("|  | stage1-vae | stage1-form1 |", "| headline/fd | 10 [9, 11] | 11.5 ± 2.1 |",
-                 "| steps/dpm 5/fd | 20 [19, 21] (50) | 21.5 ± 2.1 (50) |",
-                 "| priors/gaussian/hf_energy | 37 [36, 38] (50) | 41.5 ± 6.4 (50) |",
-                 "| robustness/scores/noise 0.1/fd | 11 [10, 12] (50) | 12.7 ± 2.3 (50) |",
-                 "| run/train_minutes | 1.5 | 1.5 |"):
-        assert stage1.count(f"\n{line}\n") == 1
-    lines = stage2.split("| --- |")[1].splitlines()
-    places = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert sorted({*places}) == sorted(places)  # no place comes twice
-    assert not [place for place in places if re.match("run/(seed|eval|train/)|.*_local", place)]
-    assert [place for place in places if re.search("/(n_generated|images|steps|nfe)$", place)] == [
-        f"headline/{name}" for name in ("steps", "nfe", "n_generated")]
-    numbers = everything["cifar10"]["stage2-anneal"][0]
-    for name, place in final.NUMBERS.items():
-        assert f"| {place.removeprefix('tables/')} | {final.cell({0: numbers}, name)} |" in stage2
-    assert "a ± b: mean" in stage1 and "a ± b: mean" not in stage2 and final.SETTINGS in stage2
-    assert "times: first seed (seconds: for one image)" in stage2
-    features = text.split("## features\n")[1].strip().splitlines()
-    assert features == ["|  | `cifar10-0123abcd` | `shapes-0123abcd` |", "| --- | --- | --- |",
-                        "| accuracy | 0.25 | 0.5 |", "| floor | 0.05 | 0.1 |", "| noise/0.1 | 76.5 | 76.5 |",
-                        "| size | 64 |  |"]
     assert "| Does `fade` help? | fd: stage3-flow-fade / stage3-flow-fixed | not measured | not measured |" in text
 
 
@@ -782,7 +745,7 @@ def test_a_long_table_has_its_chart(tmp_path):
     changed = metrics("stage1-form1-beta=0.5", train={"beta": 0.5})
     for name, runs, shown in (("bare", [metrics("stage1-vae")], []), ("changed", [metrics(), changed], ["recipe"])):
         everything = load(tmp_path / name, *runs)
-        text = final.long_tables(everything, final.all_tables(everything), tmp_path)
+        text = final.long_tables(everything, final.all_tables(everything))
         assert re.findall(r"!\[.*\]\(figures/(.*)\.png\)", text) == shown
     below = text.split("## recipe\n\n")[1].split("\n\n## ")[0]
     chart, caption = final.CHARTS_BELOW["recipe"]
@@ -877,9 +840,9 @@ def test_chart_of_steps(tmp_path):
 
 
 def test_chart_of_priors(tmp_path):
-    """A marker for each run that has both numbers; filled, if the VAE was trained together with a flow."""
+    """A marker for each run of stage 3's VAE that has both numbers."""
     runs = []
-    for variant, seed, fd in (("stage3-vae-flow", 0, 10), ("stage3-vae-flow", 1, 11), ("stage3-vae-gaussian", 0, 9)):
+    for variant, seed, fd in (("stage3-vae-flow", 0, 10), ("stage3-vae-flow", 1, 11), ("stage1-vae", 0, 9)):
         found = metrics(variant, seed)
         found["rows"] = [row(prior, "none", 0, 100, fd + k) for k, prior in enumerate(("flow", "gmm", "gaussian"))]
         found["tables"]["prior_log_density"] = {prior: score(-fd - 20 * k) for k, prior in
@@ -889,15 +852,9 @@ def test_chart_of_priors(tmp_path):
     axis, = final.chart_priors(load(tmp_path, *runs)).axes
     points = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axis.lines
               if not line.get_label().startswith("_")}
-    assert points == {"flow, VAE trained with a flow": [(-11, 11), (-10, 10)],
-                      "mixture, VAE trained with a flow": [(-30, 11)],
-                      "N(0, I), VAE trained with a flow": [(-51, 13), (-50, 12)],
-                      "flow, VAE trained with N(0, I)": [(-9, 9)], "mixture, VAE trained with N(0, I)": [(-29, 10)],
-                      "N(0, I), VAE trained with N(0, I)": [(-49, 11)]}
-    assert {line.get_label(): line.get_markerfacecolor() == "white" for line in axis.lines if
-            line.get_label() in points} == {label: label.endswith("N(0, I)") for label in points}
+    assert points == {"flow": [(-11, 11), (-10, 10)], "mixture": [(-30, 11)], "N(0, I)": [(-51, 13), (-50, 12)]}
     joined = [sorted(zip(*line.get_data(), strict=True)) for line in axis.lines if line.get_label() not in points]
-    assert sorted(joined) == [[(-30, 11), (-10, 10)], [(-29, 10), (-9, 9)]]  # mixture and flow of seed 0 of both VAEs
+    assert joined == [[(-30, 11), (-10, 10)]]  # mixture and flow of seed 0
 
 
 def test_chart_of_the_recipe(tmp_path):
@@ -1080,14 +1037,10 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{run}: of a user's own images, not collected" for run in runs]
     assert not (project / "results").exists()
     save(project / "results", metrics(), metrics(dataset="photos", crop="centre"))
-    for name in ("shapes-0123abcd", "photos-0123abcd"):
-        path = project / "results" / "features" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"accuracy": 0.5}))
     (project / "README.md").write_text("<!-- table steps -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
-    assert "shapes-0123abcd" in text and "shapes stage1-form1" in text and "photos" not in text
+    assert "shapes stage1-form1" in text and "photos" not in text
     assert not [*project.glob("results/figures/photos*")]
     final.main(["--runs", str(project / "runs")])
     assert "photos stage1-form1" in (project / "runs" / "REPORT.md").read_text()

@@ -57,7 +57,7 @@ def test_flow_starts_as_the_identity():
     normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
     assert torch.allclose(flow.log_prob(z), normal, atol=1e-5) and torch.equal(flow(z)[1], torch.zeros(40))
     start = shaken(flow, 0.1).state_dict()
-    again = stage3.fit_flow(torch.zeros(10, 6), torch.zeros(10, 6), 0, 0, start)
+    again = stage3.fit_flow(start, torch.zeros(10, 6), torch.zeros(10, 6), 0, 0)
     assert same(dict(again.state_dict()), start) and not any(p.requires_grad for p in again.parameters())
 
 
@@ -71,7 +71,9 @@ def test_flow_learns_two_moons():
         y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
         return torch.stack([x, y], 1) / torch.tensor([0.87, 0.5]) + 0.1 * common.randn((count, 2), gen)
 
-    flow, z = stage3.fit_flow(moons(5000, 0), torch.full((5000, 2), -99.0), 0, 300), moons(2000, 1)
+    torch.manual_seed(0)
+    start, z = stage3.RealNVP(2).state_dict(), moons(2000, 1)
+    flow = stage3.fit_flow(start, moons(5000, 0), torch.full((5000, 2), -99.0), 0, 300)
     gaussian = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())
     assert float((flow.log_prob(z) - gaussian.log_prob(z)).mean()) > 0.5
     drawn = flow.sample(2000, common.generator(0))
@@ -81,10 +83,10 @@ def test_flow_learns_two_moons():
 
 def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
     """In the first part the VAE gets the gradient of stage 1's loss, and the flow that of its log-density of the codes.
-    In the second part both get that of SSE + beta (log q(z|x) - log p_flow(z)). Without a flow the loss is stage 1's.
-    The terms for the log are the SSE and both KLs."""
+    In the second part both get that of SSE + beta (log q(z|x) - log p_flow(z)). The terms for the log are the SSE and
+    both KLs."""
     torch.manual_seed(0)
-    vae, x0 = stage3.build_vae(settings(vae_prior="flow")), common.to_float(images_of(4).images)
+    vae, x0 = stage3.build_vae(settings()), common.to_float(images_of(4).images)
     noise = torch.randn(4, vae.latent_dim)
     shaken(vae.flow, 0.1)
     mu, logvar = vae.encoder(x0)
@@ -104,10 +106,6 @@ def test_joint_kl_reaches_both_and_the_first_phase_only_the_flow():
                for g in gradients[1:3]]
     assert all(same_as[0]) and sum(same_as[1]) < len(same_as[1]) / 2  # the two parts differ
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients[2:], strict=True))
-    assert stage3.build_vae(settings(vae_prior="gaussian")).flow is None
-    vae.flow = None
-    loss, terms = stage3.vae_loss(vae, x0, noise, 0.25, True)
-    assert torch.equal(loss, loss_of_stage1) and torch.equal(terms["sse"], sse) and terms["kl_nats"].equal(kl_gaussian)
 
 
 def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
@@ -118,7 +116,9 @@ def test_a_flow_fitted_ex_post_does_not_learn_the_draw():
     half = torch.full_like(mu, math.log(0.5))
     one_draw = mu + common.randn(mu.shape, gen) / 2**0.5
     true = float(common.StandardNormal(8).log_prob(held_out).mean())
-    fresh, fixed = (float(stage3.fit_flow(m, v, 0, 170).log_prob(held_out).mean()) for m, v in
+    torch.manual_seed(0)
+    start = stage3.RealNVP(8).state_dict()
+    fresh, fixed = (float(stage3.fit_flow(start, m, v, 0, 170).log_prob(held_out).mean()) for m, v in
                     ((mu, half), (one_draw, torch.full_like(mu, -99.0))))
     assert fresh > true - 1.5 and fixed < fresh - 1, (true, fresh, fixed)
 
@@ -167,7 +167,7 @@ def test_fitted_uncertainty(network):
     vae, images, others = PLANTED, planted_images(2000, 0), planted_images(1000, 1)
     if network == "random":
         torch.manual_seed(0)
-        vae = shaken(stage3.build_vae(settings(vae_prior="gaussian")), 0.15).eval().requires_grad_(False)
+        vae = shaken(common.build_vae(settings()), 0.15).eval().requires_grad_(False)
         images, others = images_of(400).images, images_of(300, seed=2).images
     trip, held_out = (stage3.round_trip(vae, *of, CPU) for of in ((images, 0), (others, 1)))
     stats, z, error = stage3.fit_uncertainty(trip), trip.z, trip.sse
@@ -426,7 +426,7 @@ def test_cost_by_hand(monkeypatch):
 
 def joint(**changes):
     """The settings of a VAE and of a refiner."""
-    vae = settings(**{"vae_prior": "flow", "steps": 2} | changes)
+    vae = settings(**{"steps": 2} | changes)
     own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_for(vae, "refiner", like="unet")
     own |= {key: value for key, value in changes.items() if key in own}
     return vae, vae | own
@@ -458,19 +458,18 @@ def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, i
     assert log[0] == pytest.approx({"step": 1} | {name: float(term.detach().mean()) for name, term in terms.items()})
 
 
-@pytest.mark.parametrize("vae_prior", ["flow", "gaussian"])
-def test_what_is_fitted_ex_post(vae_prior):
-    """The flow goes on from the one that was trained with the VAE, if there is one. It is fitted to the codes of the
-    training images, and the uncertainty to their errors, in the order of a seeded permutation."""
-    torch.manual_seed(0)
-    train, data = settings(vae_prior=vae_prior, seed=4, flow_steps=3), images_of(60)
-    vae = stage3.build_vae(train).eval()
-    initial = None if vae.flow is None else shaken(vae.flow, 0.1).state_dict()
-    fitted = stage3.fit_ex_post(vae, train, data, CPU)
-    flow = stage3.fit_flow(*common.encode(vae, data.images, CPU), 4, 3, initial)
+def test_what_is_fitted_ex_post(tmp_path, in_float32):
+    """The mixture and the flow are fitted to the codes of the training images; the flow goes on from the one that was
+    trained with the VAE. The uncertainty is fitted to their errors, in the order of a seeded permutation."""
+    train, data = joint(seed=4, flow_steps=3)[0], images_of(60)
+    state = stage3.train_vae(tmp_path, train, data, CPU)
+    vae = common.frozen(stage3.build_vae(train), state["vae"], CPU)
+    flow = stage3.fit_flow(vae.flow.state_dict(), *common.encode(vae, data.images, CPU), 4, 3)
     order = torch.randperm(60, generator=common.generator(0))
     trip = stage3.round_trip(vae, data.images[order], 4, CPU)
-    assert same(fitted, {"flow": dict(flow.state_dict()), "uncertainty": stage3.fit_uncertainty(trip)})
+    assert same(state["flow"], dict(flow.state_dict())) and not same(state["flow"], dict(vae.flow.state_dict()))
+    assert same(state["uncertainty"], stage3.fit_uncertainty(trip))
+    assert same(state["gmm"], common.fit_mixture(vae, data.images, train, CPU))
 
 
 def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
@@ -501,54 +500,34 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
 
 def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float32):
     """It is the KL of one sample z, log q(z|x) - log p(z)."""
-    data, unit = images_of(60), 3072 * math.log(2)
-    for trained_under in ("gaussian", "flow"):
-        vae_train, train = joint(vae_prior=trained_under)
-        home = tmp_path / trained_under
-        if trained_under == "flow":
-            vae_state = stage3.train_vae(home / "vae", vae_train, data, CPU)
-        else:
-            setup = planted_setup(home, settings(steps=2), data=data, device=CPU)
-            vae_state = stage3.get_vae_state(home / "vae", vae_train, setup, False)
-        model = stage3.load_model(stage3.train_refiner(home / "refiner", train, vae_state, data, CPU), CPU)
-        shaken(model.priors["flow"], 0.3)
-        setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
-        mu, logvar = common.encode(model.vae, data.images, CPU)
-        q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
-        z, kls = q.mean + q.stddev * common.randn(mu.shape, common.generator(60_000)), {}
-        for name, prior in model.priors.items():
-            kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
-            bits = fid.bits_per_dim(model, name, setup)
-            assert unit * bits["kl"] == pytest.approx(kls[name], rel=1e-3) and bits["latent_prior"] == name
-            parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
-            assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
-        assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # they differ
+    data, unit, (vae_train, train) = images_of(60), 3072 * math.log(2), joint()
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU)
+    model = stage3.load_model(stage3.train_refiner(tmp_path / "refiner", train, vae_state, data, CPU), CPU)
+    shaken(model.priors["flow"], 0.3)
+    setup = SimpleNamespace(evaluation={"bits_images": 60, "bits_draws": 1}, train=train, test=data)
+    mu, logvar = common.encode(model.vae, data.images, CPU)
+    q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+    z, kls = q.mean + q.stddev * common.randn(mu.shape, common.generator(60_000)), {}
+    for name, prior in model.priors.items():
+        kls[name] = float((q.log_prob(z).sum(1) - prior.log_prob(z)).mean())
+        bits = fid.bits_per_dim(model, name, setup)
+        assert unit * bits["kl"] == pytest.approx(kls[name], rel=1e-3) and bits["latent_prior"] == name
+        parts = sum(bits[part] for part in ("kl", "prior", "diffusion", "data"))
+        assert bits["bound"]["value"] == pytest.approx(parts, rel=1e-5)
+    assert min(abs(kls[a] - kls[b]) / abs(kls[b]) for a in kls for b in kls if a != b) > 0.05  # they differ
 
 
-def test_fixed_is_stage_1(tmp_path, monkeypatch):
-    """With the same VAE and seed, `fixed` trains stage 1's refiner, to the same bits. Without a flow the VAE itself is
-    stage 1's, trained once in stage 1's folder, and its seconds are those of stage 1 and of fitting ex post. Those of
-    the VAE are a refiner's seconds before."""
-    vae_train, train = joint(vae_prior="gaussian", steps=8)
+def test_fixed_is_stage_1(tmp_path):
+    """With the same VAE and seed, `fixed` trains stage 1's refiner, to the same bits. The seconds of the VAE are a
+    refiner's seconds before."""
+    vae_train, train = joint(steps=8)
     train, data = train | {"conditioning": "fixed"}, images_of(60)
-    setup, fit, clock = planted_setup(tmp_path, settings(steps=8), data=data, device=CPU), stage3.fit_ex_post, [0]
-    monkeypatch.setattr(stage3, "time", SimpleNamespace(time=lambda: clock[0]))
-    monkeypatch.setattr(stage3, "fit_ex_post", lambda *args: clock.insert(0, 50) or fit(*args))
-    vae_state = stage3.get_vae_state(tmp_path / "vae", vae_train, setup, False)
-    theirs = stage1.train_vae(tmp_path / "again", setup.train, data, CPU)
-    stored = common.load_checkpoint(tmp_path / "stage1-vae-s0" / "checkpoint.pt")
-    unchanged = stored.keys() - {"train", "seconds"}
-    assert same(stored, theirs) and all(same(vae_state[key], stored[key]) for key in unchanged)
-    assert vae_state["train"] == vae_train and vae_state.keys() - stored.keys() == {"flow", "uncertainty"}
-    assert vae_state["seconds"] == stored["seconds"] + 50 and vae_state["seconds_before"] == 0
-    vae = common.frozen(common.build_vae(train), stored["vae"], CPU)
-    vae.flow = None
-    assert same(stage3.fit_ex_post(vae, train, data, CPU), {key: vae_state[key] for key in ("flow", "uncertainty")})
-    setup.data = None  # nothing is trained again
-    assert same(stage3.get_vae_state(tmp_path / "vae", vae_train, setup, False), vae_state)
-
+    vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU)
+    # Stage 1 does not know the flow that is a part of stage 3's VAE.
+    weights = {name: value for name, value in vae_state["vae"].items() if not name.startswith("flow.")}
+    stage1_state = vae_state | {"vae": weights}
     ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU)
-    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", vae_state, data, CPU)
+    theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", stage1_state, data, CPU)
     assert same({name.removeprefix("unet."): value for name, value in ours["refiner"].items()}, theirs["unet"])
     assert ours["log"] == theirs["log"] and ours["seconds_before"] == vae_state["seconds"]
 

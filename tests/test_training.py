@@ -287,27 +287,6 @@ def test_one_process_trains_in_a_folder(few, tmp_path, monkeypatch, capsys):
     stage1.main([*argv, str(tmp_path / "a")])
 
 
-def test_stage3_without_a_flow_uses_the_vae_of_stage1(few, tmp_path, monkeypatch):
-    """Stage 3 takes the VAE from stage 1's folder. If it is not there, stage 3 trains it there, to the same bits, for
-    stage 1 and for all its own conditionings."""
-    stage1_vae = [*SMOKE, "--variant", "vae", "--out"]
-    trained = {"a": [], "b": []}  # networks by the command's --out
-    after_each_step(monkeypatch, lambda training: trained[training.folder.parts[-3]].append(training.folder.name))
-    stage1.main([*stage1_vae, str(tmp_path / "a")])
-    for home in "ab":
-        stage3.main([*SMOKE, "--prior", "gmm", "--conditioning", "fixed", "--out", str(tmp_path / home)])
-    stage3.main([*SMOKE, "--prior", "gaussian", "--conditioning", "fade", "--out", str(tmp_path / "b")])
-    stage1.main([*stage1_vae, str(tmp_path / "b")])
-    refiners = ["stage3-gmm-fixed-s0", "stage3-gaussian-fade-s0"]
-    assert list(trained.values()) == [[name for name in names for _ in range(8)] for names in (
-        ["stage1-vae-s0", refiners[0]], ["stage1-vae-s0", *refiners])]
-
-    states = [common.load_checkpoint(tmp_path / home / "shapes-smoke" / folder / "checkpoint.pt") for home, folder in (
-        ("a", "stage1-vae-s0"), ("b", "stage1-vae-s0"), ("b", "stage3-vae-gaussian-s0"))]
-    assert same(states[0], states[1]) and states[0]["run_id"] != states[1]["run_id"] == states[2]["run_id"]
-    assert all(same(states[2][part], states[0][part]) for part in ("vae", "gmm"))
-
-
 def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch):
     """What matters to the U-Net alone leaves the VAE as it is, which is then not trained again; so with the autoencoder
     and with stage 3's VAE. Other changes make another VAE. `guidance` makes another `guided`, and nothing else. The
@@ -340,9 +319,9 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
         "stage3-vae-flow-s0": 2, "stage3-flow-film-unet_lr=0.001-s0": 2}
     refiner, vae = train_of("stage3-flow-film-unet_lr=0.001-s0"), train_of("stage3-vae-flow-s0")
     assert refiner["refiner_lr"] == refiner["unet_lr"] == 0.001 and "refiner_lr" not in vae and vae["unet_lr"] == 2e-3
-    assert runs("stage3", "--prior", "gmm", "--set", "start=300") == {"stage3-gmm-film-start=300-s0": 2}
-    assert runs("stage3", "--prior", "gmm", "--set", "flow_steps=3") == {
-        "stage3-gmm-film-flow_steps=3-s0": 2}
+    assert runs("stage3", "--set", "start=300") == {"stage3-flow-film-start=300-s0": 2}
+    assert runs("stage3", "--set", "flow_steps=3") == {
+        "stage3-vae-flow-flow_steps=3-s0": 2, "stage3-flow-film-flow_steps=3-s0": 2}
     assert runs("bonus", "--set", "vae_lr=0.001", "even_levels=false") == {
         "bonus-ae-vae_lr=0.001-s0": 2, "bonus-latent-vae_lr=0.001-even_levels=False-s0": 2}
     assert train_of("bonus-ae-vae_lr=0.001-s0")["autoencoder_lr"] == 0.001
@@ -353,7 +332,7 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
 @pytest.mark.parametrize("train_vae", [stage1.train_vae, stage3.train_vae, bonus.train_autoencoder])
 def test_what_matters_to_the_unet_alone_changes_no_bit_of_the_vae(train_vae, tmp_path):
     """All settings that count as such are changed."""
-    own = {"vae_prior": "flow", "ae_width": 16} | common.settings_for(settings(), "autoencoder", like="vae")
+    own = {"ae_width": 16} | common.settings_for(settings(), "autoencoder", like="vae")
     others = {"unet_muon_lr": 0.0, "unet_lr": 1.0, "unet_clip": 9.0, "unet_steps": 2, "unet_ema": 0.0,
               "unet_flip": True, "unet": [[32, 8, 0, 1]], "objective": "eps", "even_levels": False, "start": 9,
               "dropout": 0.3, "heads": 2, "attention": [8], "guidance": 3.0}
