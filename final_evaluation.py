@@ -544,13 +544,18 @@ def in_order(names, order):
 
 def load_all(paths):
     """{dataset: {variant: {seed: metrics}}} of result files, in the order of tables. Exits if results of a data set
-    cannot be compared, or if seeds of a variant differ in a setting."""
-    found, first = {}, {}
+    cannot be compared, if seeds of a variant differ in a setting, or if two files hold the same seed of a variant."""
+    found, first, path_of = {}, {}, {}
     for path in sorted(map(Path, paths)):
         metrics = plain_names(load_metrics(path))
         check_comparable(path, metrics, first)
         name_rows(metrics)
         run = metrics["run"]
+        key = run["dataset"], run["variant"], run["seed"]
+        if key in path_of:
+            common.fail(f"{path_of[key]} and {path} both hold seed {run['seed']} of {run['variant']} on "
+                        f"{run['dataset']}; remove one of them")
+        path_of[key] = path
         found.setdefault(run["dataset"], {}).setdefault(run["variant"], {})[run["seed"]] = metrics
     ordered = {}
     for dataset in in_order(found, DATASET_ORDER):
@@ -1015,11 +1020,13 @@ def sd_for_bar(values):
 
 
 def draw_line(axis, variant, points):
-    """Draw a variant's line through points {x: {seed: value}}: the means, with bars of one standard deviation. Draws
-    nothing if fewer than two points were measured."""
+    """Draw a variant's line through points {x: {seed: value}}: the means, with bars of one standard deviation. Points
+    that some seeds lack are left out: a step of the line would show other seeds, not another x. Draws nothing if fewer
+    than two points remain."""
     xs, means, sds = [], [], []
+    all_seeds = set().union(*points.values())
     for x, by_seed in points.items():
-        if by_seed:
+        if by_seed and by_seed.keys() == all_seeds:
             xs.append(x)
             means.append(statistics.mean(by_seed.values()))
             sds.append(sd_for_bar(by_seed.values()))
@@ -1121,7 +1128,7 @@ def chart_summary(everything):
 
 
 def chart_cost(everything):
-    """fd against what sampling costs, with DPM-Solver++ of 2 to 25 steps: above, by evaluations of the network,
+    """fd against what sampling costs, with DPM-Solver++ of up to 25 steps: above, by evaluations of the network,
     below, by seconds per image (of the first seed)."""
     figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
     panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
@@ -1237,7 +1244,7 @@ CHARTS = {"claims": chart_claims, "summary": chart_summary, "cost": chart_cost, 
 
 def texts_beside(folder):
     """README.md and REPORT.md in the folder that contains the folder of results: those of them that are there."""
-    paths = [Path(folder).parent / name for name in ("README.md", "REPORT.md")]
+    paths = [Path(folder).resolve().parent / name for name in ("README.md", "REPORT.md")]
     return [path for path in paths if path.is_file()]
 
 
@@ -1295,10 +1302,13 @@ def draw_sheet(path, runs, strips):
 
 def choose_runs(runs, folder):
     """Check run folders that are to be collected, before anything is written. Returns {the file that metrics will be
-    copied to: (run folder, facts about the run)}. Runs on a user's own images are left out. Exits if another one must
-    not be collected."""
+    copied to: (run folder, facts about the run)}. Networks and runs without scores are left out, and so are runs on a
+    user's own images. Exits if another one must not be collected."""
     chosen = {}
     for run in map(Path, runs):
+        if run.is_dir() and not (run / "metrics.json").is_file():  # such as that of the bonus's autoencoder
+            print(f"{run}: has no metrics.json, not collected")
+            continue
         facts = load_metrics(run / "metrics.json")["run"]
         target = Path(folder) / facts["dataset"] / f"{facts['variant']}-s{facts['seed']}.json"
         # Only a user's own images have the crop "centre", so it gives them away even if their folder is named cifar10.

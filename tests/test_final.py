@@ -522,6 +522,14 @@ def test_seeds_of_a_variant_were_trained_alike(tmp_path, capsys):
                      f": {key} was ", f"{name}-s3.json cannot be compared", f"{name}-s0.json")
 
 
+def test_two_files_of_one_run_are_refused(tmp_path, capsys):
+    """Such as a copy of a folder of runs beside it: one of them would be ignored."""
+    paths = save(tmp_path, metrics(), metrics(seed=1))
+    copy = shutil.copy(paths[0], paths[0].with_name("old-s0.json"))
+    expect_error(capsys, lambda: final.load_all([*paths, copy]), f"{copy} and {paths[0]} both hold seed 0 of "
+                 "stage1-form1 on shapes", "remove one of them")
+
+
 def test_the_order_of_tables(tmp_path):
     """Data sets and variants in their orders, then by the alphabet."""
     variants = ["stage1-vae", "stage1-vae-beta=1", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal",
@@ -768,6 +776,9 @@ def test_chart_of_costs(tmp_path):
     assert lines_of(other_seconds) == {"stage2-anneal": (
         [180.5, 150.5, 160.5, 170.5], [180, 150, 160, 170], [None] * 4)}
     assert by_evaluations.get_xscale() == by_evaluations.get_yscale() == "log"
+    runs[1]["rows"].append(row("gmm", "dpm", 10, 50, 99))  # seed 0 lacks this row: it would move the line
+    by_evaluations, _ = final.chart_cost(load(tmp_path / "again", *runs[:2])).axes
+    assert lines_of(by_evaluations) == {"stage1-form1": ([12, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
 
 
 def test_chart_of_claims(tmp_path):
@@ -978,6 +989,15 @@ def test_collect_and_runs(project, capsys):
                  "the folder of a finished run")
 
 
+def test_collect_leaves_out_what_has_no_scores(project, capsys):
+    """RUNS/* also holds folders of networks that are not scored, such as the bonus's autoencoder."""
+    run, network = save_run(project), project / "runs" / "shapes-cpu" / "bonus-ae-s0"
+    network.mkdir()
+    final.main(["--collect", str(network), run])
+    assert capsys.readouterr().out.startswith(f"{network}: has no metrics.json, not collected\nwritten: ")
+    assert (project / "results" / "shapes" / "stage1-form1-s0.json").is_file()
+
+
 def test_titles_are_as_high_as_a_grid_makes_them(tmp_path):
     """Otherwise a strip would begin in the wrong row of pixels."""
     rows = {"real": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}
@@ -1072,6 +1092,8 @@ def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
     assert {*tmp_path.glob("other/**/*.png")} == {*charts} and not (tmp_path / "other" / "REPORT.md").exists()
     final.main(["--results", str(results)])
     assert capsys.readouterr().out.splitlines()[-1] == " ".join(map(str, ["written:", *charts]))
+    monkeypatch.chdir(results)
+    assert final.texts_beside(".") == [tmp_path / "other" / "README.md"]
 
 
 # --- The texts -------------------------------------------------------------------------------------------------------
