@@ -816,7 +816,9 @@ def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
     """The three parts of the bound for uint8 `images`: {"prior", "diffusion", "data"}, each (B,) nats on the CPU.
 
     The sum over t is estimated from `draws` random times per image. The range of times is cut into that many equal
-    pieces, and one time is drawn from each. (With `draws = start - 1` each time is used exactly once.)"""
+    pieces, and one time is drawn from each. (With `draws = start - 1` each time is used exactly once.) With few draws,
+    most of the error comes from the smallest times, whose terms are largest. Two models whose `gen` has the same seed
+    share this error, so their difference is known far better than each value."""
     x0, terms = to_float(images), diffusion.start - 1
     total = torch.zeros(len(x0), device=x0.device)
     for k in range(draws):
@@ -918,9 +920,10 @@ def end_in_a_line(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def write(path, data):
+def write(path, data, optional=False):
     """Write bytes under a temporary name, then rename the file, so that nobody ever sees half of it. Of several
-    processes only the first writes. If it cannot be written, an older file of this name stays as it was."""
+    processes only the first writes. If it cannot be written, an older file of this name stays as it was. Then the
+    program ends or, if the file is `optional`, such as a cache, goes on with a warning."""
     if RANK > 0:
         return
     path = Path(path)
@@ -930,6 +933,9 @@ def write(path, data):
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
+        if optional:
+            print(f"warning: cannot write {path}: {error.strerror}; going on without it", file=sys.stderr)
+            return
         remedy = "free some space there or" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "allow writing there or"
         fail(f"cannot write {path}: {error.strerror}; {remedy} choose another --out / --data-dir")
     finally:
@@ -937,11 +943,11 @@ def write(path, data):
             temporary.unlink()
 
 
-def write_with(path, save, **options):
+def write_with(path, save, optional=False, **options):
     """Write what `save(file, **options)` produces: a picture's .save, a figure's .savefig, np.savez, torch.save."""
     buffer = io.BytesIO()
     save(buffer, **options)
-    write(path, buffer.getbuffer())
+    write(path, buffer.getbuffer(), optional)
 
 
 def write_json(path, data):
@@ -949,14 +955,14 @@ def write_json(path, data):
     write(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def save_state(path, state):
+def save_state(path, state, optional=False):
     """Write `state` (tensors and plain values) with torch.save. A `*` in the file's name becomes the first eight digits
     of the sha256 of its bytes. Returns the path."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()
     path = path.with_name(path.name.replace("*", hashlib.sha256(data).hexdigest()[:8]))
-    write(path, data)
+    write(path, data, optional)
     return path
 
 
@@ -987,7 +993,7 @@ def half(weights):
 
 def find_images(folder):
     """All image files in a folder and below it, sorted by path. Hidden files and folders are left out."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
@@ -1176,6 +1182,9 @@ def list_split(dataset, split, folder):
                 name, number = line.split()[:2]
                 part[Path(name).stem] = number
         chosen = [p for p in files if part.get(p.stem) == {"train": "0", "test": "2"}[split]]
+        if files and not chosen:
+            fail(f"{partition}: none of the {len(files):,} images is in its {split} part; remove this file to hold out "
+                 "the last tenth of the images")
     width, height = read_image(chosen[0]).size if chosen else (178, 218)
     note = f"{'JPEG' if jpeg else 'lossless'} copies at {width}x{height}"
     if jpeg and width == 178:
@@ -1192,7 +1201,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
     folder, size = Path(data_dir), image_size or DATASETS.get(dataset, 64)
     if dataset == "folder" and (found := len(find_images(folder))) < 60:  # a tenth is held out
-        fail(f"--data-dir {folder}: found {found} images there; give a folder that holds at least 60")
+        fail(f"{folder}: found {found} images there; give a folder that holds at least 60 (of a stage: --data-dir)")
     files, labels, crop, note = list_split(dataset, split, folder)
     if not files:
         try:
@@ -1227,14 +1236,15 @@ def load_images(dataset, split, data_dir="data", image_size=None):
 def decode_files(files, size, crop, cache):
     """Image files -> uint8 array (N, 3, size, size), kept in `cache` until a file's path, size or time changes."""
     listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
-    key = hashlib.sha256(f"{crop} {size}\n{listing}".encode()).hexdigest()
+    text = f"{crop} {size}\n{listing}"
+    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # a file's name need not be valid UTF-8
     with contextlib.suppress(Exception):  # there is no cache, or it is damaged: decode again
         with np.load(cache) as stored:
             if str(stored["key"]) == key:
                 return stored["images"]
     images = np.stack([decode_file(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    write_with(cache, np.savez, images=images, key=key)
+    write_with(cache, np.savez, optional=True, images=images, key=key)
     return images
 
 
@@ -1471,6 +1481,7 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x):
         (b, _, h, w), k = x.shape, self.stride[0]
         matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
+        matrix = matrix.contiguous()  # else torch 2.8 computes wrong products on mps
         blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
         blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
         return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
@@ -1622,6 +1633,8 @@ class Training:
                     print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
                     raise SystemExit(128 + self.stopped_by)  # the status that shells give a process ended by a signal
             self.checkpoint()
+            if self.stopped_by is not None and RANK == 0:  # while the last checkpoint was written
+                raise SystemExit(128 + self.stopped_by)
 
     @contextlib.contextmanager
     def running(self):
@@ -1885,6 +1898,8 @@ def read_settings(args, unused=()):
     size = DATASETS.get(args.dataset, args.image_size or 64)
     train, evaluation = budget(name, args.dataset, size)
     given = {"vae_steps": args.steps, "unet_steps": args.steps, "batch": args.batch_size}
+    if args.steps is not None:
+        given["flow_steps"] = min(args.steps, train["flow_steps"])  # of the flow in stage 3, once the VAE is finished
     train |= {key: value for key, value in given.items() if value is not None}
     args.changes = parse_changes(args.set, train)
     for key in unused:

@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -193,7 +194,9 @@ class LocalNet(nn.Module):
             side = min(height, width)
             top, left = (height - side) // 2, (width - side) // 2
             x = x[:, :, top:top + side, left:left + side]
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+            if x.device.type == "mps":
+                x = x.cpu()  # torch 2.6 has no antialias there
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).to(images.device)
         features = self.body(x.contiguous(memory_format=torch.channels_last))
         return features, self.head(features)
 
@@ -201,13 +204,17 @@ class LocalNet(nn.Module):
 def file_marks(folder):
     """A mark of eight digits for each image file in a folder and below it: a hash of its path there and its size. They
     are stored with a feature network and tell which files it was trained on, without naming these."""
-    return [hashlib.sha256(f"{path.relative_to(folder)} {path.stat().st_size}".encode()).hexdigest()[:8]
-            for path in find_images(folder)]
+    marks = []
+    for path in find_images(folder):
+        text = f"{path.relative_to(folder)} {path.stat().st_size}"
+        # A file's name need not be valid UTF-8. Python stands surrogates for its bytes, which this encoding lets pass.
+        marks.append(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8])
+    return marks
 
 
 def folder_mark(folder):
     """A mark of eight digits for a folder: a hash of its path. It is stored with a network that was trained on it."""
-    return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:8]
+    return hashlib.sha256(str(Path(folder).resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def save_local(net, name, folder=None):
@@ -514,7 +521,7 @@ def cached_reference(extractor, data_train, data_test, cache_dir):
     except Exception:  # there is no such file, or it is damaged
         ref = make_reference(extractor, train, test)
         tensors = [ref.features, ref.test_features, ref.test_logits]
-        common.save_state(path, tensors)
+        common.save_state(path, tensors, optional=True)
     return Reference(*(x.to(device) for x in tensors))
 
 
@@ -1209,17 +1216,25 @@ def train_local(name, data_dir="data"):
 
 # ---- 8. The command --------------------------------------------------------------------------------------------------
 
-def read_folder(folder, flag, count=None):
+def read_folder(folder, flag, count=None, largest=None):
     """The images below a folder, or a seeded choice of `count`, as uint8 (N, 3, H, W), or as a list if they differ in
-    size; and whether most are JPEG. The program ends with an error that names `flag` if there are too few."""
+    size; the sizes (height, width) that they have in their files; and whether most are JPEG. Photographs would fill
+    the memory. So if `largest` is given, an image whose sides are both longer becomes a square of that size, just as
+    common.decode_file makes it. The program ends with an error that names `flag` if there are too few images."""
     files = find_images(folder)
     if len(files) < (needed := count or 2):
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")
-    files = shuffle(files)[:count]
-    images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
-              for path in tqdm(files, desc=f"reading {folder}", unit="image")]
+    files, images, sizes = shuffle(files)[:count], [], set()
+    for path in tqdm(files, desc=f"reading {folder}", unit="image"):
+        image = read_image(path)
+        sizes.add((image.height, image.width))
+        if largest and min(image.size) > largest:
+            image = ImageOps.fit(image, (largest, largest), Image.Resampling.BILINEAR)
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    if len({image.shape for image in images}) == 1:
+        images = torch.stack(images)
     jpeg = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in files) > len(files) / 2
-    return torch.stack(images) if len({image.shape for image in images}) == 1 else images, jpeg
+    return images, sizes, jpeg
 
 
 def contents(folder):
@@ -1235,7 +1250,7 @@ def main(arguments=None):
     parser.add_argument("--weights", metavar="FILE", help=f"of the features: {INCEPTION_FILE} or NAME-<hash8>.pt")
     parser.add_argument("--count", type=int, metavar="N", help="use N of the generated images, a seeded choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    parser.add_argument("--data-dir", default="data", help="where a data set named as REAL lies (default: data)")
+    parser.add_argument("--data-dir", help="where a data set named as REAL lies (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--train-local", metavar="NAME", help="make the local network of a data set or folder")
     parser.error = fail
@@ -1245,7 +1260,9 @@ def main(arguments=None):
         for name, value in vars(args).items():
             if name not in ("train_local", "data_dir") and value != parser.get_default(name):
                 fail(f"--train-local {args.train_local} scores nothing and runs on the CPU; leave {name} {value} out")
-        return train_local(args.train_local, args.data_dir)
+        if args.data_dir and args.train_local not in DATASETS:
+            fail(f"--data-dir {args.data_dir}: only for a data set; --train-local {args.train_local} is a folder")
+        return train_local(args.train_local, args.data_dir or "data")
     if not args.generated:
         fail("REAL and GENERATED: give two folders, or a data set's name and a folder (see --help)")
     real_is_folder = args.real not in DATASETS
@@ -1253,36 +1270,53 @@ def main(arguments=None):
         fail(f"GENERATED: no such folder: {args.generated}")
     if real_is_folder and not Path(args.real).is_dir():
         fail(f"REAL: no such folder, nor a data set: {args.real}")
+    if real_is_folder and args.data_dir:
+        fail(f"--data-dir {args.data_dir}: only for a data set; REAL is a folder")
+    real_path, generated_path = Path(args.real).resolve(), Path(args.generated).resolve()
+    if real_is_folder and (real_path in generated_path.parents or generated_path in real_path.parents):
+        fail(f"REAL {args.real}, GENERATED {args.generated}: one lies in the other, so its images would count twice; "
+             "move one of them")
     if args.count is not None and args.count < 2:
         fail(f"--count {args.count}: give 2 or more")
     extractor = load_extractor(args.features, "folder" if real_is_folder else args.real, args.weights,
                                device=common.choose_device(args.device),
                                data_dir=args.real)  # the user's folder; it is not used if REAL is a data set
-    images, jpeg = read_folder(args.generated, f"--count {args.count}" if args.count else "GENERATED", args.count)
+    # A local network resizes all images to its own size. Inception's features need them as they are.
+    largest = extractor.size if args.features == "local" else None
+    images, sizes, jpeg = read_folder(
+        args.generated, f"--count {args.count}" if args.count else "GENERATED", args.count, largest)
     if real_is_folder:
-        real, real_jpeg = read_folder(args.real, "REAL")
+        real, real_sizes, real_jpeg = read_folder(args.real, "REAL", largest=largest)
         ref = make_reference(extractor, real)
     else:
-        train, test = (common.load_images(args.real, split, args.data_dir) for split in ("train", "test"))
-        real, real_jpeg = train.images, "JPEG" in train.note
-        ref = cached_reference(extractor, train, test, Path(args.data_dir) / "cache")
+        data_dir = args.data_dir or "data"
+        train, test = (common.load_images(args.real, split, data_dir) for split in ("train", "test"))
+        real_sizes, real_jpeg = {tuple(train.images.shape[2:])}, "JPEG" in train.note
+        ref = cached_reference(extractor, train, test, Path(data_dir) / "cache")
+    if not ref.stats.cov.any():
+        fail(f"REAL: all images of {args.real} are alike; give others")
     row, count = scores(extractor, images, ref, progress=True), len(images)
-    for folder, found in ((args.generated, images), (args.real, real)):
-        if isinstance(found, list):
+    for folder, found in ((args.generated, sizes), (args.real, real_sizes)):
+        if len(found) > 1:
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
-    if torch.is_tensor(real) and torch.is_tensor(images) and real.shape[2:] != images.shape[2:]:
-        real_size, size = "x".join(map(str, real.shape[2:])), "x".join(map(str, images.shape[2:]))  # height x width
-        print(f"warning: images of {args.real} have {real_size} pixels, those of {args.generated} {size}; resizing "
-              "them moves the distance", file=sys.stderr)
+    if len(sizes) == len(real_sizes) == 1 and sizes != real_sizes:
+        (real_height, real_width), = real_sizes
+        (height, width), = sizes
+        print(f"warning: images of {args.real} have {real_height}x{real_width} pixels, those of {args.generated} "
+              f"{height}x{width}; resizing them moves the distance", file=sys.stderr)
     same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)
     if same_names_and_sizes and contents(args.real) == contents(args.generated):
         print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)
-    if count < 10 * extractor.dim:  # a rule of thumb
-        print(f"warning: {count} images are few for {extractor.dim} features, {10 * extractor.dim} would do: read the "
-              "distance beside its floor", file=sys.stderr)
+    enough = 10 * extractor.dim  # a rule of thumb
+    for folder, number in ((args.generated, count), (args.real, ref.stats.count)):
+        if number < enough:
+            print(f"warning: {number} images of {folder} are few for {extractor.dim} features, {enough} would do: read "
+                  "the distance beside its floor", file=sys.stderr)
+    if ref.test_logits is None and min(count, ref.stats.count) <= extractor.dim:
+        print("warning: with fewer images than features, the floor by formula is too low", file=sys.stderr)
     held_out = ref.test_logits
     facts = {"real": args.real, "n_real": ref.stats.count, "generated": args.generated, "n_generated": count,
              "features": extractor.name, "classes": extractor.classes,

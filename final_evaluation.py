@@ -101,8 +101,8 @@ VARIANTS = {
 #    "seconds_per_image": 0.0141,
 #    "fd_local": {"value": 1.21, "low": 1.02, "high": 1.40},
 #    "precision_local": {"value": 0.875, "low": null, "high": null}}
-# Only the headline rests on all images. Other rows, and probes (measurements on the side, such as the one with noise),
-# rest on fewer.
+# Only the headline (and, of a VAE alone, every row) rests on all images. Other rows, and probes (measurements on the
+# side, such as the one with noise), rest on fewer.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
     "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
@@ -126,7 +126,8 @@ NUMBERS = {
     "fd, mixture": "priors/gmm/fd",  # with codes from the Gaussian mixture that is fitted after training
     "fd, flow": "priors/flow/fd",  # with codes from the flow
     "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
-    "bits/dim": "tables/bits_per_dim/bound",  # an upper bound on -log2 p(image), per pixel value
+    # An upper bound on -log2 p(image), per pixel value. Compare equal seeds: they share most of the error.
+    "bits/dim": "tables/bits_per_dim/bound",
     "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
     "psnr, dB": "tables/reconstruction/psnr_db",  # of x_hat, against the image that it reconstructs; higher is better
     "weight": "tables/training/weight",  # lambda at the end of joint training; of `kendall`: exp(a - b)
@@ -860,6 +861,8 @@ def with_note(table, names, settings=SETTINGS):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
         kinds.append("against: the change in percent, over the seeds that both have")
+    if "bits/dim" in names:
+        kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
         kinds.append("times: first seed (seconds: for one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings

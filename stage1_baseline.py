@@ -53,7 +53,7 @@ Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16
         refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
         real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
         clearer outlines and bands. `fd_local` is the Frechet distance to the real images, in the features of a small
-        network that was trained on the same data set. It is a quarter to a third lower after refinement.
+        network that was trained on the same data set. It is about a third lower after refinement.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def build_diffusion(train, variant, device):
     How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
     it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of
     sqrt(abar) (x_hat - x0), which the noise has to hide. The noise should have at least six times the standard
-    deviation of this difference (a rough limit, which fid.check_start tests). At start = 400, our setting, it has 12
-    times or more on our data sets. The better the VAE, the smaller `start` may be."""
+    deviation of this difference (a rough limit, which fid.check_start tests). At start = 400, our setting, it has more
+    than 11 times on our data sets. The better the VAE, the smaller `start` may be."""
     start = None if variant == "uncond" else train["start"]
     return common.Diffusion(train["objective"], device=device, start=start)
 

@@ -22,13 +22,11 @@ The loss has two terms.
                     up to a factor of 2). The loss is lowest in a at a = log E, and in b at b = log(D M), which is log D
                     where M is near 1. The weight of D M over that of E, exp(-b) / exp(-a), plays the part of lambda. So
                     it tends to E / D: the smaller the VAE's error, the smaller the weight.
-    bound           The variational bound on -log p(x) of VAE and refiner together. Its terms are the KL of z, with the
-                    weight 1, and the bound of the diffusion process given x_hat (bound_loss). Only one part of that
-                    process's bound compares x_hat with x0, namely KL(q(x_start | x0) || p(x_start | x_hat)). At
-                    start = 400, our setting, it is 0.5 SSE(x0, x_hat); the end of bound_loss derives that. So the
-                    bound fixes the weights of SSE and KL, and beta plays no part. On shapes the VAE collapses: the code
-                    stays empty, and images are useless. (We did not find out why. A VAE trained alone on 0.5 SSE and
-                    the KL does not collapse.)
+    bound           The variational bound on -log p(x) of VAE and refiner together. Two of its terms need no U-Net: the
+                    KL of z, and KL(q(x_start | x0) || p(x_start | x_hat)), which is about half of SSE(x0, x_hat) at
+                    start = 400, our setting (derived in train_joint). They make E, so the bound fixes the weights of
+                    SSE and KL, and beta plays no part. D M are the other terms, of the U-Net's steps from x_start to x0
+                    (bound_loss). On shapes the VAE collapses: the code stays empty, and images are useless.
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
@@ -43,7 +41,7 @@ The losses differ in E, in M and in their weights:
     loss            E             its weight    M                           weight of D M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
     kendall         as above      exp(-a)       as above                    exp(-b)
-    bound           the KL of z   1             (bound given x_hat) / D     1
+    bound           see above     1             bound_loss / D              1
 
 `--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
 `none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
@@ -147,14 +145,14 @@ def loss_weights(train, step, balance):
     return vae_weight, diffusion_weight
 
 
-def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
-    """An unbiased estimate of the diffusion process's bound given x_hat (DDPM eq. 5), from one time per image: (B,)
-    nats. With KL(q(z|x) || p(z)) added it bounds -log p(x).
+def bound_loss(diffusion, denoise, x0, u, eps):
+    """An unbiased estimate, from one time per image, of the U-Net's part of the bound on -log p(x0 | x_hat) (DDPM
+    eq. 5): (B,) nats. (`denoise` knows x_hat. The part without the U-Net is common.kl_prior.)
 
-    The bound has a term for x_start (common.kl_prior), a KL for each t from 2 on (common.kl_step: a constant, and a
-    factor times the squared error of the predicted x0) and, for t = 1, the nats of the pixels given x_1
-    (common.data_nats). The terms over t are largest at small t, so these times are drawn more often, which lowers the
-    variance (importance sampling). From a uniform u in [0, 1) comes, with a power that was found by trying,
+    It has a KL for each t from 2 on (common.kl_step: a constant, and a factor times the squared error of the predicted
+    x0) and, for t = 1, the nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so
+    these times are drawn more often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes,
+    with a power that was found by trying,
         t = floor(start u^4) + 1
         P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
         P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
@@ -171,10 +169,7 @@ def bound_loss(diffusion, denoise, x_hat, x0, u, eps):
     is_last_step = t == 1
     if is_last_step.any():
         nats[is_last_step] = common.data_nats(diffusion, x0[is_last_step], x0_predicted[is_last_step])
-    # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). Images lie in [-1, 1],
-    # but SSE is taken in [0, 1], so |x0 - x_hat|^2 is 4 SSE. So kl_prior is SSE times 2 abar / (1 - abar), or 0.5 SSE
-    # at start = 400.
-    return common.kl_prior(diffusion, x0, x_hat) + nats / probability.float().to(x0.device)
+    return nats / probability.float().to(x0.device)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -227,7 +222,13 @@ def train_joint(folder, train, data, device, vae_state=None):
             z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
             x_hat = vae.decoder(z)  # (B, 3, H, W)
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
-            E = kl if train["loss"] == "bound" else sse + train["beta"] * kl  # (B,)
+            if train["loss"] == "bound":
+                # If the process begins before T, kl_prior is |sqrt(abar) (x0 - x_hat)|^2 / (2 (1 - abar)). Images lie
+                # in [-1, 1], but SSE is taken in [0, 1], so |x0 - x_hat|^2 is 4 SSE. So kl_prior is SSE times
+                # 2 abar / (1 - abar), or 0.485 SSE at start = 400.
+                E = common.kl_prior(diffusion, x0, x_hat) + kl  # (B,)
+            else:
+                E = sse + train["beta"] * kl  # (B,)
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
@@ -238,7 +239,7 @@ def train_joint(folder, train, data, device, vae_state=None):
             # M: what the U-Net learns from and, through `shown`, the VAE.
             denoise = denoiser(unet, shown)
             if train["loss"] == "bound":
-                plain_loss = bound_loss(diffusion, denoise, shown, x0, u, eps) / D  # (B,), nats per pixel value
+                plain_loss = bound_loss(diffusion, denoise, x0, u, eps) / D  # (B,), nats per pixel value
                 M = plain_loss
             else:
                 t = diffusion.draw_t(u)  # (B,), in 1..start
@@ -404,13 +405,12 @@ def read_flags(argv):
         common.fail(f"--diffusion-weight: --loss {args.loss} has no weight to choose; leave it out")
     if args.diffusion_weight is not None and not 0 <= args.diffusion_weight <= 1000:
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
-    if args.loss == "bound" and args.gradient != "full":
-        common.fail(f"--gradient {args.gradient}: --loss bound is a bound only with --gradient full")
-    if args.gradient == "none" and (args.loss != "anneal" or args.diffusion_weight is not None):
-        # The diffusion term does not train the VAE then, so all weights would make the same run. So that this run has
-        # one name, only the default is allowed. (Learned weights would still change the scale of E, but they make no
-        # sense without the other term.)
-        common.fail("--gradient none: no weight reaches the VAE; leave --loss and --diffusion-weight out")
+    if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
+        # The diffusion term does not train the VAE then, so all its weights would make the same run. So that this run
+        # has one name, only the default is allowed. (Learned weights would still change the scale of E, but they make
+        # no sense without the other term. `bound` is another run, since its E and M are others.)
+        common.fail("--gradient none: no weight reaches the VAE; leave --diffusion-weight out, and --loss (or give "
+                    "--loss bound)")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
     own = {"loss": args.loss, "gradient": args.gradient, "from_vae": args.from_vae,
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}

@@ -56,6 +56,7 @@ shapes)
     done
     run stage2_joint.py --loss sum
     run stage2_joint.py --loss bound
+    run stage2_joint.py --loss bound --gradient none
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
     run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
     run stage2_joint.py --gradient decoder

@@ -326,7 +326,7 @@ def test_celeba_crop(tmp_path, width, height, capsys):
     expect_error(capsys, lambda: common.load_images("celeba64", "train", tmp_path), "000000.png", "cannot be read")
 
 
-def test_celeba_splits(tmp_path):
+def test_celeba_splits(tmp_path, capsys):
     """The partition file decides (0 train, 1 neither, 2 test). Without one the last tenth by name is the test split."""
     home = tmp_path / "celeba"
     for i in range(20):
@@ -337,6 +337,9 @@ def test_celeba_splits(tmp_path):
             assert (sorted(values) if split == "test" else values) == list(range(*expected))
         # Published are .jpg files; here they are copies of another kind.
         (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg {i % 3}\n" for i in range(20)))
+    (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg 0\n" for i in range(20)))
+    expect_error(capsys, lambda: common.load_images("celeba64", "test", tmp_path), "list_eval_partition.txt",
+                 "none of the 20 images is in its test part", "remove this file")
     for scale, note in ((1, "JPEG copies at 89x109"), (2, "as published (JPEG)")):
         folder = tmp_path / f"jpegs{scale}"
         save(folder / "celeba" / "img_align_celeba" / "000000.jpg", flat(0, scale * 109, scale * 89))
@@ -359,6 +362,14 @@ def test_folder_of_odd_images(tmp_path, monkeypatch):
     assert torch.equal(train.images[0, 0].float(), column + 32) and torch.equal(train.images[0, 1].float(), column.T)
     assert torch.equal(train.images[1, 0].float(), column) and torch.equal(train.images[1, 1].float(), column.T + 32)
     assert (train.images[2] == 77).all()
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, capsys):
+    save(tmp_path / "photos" / "0.png", noise_image(0, 40, 44))
+    (tmp_path / "cache").write_text("a file where the folder of the cache should be")
+    files = common.find_images(tmp_path / "photos")
+    assert len(common.decode_files(files, 32, "centre", tmp_path / "cache" / "photos.npz")) == 1
+    assert f"warning: cannot write {tmp_path / 'cache' / 'photos.npz'}" in capsys.readouterr().err
 
 
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
@@ -405,7 +416,8 @@ def test_missing_data_say_what_to_do(tmp_path, monkeypatch, capsys):
                                     ("celeba64", "data/celeba/img_align_celeba", "give the folder that holds celeba,")):
         expect_error(capsys, lambda d=dataset, f=folder: common.load_images(d, "train", f), f"no images of {dataset}",
                      f"--data-dir {tmp_path / folder} ", "(no network)", remedy, "use shapes")
-    expect_error(capsys, lambda: common.load_images("folder", "train", "nowhere"), "--data-dir nowhere", "0 images")
+    expect_error(capsys, lambda: common.load_images("folder", "train", "nowhere"), "nowhere: found 0 images",
+                 "--data-dir")
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -905,7 +917,9 @@ def test_flags_replace_the_budget():
         *"--temperature 0.8 --prior gaussian --device cpu --compile".split()))
     plain, measured = common.budget("smoke", "shapes", 32)
     assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "vae_steps": 5,
-                             "unet_steps": 5, "batch": 3, "compile": True}
+                             "unet_steps": 5, "flow_steps": 5, "batch": 3, "compile": True}
+    longer, _, _ = common.read_settings(flags(*"--budget smoke --steps 5000 --device cpu".split()))
+    assert longer["unet_steps"] == 5000 and longer["flow_steps"] == plain["flow_steps"] < 5000
     assert evaluation == measured | {"sampler": "ddim", "sample_steps": 999, "count": 50, "grid_count": 50,
                                      "temperature": 0.8, "features": "local", "prior": "gaussian"} and device == CPU
     for argv, size, features in ((["folder"], 64, "inception"), (["folder", "--image-size", "32"], 32, "inception"),

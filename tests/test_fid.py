@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -429,7 +430,7 @@ def test_scores_of_thousands(local, monkeypatch):
     assert fid.scores(local, x, ref)["kid_local"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
+def test_reference_is_cached_by_everything_that_matters(local, tmp_path, capsys):
     """Another pixel, name, crop or network has a reference of its own. A damaged file is made again."""
     train, test = smooth_images(60), image_data(smooth_images(30, seed=1))
     first, again = (fid.cached_reference(local, image_data(train), test, tmp_path) for _ in range(2))
@@ -448,6 +449,9 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path):
         assert len(list(tmp_path.iterdir())) == i
     file.write_bytes(b"half a file")
     assert torch.equal(fid.cached_reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
+    # Where nothing can be written, a warning says so, and it is made each time.
+    again = fid.cached_reference(local, image_data(train), test, file / "cache")
+    assert torch.equal(again.stats.cov, first.stats.cov) and "warning: cannot write" in capsys.readouterr().err
 
 
 # ---- Training local networks -----------------------------------------------------------------------------------------
@@ -640,7 +644,9 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
     fid.main([folders.real, folders.good, *folders.weights, "--json", "--device", "cpu"])
     captured = capsys.readouterr()
     row = json.loads(captured.out)
-    assert "warning: 50 images are few for 64 features, 640 would do" in captured.err and "JPEG" not in captured.err
+    for folder, count in ((folders.good, 50), (folders.real, 60)):
+        assert f"warning: {count} images of {folder} are few for 64 features, 640 would do" in captured.err
+    assert "the floor by formula is too low" in captured.err and "JPEG" not in captured.err
     assert (row["n_real"], row["n_generated"]) == (60, 50) and len(row["scores"]) == 7
     assert row["features"] == "local-" + folders.weights[1][-15:-3]
     fid.main([folders.real, folders.good, *folders.weights, "--count", "45"])
@@ -664,8 +670,8 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     mixed = save_folder(smooth_images(20), tmp_path / "mixed")
     Image.new("L", (40, 20), 90).save(tmp_path / "mixed" / "grey.JPG")
     Image.new("RGBA", (33, 32), (1, 2, 3, 4)).save(tmp_path / "mixed" / "deeper.png")
-    images, jpeg = fid.read_folder(mixed, "GENERATED")
-    assert len(images) == 22 and not jpeg
+    images, sizes, jpeg = fid.read_folder(mixed, "GENERATED")
+    assert len(images) == 22 and not jpeg and sizes == {(32, 32), (20, 40), (32, 33)}
     assert {tuple(x.shape) for x in images} == {(3, 32, 32), (3, 20, 40), (3, 32, 33)}
     fid.main([folders.real, mixed, *folders.weights, "--json"])
     captured = capsys.readouterr()
@@ -694,6 +700,32 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
             "distance\n") in capsys.readouterr().err
 
 
+def test_photographs_are_read_as_small_as_the_network_needs_them(folders, capsys, tmp_path):
+    """Each is a square of the network's size, cut and resized as for training on them, so that many fit the memory. The
+    warning names their own size."""
+    photos = save_folder(torch.randint(0, 256, (6, 3, 90, 120), generator=common.generator(0)).byte(), tmp_path / "big")
+    images, sizes, _ = fid.read_folder(photos, "REAL", largest=32)
+    by_hand = {common.decode_file(path, 32, "centre").tobytes() for path in common.find_images(photos)}
+    assert images.shape == (6, 3, 32, 32) and sizes == {(90, 120)} and len(by_hand) == 6
+    assert {image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in images} == by_hand
+    assert fid.read_folder(photos, "REAL")[0].shape == (6, 3, 90, 120)
+    fid.main([folders.real, photos, *folders.weights, "--json"])
+    assert f"32x32 pixels, those of {photos} 90x120" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
+def test_names_need_not_be_utf8(folders, tmp_path):
+    """Neither that of a file nor that of its folder. What only looks like an image by its name is left out."""
+    strange = os.fsencode(tmp_path / "strange") + b"\xe9"
+    shutil.copytree(os.fsencode(folders.good), strange)
+    os.rename(strange + b"/0000.png", strange + b"/caf\xe9.png")
+    os.mkdir(strange + b"/holiday.jpg")
+    folder = os.fsdecode(strange)
+    assert len(set(fid.file_marks(folder))) == 50 and len(fid.folder_mark(folder)) == 8
+    assert len(common.decode_files(common.find_images(folder), 32, "centre", tmp_path / "cache.npz")) == 50
+    fid.main([folders.real, folder, *folders.weights, "--json"])
+
+
 def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypatch):
     """Every mistake is named before any work begins."""
     origin.unlink()
@@ -717,7 +749,14 @@ def test_command_errors_are_one_line(folders, capsys, tmp_path, origin, monkeypa
              ([folders.real, "--train-local", "shapes"], "--train-local shapes", f"leave real {folders.real} out"),
              (["--train-local", "shapes", "--device", "cuda"], "runs on the CPU", "leave device cuda out"),
              ([*pair, "--count", "x"], "--count", "invalid int value"),
+             ([*pair, *weights, "--data-dir", "data"], "--data-dir data", "REAL is a folder"),
+             (["--train-local", empty, "--data-dir", "data"], "--data-dir data", f"--train-local {empty} is a folder"),
+             ([str(tmp_path), folders.good, *weights], "one lies in the other", "move one of them"),
+             ([folders.real, str(tmp_path), *weights], "one lies in the other", "move one of them"),
              ([folders.real], "GENERATED", "--help")]
     monkeypatch.setattr(fid, "extract", None)  # no work is begun
     for arguments, named, remedy in cases:
         expect_error(capsys, partial(fid.main, arguments), named, remedy)
+    monkeypatch.undo()
+    grey = save_folder(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8), tmp_path / "grey")
+    expect_error(capsys, partial(fid.main, [grey, folders.good, *weights]), f"all images of {grey} are alike")

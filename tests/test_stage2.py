@@ -39,14 +39,15 @@ def in_float32(monkeypatch):
     ({"loss": "kendall"}, math.exp(-0.5), math.e),
     ({"loss": "kendall", "gradient": "decoder"}, math.exp(-0.5), math.e),
     ({"loss": "bound"}, 1, 1),
+    ({"loss": "bound", "gradient": "decoder"}, 1, 1),
+    ({"loss": "bound", "gradient": "none"}, 1, 0),
     ({"loss": "bound", "start": 1000}, 1, 1),
 ])
 def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch, in_float32):
     """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets the gradient of E and, as
     far as `--gradient` says, that of lambda D M. In M each image's error is divided by the mean of its noise level. The
-    log holds the undivided one. Under `bound` nothing is divided, and the VAE gets the gradient of the KL and of the
-    nats of the process, including its start, and no SSE beside it. Separate passes of autograd must give the
-    same."""
+    log holds the undivided one. Under `bound` nothing is divided, and E is the KL and the nats of the process's start.
+    Separate passes of autograd must give the same."""
     train, data = joint(steps=1, vae_clip=0.0, unet_clip=0.0, **changes), images_of(60)
     gradients, given, size = {}, [], 3 * 32 * 32
     build, step = common.build_unet, common.Training.step
@@ -83,12 +84,15 @@ def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkey
     u, eps = training.uniform(), training.normal(3, 32, 32)
     x_hat, mu, logvar = vae(x0, z_noise)
     sse, kl = ((x_hat - x0) / 2).square().flatten(1).sum(1), common.gaussian_kl(mu, logvar)
-    elbo = kl if train["loss"] == "bound" else sse + train["beta"] * kl
+    elbo = sse + train["beta"] * kl
+    if train["loss"] == "bound":
+        elbo = kl + common.kl_prior(diffusion, x0, x_hat)
+        assert train["start"] == 1000 or torch.allclose(elbo, kl + 0.485 * sse, rtol=1e-3)
 
     def terms(x_hat):  # the U-Net's error in the log, and the diffusion term in the loss of the VAE: each (B,)
         denoise, t = stage2.denoiser(unet, x_hat), diffusion.draw_t(u)
         if train["loss"] == "bound":
-            nats = stage2.bound_loss(diffusion, denoise, x_hat, x0, u, eps)
+            nats = stage2.bound_loss(diffusion, denoise, x0, u, eps)
             return nats / size, nats
         error = denoise(diffusion.q_sample(x0, t, eps), t) - diffusion.target(x0, t, eps)
         mse = error.square().flatten(1).mean(1)
@@ -136,8 +140,8 @@ def test_gradient_none_with_a_still_vae_is_stage_1(tmp_path):
 
 @pytest.mark.parametrize("start", [None, 25, 2])
 def test_bound_is_the_sum_of_its_parts(start):
-    """The mean of bound_loss over u in [0, 1) is what evaluation adds up. Time t is drawn for u up to (t / start)^(1/4)
-    and above ((t - 1) / start)^(1/4)."""
+    """The mean of bound_loss over u in [0, 1), and kl_prior, is what evaluation adds up. Time t is drawn for u up to
+    (t / start)^(1/4) and above ((t - 1) / start)^(1/4)."""
     diffusion = common.Diffusion("v", T=40, start=start)
     images = images_of(1).images[:, :, 12:20, 12:20].clamp(20, 235)  # so that x0 + 0.05 needs no clamping
     x0, last = common.to_float(images), diffusion.start
@@ -147,9 +151,10 @@ def test_bound_is_the_sum_of_its_parts(start):
     ends = (torch.arange(last + 1).double() / last) ** 0.25
     u = torch.cat([(ends[1:] + ends[:-1]) / 2, torch.tensor([0.0, 1 - 2**-24])])  # and the ends of [0, 1)
     many = x0.expand(last + 2, -1, -1, -1)
-    nats = stage2.bound_loss(diffusion, oracle(diffusion, many + 0.05), x_hat.expand_as(many), many, u,
+    nats = stage2.bound_loss(diffusion, oracle(diffusion, many + 0.05), many, u,
                              common.randn(many.shape, common.generator(1)))
-    assert float((ends.diff() * nats[:-2]).sum()) == pytest.approx(float(sum(exact.values())), rel=1e-4)
+    found = float((ends.diff() * nats[:-2]).sum() + common.kl_prior(diffusion, x0, x_hat))
+    assert found == pytest.approx(float(sum(exact.values())), rel=1e-4)
     assert torch.allclose(nats[-2:], nats[[0, last - 1]], rtol=1e-3)
 
 
@@ -468,6 +473,7 @@ def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     ("", "stage2-anneal", stage2.WEIGHT),
     ("--loss sum --diffusion-weight 0.1", "stage2-sum-w0.1", 0.1),
     ("--gradient none", "stage2-anneal-grad-none", stage2.WEIGHT),
+    ("--loss bound --gradient none", "stage2-bound-grad-none", None),
     ("--loss sum --diffusion-weight 2 --gradient decoder", "stage2-sum-w2-grad-decoder", 2.0),
     ("--loss kendall", "stage2-kendall", None),
     ("--loss bound", "stage2-bound", None),

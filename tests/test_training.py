@@ -152,6 +152,17 @@ def test_stopped_and_resumed_is_never_stopped(number, share, whole, few, tmp_pat
         shutil.copytree(tmp_path / "unfinished", tmp_path / "a", dirs_exist_ok=True)
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(tmp_path, monkeypatch):
+    """It must not be lost: nothing is fitted or measured after it."""
+    def checkpoint(training):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(common.Training, "checkpoint", checkpoint)
+    with pytest.raises(SystemExit) as stop:
+        stage1.train_vae(tmp_path / "run", settings(steps=2), SimpleNamespace(images=draw_all(40, 0)[0]), CPU)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
 def test_memory_stays_flat(tmp_path, monkeypatch, request):
     """150 more steps hold no more memory, even if cycles of references are never collected."""
     held = []  # MB, after each step
