@@ -1481,7 +1481,8 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x):
         (b, _, h, w), k = x.shape, self.stride[0]
         matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
-        matrix = matrix.contiguous()  # else torch 2.8 computes wrong products on mps
+        if x.device.type == "mps":
+            matrix = matrix.contiguous()  # else torch 2.8 computes wrong products there
         blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
         blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
         return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
