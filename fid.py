@@ -591,6 +591,15 @@ def scores(extractor, generated, ref, progress=False):
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
 
+def this_commit():
+    """The commit of this code, ending in "-dirty" if files were changed since, or "unknown" without git."""
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True,
+                                text=True, cwd=Path(__file__).parent).stdout.strip()
+    return commit or "unknown"
+
+
 class Setup:
     """What a stage's command works with. Making it tries, before any training begins, what may be missing or wrong:
     other processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN
@@ -606,6 +615,7 @@ class Setup:
         if common.RANK > 0:
             common.wait_for_all()  # until the first process has downloaded and decoded all images
         self.device = device
+        self.commit = this_commit()  # now, since files may be changed while this run goes on
         self.extractor = load_extractor(evaluation["features"], args.dataset, args.weights, device, args.data_dir)
         self.fd_key = "fd_local" if self.extractor.suffix else "fid"  # of the Frechet distance in scores
         self.data, self.test = (common.load_images(args.dataset, split, args.data_dir, train["image_size"])
@@ -699,10 +709,6 @@ def evaluate(folder, setup, state, model):
     if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
-    commit = ""
-    with contextlib.suppress(OSError):  # git is not installed
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
     hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
@@ -710,7 +716,7 @@ def evaluate(folder, setup, state, model):
            "parameters": sum(map(common.count_parameters, model.networks)),
            "train_seconds": state["seconds"] + state["seconds_before"],  # before: that of the VAE that it builds on
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
-           "commit": commit or "unknown", "torch": torch.__version__, "train": train, "eval": setup.evaluation}
+           "commit": setup.commit, "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     common.write_json(folder / "metrics.json", metrics)
     return metrics

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,14 +144,15 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     state = {"train": train, "run_id": "a", "seconds": 12.5, "seconds_before": 30.25,
              "log": [{"step": 1}, {"step": 20}]}
     setup = SimpleNamespace(data=dataclasses.replace(data, name="toy", crop="box", note="JPEG copies"),
-                            evaluation={"count": 50}, extractor=SimpleNamespace(name="stub"))
+                            evaluation={"count": 50}, extractor=SimpleNamespace(name="stub"), commit="0a1b2c3")
     metrics = fid.evaluate(folder, setup, state, tiny)
     run = metrics["run"]
     expected = {"dataset": "toy", "crop": "box", "data_note": "JPEG copies", "variant": "form1", "budget": "cpu",
                 "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 25,
-                "train_seconds": 42.75, "torch": torch.__version__, "train": train, "eval": {"count": 50}}
-    assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device", "commit"}
-    assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)") and run["commit"]
+                "train_seconds": 42.75, "commit": "0a1b2c3", "torch": torch.__version__, "train": train,
+                "eval": {"count": 50}}
+    assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device"}
+    assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)")
     assert metrics["rows"] == [{"prior": "first"}, {"prior": "second"}] and metrics["schema"] == 1
     assert metrics["tables"] == {"samples": 1, "latent": {"conclusion": "fine"}, "start": {"conclusion": "early"},
                                  "bits_per_dim": "bits", "training": {"last": {"step": 20}}}
@@ -176,6 +178,27 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
 
 
 # ---- Scores of images and of numbers ---------------------------------------------------------------------------------
+
+def test_the_commit_of_a_run(tmp_path, monkeypatch):
+    """It is in the history of the code, and says whether files were changed since. Without git it is unknown."""
+    def git(*command):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *command], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(fid, "__file__", str(tmp_path / "fid.py"))
+    assert fid.this_commit() == "unknown"  # no repository
+    git("init", "-q")
+    (tmp_path / "fid.py").write_text("1")
+    git("add", "fid.py")
+    git("commit", "-qm", "first")
+    git("tag", "v1")
+    head = git("rev-parse", "HEAD")
+    assert len(fid.this_commit()) >= 7 and head.startswith(fid.this_commit())
+    (tmp_path / "fid.py").write_text("2")
+    assert fid.this_commit() == f"{git('rev-parse', '--short', 'HEAD')}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert fid.this_commit() == "unknown"
+
 
 def test_sharpness_psnr_and_intervals():
     """High frequencies begin at 1/4 cycle per pixel, and brightness does not count. PSNR and interval by hand."""
@@ -402,7 +425,7 @@ def test_copies_of_a_run_that_mirrors_its_images(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "draw_training", lambda *how: {})
     reference = SimpleNamespace(features=torch.zeros(20, 2))
     setup = planted_setup(tmp_path, train, changes={"unet_flip": True}, **vars(setup) | {
-        "data": data, "test": data, "reference": reference, "extractor": SimpleNamespace(name="")})
+        "data": data, "test": data, "reference": reference, "extractor": SimpleNamespace(name=""), "commit": ""})
     folder, settings_of_run = setup.folder_and_settings("bonus-latent")
     state = {"train": settings_of_run, "run_id": "", "seconds": 1.0, "seconds_before": 0.0, "log": []}
     metrics = fid.evaluate(folder, setup, state, model)
