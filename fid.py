@@ -841,20 +841,12 @@ def copies(folder, images, setup):
 COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
 
 
-def held_out_codes(model, setup):
-    """Mean and log-variance of q(z | x) of all held-out images, and a code z that is drawn from it: each (N, d)."""
-    mu, logvar = common.encode(model.vae, setup.test.images, model.device)
-    gen = generator(common.SEEDS["held_out_codes"] + setup.train["seed"])
-    return mu, logvar, common.reparameterise(mu, logvar, randn(mu.shape, gen))
-
-
 def by_components(model, setup):
     """How many components the mixture needs. Mixtures of several sizes, whose components share a covariance, are fitted
-    to codes of the training images. For each: the Frechet distance of samples, and the mean log-density of held-out
-    codes. Sizes above the number of training codes are left out."""
+    to codes of the training images. For each: the Frechet distance of samples. Sizes above the number of training codes
+    are left out."""
     seed = setup.train["seed"]
     z = common.draw_codes(model.vae, setup.data.images, seed, model.device)
-    _, _, held_out = held_out_codes(model, setup)
     _, sampler, steps = common.headline(model, setup.evaluation)
     count = setup.evaluation["count" if model.denoiser_for is None else "grid_count"]
     table = {"images": count}
@@ -864,8 +856,7 @@ def by_components(model, setup):
         mixture = common.GaussianMixture.fit(z, components, seed, tied=True)
         trial = dataclasses.replace(model, priors={f"mixture of {components}": mixture})
         row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count, damage=0.0)
-        density = mean_score(mixture.log_prob(held_out))
-        table[str(components)] = {setup.fd_key: row[setup.fd_key], "log_density": density}
+        table[str(components)] = {setup.fd_key: row[setup.fd_key]}
     return table
 
 
@@ -875,7 +866,9 @@ def measure_vae(folder, model, setup):
     of codes under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
     reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
-    all_mu, all_logvar, z = held_out_codes(model, setup)
+    all_mu, all_logvar = common.encode(model.vae, test.images, model.device)  # (N, d)
+    noise = randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed))
+    z = common.reparameterise(all_mu, all_logvar, noise)  # (N, d), a code for each held-out image
     count = min(1000, setup.evaluation["grid_count"])
     real, mu, logvar = test.images[:count], all_mu[:count], all_logvar[:count]
     gen, parts = generator(common.SEEDS["reconstruction"] + seed), []
@@ -892,10 +885,6 @@ def measure_vae(folder, model, setup):
         kinds["refined"] = refined
     for name, images in kinds.items():
         table[f"hf_energy_{name}"] = hf_energy(images, test.images)
-        if test.labels is not None and setup.extractor.name.startswith(f"local-{test.name}-"):
-            # The network was trained on this data set, so it predicts the classes of the labels.
-            classes = extract(setup.extractor, images)[1].argmax(1)
-            table[f"class_kept_{name}"] = float((classes == test.labels[:count]).float().mean())
     tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
     if model.denoiser_for is not None:
         pictures["refined"] = refined[:12]
@@ -905,7 +894,7 @@ def measure_vae(folder, model, setup):
     # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
     tables["density_of_samples"] = {name: {} for name in model.priors}
     for source, prior in model.priors.items():
-        # held_out_codes has this seed, too. That does no harm, since its codes and these samples are never compared.
+        # z has this seed, too. That does no harm, since z and these samples are never compared.
         samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
         for judge, judging_prior in model.priors.items():
             tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))

@@ -7,11 +7,11 @@ samples become better, and the latent space smoother?
 The loss has two terms.
 
     VAE term        E = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I)), exactly as in stage 1
-    diffusion term  D M, where D is the number of pixel values. M is the U-Net's squared error at x_t, averaged over the
-                    pixel values and divided by its running mean at this noise level (common.Training.even_levels). The
-                    factor D puts M on the scale of a sum over pixel values, as SSE is one. (M itself stays near 1. But
-                    its gradient does not vanish, since the running mean counts as a constant. The `paper` budget does
-                    not divide; there M is the plain error.)
+    diffusion term  D M, where D is the number of pixel values. M is the squared error of the U-Net's prediction (v, see
+                    stage 1), averaged over the pixel values and divided, as in stage 1, by the running mean of this
+                    error at similar t (common.Training.even_levels). This mean counts as a constant, so M stays near 1
+                    but still has a gradient. The factor D puts M on the scale of a sum over pixel values, as SSE is
+                    one. (The `paper` budget does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
@@ -19,20 +19,21 @@ The loss has two terms.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115,
-                    up to a factor of 2). The loss is lowest in a at a = log E, and in b at b = log(D M), which is log D
-                    where M is near 1. The weight of D M over that of E, exp(-b) / exp(-a), plays the part of lambda. So
-                    it tends to E / D: the smaller the VAE's error, the smaller the weight.
-    bound           The variational bound on -log p(x) of VAE and refiner together. Two of its terms need no U-Net: the
-                    KL of z, and KL(q(x_start | x0) || p(x_start | x_hat)), which is about half of SSE(x0, x_hat) at
-                    start = 400, our setting (derived in train_joint). They make E, so the bound fixes the weights of
-                    SSE and KL, and beta plays no part. D M are the other terms, of the U-Net's steps from x_start to x0
-                    (bound_loss). On shapes the VAE collapses: the code stays empty, and images are useless.
+                    up to a factor of 2). The loss is lowest where exp(-a) = 1 / E and exp(-b) = 1 / (D M), which is
+                    1 / D where M is near 1. Their ratio exp(a - b) plays the part of lambda. So it tends to E / D: the
+                    smaller the VAE's error, the smaller the weight.
+    bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
+                        -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + D M
+                    Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
+                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). The two KLs are
+                    E. D M are the terms of the U-Net's steps from x_start to x0 (bound_loss). On shapes the VAE
+                    collapses: the code stays empty, and images are useless.
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
 x_hat. On its way back, it is multiplied by lambda D at x_hat (scale_gradient). So
 
-    we call backward on     E + M
+    we call backward on     E times its weight + M
     the U-Net gets          the gradient of M
     the VAE gets            the gradient of E, plus lambda D times the gradient of M that arrives at x_hat
 
@@ -54,11 +55,11 @@ details into z in a hidden form: the KL rises, and x_hat stops looking like an i
 The log shows both, and lambda:
 
     kl_nats, active_units       how much information is in z
-    weight                      lambda
-    v_mse                       the U-Net's plain squared error; under `bound`, bound_per_dim: M in nats
-    v_mse_own, v_mse_shuffled   the U-Net's plain mean squared error if it is shown the right x_hat, and if it is shown
-                                that of another image. If they are equal, the refiner ignores x_hat. (If the U-Net
-                                predicts eps, the names begin with `eps`.)
+    weight                      of D M over that of E: lambda or, under `kendall`, exp(a - b)
+    v_mse                       the U-Net's squared error, not divided (eps_mse, if it predicts eps). In its place
+                                `bound` logs bound_per_dim: M, in nats per pixel value
+    v_mse_own, v_mse_shuffled   the same, if the U-Net is shown the right x_hat, and if it is shown that of another
+                                image. If they are equal, the refiner ignores x_hat.
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
@@ -68,9 +69,9 @@ Expect  as many minutes of training as stage 1 takes for both networks; the same
         pictures of paths through the latent space: between held-out images in `interpolation.png`, between samples in
         `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
         of the latent space, and of how the samples depend on the number of components of the mixture that codes are
-        drawn from. On shapes the refiner tolerates noise on x_hat far better than in stage 1, the KL is more than twice
-        as large, and precision is higher. The Frechet distance is about the same, and the images along a path through
-        the latent space change no more directly from one end to the other.
+        drawn from. On shapes the refiner tolerates noise on x_hat far better than in stage 1 (nearly as well with
+        `--gradient none`), the KL is more than twice as large, and precision is higher. The Frechet distance is about
+        the same, and paths through the latent space are no straighter.
 """
 
 import argparse
@@ -95,11 +96,12 @@ def denoiser(unet, x_hat):
 
 
 def scale_gradient(x_hat, scale):
-    """A copy of x_hat through which gradients pass back multiplied by `scale`, a number or a scalar tensor."""
-    # The hook is on the copy, which only the U-Net uses. SSE uses the original, so its gradient is not scaled.
-    x_hat_copy = x_hat.view_as(x_hat)
-    x_hat_copy.register_hook(lambda gradient: scale * gradient)
-    return x_hat_copy
+    """The values of x_hat, but gradients pass back multiplied by `scale`, a number or a scalar tensor."""
+    # A view is a node of its own in the graph of autograd, and the hook sits on this node only. SSE uses x_hat itself,
+    # so its gradient is not scaled.
+    x_hat_for_unet = x_hat.view_as(x_hat)
+    x_hat_for_unet.register_hook(lambda gradient: scale * gradient)
+    return x_hat_for_unet
 
 
 def joint_steps(train):
@@ -149,8 +151,8 @@ def bound_loss(diffusion, denoise, x0, u, eps):
     """An unbiased estimate, from one time per image, of the U-Net's part of the bound on -log p(x0 | x_hat) (DDPM
     eq. 5): (B,) nats. (`denoise` knows x_hat. The part without the U-Net is common.kl_prior.)
 
-    It has a KL for each t from 2 on (common.kl_step: a constant, and a factor times the squared error of the predicted
-    x0) and, for t = 1, the nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so
+    It has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and, for t = 1, the
+    nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so
     these times are drawn more often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes,
     with a power that was found by trying,
         t = floor(start u^4) + 1
@@ -245,13 +247,10 @@ def train_joint(folder, train, data, device, vae_state=None):
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
                 M = training.even_levels(plain_loss, t, diffusion)  # (B,)
-            if train["loss"] == "kendall":
-                # exp(-a) E + a + exp(-b) D M + b in place of E. In it, exp(-b) D M has to train b alone, so M is
-                # detached there. The networks get M's gradient from the M that is added.
-                loss = balance(E, D * M.detach()) + M  # (B,)
-            else:
-                loss = E + M  # (B,)
-        weight = diffusion_weight / vae_weight  # for the log: lambda or, under `kendall`, exp(a - b)
+            loss = vae_weight * E + M  # (B,)
+            if train["loss"] == "kendall":  # this trains a and b alone
+                loss = loss + balance(E.detach(), D * M.detach())
+        weight = diffusion_weight / vae_weight  # for the log
         training.step(loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
@@ -306,13 +305,12 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def decode_and_refine(z, model, setup, first=0):
-    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. The noise of
-    refinement depends only on the seed and on `first`. So all points of a path, which leave `first` at 0, share it. A
-    caller that refines many codes in parts gives the index of each part's first code, so that no two parts share their
-    noise."""
+    """Codes (N, d) -> the VAE's images and the refined ones, {"vae": (N, 3, H, W), "refined": ...}, uint8. `first` is
+    the index of the first code, so that the parts of a long list get different noise. The points of a path leave it at
+    0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # `refine` uses this seed and the next one, so seeds are two apart.
+    # Twice `first`, since `refine` uses this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -344,14 +342,14 @@ def draw_paths(picture, model, setup):
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=POINTS):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
-        posterior   "fd of real codes": the Frechet distance of images from these codes, in place of codes of a prior
+        posterior   the Frechet distance of images from these codes, in place of codes of a prior
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
         probe       how well a linear function of the code tells the image's class and, of shapes, its factors
     The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
     same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
-    # The images for the distance are the first `count`. The paths end in images after these.
+    # The images for the distance are the first `count`. Paths begin in the first of these, and end in images behind.
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
@@ -374,7 +372,7 @@ def latent_space(picture, model, setup, pairs=32, points=POINTS):
         rows[f"refined {i + 1}"] = torch.cat([real_a, strips["refined"][i], real_b])
     common.save_grid(picture, rows, columns=["real", *(f"w = {w:.3g}" for w in weights), "real"])
 
-    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough for 64 or 128 numbers
+    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough for d numbers
     train_mu, _ = common.encode(model.vae, data.images[chosen], model.device)
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
@@ -407,8 +405,7 @@ def read_flags(argv):
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
     if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
         # The diffusion term does not train the VAE then, so all its weights would make the same run. So that this run
-        # has one name, only the default is allowed. (Learned weights would still change the scale of E, but they make
-        # no sense without the other term. `bound` is another run, since its E and M are others.)
+        # has one name, only the default is allowed. (`bound` is another run, since its E and M are others.)
         common.fail("--gradient none: no weight reaches the VAE; leave --diffusion-weight out, and --loss (or give "
                     "--loss bound)")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
@@ -416,8 +413,8 @@ def read_flags(argv):
            "diffusion_weight": weight if args.loss in ("sum", "anneal") else None}
     if args.loss == "kendall":
         # a and b are trained by Adam alone (Muon, the other optimizer of common.Training, is for matrices), without
-        # clipping and averaging. Adam moves a by up to 0.05 a step. On shapes a has to fall by 5.5, and there are 750
-        # steps.
+        # clipping and averaging. Adam moves a by up to 0.05 a step, so it can fall from log D = 8 to log E = 2.5, as it
+        # does on shapes.
         own |= {"balance_lr": 0.05, "balance_muon_lr": 0.0, "balance_clip": 0.0, "balance_ema": 0.0}
     name = f"stage2-{args.loss}"
     if weight != WEIGHT:
@@ -430,10 +427,9 @@ def read_flags(argv):
 
 
 def add_tables(folder, model, metrics, setup):
-    """Add to a run what this stage measures and draws, if it is not there yet: paths.png, interpolation.png, and in
-    the metrics its latent space, and the Frechet distance by the number of components of the mixture."""
+    """Add to a run what this stage measures and draws, if it is not there yet: in the metrics its latent space, with
+    interpolation.png, and the Frechet distance by the number of components of the mixture; and paths.png."""
     tables = metrics["tables"]
-    # paths.png is drawn again if somebody removed it.
     if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
@@ -469,8 +465,8 @@ def main(argv=None):
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
-        # finished_state returns None for an unfinished VAE. It is not called if there is no checkpoint, since it would
-        # then prepare the folder for a training. In both cases vae_state stays None, and the message below appears.
+        # With resume=True, an unfinished VAE gives None. Without a checkpoint, finished_state would prepare the folder
+        # for a training, so it is not called. In both cases vae_state stays None, and the message below appears.
         if (vae_folder / "checkpoint.pt").is_file():
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:

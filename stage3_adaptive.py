@@ -1,9 +1,9 @@
 """Stage 3: a flow prior over z, and conditioning that depends on how sure the VAE is.
 
-Two claims. First, the codes of a trained VAE do not follow N(0, I), so codes drawn from N(0, I) are unlike those that
-the decoder was trained on. A normalising flow (RealNVP, Dinh et al. 2017) can learn their distribution and be the prior
-instead. Second, where the VAE is unsure its x_hat is misleading. There the refiner should rely less on x_hat, and it
-might take more steps.
+Two hypotheses. First, the codes of a trained VAE do not follow N(0, I), so codes drawn from N(0, I) are unlike those
+that the decoder was trained on. A normalising flow (RealNVP, Dinh et al. 2017) can learn their distribution and be the
+prior instead. Second, where the VAE is unsure its x_hat is misleading. There the refiner should rely less on x_hat, and
+it might take more steps.
 
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|.
@@ -27,16 +27,16 @@ Uncertainty
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
-               standard deviation 1.
+               standard deviation 1 (but see `posterior`).
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
         posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
-                   Enc(x), and standardised in the same way. In sampling it is made from those of Enc(x_hat), as for
-                   `variance`, since there is no x. So in sampling the refiner meets an s of another kind than in
-                   training. One may expect that to hurt; in the one run that we made it did not.
+                   Enc(x); all else is as for `variance`, also the numbers by which s_vec and s are standardised. In
+                   sampling there is no x, so there s is that of `variance`. So in sampling the refiner meets an s of
+                   another kind than in training. One may expect that to hurt; in the one run that we made it did not.
 
-Conditioning: what the refiner is shown
+Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades to grey if the VAE is unsure: at s = 2, two standard
                deviations above the mean, 37% of it is left. Nothing is learned.
@@ -52,10 +52,11 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm                         the same networks, codes from the mixture
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  on a GPU no other flag is needed
-Expect  one and a half times the minutes of stage 1. All conditionings share one VAE. On shapes the flow draws far
-        better codes than N(0, I), but worse ones than the mixture, so the scores are worse than stage 1's. The command
-        says whether s ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help.
-        On shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it is not
+Expect  one and a half times the minutes of stage 1 on shapes, and about as many on real images. All conditionings share
+        one VAE. (Another prior draws and scores again, and replaces metrics.json.) On shapes the flow draws far better
+        codes than N(0, I), but worse ones than the mixture, so the scores are worse than stage 1's. The command says
+        whether s ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help. On
+        shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it is not
         shown to help (REPORT.md).
 """
 
@@ -161,7 +162,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10, so this shortens many steps
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -328,8 +329,8 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
-    where it is a part of the KL. A smaller weight matters little, since the steps of the optimizers Muon and Adam
-    hardly depend on the size of a gradient."""
+    where it is a part of the KL. To the flow the smaller weight matters little: only this term trains it, and the steps
+    of the optimizers Muon and Adam hardly depend on the size of a gradient."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -381,7 +382,7 @@ def train_refiner(folder, train, vae_state, data, device):
     stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
     kind = train["uncertainty"]
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
-                               refiner=refiner)
+                               refiner=refiner)  # with settings refiner_*, which main adds
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -393,9 +394,9 @@ def train_refiner(folder, train, vae_state, data, device):
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
                 s_vec = s = None  # `fixed` needs none
                 if kind == "posterior":
-                    with torch.autocast(x0.device.type, enabled=False):  # see uncertainty_of
-                        _, exact_logvar = vae.encoder(x0)
-                    s_vec, s = s_vec_and_s(z, exact_logvar, stats, kind)
+                    with torch.autocast(x0.device.type, enabled=False):  # in float32; see uncertainty_of
+                        _, logvar_float32 = vae.encoder(x0)
+                    s_vec, s = s_vec_and_s(z, logvar_float32, stats, kind)
                 elif train["conditioning"] != "fixed":
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
@@ -441,8 +442,9 @@ def load_model(state, device, shuffled=False):
 
 @torch.no_grad()
 def refine_all(model, uncertainty, z, steps, seed):
-    """Refine Dec(z) for codes z (N, d). `uncertainty(z, x_hat)` gives s_vec and s. Returns x_hat and the refined images
-    (uint8) and s (N,), on the CPU. With the same seed, image k has the same noise in every call."""
+    """Refine Dec(z) for codes z (N, d). Returns x_hat and the refined images (uint8) and s (N,), on the CPU. With the
+    same seed, image k has the same noise in every call. The model itself computes the s that it uses. `uncertainty(z,
+    x_hat)` gives s_vec and s once more, since the images will be sorted by s."""
     parts = []
     for i, z_part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(z_part)
@@ -453,14 +455,12 @@ def refine_all(model, uncertainty, z, steps, seed):
     return x_hat, refined, s
 
 
-def scores_against_originals(images, real_features, setup):
-    """How close reconstructions (the VAE's images or refined ones) are to the very images that they reconstruct, whose
-    features (N, f) are given: the Frechet distance between the two sets, and the mean distance between an image and its
-    original; and their sharpness, relative to all held-out images."""
+def fd_to_originals(images, real_features, setup):
+    """The Frechet distance between reconstructions (the VAE's images or refined ones) and the very images that they
+    reconstruct, whose features (N, f) are given."""
     features, _ = fid.extract(setup.extractor, images)  # (N, f), and logits
     distance = fid.frechet_distance(fid.moments(features), fid.moments(real_features))
-    return {"fd_to_originals": distance, "feature_distance": float((features - real_features).norm(dim=1).mean()),
-            "hf_energy": fid.hf_energy(images, setup.test.images)["value"]}  # without its interval
+    return {"fd_to_originals": distance}
 
 
 def adaptivity(folder, state, model, setup):
@@ -471,8 +471,8 @@ def adaptivity(folder, state, model, setup):
         adaptive_refinement  generated images, with steps that depend on s
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
-    # Images per third: half as many as other measurements use, since there are three thirds. (Or a third of the
-    # held-out images, if that is fewer.)
+    # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if
+    # that is fewer.)
     per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
@@ -488,14 +488,12 @@ def adaptivity(folder, state, model, setup):
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
     # How far the three refined images of a code lie from their mean: 0 if all are the same.
     spread = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
-    error = common.squared_error(to_float(x_hat), to_float(real))  # (N,), of the VAE
 
     terciles = {"images": per_third}
     by_s = s.argsort()  # from the surest image on
     for name, index in zip(("sure", "middle", "unsure"), by_s.tensor_split(3), strict=True):
-        terciles[name] = {"sse": float(error[index].mean()),
-                          "vae": scores_against_originals(x_hat[index], real_features[index], setup),
-                          "refined": scores_against_originals(refined[index], real_features[index], setup),
+        terciles[name] = {"vae": fd_to_originals(x_hat[index], real_features[index], setup),
+                          "refined": fd_to_originals(refined[index], real_features[index], setup),
                           "spread": float(spread[index].mean())}
     shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
     common.save_grid(folder / "uncertainty.png",
@@ -504,8 +502,8 @@ def adaptivity(folder, state, model, setup):
     control = load_model(state, model.device, shuffled=True)
     control.temperature = model.temperature
     refined_control = refine_all(control, uncertainty, mu, steps, seed)[1]
-    controls = {"images": len(real), "true": scores_against_originals(refined, real_features, setup),
-                "shuffled": scores_against_originals(refined_control, real_features, setup)}
+    controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
+                "shuffled": fd_to_originals(refined_control, real_features, setup)}
     return {"terciles": terciles, "controls": controls,
             "adaptive_refinement": adaptive_refinement(model, uncertainty, setup), "cost": cost(model, setup)}
 
@@ -584,7 +582,8 @@ def main(argv=None):
     # A setting of stage 1's `guided`: to change it by --set is an error here.
     train, evaluation, device = common.read_settings(args, unused=("guidance",))
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
-    # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name.
+    # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name:
+    # refiner_lr is unet_lr, and so on. (args.changes are the settings that --set changes.)
     own |= common.settings_for(train | args.changes, "refiner", like="unet")
     if args.dry_run:
         train |= own | args.changes

@@ -462,9 +462,7 @@ def test_conclusions_about_the_latent():
 def test_measure_vae(tiny, tmp_path, monkeypatch):
     """x_hat = Dec(mu) of the first held-out images; refined by one that knows the real images, as sharp as they are.
     Images of 30 are compared with the sharpness of all 50."""
-    real, labels, count = images_of(50).images, images_of(50).labels, 30
-    monkeypatch.setattr(fid, "extract", lambda _, images: (  # knows the class of real images, says 0 for all others
-        None, torch.eye(20)[labels[:count] * ((images.float() - real[:count].float()).abs().mean() < 2)]))
+    real, count = images_of(50).images, 30
     batches, refine, pictures, sharpnesses, diagnose = [], common.refine, {}, [], fid.diagnose
     monkeypatch.setattr(common, "refine", lambda *how, **named: batches.append(
         (len(how[1]), how[3].initial_seed(), *how[4:6])) or refine(*how, **named))
@@ -473,11 +471,8 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     start = {30: 0, 20: 0, 10: 20}
     tiny.denoiser_for = lambda x_hat, z, clean: oracle(tiny.diffusion, common.to_float(
         real[:4] if len(z) == 4 else real[start[len(z)]:start[len(z)] + len(z)]))
-    setup = SimpleNamespace(test=images_of(50), train={"seed": 2}, extractor=SimpleNamespace(name="local-other-0"),
+    setup = SimpleNamespace(test=images_of(50), train={"seed": 2},
                             evaluation={"grid_count": count, "sample_steps": 3, "batch": 20})
-    assert "class_kept_vae" not in fid.measure_vae(tmp_path, tiny, setup)["reconstruction"]  # classes of other data
-    setup.extractor.name = f"local-{setup.test.name}-0"
-    batches.clear()
     tables = fid.measure_vae(tmp_path, tiny, setup)
     seed = common.SEEDS["reconstruction"] + 2
     assert batches == [(size, seed, "dpm", 3) for size in (20, 10)]
@@ -489,8 +484,6 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     assert found["hf_energy_vae"]["value"] == pytest.approx(fid.hf_energy(x_hat, real)["value"], rel=1e-2)
     sharpness = fid.hf_energy(real[:count], real)["value"]
     assert found["hf_energy_refined"]["value"] == pytest.approx(sharpness, rel=1e-4) and abs(sharpness - 1) > 0.001
-    assert found["class_kept_refined"] == 1
-    assert found["class_kept_vae"] == pytest.approx(float((labels[:count] == 0).sum()) / count)
     assert sharpnesses[-1] == found["hf_energy_vae"]["value"]
     for table, expected in ((tables["latent"], diagnose(mu, logvar, sharpnesses[-1])),
                             (tables["start"], fid.check_start(tiny.diffusion, x_hat, real[:count]))):
@@ -504,8 +497,6 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     alone = fid.measure_vae(tmp_path, dataclasses.replace(tiny, denoiser_for=None), setup)
     assert "start" not in alone and alone["reconstruction"] == {
         key: value for key, value in found.items() if not key.endswith("_refined")}
-    setup.test.labels = None
-    assert "class_kept_vae" not in fid.measure_vae(tmp_path, tiny, setup)["reconstruction"]
 
 
 def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
@@ -558,8 +549,8 @@ def test_density_of_samples(tiny, tmp_path):
 @pytest.mark.parametrize("refined", [True, False])
 def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
     """For every size a mixture with one covariance is fitted to codes of training images. Samples from it alone are
-    scored, as many as for other rows beside the headline, and held-out codes have their density under it."""
-    measured, data, test = [], images_of(60), images_of(50, seed=2)
+    scored, as many as for other rows beside the headline."""
+    measured, data = [], images_of(60)
 
     def measure(model, setup, prior, *how, damage):
         measured.append((model, prior, how, damage))
@@ -568,15 +559,12 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "measure", measure)
     monkeypatch.setattr(fid, "COMPONENTS", (2, 5, 601))  # each of 60 images has ten codes, too few for the last
     tiny.temperature, tiny.denoiser_for = 0.7, tiny.denoiser_for if refined else None
-    setup = SimpleNamespace(data=data, test=test, fd_key="fd", train={"seed": 3}, evaluation=common.EVAL | {
+    setup = SimpleNamespace(data=data, fd_key="fd", train={"seed": 3}, evaluation=common.EVAL | {
         "prior": "gaussian", "count": 40, "grid_count": 30, "sampler": "ddim", "sample_steps": 9})
     table = fid.by_components(tiny, setup)
     count, how = (30, ("ddim", 9, 30)) if refined else (40, ("none", 0, 40))
     assert table.keys() == {"images", "2", "5"} and table["images"] == count
     codes = common.draw_codes(tiny.vae, data.images, 3, CPU)
-    mu, logvar = common.encode(tiny.vae, test.images, CPU)
-    noise = common.randn((50, 8), common.generator(common.SEEDS["held_out_codes"] + 3))
-    held_out = mu + (0.5 * logvar).exp() * noise
     for i, components in enumerate((2, 5)):
         model, prior, asked, damage = measured[i]
         mixture, = model.priors.values()
@@ -585,8 +573,7 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
         assert model.vae is tiny.vae and model.denoiser_for is tiny.denoiser_for and model.temperature == 0.7
         assert torch.equal(mixture.means, expected.means) and torch.equal(mixture.factors, expected.factors)
         assert mixture.means.shape == (components, 8) and mixture.factors.shape == (1, 8, 8)
-        density = fid.mean_score(expected.log_prob(held_out))
-        assert table[str(components)] == {"fd": score(i + 1.0), "log_density": pytest.approx(density, rel=1e-4)}
+        assert table[str(components)] == {"fd": score(i + 1.0)}
     assert tiny.priors.keys() == {"gaussian"}  # it was copied, not changed
 
 
