@@ -108,6 +108,7 @@ NUMBERS = {
     "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
     "fd before": "tables/before_refinement/fd",  # of the VAE's images of the same codes, before they are refined
     "is": "headline/is",  # Inception Score, of the classes that the feature network knows; higher is better
+    "kid": "headline/kid",  # Kernel Inception Distance, in the same features; lower is better
     "precision": "headline/precision",  # share of samples that look like real images
     "recall": "headline/recall",  # share of real images that samples look like
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
@@ -224,13 +225,13 @@ TABLES = {
                      "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
-    "all variants": ("*", "fd; floor; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
+    "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
     "steps": ("stage1-vae stage1-uncond stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed bonus-latent",
               "fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
               "hf_energy, ddim 6; evaluations; seconds, 4 steps; seconds"),
     "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
                "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
-    "codes": ("stage1-form1 stage2-anneal",
+    "codes": ("stage1-form1 stage2-anneal stage3-vae-flow",
               "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
     "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
                        "fd before; fd; precision; hf_energy; kl_nats; psnr, dB; weight; bits/dim; noise fd; "
@@ -350,6 +351,8 @@ FURTHER_CLAIMS = {
         ("With the codes of real images, does the gradient help?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
         ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
+        ("What does joint training do to diversity?", ("diversity", "stage2-anneal"), ("diversity", "stage1-form1")),
+        ("Do learned weights also lower KID?", ("kid", "stage2-kendall"), ("kid", "stage1-form1")),
         ("Do learned weights help, against joint training without the gradient?",
          ("fd", "stage2-kendall"), ("fd", "stage2-anneal-grad-none")),
         ("Do learned weights help, against a small weight?", ("fd", "stage2-kendall"), ("fd", "stage2-anneal-w0.003")),
@@ -893,8 +896,9 @@ def with_arrow(name):
     """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return f"{name} ↑"
-    if name.startswith(("fd", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps", "noise",
-                        "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes", "memory")):
+    if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps",
+                        "noise", "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes",
+                        "memory")):
         return f"{name} ↓"
     return name
 

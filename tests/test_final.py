@@ -133,7 +133,8 @@ def measured(seed=0):
 
 # Of each name: the number in `measured`, and the number of images that it rests on.
 EXPECTED = {
-    "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "precision": (104, 1000),
+    "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "kid": (103, 1000),
+    "precision": (104, 1000),
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
     "seconds, 4 steps": (180.5, 200),
     "evaluations": (20, 1000),
@@ -1175,8 +1176,8 @@ def test_comparisons_with_the_repeated_baseline():
     guided = compared("fd", "stage1-guided")
     lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
     text = " ".join(REPORT.split())
-    assert "fd on faces is {}, {} and {} lower".format(*lower) in text and guided["p"] < 0.05
-    assert f"(p is {guided['p']:.0%}, exploratory)" in text
+    assert "`form1` that it guides by {}, {} and {} (three seeds; significant".format(*lower) in text
+    assert f"p is {guided['p']:.0%}, exploratory)" in text and guided["p"] < 0.05
     assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == "-17%"
     fd, noise_fd = compared("fd", "stage1-augmented"), compared("noise fd", "stage1-augmented")
     assert f"is {math.expm1(fd['log_ratio']):.0%} higher (not significant)" in text and fd["p"] > 0.05
