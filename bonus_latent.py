@@ -1,25 +1,26 @@
 """Bonus: diffusion in the latent space (Rombach et al. 2022), profiled against diffusion in pixel space.
 
 The claim: most of an image's numbers carry detail that an autoencoder can restore. If the few numbers of its latent are
-diffused instead, each of the many passes of the U-Net costs a fraction. What the autoencoder cannot restore is lost.
+diffused instead, each of the many passes of the U-Net costs less. What the autoencoder cannot restore is lost.
 
     autoencoder   z = Enc(x), (B, 4, H/4, W/4);   loss = SSE(x, Dec(z)) + beta KL(q(z|x) || N(0, I)), with a small beta
+                  (Rombach et al. add perceptual and adversarial losses.)
     scaling       z' = (z - mean) / sd per channel, over the training set. The noise schedule is made for data of about
                   unit variance: it would add too much noise to a smaller latent, and too little to a larger one. The
                   scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    frozen        The autoencoder is trained first, and the diffusion loss does not train it. If it did, the encoder
-                  could lower that loss without learning anything: it could make the latent very small. Then x_t is
-                  almost pure noise, the noise can be read off x_t, and the loss is low.
+    frozen        The autoencoder is trained first; then it and the scale stay fixed. If the diffusion loss trained the
+                  encoder, too, it could fall without any learning: the encoder need only make the latent small. Then
+                  x_t is almost pure noise, and the U-Net can read the noise off x_t.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
 Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
         latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
         The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
-        FLOPs are counted. Seconds are medians. On a CPU the memory comes from torch.profiler, and so does the list of
-        the costliest operators (profile-*.txt).
+        FLOPs are counted. Seconds are medians. The list of the costliest operators (profile-*.txt) comes from
+        torch.profiler, and on a CPU the memory does, too.
         On shapes latent diffusion takes less than half the seconds of stage 1's refiner if images are sampled in
         batches, and more seconds than it if they are sampled one by one. Its Frechet distance is over seven times that
         of stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
@@ -113,7 +114,7 @@ def train_autoencoder(folder, train, data, device):
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
-                               autoencoder=autoencoder)
+                               autoencoder=autoencoder)  # with settings autoencoder_*, which main adds
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
@@ -248,12 +249,12 @@ def all_costs(probes, steps, batch):
 
 
 def savings(folder, model, train, setup):
-    """Latent against pixel space on this machine, with the same sampler and steps: the costs of both, and what is saved
+    """Latent against pixel space on this machine, with equally many steps: the costs of both, and what is saved
     in percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets differ in size:
     each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
-    pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)
+    pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)  # 6 channels: x_t and x_hat
     pixel_unet = common.frozen(pixel_unet, pixel_unet.state_dict(), device)  # with the random weights that it has
     vae = common.frozen(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
@@ -264,7 +265,7 @@ def savings(folder, model, train, setup):
     for name, probe in probes.items():
         write_profile(folder / f"profile-{name}.txt", probe, batch)
     # The pixel model begins at x_hat, at time `start`, and cannot have more steps than that. The latent model begins at
-    # T. (main refuses `--set start=...`: it would train the same models again, and change only this comparison.)
+    # T.
     costs = all_costs(probes, {"pixel": min(steps, train["start"]), "latent": steps}, batch)
     saved = {key: 100 * (1 - costs["latent"][key] / costs["pixel"][key]) for key in costs["pixel"]
              if costs["pixel"][key] > 0}  # the profiler sees no memory of some devices (mps)
@@ -290,14 +291,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)
-    # These settings would have no effect here: the autoencoder's weight of the KL is BETA, above; its networks never
-    # pool; diffusion begins at T; and there is no mixture, no flow and no guide.
+    # Settings on which nothing depends that is trained here: the autoencoder's weight of the KL is BETA, above; its
+    # networks never pool; diffusion begins at T; and there is no mixture, no flow and no guide.
     train, evaluation, device = common.read_settings(
         args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
-    # args.changes now holds what --set changes.
+    # Settings come from three places: `train` from the budget, args.changes from --set, and `own` from this stage: the
+    # sizes of its networks, and the learning rates of the autoencoder and so on, which are those of a VAE under another
+    # name. folder_and_settings, below, adds args.changes.
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
-    # The autoencoder is trained with the settings of a VAE. Training looks them up under the name of the network.
     own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
     if args.dry_run:
         train |= own | args.changes
@@ -305,9 +307,10 @@ def main(argv=None):
             networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
         return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
-    ae_folder, settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)
-    ae_state = (common.finished_state(ae_folder, settings | own, args.resume)
-                or train_autoencoder(ae_folder, settings | own, setup.data, device))
+    ae_folder, ae_settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)
+    ae_settings |= own
+    ae_state = (common.finished_state(ae_folder, ae_settings, args.resume)
+                or train_autoencoder(ae_folder, ae_settings, setup.data, device))
     folder, settings = setup.folder_and_settings("bonus-latent")
     settings |= own
     state = (common.finished_state(folder, settings, args.resume)

@@ -4,8 +4,9 @@ Part I    1 diffusion, 2 networks, 3 priors over z, 4 a model: what a stage hand
 Part II   5 the likelihood bound, 6 the built-in data, 7 messages and files, 8 budgets, 9 data sets, 10 processes,
           11 random numbers, precision, cost, 12 training, 13 runs, 14 pictures
 
-For stage 1, read Part I, the settings in TRAIN and EVAL (section 8) and the class Training (section 12). The rest can
-be looked up when a stage uses it. `fid.py` builds on this file and holds the scores and the evaluation of a model.
+For stage 1, read Part I, the settings in TRAIN and EVAL (section 8), the class Training (section 12) and finished_state
+(section 13). The rest can be looked up when a stage uses it. `fid.py` builds on this file and holds the scores and the
+evaluation of a model.
 
 Conventions, used by every file:
     "As published" refers to DiffuseVAE (Pandey et al. 2022), which stage 1 replicates.
@@ -184,12 +185,12 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
     (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
-    DDIM takes this step with the x0 that is predicted at its beginning. This solver takes the x0 of the middle of the
-    step, as the midpoint rule does, and so is of second order. Where the middle is, is measured in
-    lambda = log(a / sigma), as in the paper. (Any other smooth variable that grows along the path would do, too.) The
-    two latest predictions are extrapolated linearly:
-        x0_middle = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
-    """
+    DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
+    x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
+    the line through the two latest predictions is extended by half a step. Positions are measured in
+    lambda = log(a / sigma), which grows along the path. With h = lambda_next - lambda_t and
+    h_before = lambda_t - lambda_before,
+        x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
     if previous is not None and t_next > 0:  # not in the first step, nor in the final one: its lambda_next is infinite
@@ -271,10 +272,12 @@ class Encoder(nn.Module):
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
     (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has blocks + 1 blocks: the published number `blocks` leaves
-    out the one right before the resolution changes. Then the resolution changes: as published (`pool`) by average
-    pooling and a 1x1 convolution, otherwise by a strided convolution. The strided convolution has a weight for every
-    position in its window. An average does not tell positions apart, and the published network averages all the way
-    down to 1x1. It can still learn where things are, from the zero padding at the border, but not in a short training.
+    out the one right before the resolution changes. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64
+    channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) The resolution changes as published (`pool`)
+    by average pooling and a 1x1 convolution, otherwise by a strided convolution. The strided convolution has a weight
+    for every position in its window. An average does not tell positions apart, and the published network averages all
+    the way down to 1x1. It can still learn where things are, from the zero padding at the border, but not in a short
+    training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -440,8 +443,8 @@ class UNet(nn.Module):
     from the stack, and sees it beside its input (a skip connection).
         In DDPM every level has one more block on the way up than on the way down, and all maps are taken: (32, 128, 2,
         3) puts three maps on the stack and takes three.
-        Most levels of our small networks have as many blocks up as down, and the map that entered the level is left:
-        (32, 32, 1, 1) puts two maps on the stack and takes one.
+        Most levels of our small networks have as many blocks up as down. Then the lowest map, the one that entered the
+        level, is never used: (32, 32, 1, 1) puts two maps on the stack and takes one.
     `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 *
     first width), if given, is added to the time embedding. Stage 3 uses it."""
 
@@ -558,14 +561,15 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=6, subset=10_000):
-        """The mixture fitted to codes z (N, d). A first mixture is improved by `rounds` of EM on a part of the codes,
-        for speed (`subset` of them, or 20 for each component if that is more), and by two rounds on all codes. (For the
-        6,000 components that we use on shapes, 20 each are more than all codes.)
+        """The mixture fitted to codes z (N, d). If `tied`, all components share a covariance.
 
-        If not `tied`, the first mixture has the cluster means of k-means, and one covariance, that of the codes about
-        the mean of their cluster. (If EM begins with random codes, a few rounds end in a worse mixture: on faces the fd
-        of refined samples was clearly higher.) If `tied`, there may be thousands of components, and k-means would take
-        minutes. Then the first means are random codes nevertheless, and the first covariance is that of all codes."""
+        It begins with the cluster means of k-means, and one covariance, that of the codes about the mean of their
+        cluster. (If it began with random codes, a few rounds of EM would end in a worse mixture: on faces refined
+        samples became clearly worse.) If `tied`, there may be thousands of components, and k-means would take minutes.
+        So then it does begin with random codes, and with the covariance of all codes.
+
+        This first mixture is improved by `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
+        each component if that is more), and by two rounds on all codes."""
         # Subtracted while fitting, because em_round computes a covariance as E[z z^T] - mean mean^T. Far from 0, that
         # is a small difference of large numbers.
         centre = z.mean(0)
@@ -623,8 +627,9 @@ class GaussianMixture:
         """log(weight_k N(z; mean_k, covariance_k)) for z (N, d). Yields a few rows of z at a time, (n, d), and their
         logarithms, (n, K). How it does so is arranged for speed, and can be skipped on first reading.
 
-        With a covariance's Cholesky factor L, |L^-1 z - L^-1 mean|^2 is the squared Mahalanobis distance. It is
-        multiplied out, so that all distances to all components come from one matrix product."""
+        With a covariance's Cholesky factor L, a logarithm is
+            log weight - log |L| - 1/2 |L^-1 z - L^-1 mean|^2 - d/2 log(2 pi)
+        The square is multiplied out, so that all distances to all components come from one matrix product."""
         count, d = self.means.shape
         groups = len(self.factors)  # number of covariances: K or, if they share one, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
@@ -713,8 +718,9 @@ def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
     """Refine x_hat (B, 3, H, W) with its code z (B, d): images in [-1, 1]. Of a VAE alone, x_hat itself comes back. If
     noise was added to x_hat, `clean` is x_hat without it.
 
-    The noise of x_start is drawn from `gen`, a CPU generator. Of the samplers, only `ddpm` draws noise in its steps. It
-    comes from a new generator on the device, whose seed is that of `gen` plus one. `trajectory`: see sample."""
+    The noise of x_start is drawn from `gen`, a CPU generator, so that it is the same on every device. Of the samplers,
+    only `ddpm` draws noise in its steps. It comes from a new generator on the device, for speed, whose seed is that of
+    `gen` plus one. `trajectory`: see sample."""
     if model.denoiser_for is None:
         return x_hat
     x_start = model.diffusion.x_start(x_hat, model.temperature * randn(x_hat.shape, gen).to(model.device))
@@ -740,8 +746,9 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = range(0, count, batch)[RANK::RANKS]  # the share of process RANK of RANKS; with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        gen = generator(1_000_000 * (seed + 1) + offset)  # a million for each `seed`, and none of SEEDS
-        damage_gen = generator(gen.initial_seed() + 2)  # since `refine` uses the seed of `gen` + 1
+        # This number differs for every batch and --seed. Other seeds (SEEDS, section 11) are below a million.
+        gen = generator(1_000_000 * (seed + 1) + offset)
+        damage_gen = generator(gen.initial_seed() + 2)  # plus 1 is taken: `refine` uses it for the noise of ddpm
         if model.vae is None:
             z, x_hat = None, torch.zeros(batch, *model.shape, device=model.device)
             clean = x_hat
@@ -1078,7 +1085,7 @@ EVAL = {
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
     # The bound on the likelihood is estimated from so many held-out images, with so many diffusion times t for each.
     "bits_images": 128, "bits_draws": 40,
-}
+}  # read_settings adds "prior" and "features"
 
 
 def budget(name, dataset, size):

@@ -11,22 +11,23 @@ and covariance S (Heusel et al. 2017). Only with Inception's features is it call
 Three habits keep the scores honest.
     One pipeline    Real and generated images enter alike: as uint8, through the network's own resizing and scaling,
                     into moments in float64.
-    A floor         Even real images do not have an FD of 0: it is biased upward, by about C (1/N1 + 1/N2) for N1 and N2
-                    images (expected_floor derives C). So beside the FD of N generated images stands that of N held-out
-                    real images, which is about the lowest that can be expected. If fewer images are held out, all of
-                    them are taken. Then the floor lies somewhat higher than that.
+    A floor         Even two sets of real images have an FD above 0, and the fewer they are, the larger it is. So beside
+                    the FD of N generated images stands that of N held-out real ones. A model that does not copy
+                    training images can hardly score lower. (If fewer than N are held out, all are taken, and the floor
+                    is too high. If none are, expected_floor estimates it.)
     An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
                     repeated images has a higher FD, so its interval would lie above the score.)
 
     python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
-    python fid.py REAL GENERATED          two folders, the first with such a network; or a data set's name (shapes,
-                                          cifar10, celeba64), whose network is there, and a folder
+    python fid.py REAL GENERATED          REAL is shapes, cifar10 or celeba64, or a folder for which the first command
+                                          was run (with --features inception: any folder)
     python fid.py cifar10 samples --features inception --count 10000 --json
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 the reference and a row of scores,
-6 evaluating a model, 7 training a local network, 8 the command. Sections 1 to 5 need little of common.py, mostly for
-files. "Stages" are the scripts that train models (stage1_baseline.py and the others).
+6 evaluating a model, 7 training a local network, 8 the command. To learn the scores, read InceptionV3 in section 1,
+sections 3 and 4, and `scores` in 5; the rest is to be looked up. "Stages" are the scripts that train models
+(stage1_baseline.py and the others).
 """
 
 import argparse
@@ -213,7 +214,8 @@ def file_marks(folder):
 
 
 def folder_mark(folder):
-    """A mark of eight digits for a folder: a hash of its path. It is stored with a network that was trained on it."""
+    """A mark of eight digits for a folder: a hash of its path. It is stored with a network that was trained on it, and
+    tells two folders of one name apart."""
     return hashlib.sha256(str(Path(folder).resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
@@ -236,7 +238,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     """The feature network of `kind` "inception" or "local", in eval mode: uint8 images (B, 3, H, W) -> features (B,
     dim), logits (B, classes). It has the attributes name, suffix, batch, dim and classes. A local network is found by
     the name of its data set or, if `dataset` is "folder", by that of the user's own folder `data_dir`; `weights` names
-    another file. The program ends with an error if there is none, or if the folder has changed since its training."""
+    another file. The program ends with an error if there is none, or if the folder has changed much since its training
+    (and no `weights` are named)."""
     if kind == "inception":
         return load_inception(weights).to(device)
     if dataset == "folder":
@@ -473,9 +476,9 @@ def jackknife(score, x):
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
     two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
-    rows. Leaving out an image removes its row and its column. Since the matrix is symmetric, each of the two changes
-    the score by the same amount. So, to first order, the score changes by twice the change of the mean of
-    image_means."""
+    rows. Without image i, row i is gone, and so is its entry in every other row. By symmetry, both move the score
+    equally. So, to first order,
+        score without a group = value + 2 (mean of the image_means that remain - mean of all)"""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -525,13 +528,30 @@ def cached_reference(extractor, data_train, data_test, cache_dir):
     return Reference(*(x.to(device) for x in tensors))
 
 
+def kid_with_interval(real, generated):
+    """KID of features (M, d) and (N, d): over 100 random subsets of 1,000 if there are 2,000 on both sides; else one
+    estimate from all generated images and at most 2,000 real ones.
+
+    It is a constant + mean_i b_i - 2 mean_i c_i, where b_i is the mean kernel of generated image i with the other
+    generated ones, and c_i with the real ones. If a group is left out, the first mean changes by twice the change of
+    mean b_i (see jackknife_pairs), and the second by the change of mean c_i. So KID changes by twice the change of mean
+    (b_i - c_i). For the interval these need to be known only roughly: b_i from a block of 2,000 to 4,000 images (or
+    all, if there are fewer), c_i from at most 5,000."""
+    if min(len(real), len(generated)) >= 2000:
+        subset_size = 1000
+    else:
+        real, subset_size = real[:2000], None
+    blocks = generated.tensor_split(max(1, len(generated) // 2000))
+    b_minus_c = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, real[:5000]) for block in blocks])
+    return jackknife_pairs(kid(real, generated, size=subset_size), b_minus_c)
+
+
 def scores(extractor, generated, ref, progress=False):
     """Every score of generated images, uint8 (N, 3, H, W) or a list, against a Reference: {key: {"value", "low",
     "high"}}. Each key ends in the extractor's suffix. The last three scores have no interval.
 
         fid, is             Frechet distance (the key is "fd" for local features) and Inception Score
-        kid                 if there are 2,000 images or more on both sides, over 100 random subsets of 1,000; else one
-                            estimate from all generated images and at most 2,000 real ones
+        kid                 Kernel Inception Distance
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
         floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
@@ -540,24 +560,11 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    # Shuffled a second time, with inception_score's own seed, and before the jackknife. If inception_score shuffled
-    # again whenever a group is left out, the ten parts would have other images.
+    # Shuffled with inception_score's own seed, so that the value is that of inception_score(logits); and only once. If
+    # it were shuffled again whenever a group is left out, the ten parts would have other images.
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
+    row["kid"] = kid_with_interval(ref.features, features)
     at_most_2000 = min(count, 2000, len(ref.features))
-    if at_most_2000 < 2000:
-        kid_real, subset_size = ref.features[:2000], None
-    else:
-        kid_real, subset_size = ref.features, 1000
-    # For real images x and generated images y,
-    #     KID = mean k(x, x') + mean k(y, y') - 2 mean k(y, x).
-    # Let b_i be the mean of k(y_i, y_j) over j, and c_i that of k(y_i, x_j). If some y_i are left out, the second mean
-    # changes by twice the change of mean b_i (see jackknife_pairs), and the third by the change of mean c_i. So KID
-    # changes by twice the change of mean (b_i - c_i). These differences are the image_means. The interval needs them
-    # only roughly: the y_j are a block of 2,000 to 4,000 generated images (or all, if there are fewer), and the x_j at
-    # most 5,000 real ones.
-    image_means = torch.cat([pair_means(cubic, block) - pair_means(cubic, block, kid_real[:5000])
-                             for block in features.tensor_split(max(1, count // 2000))])
-    row["kid"] = jackknife_pairs(kid(kid_real, features, size=subset_size), image_means)
     some_real, some = ref.features[:at_most_2000], features[:at_most_2000]
     image_means = pair_means(distances, some) / pair_means(distances, some_real).mean()  # their mean is the diversity
     row["diversity"] = jackknife_pairs(diversity(some_real, some), image_means)
@@ -586,7 +593,8 @@ def scores(extractor, generated, ref, progress=False):
 #
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
-# of steps in measurements such as `robustness`.
+# of steps in measurements such as `robustness`. Without a VAE, the prior is called "none"; without diffusion, the
+# sampler is.
 
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
 
@@ -601,8 +609,8 @@ def this_commit():
 
 
 class Setup:
-    """What a stage's command works with. Making it tries, before any training begins, what may be missing or wrong:
-    other processes, the feature network, the data. `train` and `evaluation` are the settings of common.TRAIN
+    """What a stage's command works with. Its constructor does first what can fail: it joins the processes that torchrun
+    has started, and loads the feature network and the data. `train` and `evaluation` are the settings of common.TRAIN
     and common.EVAL (section 8 there) for the chosen budget."""
 
     def __init__(self, args, train, evaluation, device):
@@ -624,8 +632,8 @@ class Setup:
             common.wait_for_all()  # now the others go on
         # What is kept of a user's own folder does not go into that folder.
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-        # A folder that holds a run with other settings than these is refused. Among them is what the data are: how they
-        # were cropped, how many they are, and a note such as "JPEG copies".
+        # What the data are is among the settings: how they were cropped, how many they are, and a note such as "JPEG
+        # copies". A checkpoint holds its settings, and common.finished_state refuses one that has others.
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
@@ -633,8 +641,8 @@ class Setup:
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 
     def folder_and_settings(self, name, ignored=()):
-        """The folder and the train settings of the run of this name. Both include the changes by --set, except those of
-        settings that begin with one of `ignored`. (A VAE does not depend on settings that begin with "unet_".)"""
+        """The folder and the train settings of the run of this name. Both contain the changes by --set, except those
+        whose key begins with one of `ignored`: --set unet_lr=0.001 must neither rename a VAE nor train it again."""
         changes = {key: value for key, value in self.changes.items() if not key.startswith(ignored)}
         return self.home / f"{name}{common.name_changes(changes)}-s{self.train['seed']}", self.train | changes
 
@@ -738,8 +746,8 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # Some rows are needed twice: the one without noise in `robustness` is also in the grid. So the last eight results
-    # of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
+    # The row without noise in `robustness` is also in the grid, if there is one. So that it is not drawn twice, the
+    # last eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
     measure_this_model = partial(measure, model, setup)
     draw_and_score = functools.lru_cache(8)(measure_this_model)
     prior, sampler, steps = common.headline(model, evaluation)
@@ -803,6 +811,17 @@ def nearest_rows(queries, rows):
     return distance, index
 
 
+def nearest_of_views(views, rows):
+    """nearest_rows for images that have several views (an image and its mirror image), each (N, d): the smallest
+    distance of each image, and its index."""
+    distance, index = nearest_rows(views[0], rows)
+    for view in views[1:]:
+        other_distance, other_index = nearest_rows(view, rows)
+        closer = other_distance < distance
+        distance, index = torch.where(closer, other_distance, distance), torch.where(closer, other_index, index)
+    return distance, index
+
+
 def copies(folder, images, setup):
     """Does a model copy training images? The distance of generated images, uint8 (N, 3, H, W), to the nearest training
     image, and the same for as many held-out images: by pixels (the root of the mean squared difference, in grey
@@ -819,14 +838,9 @@ def copies(folder, images, setup):
     for side, chosen in sides.items():
         both = torch.cat([chosen, chosen.flip(3)] if mirrored else [chosen])  # (N, 3, H, W) or (2 N, 3, H, W)
         features, _ = extract(setup.extractor, both)
-        by_kind = {"pixels": nearest_rows(both.flatten(1), train.flatten(1)),
-                   "features": nearest_rows(features, setup.reference.features.cpu())}
-        for kind, (distance, index) in by_kind.items():
-            if kind == "pixels":
-                distance = distance / both[0].numel() ** 0.5  # the root of the mean, not of the sum
-            # The rows of the view are the images (0) and their mirror images (1), if any. The smaller distance counts.
-            smaller, which = distance.view(-1, count).min(0)  # `which` is the row that has it
-            nearest[kind, side] = smaller, index.view(-1, count).gather(0, which[None])[0]
+        distance, index = nearest_of_views(both.flatten(1).split(count), train.flatten(1))
+        nearest["pixels", side] = distance / both[0].numel() ** 0.5, index  # the root of the mean, not of the sum
+        nearest["features", side] = nearest_of_views(features.split(count), setup.reference.features.cpu())
     for kind in ("pixels", "features"):
         (generated, _), (held_out, _) = nearest[kind, "generated"], nearest[kind, "held_out"]
         table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
@@ -954,10 +968,10 @@ def check_start(diffusion, x_hat, real):
 
 
 @torch.no_grad()
-def bits_per_dim(model, prior, setup):
+def bits_per_dim(model, latent_prior, setup):
     """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
     Dec(z) they are
-        kl          log q(z | x) - log p(z), under the model's prior over z of the name `prior`
+        kl          log q(z | x) - log p(z), under the model's prior over z of the name `latent_prior`
         prior       KL(q(x_start given the image) || p(x_start given x_hat)), where p is pure noise if sampling begins
                     with that
         diffusion   the sum of the KLs of all steps, estimated from a few of them
@@ -973,13 +987,14 @@ def bits_per_dim(model, prior, setup):
             z = common.reparameterise(mu, logvar, randn(mu.shape, gen))
             x_hat = model.vae.decoder(z)
             log_q = common.gaussian_log_prob(z, mu, logvar).cpu()
-            parts["kl"] = log_q - model.priors[prior].log_prob(z.cpu()).cpu()
+            parts["kl"] = log_q - model.priors[latent_prior].log_prob(z.cpu()).cpu()
         denoise = model.denoiser_for(x_hat, z, clean=x_hat)
         parts |= common.diffusion_nats(model.diffusion, denoise, images, x_hat, evaluation["bits_draws"], gen)
     # One bit per pixel value ("bits per dimension") is this many nats per image.
     nats_per_bpd = images[0].numel() * math.log(2)
-    return {"bound": mean_score(sum(parts.values()) / nats_per_bpd), "images": len(images), "latent_prior": prior,
-            **{name: float((value / nats_per_bpd).mean()) for name, value in parts.items()}}
+    means = {name: float((value / nats_per_bpd).mean()) for name, value in parts.items()}
+    return {"bound": mean_score(sum(parts.values()) / nats_per_bpd), "images": len(images),
+            "latent_prior": latent_prior, **means}
 
 
 def show(score):
@@ -1181,7 +1196,9 @@ def train_local(name, data_dir="data"):
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
     home = OWN_FEATURES_DIR if own else FEATURES_DIR
     found = common.find_hashed(home, train.name)
-    outdated, current = [], []  # outdated: trained on other files than the folder has now
+    # A network of this name is kept if nine tenths of the files are unchanged. Else it is replaced if it was trained on
+    # this folder, and it is an error if it was trained on another one.
+    outdated, current = [], []
     for path in found:
         stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
         if not own or share_of_same_files(stored, data_dir) >= LEAST_SHARE_UNCHANGED:
@@ -1212,10 +1229,13 @@ def train_local(name, data_dir="data"):
 # ---- 8. The command --------------------------------------------------------------------------------------------------
 
 def read_folder(folder, flag, count=None, largest=None):
-    """The images below a folder, or a seeded choice of `count`, as uint8 (N, 3, H, W), or as a list if they differ in
-    size; the sizes (height, width) that they have in their files; and whether most are JPEG. Photographs would fill
-    the memory. So if `largest` is given, an image whose sides are both longer becomes a square of that size, just as
-    common.decode_file makes it. The program ends with an error that names `flag` if there are too few images."""
+    """The images below a folder, or a seeded choice of `count`. Returns
+        images  uint8 (N, 3, H, W), or a list if they differ in size
+        sizes   the set of sizes (height, width) that they have in their files
+        jpeg    whether most of the files are JPEG
+    Photographs would fill the memory. So an image of which both sides are longer than `largest`, if that is given,
+    becomes a square of that size, just as common.decode_file makes it. The program ends with an error that names `flag`
+    if there are too few images."""
     files = find_images(folder)
     if len(files) < (needed := count or 2):
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")

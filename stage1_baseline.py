@@ -36,13 +36,14 @@ model decides *how it looks*.
                       Each sampling step evaluates both networks.
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
-                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 4; here the strength of
+                      it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 3; here the strength of
                       the noise is no input of the U-Net).
 
 Words in `backticks` are names of settings, scores, variants (chosen by --variant) and budgets (sets of settings, chosen
 by --budget).
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
+                                                         (with a GPU, `--budget gpu` with other settings is the default)
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       VAE, Formulation 1 and its guide
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
@@ -53,7 +54,7 @@ Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16
         refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
         real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
         clearer outlines and bands. `fd_local` is the Frechet distance to the real images, in the features of a small
-        network that was trained on the same data set. It is about a third lower after refinement.
+        network that was trained on the same data set. It is a quarter to two fifths lower after refinement.
 """
 
 import argparse
@@ -126,7 +127,8 @@ def guided_denoiser(refiner, guide, guidance):
 
     The paper guides the predicted image x0, we guide the predicted eps or v. That is the same, because at a given x_t
     both are affine in x0. With x_t = a x0 + sigma eps and a^2 + sigma^2 = 1,
-        eps = x_t / sigma - (a / sigma) x0    and    v = a eps - sigma x0 = (a / sigma) x_t - (1 / sigma) x0.
+        eps = x_t / sigma - (a / sigma) x0
+        v = a eps - sigma x0 = (a / sigma) x_t - (a^2 / sigma + sigma) x0 = (a / sigma) x_t - (1 / sigma) x0.
     So a prediction is c + k p, where p is the predicted image, and c and k depend on x_t and t alone. If the refiner
     predicts the image p and the guide the image q, then with g for `guidance`
         (1 + g) (c + k p) - g (c + k q) = c + k ((1 + g) p - g q),
@@ -213,8 +215,7 @@ def load_model(state, variant, device):
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
         # common.refine calls denoiser_for once for each batch, and samples with the function (x_t, t) -> prediction
-        # that it returns. z is the code of x_hat, and `clean` is x_hat before evaluation adds noise to it. Only stage 3
-        # uses these two.
+        # that it returns. Here it uses x_hat alone; z and `clean` are for stage 3 (see common.Model).
         model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
     if variant == "guided":  # replace denoiser_for by one that evaluates two U-Nets
         guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
@@ -230,8 +231,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # The guide's settings hold the chosen `guidance`. Those of form1, whose training does not depend on it, hold the
-    # default.
+    # `guidance` comes from the guide's settings. Those of form1 hold the default, since main keeps --set guidance=...
+    # out of form1's run, which does not depend on it.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -297,8 +298,8 @@ def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
-    # `train` does not contain the changes of --set yet. They are in args.changes, since each run takes only those that
-    # concern it (setup.folder_and_settings, below).
+    # Settings pass through three hands: `train` has those of the budget, args.changes what --set changes, and
+    # `settings`, below, what one run is trained with: `train`, and those changes that concern this run.
     if args.dry_run:
         train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -317,8 +318,8 @@ def main(argv=None):
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
         # With `--set beta=1`, the folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta.
-        # The VAE does not depend on settings of the U-Net. They are ignored, so that runs with another U-Net find the
-        # same VAE.
+        # Changes whose name begins with one of `ignored` are left out. Here these are the U-Net's, so that runs with
+        # another U-Net find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
         # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.
