@@ -114,8 +114,10 @@ NUMBERS = {
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
     "seconds": "headline/seconds_per_image",  # the time of sampling one image
+    "seconds, 2 steps": "steps/dpm 2/seconds_per_image",
     "seconds, 4 steps": "steps/dpm 4/seconds_per_image",
     "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
+    "fd, 2 steps": "steps/dpm 2/fd",
     "fd, 4 steps": "steps/dpm 4/fd",
     "fd, 6 steps": "steps/dpm 6/fd",
     "fd, 10 steps": "steps/dpm 10/fd",
@@ -226,9 +228,10 @@ TABLES = {
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
-    "steps": ("stage1-vae stage1-uncond stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed bonus-latent",
-              "fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
-              "hf_energy, ddim 6; evaluations; seconds, 4 steps; seconds"),
+    "steps": ("stage1-vae stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed "
+              "bonus-latent",
+              "fd, 2 steps; fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
+              "hf_energy, ddim 6; evaluations; seconds, 2 steps; seconds, 4 steps; seconds"),
     "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
                "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
     "codes": ("stage1-form1 stage2-anneal stage3-vae-flow",

@@ -84,7 +84,7 @@ def measured(seed=0):
     found["rows"] = [row("gmm", "dpm", 10, 1000, 100), row("gaussian", "dpm", 10, 200, 110),
                      row("flow", "dpm", 10, 200, 120), row("gmm", "ddim", 6, 200, 130),
                      row("gmm", "ddim", 25, 200, 140), row("gmm", "dpm", 6, 200, 150), row("gmm", "dpm", 10, 200, 160),
-                     row("gmm", "dpm", 25, 200, 170), row("gmm", "dpm", 4, 200, 180)]
+                     row("gmm", "dpm", 25, 200, 170), row("gmm", "dpm", 4, 200, 180), row("gmm", "dpm", 2, 200, 190)]
     noise = {"clean": 240, "noise 0.1": 241, "noise 0.2": 242, "noise 0.4": 243}
     found["tables"] = {
         "before_refinement": {name: score(200 + k) for k, name in enumerate(SCORES)},
@@ -136,9 +136,9 @@ EXPECTED = {
     "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "kid": (103, 1000),
     "precision": (104, 1000),
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
-    "seconds, 4 steps": (180.5, 200),
+    "seconds, 2 steps": (190.5, 200), "seconds, 4 steps": (180.5, 200),
     "evaluations": (20, 1000),
-    "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
+    "fd, 2 steps": (190, 200), "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
     "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
     "hf_energy, 6 steps": (157, 200), "hf_energy, ddim 6": (137, 200),
     "weight": (219, None), "psnr, dB": (220, None),
@@ -227,7 +227,7 @@ def test_times_are_those_of_the_first_seed(tmp_path):
     seeds = load(tmp_path, measured(10), measured(2))["shapes"]["stage2-anneal"]  # files are read in this order
     counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
     assert {name for name, found in counted.items() if found == [2]} == {
-        "seconds", "seconds, 4 steps", "train minutes"}
+        "seconds", "seconds, 2 steps", "seconds, 4 steps", "train minutes"}
     assert final.cell(seeds, "seconds, 4 steps") == "180" and "(200)" in final.cell(seeds, "fd, 4 steps")
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
 
@@ -773,9 +773,10 @@ def test_chart_of_costs(tmp_path):
     sd = 1.5 * 2**0.5
     assert lines_of(by_evaluations) == {"stage1-form1": ([12, 50], [21.5, 13.5], pytest.approx([sd, sd]))}
     assert lines_of(by_seconds) == {"stage1-form1": ([20.5, 12.5], [21.5, 13.5], pytest.approx([sd, sd]))}
-    assert lines_of(other_evaluations) == {"stage2-anneal": ([8, 12, 20, 50], [180, 150, 160, 170], [None] * 4)}
+    assert lines_of(other_evaluations) == {"stage2-anneal": (
+        [4, 8, 12, 20, 50], [190, 180, 150, 160, 170], [None] * 5)}
     assert lines_of(other_seconds) == {"stage2-anneal": (
-        [180.5, 150.5, 160.5, 170.5], [180, 150, 160, 170], [None] * 4)}
+        [190.5, 180.5, 150.5, 160.5, 170.5], [190, 180, 150, 160, 170], [None] * 5)}
     assert by_evaluations.get_xscale() == by_evaluations.get_yscale() == "log"
     runs[1]["rows"].append(row("gmm", "dpm", 10, 50, 99))  # seed 0 lacks this row: it would move the line
     by_evaluations, _ = final.chart_cost(load(tmp_path / "again", *runs[:2])).axes
