@@ -36,6 +36,10 @@ if [ "$dataset" != cifar10 ]; then
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
     run stage2_joint.py --set vae_clip=0  # as kendall, whose gradients are too small to be clipped
+    for uncertainty in variance posterior; do
+        run stage3_adaptive.py --conditioning fade --uncertainty $uncertainty
+        run stage3_adaptive.py --conditioning film --uncertainty $uncertainty
+    done
 fi
 if [ "$dataset" = celeba64 ] && [ "$seed" = 0 ]; then
     run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
@@ -60,8 +64,6 @@ shapes)
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
     run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
     run stage2_joint.py --gradient decoder
-    run stage3_adaptive.py --uncertainty variance
-    run stage3_adaptive.py --uncertainty posterior
     for beta in 0.02 0.08; do
         run stage1_baseline.py --variant form1 --set beta=$beta
         run stage2_joint.py --set beta=$beta
