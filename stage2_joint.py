@@ -27,7 +27,8 @@ The loss has two terms.
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
                     with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). The two KLs are
                     E. D M are the terms of the U-Net's steps from x_start to x0 (bound_loss). On shapes the VAE
-                    collapses: the code stays empty, and images are useless.
+                    collapses: the code stays empty, and images are useless. With `--gradient none` it does not, and
+                    the bound is no worse. So it is the U-Net's gradient that drowns the VAE's own.
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
