@@ -249,9 +249,9 @@ def all_costs(probes, steps, batch):
 
 
 def savings(folder, model, train, setup):
-    """Latent against pixel space on this machine, with equally many steps: the costs of both, and what is saved
-    in percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets differ in size:
-    each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
+    """Latent against pixel space on this machine, with equally many steps: the costs of both, and what is saved in
+    percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets differ in size: each
+    is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)  # 6 channels: x_t and x_hat

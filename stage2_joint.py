@@ -28,7 +28,7 @@ The loss has two terms.
                     with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). The two KLs are
                     E. D M are the terms of the U-Net's steps from x_start to x0 (bound_loss). On shapes the VAE
                     collapses: the code stays empty, and images are useless. With `--gradient none` it does not, and
-                    the bound is no worse. So it is the U-Net's gradient that drowns the VAE's own.
+                    the bound is no worse. So the collapse is due to the U-Net's gradient.
 
 How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
 U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
@@ -153,9 +153,9 @@ def bound_loss(diffusion, denoise, x0, u, eps):
     eq. 5): (B,) nats. (`denoise` knows x_hat. The part without the U-Net is common.kl_prior.)
 
     It has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and, for t = 1, the
-    nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so
-    these times are drawn more often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes,
-    with a power that was found by trying,
+    nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so these times are drawn more
+    often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes, with a power that was
+    found by trying,
         t = floor(start u^4) + 1
         P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
         P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
