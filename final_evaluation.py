@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parent
 # that fits), then by the alphabet. The empty text at the end fits all other names.
 DATASET_ORDER = (*common.DATASETS, "")
 VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-", "")
-# The variants that are compared with each other most often: in README.md, in a picture of samples, and in the chart of
-# fd against the cost of sampling.
+# The variants that are compared with each other most often: in README.md and in a picture of samples.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
                  "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
@@ -49,8 +48,10 @@ FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "co
 # is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
 # columns, if it has some. TITLES says how many pixels high these are.
 SHEETS = {
-    # the first 12 of 36 samples
-    "sheet": [(variant, "samples", 0, 1 / 3) for variant in MAIN_VARIANTS],
+    # The first 12 of 36 samples: a row of the VAE's images and one of refined ones. `guided` refines the same images as
+    # `form1`, and `film` the same as `fixed`, so only their second row is shown.
+    "sheet": [(variant, "samples", 1 / 6 if variant in ("stage1-guided", "stage3-flow-film") else 0, 1 / 3)
+              for variant in MAIN_VARIANTS],
     # The rows of these pictures are: real images, the VAE's, refined ones. The first two are the same for all variants
     # of stage 3, so only the first strip shows them.
     "conditionings": [(CONDITIONINGS[0], "uncertainty", 0, 1)] + [
@@ -224,11 +225,12 @@ NUMBERS = {
 # VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
 # tables, TABLES.md all of them.
 TABLES = {
+    "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
+                 "fd; is; hf_energy; evaluations; seconds; train minutes"),
     "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
                            "shapes/stage2-kendall shapes/stage2-bound",
-                           "fd; fd against stage1-form1; is; kl_nats; noise fd"),
-    "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                     "fd; is; sure, refined; unsure, refined; spread, unsure"),
+                           "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
+    "conditioning": (" ".join(CONDITIONINGS), "fd; is; sure, refined; unsure, refined; spread, unsure"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -277,17 +279,14 @@ OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd is shown against noise on x_hat.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
-# Those that are compared by all criteria: their fd and Inception Score in a table, and all numbers of SUMMARY in a
-# chart, with form1 as the baseline.
+# Those whose fd is shown against the cost of sampling. (That of the others is about the same as that of one of these.)
+# The last one is drawn above the others.
+COSTS = ("stage1-uncond", "stage1-guided", "stage2-anneal", "stage3-flow-fixed", "bonus-latent", "stage1-form1")
+# Those that are compared by all criteria: their fd and Inception Score in a table, with the data sets side by side, and
+# all numbers of SUMMARY in a chart, with form1 as the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
-SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "path length")
-# Those whose times are compared. (Stage 3's ways of conditioning are timed in turn, see "seconds with s".)
-COSTS = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage3-flow-fixed",
-         "bonus-latent")
-# Tables in which the data sets stand side by side. They have a line for each of these variants, and a column for each
-# of these numbers on each data set.
-SIDE_BY_SIDE = {"quality": (COMPARED, ("fd", "is")), "cost": (COSTS, ("seconds", "train minutes"))}
+SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "seconds")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
@@ -921,17 +920,22 @@ def table_overview(everything):
     for variant in OVERVIEW:
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
+    floors = [cell({0: a_run_of(results)}, "floor") for results in everything.values()]
+    rows.append(["real images", "as many as were generated, or all that were held out: hardly a model can be better",
+                 *floors])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
     settings = [describe_data(*item) for item in everything.items()]
     return with_note(table, ["fd"], " ".join(settings))
 
 
-def table_side_by_side(everything, variants, names):
-    """One of SIDE_BY_SIDE. It has a line for each of the variants that was run, with these numbers on each data set."""
+def table_quality(everything):
+    """The data sets side by side: a line for each variant in COMPARED that was run, with its fd and Inception Score on
+    each."""
+    names = ("fd", "is")
     header, rows = ["variant"], []
     for dataset in everything:
         header += [f"{dataset}: {with_arrow(name)}" for name in names]
-    for variant in variants:
+    for variant in COMPARED:
         cells = []
         for results in everything.values():
             cells += [cell(results.get(variant, {}), name) for name in names]
@@ -977,9 +981,7 @@ def conclude(new_seeds, committed_seeds, name):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything)}
-    for name, (variants, names) in SIDE_BY_SIDE.items():
-        tables[name] = table_side_by_side(everything, variants, names)
+              "overview": table_overview(everything), "quality": table_quality(everything)}
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
@@ -1116,7 +1118,8 @@ def chart_claims(everything):
 def chart_summary(everything):
     """All models by all criteria. Each data set has a panel, in which variants are lines and numbers are columns. A
     cell has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is
-    worse, and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
+    worse, and from a factor of two on the colour is full. There is none where neither lower nor higher is better, and
+    none for seconds, which were measured at different moments of a busy machine."""
     colours = LinearSegmentedColormap.from_list("worse to better", ["#E69F00", "#FFFFFF", "#56B4E9"])
     everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
     if not everything:
@@ -1132,7 +1135,7 @@ def chart_summary(everything):
                     continue
                 change = compare_sides(results, (name, variant), (name, "stage1-form1"))
                 arrow = with_arrow(name).removeprefix(name).strip()
-                if change and arrow:
+                if change and arrow and name != "seconds":
                     doublings = change["log_ratio"] / math.log(2)
                     better[y][x] = doublings if arrow == "↑" else -doublings
                 axis.text(x, y, rounded(statistics.mean(values.values()), 3), ha="center", va="center", fontsize=9)
@@ -1151,7 +1154,7 @@ def chart_cost(everything):
     figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
     panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
     for axis, (cost, (dataset, results)) in zip(axes, panels, strict=True):
-        for variant in MAIN_VARIANTS:
+        for variant in COSTS:
             seeds, points = results.get(variant, {}), {}
             for steps in (2, 4, 6, 10, 25):
                 costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())

@@ -21,7 +21,7 @@ import final_evaluation as final
 README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
-ALL_TABLES = ["data", "variants", "overview", *final.SIDE_BY_SIDE, *final.TABLES, "questions",
+ALL_TABLES = ["data", "variants", "overview", "quality", *final.TABLES, "questions",
               *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
@@ -419,7 +419,7 @@ def test_data_sets_side_by_side(tmp_path):
     line."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0),
             metrics("stage2-sum")]
-    table = final.table_side_by_side(load(tmp_path, *many), *final.SIDE_BY_SIDE["quality"])
+    table = final.table_quality(load(tmp_path, *many))
     assert table.splitlines()[0] == "| variant | shapes: fd ↓ | shapes: is ↑ | cifar10: fd ↓ | cifar10: is ↑ |"
     shift = SCORES.index("is_local")
     assert table.splitlines()[2:-2] == [
@@ -602,7 +602,10 @@ def test_the_note_explains_the_cells(tmp_path):
     assert final.with_note(plain, ["seconds with s"]) == f"{plain}\n\n*{final.SETTINGS}*"  # taken in turn
     assert final.with_note(plain, ["fd"], "shapes: drawn.") == f"{plain}\n\n*shapes: drawn.*"
     data = [final.describe_data(dataset, results) for dataset, results in everything.items()]
-    assert final.table_overview(everything).endswith(f"\n\n*{' '.join(data)} {spread}; {interval}.*")
+    overview = final.table_overview(everything)
+    assert overview.endswith(f"\n\n*{' '.join(data)} {spread}; {interval}.*")
+    floors = [final.cell({0: results["stage1-form1"][0]}, "floor") for results in everything.values()]
+    assert cells_of(overview, "real images")[1:] == floors and all(floors)
 
 
 def test_every_pattern_fits_a_variant(tmp_path):
@@ -725,13 +728,14 @@ def test_chart_of_noise(tmp_path):
 
 def test_chart_of_all_criteria(tmp_path):
     """Cells hold means over seeds. Colours are log ratios to form1 over equal seeds, in doublings, positive where a
-    number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Numbers that
-    a run lacks leave their cells empty, and so does noise on the latent model's latent. A data set without form1 has no
-    panel."""
+    number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Seconds are
+    those of the first seed, without a colour. Numbers that a run lacks leave their cells empty, and so does noise on
+    the latent model's latent. A data set without form1 has no panel."""
     anneal = [metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 7, 30.0)]
-    del anneal[0]["tables"]["robustness"]
+    latent = metrics("bonus-latent")
+    del anneal[0]["tables"]["robustness"], latent["rows"][0]["seconds_per_image"]
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=50.0), *anneal, metrics("stage2-sum"),
-                      metrics("bonus-latent"), metrics("stage2-anneal", dataset="cifar10"),
+                      latent, metrics("stage2-anneal", dataset="cifar10"),
                       metrics(dataset="celeba64"))
     shapes, celeba64 = final.chart_summary(everything).axes
     assert [shapes.get_title(loc="left"), celeba64.get_title(loc="left")] == ["shapes", "celeba64"]
@@ -740,13 +744,13 @@ def test_chart_of_all_criteria(tmp_path):
     x = final.SUMMARY.index
     texts = {tuple(text.get_position()): text.get_text() for text in shapes.texts}
     assert texts[x("fd"), 0] == "30.0" and texts[x("fd"), 1] == "25.0"
-    assert texts[x("noise fd"), 1] == "60.0" and (x("path length"), 0) not in texts
+    assert texts[x("noise fd"), 1] == "60.0" and texts[x("seconds"), 1] == "20.5" and (x("seconds"), 2) not in texts
     assert texts[x("fd"), 2] == "10.0" and (x("noise fd"), 2) not in texts
     baseline, joint, _ = shapes.images[0].get_array()
     assert not baseline.any() and joint[x("fd")] == pytest.approx(-1)  # 20 with seed 0, where form1 has 10
     shift = SCORES.index("is_local")
     assert joint[x("is")] == pytest.approx(math.log2((20 + shift) / (10 + shift)))
-    assert joint[x("hf_energy")] == joint[x("noise fd")] == 0  # neither is better; no seed has both
+    assert joint[x("hf_energy")] == joint[x("noise fd")] == joint[x("seconds")] == 0  # of noise fd, no seed has both
 
 
 def test_a_long_table_has_its_chart(tmp_path):
