@@ -921,8 +921,7 @@ def table_overview(everything):
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
     floors = [cell({0: a_run_of(results)}, "floor") for results in everything.values()]
-    rows.append(["real images", "as many as were generated, or all that were held out: hardly a model can be better",
-                 *floors])
+    rows.append(["real images", "held-out ones: about the best that a model can reach", *floors])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
     settings = [describe_data(*item) for item in everything.items()]
     return with_note(table, ["fd"], " ".join(settings))
