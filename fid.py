@@ -997,10 +997,17 @@ def bits_per_dim(model, latent_prior, setup):
             "latent_prior": latent_prior, **means}
 
 
+def rounded(x, digits):
+    """A number as text with this many significant digits: 2.5 becomes 2.50. A larger one keeps all digits before the
+    point: 1,234."""
+    # The # keeps zeros at the end.
+    return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
+
+
 def show(score):
     """A score as text: value [low, high]."""
-    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if score["low"] is not None else ""
-    return f"{score['value']:.3g}{interval}"
+    interval = f" [{rounded(score['low'], 3)}, {rounded(score['high'], 3)}]" if score["low"] is not None else ""
+    return f"{rounded(score['value'], 3)}{interval}"
 
 
 def print_results(finished, setup):

@@ -603,20 +603,13 @@ def values_by_seed(seeds, name):
     return values
 
 
-def rounded(x, digits):
-    """A number as text with this many significant digits: 2.5 becomes 2.50. A larger one keeps all digits before the
-    point: 1,234."""
-    # The # keeps zeros at the end.
-    return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
-
-
 def mean_and_sd(values):
     """Numbers as text: their mean and, if they differ, their standard deviation."""
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
     if sd <= 1e-9 * abs(mean):  # they differ by rounding alone, or there is only one
         return f"{mean:.3g}" if abs(mean) < 999.5 else f"{mean:,.0f}"
-    return f"{rounded(mean, 3)} ± {rounded(sd, 2)}"
+    return f"{fid.rounded(mean, 3)} ± {fid.rounded(sd, 2)}"
 
 
 def cell(seeds, name):
@@ -1137,7 +1130,8 @@ def chart_summary(everything):
                 if change and arrow and name != "seconds":
                     doublings = change["log_ratio"] / math.log(2)
                     better[y][x] = doublings if arrow == "↑" else -doublings
-                axis.text(x, y, rounded(statistics.mean(values.values()), 3), ha="center", va="center", fontsize=9)
+                mean = fid.rounded(statistics.mean(values.values()), 3)
+                axis.text(x, y, mean, ha="center", va="center", fontsize=9)
         axis.imshow(better, colours, vmin=-1, vmax=1, aspect="auto")
         axis.grid(False)
         axis.set_xticks(range(len(SUMMARY)), map(with_arrow, SUMMARY))

@@ -682,8 +682,10 @@ def test_no_row_is_printed_twice(tmp_path, capsys):
     assert lines[0] == "" and lines[1].split() == [
         "variant", "prior", "sampler", "images", "sec/image", "fd_local", "floor_local", "is_local", "precision_local",
         "recall_local", "hf_energy"]
-    expected = ("form1 gmm dpm 10 70 0.125 3 [2, 4] 0.5 6 [5, 7] 0.7 [-0.3, 1.7] 0.3 [-0.7, 1.3] 0.9 [-0.1, 1.9]")
-    first, second = expected.split(), expected.replace("dpm 10 70", "dpm 6 66").replace("3 [2, 4]", "4 [3, 5]").split()
+    first = ("form1 gmm dpm 10 70 0.125 3.00 [2.00, 4.00] 0.500 6.00 [5.00, 7.00] 0.700 [-0.300, 1.70] "
+             "0.300 [-0.700, 1.30] 0.900 [-0.100, 1.90]")
+    second = first.replace("dpm 10 70", "dpm 6 66").replace("3.00 [2.00, 4.00]", "4.00 [3.00, 5.00]")
+    first, second = first.split(), second.split()
     assert [line.split() for line in lines[2:6]] == [
         first, second, ["form2", *first[1:]], ["form2", *second[1:]]] and lines[6] == ""
     assert "local-toy-1" in lines[7] and "toy (JPEG copies)" in lines[7]

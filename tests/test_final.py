@@ -273,12 +273,15 @@ def test_cells(tmp_path):
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
         (): [""] * len(names),
-        (0,): ["10 [9, 11]", "12 [11, 13]", "10.5", "50", "1.5", "30 [29, 31] (50)", "12 [11, 13] (50)",
-               "3 [2, 4] (128)", "20 (50)", "40 [39, 41] (50)", "", "", "20 [19, 21] (50)"],
-        (1,): ["13 [12, 14]", "15 [14, 16]", "13.5", "50", "10", "39 [38, 40] (50)", "15 [14, 16] (50)", "", "26 (50)",
-               "52 [51, 53] (50)", "7 [6, 8] (1,500)", "", "23 [22, 24] (50)"],
+        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10.5", "50", "1.5", "30.0 [29.0, 31.0] (50)",
+               "12.0 [11.0, 13.0] (50)", "3.00 [2.00, 4.00] (128)", "20 (50)",
+               "40.0 [39.0, 41.0] (50)", "", "", "20.0 [19.0, 21.0] (50)"],
+        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13.5", "50", "10", "39.0 [38.0, 40.0] (50)",
+               "15.0 [14.0, 16.0] (50)", "", "26 (50)", "52.0 [51.0, 53.0] (50)",
+               "7.00 [6.00, 8.00] (1,500)", "", "23.0 [22.0, 24.0] (50)"],
         (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.5", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
-                 "3 [2, 4] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)", "7 [6, 8] (1,500)", "", "21.5 ± 2.1 (50)"]}
+                 "3.00 [2.00, 4.00] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)",
+                 "7.00 [6.00, 8.00] (1,500)", "", "21.5 ± 2.1 (50)"]}
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
@@ -423,7 +426,7 @@ def test_data_sets_side_by_side(tmp_path):
     assert table.splitlines()[0] == "| variant | shapes: fd ↓ | shapes: is ↑ | cifar10: fd ↓ | cifar10: is ↑ |"
     shift = SCORES.index("is_local")
     assert table.splitlines()[2:-2] == [
-        f"| `stage1-form1` |  |  | 10 [9, 11] | {10 + shift} [{9 + shift}, {11 + shift}] |",
+        f"| `stage1-form1` |  |  | 10.0 [9.00, 11.0] | {10 + shift}.0 [{9 + shift}.0, {11 + shift}.0] |",
         f"| `stage2-anneal` | 21.0 ± 1.4 | {21 + shift}.0 ± 1.4 |  |  |"]
 
 
@@ -560,8 +563,9 @@ def test_tables(tmp_path):
     everything = load(tmp_path, *many)
     assert final.table_of(everything, "stage1-*", "fd; bits/dim; memory saved, %").splitlines()[:5] == [
         "| variant | fd ↓ | bits/dim ↓ | memory saved, % ↑ |", "| --- | --- | --- | --- |",
-        "| shapes stage1-vae | 10 [9, 11] | 3 [2, 4] (128) |  |",
-        "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |", "| cifar10 stage1-form1 | 7 [6, 8] | 3 [2, 4] (128) |  |"]
+        "| shapes stage1-vae | 10.0 [9.00, 11.0] | 3.00 [2.00, 4.00] (128) |  |",
+        "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |",
+        "| cifar10 stage1-form1 | 7.00 [6.00, 8.00] | 3.00 [2.00, 4.00] (128) |  |"]
     rows = lambda variants, columns="fd": [  # noqa: E731
         line.split(" | ")[0].removeprefix("| ")
         for line in final.table_of(everything, variants, columns).splitlines()[2:-2]]
@@ -635,9 +639,9 @@ def test_the_sentence_about_the_data(tmp_path):
     assert header == ("| data set | training images | budget: training of VAE and refiner | samples | "
                       "samples, side measurements | feature network | floor ↓ |")
     assert rows == ["| shapes | 5, drawn | `cpu`: 2,220 and 221 steps of 32 images | 100 | 50 | `local-a` | "
-                    "11 [10, 12] |",
+                    "11.0 [10.0, 12.0] |",
                     "| cifar10 | 5, drawn | `cpu`: 2,220 and 221 steps of 32 images | 100 from noise of sd 0.9 | 50 | "
-                    "`local-a-0123abcd` | 11 [10, 12] |"]
+                    "`local-a-0123abcd` | 11.0 [10.0, 12.0] |"]
     assert "221 steps of 8 images" in final.table_data({"shapes": load(tmp_path / "b", few)["shapes"]})
 
 
@@ -674,12 +678,12 @@ def test_reproduced(tmp_path):
     assert lines[0] == "| variant | score | new | committed | conclusion |"
     conclusions = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in lines[2:]}
     assert conclusions == {
-        ("| stage1-form1", "fd"): ["12.4 [11.4, 13.4]", "10 [9, 11]", "reproduced (off by 24%) |"],
-        ("| stage1-form1", "hf_energy"): ["19.4 [18.4, 20.4]", "17 [16, 18]", "reproduced (off by 14%) |"],
-        ("| stage1-vae", "fd"): ["40 [39, 41]", "30 [29, 31]", "reproduced (off by 33%) |"],
-        ("| stage1-vae", "hf_energy"): ["47 [46, 48]", "37 [36, 38]", "reproduced (off by 27%) |"],
-        ("| bonus-latent", "fd"): ["10 [9, 11]", "", "nothing committed |"],
-        ("| bonus-latent", "hf_energy"): ["17 [16, 18]", "", "nothing committed |"]}
+        ("| stage1-form1", "fd"): ["12.4 [11.4, 13.4]", "10.0 [9.00, 11.0]", "reproduced (off by 24%) |"],
+        ("| stage1-form1", "hf_energy"): ["19.4 [18.4, 20.4]", "17.0 [16.0, 18.0]", "reproduced (off by 14%) |"],
+        ("| stage1-vae", "fd"): ["40.0 [39.0, 41.0]", "30.0 [29.0, 31.0]", "reproduced (off by 33%) |"],
+        ("| stage1-vae", "hf_energy"): ["47.0 [46.0, 48.0]", "37.0 [36.0, 38.0]", "reproduced (off by 27%) |"],
+        ("| bonus-latent", "fd"): ["10.0 [9.00, 11.0]", "", "nothing committed |"],
+        ("| bonus-latent", "hf_energy"): ["17.0 [16.0, 18.0]", "", "nothing committed |"]}
     committed = load(tmp_path / "three", *(metrics(seed=seed, distance=distance) for seed, distance in
                                            ((0, 10.0), (1, 13.0), (2, 100.0))))["shapes"]  # their mean is 41
     for k, (new, conclusion) in enumerate((
@@ -979,7 +983,8 @@ def test_collect_and_runs(project, capsys):
     report = (project / "runs" / "REPORT.md").read_text()
     assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", *ALL_TABLES]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
-    assert "| stage1-form1 | fd | 10 [9, 11] | 10 [9, 11] | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
+    fd = "10.0 [9.00, 11.0]"
+    assert f"| stage1-form1 | fd | {fd} | {fd} | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
     assert parts["questions"].strip() == final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert parts["claims"].strip() == final.table_claims(everything, final.every_claim(final.CLAIMS))
