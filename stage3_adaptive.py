@@ -468,7 +468,7 @@ def adaptivity(folder, state, model, setup):
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
-        adaptive_refinement  generated images, with steps that depend on s
+        adaptive_refinement  generated images, with steps of refinement that depend on s
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if
@@ -531,30 +531,41 @@ def cost(model, setup):
 
 
 def adaptive_refinement(model, uncertainty, setup):
-    """Scores of three sets of generated images. In each, the mean number of steps is two:
+    """Scores of six sets of generated images. Either all images get few steps, so few that one more or less can be seen
+    in the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
         shuffled_steps    the same, by the s of another image: a control
 
-    (Two are so few that one step more or less can be seen in the scores.) All images are refined once with each number
-    of steps, and the three sets are put together from these, so that an image has the same z and noise in all."""
+    or some images are not refined at all, which saves two thirds of the time:
+
+        all               as many steps as the run's samples have, for every image
+        unsure_only       as many for the third with the highest s; the others stay as the VAE has drawn them
+        shuffled_only     the same, by the s of another image: a control
+
+    All images are refined once with each number of steps, and the sets are put together from these, so that an image
+    has the same z and noise in all."""
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
     noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
+    full = setup.evaluation["sample_steps"]
     refined = {}  # by the number of steps: images (count, 3, H, W), uint8
-    for steps in (1, 2, 3):
-        _, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)  # z, and so s, is always the same
+    for steps in (1, 2, 3, full):  # z, and so x_hat and s, is always the same
+        refined[0], refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
 
-    def with_steps_by(uncertainties):
-        images = torch.empty_like(refined[2])
-        for third, steps in zip(uncertainties.argsort().tensor_split(3), (1, 2, 3), strict=True):
+    def by_thirds(uncertainties, steps_of_thirds):
+        images = torch.empty_like(refined[0])
+        for third, steps in zip(uncertainties.argsort().tensor_split(3), steps_of_thirds, strict=True):
             images[third] = refined[steps][third]
         return images
 
-    result = {"mean_steps": 2, "images": count}
-    sets = {"even": refined[2], "adaptive_steps": with_steps_by(s), "shuffled_steps": with_steps_by(s.roll(1))}
+    sets = {"even": refined[2], "adaptive_steps": by_thirds(s, (1, 2, 3)),
+            "shuffled_steps": by_thirds(s.roll(1), (1, 2, 3)),
+            "all": refined[full], "unsure_only": by_thirds(s, (0, 0, full)),
+            "shuffled_only": by_thirds(s.roll(1), (0, 0, full))}
+    result = {"images": count}
     for name, images in sets.items():
         scores = setup.score(images)
         result[name] = {setup.fd_key: scores[setup.fd_key],

@@ -364,26 +364,27 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
 def test_adaptive_refinement(monkeypatch):
     """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the
-    control: the s of the image before it), or 2 for all. z comes from the headline's prior."""
+    control: the s of the image before it), or 2 for all. Then 4 for all, or for the highest third alone, where the
+    others are x_hat. z comes from the headline's prior."""
     real, model, scored, of_real = images_of(20).images, planted_model(), [], []
-    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian"}, train={"seed": 3}, fd_key="fd",
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian", "sample_steps": 4}, train={"seed": 3}, fd_key="fd",
                             score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
     table = stage3.adaptive_refinement(model, first_of_z, setup)
     z = common.StandardNormal(8).sample(249, common.generator(85_003))
     rank = z[:, 0].argsort().argsort()  # of each image's s among all
-    assert list(table) == ["mean_steps", "images", "even", "adaptive_steps", "shuffled_steps"]
-    assert (table["mean_steps"], table["images"]) == (2, 249) and all(images is real for images in of_real)
-    refined = {}  # by the number of steps
-    for steps in (1, 2, 3):
+    assert table["images"] == 249 and all(images is real for images in of_real)
+    refined = {0: common.to_uint8(torch.cat([PLANTED.decoder(part) for part in z.split(100)]))}  # by number of steps
+    for steps in (1, 2, 3, 4):
         parts = [common.refine(model, PLANTED.decoder(part), part, common.generator(89_000 + 2 * i), "dpm", steps)
                  for i, part in enumerate(z.split(100))]
         refined[steps] = common.to_uint8(torch.cat(parts))
     own, other = rank // 83 + 1, rank.roll(1) // 83 + 1  # thirds have 83 images
-    ways = {"even": torch.full((249,), 2), "adaptive_steps": own, "shuffled_steps": other}
+    ways = {"even": torch.full((249,), 2), "adaptive_steps": own, "shuffled_steps": other,
+            "all": torch.full((249,), 4), "unsure_only": 4 * (own == 3), "shuffled_only": 4 * (other == 3)}
+    assert list(table) == ["images", *ways]
     for images, (name, steps) in zip(scored, ways.items(), strict=True):
-        assert int(steps.sum()) == 2 * 249
         assert torch.equal(images, torch.stack([refined[n][k] for k, n in enumerate(steps.tolist())]))
         assert table[name] == {"fd": score(images)["fd"], "hf_energy": {"value": images.float().var()}}
     assert not any(map(torch.equal, scored, scored[1:]))
