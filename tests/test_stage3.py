@@ -367,8 +367,8 @@ def test_adaptive_refinement(monkeypatch):
     control: the s of the image before it), or 2 for all. Then 4 for all, or for the highest third alone, where the
     others are x_hat. z comes from the headline's prior."""
     real, model, scored, of_real = images_of(20).images, planted_model(), [], []
-    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian", "sample_steps": 4}, train={"seed": 3}, fd_key="fd",
-                            score=lambda images: scored.append(images) or score(images),
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian", "sample_steps": 4}, train={"seed": 3},
+                            fd_key="fd", score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
     table = stage3.adaptive_refinement(model, first_of_z, setup)
