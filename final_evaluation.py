@@ -230,7 +230,9 @@ TABLES = {
     "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
                            "shapes/stage2-kendall shapes/stage2-bound",
                            "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
-    "conditioning": (" ".join(CONDITIONINGS), "fd; is; sure, refined; unsure, refined; spread, unsure"),
+    "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
+                "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
+    "conditioning": (" ".join(CONDITIONINGS), "fd; is; own s; spread, unsure; seconds with s; seconds without s"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -269,11 +271,7 @@ CHARTS_BELOW = {
     "recipe": (
         "recipe", "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one "
         "run each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
-        "refinement begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600."),
-    "steps by uncertainty": (
-        "steps", "The change of fd if images get one, two or three steps by how unsure the VAE is of them, against two "
-        "steps for all. Blue: by the image's own `s`; orange: by the `s` of another image. Lines are one standard "
-        "deviation over seeds; bars without one are single runs.")}
+        "refinement begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600.")}
 # The variants in README.md, in a table with a line for each and a column for each data set.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd is shown against noise on x_hat.
@@ -286,7 +284,7 @@ COSTS = ("stage1-uncond", "stage1-guided", "stage2-anneal", "stage3-flow-fixed",
 # all numbers of SUMMARY in a chart, with form1 as the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
-SUMMARY = ("fd", "is", "diversity", "hf_energy", "noise fd", "seconds")
+SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
 # in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
@@ -1110,8 +1108,7 @@ def chart_claims(everything):
 def chart_summary(everything):
     """All models by all criteria. Each data set has a panel, in which variants are lines and numbers are columns. A
     cell has the mean over seeds. Its colour is the change against form1 with the same seeds: blue is better, orange is
-    worse, and from a factor of two on the colour is full. There is none where neither lower nor higher is better, and
-    none for seconds, which were measured at different moments of a busy machine."""
+    worse, and from a factor of two on the colour is full. Where neither lower nor higher is better there is none."""
     colours = LinearSegmentedColormap.from_list("worse to better", ["#E69F00", "#FFFFFF", "#56B4E9"])
     everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
     if not everything:
@@ -1127,7 +1124,7 @@ def chart_summary(everything):
                     continue
                 change = compare_sides(results, (name, variant), (name, "stage1-form1"))
                 arrow = with_arrow(name).removeprefix(name).strip()
-                if change and arrow and name != "seconds":
+                if change and arrow:
                     doublings = change["log_ratio"] / math.log(2)
                     better[y][x] = doublings if arrow == "↑" else -doublings
                 mean = fid.rounded(statistics.mean(values.values()), 3)
@@ -1171,6 +1168,55 @@ def chart_noise(everything):
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="sd of the noise on x_hat", ylabel="fd")
     return with_legend(figure, axes)
+
+
+def chart_weights(everything):
+    """fd of joint training against the final weight of the refiner's loss, before refinement and after it. Lines join
+    the weights of `anneal`; a cross is `kendall`, at the weight that it has learned; dashed lines are stage 1. Bars are
+    one standard deviation over seeds."""
+    figure, axes = new_chart(len(everything), 3.4)
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        for name, label, colour in (("fd before", "before refinement", "#999999"), ("fd", "refined", "#D55E00")):
+            points = {"anneal": {}, "kendall": {}}  # {weight: values}
+            for variant, seeds in results.items():
+                weights, values = values_by_seed(seeds, "weight"), list(values_by_seed(seeds, name).values())
+                if weights and values and fits(dataset, variant, "stage2-anneal stage2-anneal-w* stage2-kendall"):
+                    points[variant.split("-")[1]][statistics.mean(weights.values())] = values
+            for loss, marker in (("anneal", "o"), ("kendall", "X")):
+                if points[loss]:
+                    xs = sorted(points[loss])
+                    means = [statistics.mean(points[loss][x]) for x in xs]
+                    sds = [sd_for_bar(points[loss][x]) for x in xs]
+                    axis.errorbar(xs, means, sds, color=colour, marker=marker, markersize=6, capsize=3,
+                                  label=f"{loss}, {label}")
+            baseline = values_by_seed(results.get("stage1-form1", {}), name)
+            if baseline and any(points.values()):
+                axis.axhline(statistics.mean(baseline.values()), color=colour, linestyle="--", linewidth=1.2,
+                             label=f"stage 1, {label}")
+        log_scale(axis, "xy")
+        axis.xaxis.set_major_locator(LogLocator())  # the labels of more ticks would overlap
+        axis.set(title=dataset, xlabel="final weight of the refiner's loss", ylabel="fd", xlim=(7e-4, 1.5))
+    return with_legend(figure, axes, 3)
+
+
+def chart_thirds(everything):
+    """The fd between reconstructions of held-out images and these images, by thirds of s: of the VAE's images, and of
+    those refined by `fixed` and by `film`. Bars: means over seeds; lines: one sd."""
+    figure, axes = new_chart(len(everything), 3)
+    shown = (("VAE", "stage3-flow-fixed", "#999999"), ("refined", "stage3-flow-fixed", LOOKS["stage3-flow-fixed"][0]),
+             ("refined", "stage3-flow-film", LOOKS["stage3-flow-film"][0]))
+    thirds = ("sure", "middle", "unsure")
+    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+        for k, (kind, variant, colour) in enumerate(shown):
+            label = "the VAE's" if kind == "VAE" else f"refined by {variant.rsplit('-', 1)[1]}"
+            for x, third in enumerate(thirds):
+                values = list(values_by_seed(results.get(variant, {}), f"{third}, {kind}").values())
+                if values:
+                    axis.bar(x + 0.27 * (k - 1), statistics.mean(values), 0.27, color=colour, label=label, capsize=3,
+                             yerr=sd_for_bar(values))
+        axis.set_xticks(range(len(thirds)), thirds)
+        axis.set(title=dataset, ylabel="fd to the images")
+    return with_legend(figure, axes, 3)
 
 
 def chart_steps(everything):
@@ -1253,7 +1299,8 @@ def chart_recipe(everything):
 
 # Their files are results/figures/NAME.png.
 CHARTS = {"claims": chart_claims, "summary": chart_summary, "cost": chart_cost, "noise": chart_noise,
-          "priors": chart_priors, "recipe": chart_recipe, "steps": chart_steps}
+          "weights": chart_weights, "priors": chart_priors, "thirds": chart_thirds, "steps": chart_steps,
+          "recipe": chart_recipe}
 
 
 def texts_beside(folder):

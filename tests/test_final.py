@@ -732,12 +732,12 @@ def test_chart_of_noise(tmp_path):
 
 def test_chart_of_all_criteria(tmp_path):
     """Cells hold means over seeds. Colours are log ratios to form1 over equal seeds, in doublings, positive where a
-    number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Seconds are
-    those of the first seed, without a colour. Numbers that a run lacks leave their cells empty, and so does noise on
-    the latent model's latent. A data set without form1 has no panel."""
+    number is better. fd is lower is better, the Inception Score higher is better, and detail is neither. Numbers that
+    a run lacks leave their cells empty, and so does noise on the latent model's latent. A data set without form1 has no
+    panel."""
     anneal = [metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 7, 30.0)]
     latent = metrics("bonus-latent")
-    del anneal[0]["tables"]["robustness"], latent["rows"][0]["seconds_per_image"]
+    del anneal[0]["tables"]["robustness"], latent["rows"][0]["hf_energy"]
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=50.0), *anneal, metrics("stage2-sum"),
                       latent, metrics("stage2-anneal", dataset="cifar10"),
                       metrics(dataset="celeba64"))
@@ -748,13 +748,13 @@ def test_chart_of_all_criteria(tmp_path):
     x = final.SUMMARY.index
     texts = {tuple(text.get_position()): text.get_text() for text in shapes.texts}
     assert texts[x("fd"), 0] == "30.0" and texts[x("fd"), 1] == "25.0"
-    assert texts[x("noise fd"), 1] == "60.0" and texts[x("seconds"), 1] == "20.5" and (x("seconds"), 2) not in texts
+    assert texts[x("noise fd"), 1] == "60.0" and (x("hf_energy"), 2) not in texts
     assert texts[x("fd"), 2] == "10.0" and (x("noise fd"), 2) not in texts
     baseline, joint, _ = shapes.images[0].get_array()
     assert not baseline.any() and joint[x("fd")] == pytest.approx(-1)  # 20 with seed 0, where form1 has 10
     shift = SCORES.index("is_local")
     assert joint[x("is")] == pytest.approx(math.log2((20 + shift) / (10 + shift)))
-    assert joint[x("hf_energy")] == joint[x("noise fd")] == joint[x("seconds")] == 0  # of noise fd, no seed has both
+    assert joint[x("hf_energy")] == joint[x("noise fd")] == 0  # neither is better; no seed has both
 
 
 def test_a_long_table_has_its_chart(tmp_path):
@@ -833,6 +833,54 @@ def test_chart_of_claims(tmp_path):
               if list(line.get_ydata()) == [-0.25]]
     changes = final.test_together(final.load_all((tmp_path / "weak").glob(RESULTS))["shapes"], final.PRIMARY_CLAIMS)
     assert p < 0.001 and changes[0]["p"] < 0.05 < changes[0]["adjusted"] and filled == [False]
+
+
+def test_chart_of_weights(tmp_path):
+    """Means and sds over seeds: of anneal by its weights, of kendall at the mean of those that it has learned. Other
+    runs of joint training, such as that of another setting, have no point. Dashed lines: form1."""
+    runs = [metrics("stage1-form1", seed, fd) for seed, fd in ((0, 10.0), (1, 20.0))]
+    for variant, seed, fd, weight in (
+            ("stage2-anneal", 0, 4.0, 0.03), ("stage2-anneal", 1, 6.0, 0.03), ("stage2-anneal-w0.1", 0, 7.0, 0.1),
+            ("stage2-kendall", 0, 8.0, 0.01), ("stage2-kendall", 1, 9.0, 0.02), ("stage2-sum", 0, 1.0, 0.03),
+            ("stage2-anneal-grad-none", 0, 1.0, 0.0), ("stage2-anneal-vae_clip=0", 0, 1.0, 0.03)):
+        changed = {"train": {"vae_clip": 0}} if "=" in variant else {}
+        runs.append(metrics(variant, seed, fd, **changed))
+        runs[-1]["tables"]["training"] = {"weight": weight}
+    for found in runs:
+        found["tables"]["before_refinement"] = {"fd_local": score(10 * found["rows"][0]["fd_local"]["value"])}
+    axis, = final.chart_weights(load(tmp_path, *runs)).axes
+    for label, factor in (("refined", 1), ("before refinement", 10)):
+        lines = lines_of(axis)
+        assert lines[f"anneal, {label}"] == (
+            [0.03, 0.1], pytest.approx([5 * factor, 7 * factor]), [pytest.approx(2**0.5 * factor), None])
+        assert lines[f"kendall, {label}"] == (
+            [pytest.approx(0.015)], pytest.approx([8.5 * factor]), [pytest.approx(0.5**0.5 * factor)])
+        baseline, = (line for line in axis.lines if line.get_label() == f"stage 1, {label}")
+        assert {*baseline.get_ydata()} == {15 * factor} and baseline.get_linestyle() == "--"
+    assert len(lines) == 4
+
+
+def test_chart_of_thirds(tmp_path):
+    """The VAE's reconstructions are those of `fixed`, which `film` shares. Means and sds over seeds."""
+    runs = []
+    for variant, seed, fd in (("stage3-flow-fixed", 0, 10), ("stage3-flow-fixed", 1, 14), ("stage3-flow-film", 0, 20)):
+        found = metrics(variant, seed)
+        found["tables"]["adaptivity"] = {"terciles": {"images": 50, **{
+            name: {"vae": {"fd_to_originals": fd + k}, "refined": {"fd_to_originals": fd + k + 5}}
+            for k, name in enumerate(("sure", "middle", "unsure"))}}}
+        runs.append(found)
+    axis, = final.chart_thirds(load(tmp_path, *runs)).axes
+    bars = [box for box in axis.containers if hasattr(box, "patches")]
+    heights = {}  # by label, from sure to unsure
+    for bar in bars:
+        patch, = bar.patches
+        heights.setdefault(bar.get_label(), []).append((patch.get_x() + patch.get_width() / 2, patch.get_height()))
+    assert heights == {
+        "the VAE's": [(pytest.approx(k - 0.27), 12 + k) for k in range(3)],
+        "refined by fixed": [(pytest.approx(k), 17 + k) for k in range(3)],
+        "refined by film": [(pytest.approx(k + 0.27), 25 + k) for k in range(3)]}
+    (_, low), (_, top) = bars[0].errorbar.lines[2][0].get_segments()[0]
+    assert (top - low) / 2 == pytest.approx(8**0.5)  # of 10 and 14
 
 
 def test_chart_of_steps(tmp_path):
