@@ -1237,6 +1237,9 @@ def test_comparisons_with_the_repeated_baseline():
     assert "`form1` that it guides by {}, {} and {} (three seeds; significant".format(*lower) in text
     assert f"p is {guided['p']:.0%}, exploratory)" in text and guided["p"] < 0.05
     assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == "-17%"
+    free = compared("noise fd", "stage2-anneal-grad-none")
+    assert f"noise fd of `grad-none` is {-math.expm1(free['log_ratio']):.0%} lower (significant)" in text
+    assert free["p"] < 0.05
     fd, noise_fd = compared("fd", "stage1-augmented"), compared("noise fd", "stage1-augmented")
     assert f"is {math.expm1(fd['log_ratio']):.0%} higher (not significant)" in text and fd["p"] > 0.05
     assert f"noise fd {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant)" in text and noise_fd["p"] < 0.05
