@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 import common
 import final_evaluation as final
 
-README, REPORT = ((final.ROOT / name).read_text() for name in ("README.md", "REPORT.md"))
+README, REPORT = ((final.ROOT / name).read_text("utf-8") for name in ("README.md", "REPORT.md"))
 CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
 ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
 ALL_TABLES = ["data", "variants", "overview", "quality", *final.TABLES, "questions",
@@ -547,7 +547,7 @@ def test_the_order_of_tables(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path, capsys):
     path, = save(tmp_path, metrics())
-    for text in (path.read_text()[:100], "{}", json.dumps(metrics() | {"rows": []})):
+    for text in (path.read_text("utf-8")[:100], "{}", json.dumps(metrics() | {"rows": []})):
         path.write_text(text)
         expect_error(capsys, lambda: final.load_all([path]), "stage1-form1-s0.json: damaged")
 
@@ -1007,7 +1007,8 @@ def test_collect_and_runs(project, capsys):
     without_pictures = save_run(project, dataset="celeba64")
     for picture in project.glob("runs/celeba64-cpu/*/*.png"):
         picture.unlink()
-    (project / "README.md").write_text((project / "README.md").read_text() + "![](results/figures/celeba64-sheet.png)")
+    readme = project / "README.md"
+    readme.write_text(readme.read_text("utf-8") + "![](results/figures/celeba64-sheet.png)")
     final.main(["--collect", without_pictures])
     assert capsys.readouterr().out == f"written: {project / 'results' / 'celeba64' / 'stage1-form1-s0.json'}\n"
     shutil.rmtree(project / "results" / "celeba64")
@@ -1028,7 +1029,7 @@ def test_collect_and_runs(project, capsys):
     assert Image.open(home / "figures" / "shapes-sheet.png").size == (30, 80)
     save_run(project, budget="smoke")  # passed over: it cannot be compared
     final.main(["--runs", str(project / "runs"), "--results", str(home)])
-    report = (project / "runs" / "REPORT.md").read_text()
+    report = (project / "runs" / "REPORT.md").read_text("utf-8")
     assert re.findall("## (.*)", report) == ["reproduced: shapes", "reproduced: cifar10", *ALL_TABLES]
     parts = dict(part.split("\n\n", 1) for part in report.split("## ")[1:])
     fd = "10.0 [9.00, 11.0]"
@@ -1118,11 +1119,11 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     save(project / "results", metrics(), metrics(dataset="photos", crop="centre"))
     (project / "README.md").write_text("<!-- table steps -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
     final.main([])
-    text = "".join(path.read_text() for path in (project / "README.md", project / "results" / "TABLES.md"))
+    text = "".join(path.read_text("utf-8") for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes stage1-form1" in text and "photos" not in text
     assert not [*project.glob("results/figures/photos*")]
     final.main(["--runs", str(project / "runs")])
-    assert "photos stage1-form1" in (project / "runs" / "REPORT.md").read_text()
+    assert "photos stage1-form1" in (project / "runs" / "REPORT.md").read_text("utf-8")
 
 
 def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
@@ -1140,10 +1141,10 @@ def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
     save(tmp_path / "other" / "results", *runs, metrics("stage1-vae"))
     results = tmp_path / "other" / "results"
     final.main(["--results", str(results)])
-    assert {path.name: path.read_text() for path in (tmp_path / "repository").iterdir()} == {
+    assert {path.name: path.read_text("utf-8") for path in (tmp_path / "repository").iterdir()} == {
         "README.md": marked, "REPORT.md": marked}
     claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.every_claim(final.CLAIMS))
-    assert (tmp_path / "other" / "README.md").read_text() == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
+    assert (tmp_path / "other" / "README.md").read_text("utf-8") == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
     charts = [results / "figures" / f"{name}.png" for name in ("claims", "summary", "cost", "noise")]
     assert capsys.readouterr().out.splitlines()[-1] == " ".join(
         map(str, ["written:", tmp_path / "other" / "README.md", results / "TABLES.md", *charts]))
@@ -1205,10 +1206,10 @@ def test_an_edited_cell_is_noticed(name, tmp_path, monkeypatch):
     for text in ("README.md", "REPORT.md"):
         shutil.copy(final.ROOT / text, tmp_path / text)
     shutil.copytree(final.ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.pt"))
-    edited, count = re.subn(r"\| \d\.\d+ ± ", "| 5.679 ± ", (tmp_path / name).read_text(), count=1)
-    (tmp_path / name).write_text(edited)
+    edited, count = re.subn(r"\| \d\.\d+ ± ", "| 5.679 ± ", (tmp_path / name).read_text("utf-8"), count=1)
+    (tmp_path / name).write_text(edited, "utf-8")
     monkeypatch.setattr(final, "ROOT", tmp_path)
-    assert count == 1 and check() == 1 and (tmp_path / name).read_text() == edited
+    assert count == 1 and check() == 1 and (tmp_path / name).read_text("utf-8") == edited
 
 
 def test_no_decimal_is_typed():
@@ -1221,7 +1222,7 @@ def test_no_decimal_is_typed():
 def test_the_settings_stand_where_tables_say():
     """In the table of the data, which REPORT.md and TABLES.md show."""
     assert "see the table **data**" in final.SETTINGS and "<!-- table data -->" in REPORT
-    assert "\n## data\n" in (final.ROOT / "results" / "TABLES.md").read_text()
+    assert "\n## data\n" in (final.ROOT / "results" / "TABLES.md").read_text("utf-8")
 
 
 def test_comparisons_with_the_repeated_baseline():
@@ -1279,7 +1280,7 @@ def test_charts_of_the_results():
 def test_pictures():
     """Every picture that a text shows is there, and every picture that is there is shown. Together they have at most
     7 MB, and none shows real images, except of shapes."""
-    tables = (final.ROOT / "results" / "TABLES.md").read_text().replace("](figures/", "](results/figures/")
+    tables = (final.ROOT / "results" / "TABLES.md").read_text("utf-8").replace("](figures/", "](results/figures/")
     shown = {*PICTURE.findall(README), *PICTURE.findall(REPORT), *PICTURE.findall(tables)}
     committed = {path.relative_to(final.ROOT).as_posix() for path in final.ROOT.glob("results/**/*.png")}
     assert shown == committed
