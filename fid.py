@@ -758,11 +758,15 @@ def measure_samples(folder, model, setup):
     if both:
         tables["before_refinement"] = setup.score(x_hat) | {"hf_energy": hf_energy(x_hat, setup.test.images)}
         draw_trajectory(folder, model, prior, setup)
-    rows = [row]
+    rows, pictures = [row], {prior: images_of_headline[:12]}
     for other in model.priors:
         if other != prior:
             count = evaluation["count" if model.denoiser_for is None else "grid_count"]  # a VAE alone is fast
-            rows.append(draw_and_score(other, sampler, steps, count, 0.0)[0])
+            row, _, images = draw_and_score(other, sampler, steps, count, 0.0)
+            rows.append(row)
+            pictures[other] = images[:12]
+    if len(pictures) > 1:
+        common.save_grid(folder / "priors.png", pictures)
     if model.denoiser_for is not None:
         pictures = {}
         for name, n in evaluation["grid"]:

@@ -56,6 +56,8 @@ SHEETS = {
     # of stage 3, so only the first strip shows them.
     "conditionings": [(CONDITIONINGS[0], "uncertainty", 0, 1)] + [
         (variant, "uncertainty", 2 / 3, 1) for variant in CONDITIONINGS[1:]],
+    # Images that the VAE of stage 3 draws from codes of each prior.
+    "priors": [("stage3-vae-flow", "priors", 0, 1)],
     # The real images are the same for all variants.
     "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)],
     # The last two of the eight rows are x_hat with the strongest noise, and its refined image. `form1` and `augmented`
