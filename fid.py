@@ -758,15 +758,15 @@ def measure_samples(folder, model, setup):
     if both:
         tables["before_refinement"] = setup.score(x_hat) | {"hf_energy": hf_energy(x_hat, setup.test.images)}
         draw_trajectory(folder, model, prior, setup)
-    rows, pictures = [row], {prior: images_of_headline[:12]}
+    rows, by_prior = [row], {prior: images_of_headline[:12]}
     for other in model.priors:
         if other != prior:
             count = evaluation["count" if model.denoiser_for is None else "grid_count"]  # a VAE alone is fast
             row, _, images = draw_and_score(other, sampler, steps, count, 0.0)
             rows.append(row)
-            pictures[other] = images[:12]
-    if len(pictures) > 1:
-        common.save_grid(folder / "priors.png", pictures)
+            by_prior[other] = images[:12]
+    if len(by_prior) > 1:
+        common.save_grid(folder / "priors.png", by_prior)
     if model.denoiser_for is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
@@ -1002,10 +1002,11 @@ def bits_per_dim(model, latent_prior, setup):
 
 
 def rounded(x, digits):
-    """A number as text with this many significant digits: 2.5 becomes 2.50. A larger one keeps all digits before the
-    point: 1,234."""
-    # The # keeps zeros at the end.
-    return f"{x:#.{digits}g}".rstrip(".") if abs(x) < 10**digits - 0.5 else f"{x:,.0f}"
+    """A number as text with so many significant digits: with 3, 2.5 becomes 2.50. No digit before the point is lost:
+    1234.5 becomes 1,234."""
+    if abs(x) >= 10**digits - 0.5:
+        return f"{x:,.0f}"
+    return f"{x:#.{digits}g}".rstrip(".")  # the # keeps zeros at the end, and the point of "250."
 
 
 def show(score):

@@ -3,7 +3,7 @@
 Two hypotheses. First, the codes of a trained VAE do not follow N(0, I), so codes drawn from N(0, I) are unlike those
 that the decoder was trained on. A normalising flow (RealNVP, Dinh et al. 2017) can learn their distribution and be the
 prior instead. Second, where the VAE is unsure its x_hat is misleading. There the refiner should rely less on x_hat, and
-it might take more steps.
+it may need more steps, or be needed only there.
 
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|.
@@ -468,7 +468,7 @@ def adaptivity(folder, state, model, setup):
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
-        adaptive_refinement  generated images, with steps of refinement that depend on s
+        adaptive_refinement  generated images, whose number of steps depends on s (0 for some)
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if
@@ -531,18 +531,19 @@ def cost(model, setup):
 
 
 def adaptive_refinement(model, uncertainty, setup):
-    """Scores of six sets of generated images. Either all images get few steps, so few that one more or less can be seen
-    in the scores:
+    """Does it pay to let s decide how much an image is refined? Scores of six sets of generated images. In the first
+    three an image gets two steps on average, so few that one more or less can be seen in the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
         shuffled_steps    the same, by the s of another image: a control
 
-    or some images are not refined at all, which saves two thirds of the time:
+    The next one has as many steps as other probes. In the last two, only a third of the images is refined at all, which
+    saves two thirds of the time of refinement:
 
-        all               as many steps as the run's samples have, for every image
-        unsure_only       as many for the third with the highest s; the others stay as the VAE has drawn them
-        shuffled_only     the same, by the s of another image: a control
+        all               every image is refined
+        unsure_third      only the third with the highest s; the others stay x_hat
+        shuffled_third    the same, by the s of another image: a control
 
     All images are refined once with each number of steps, and the sets are put together from these, so that an image
     has the same z and noise in all."""
@@ -550,9 +551,10 @@ def adaptive_refinement(model, uncertainty, setup):
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[setup.evaluation["prior"]].sample(count, gen)
     noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
-    full = setup.evaluation["sample_steps"]
-    refined = {}  # by the number of steps: images (count, 3, H, W), uint8
-    for steps in (1, 2, 3, full):  # z, and so x_hat and s, is always the same
+    full = setup.evaluation["probe_steps"]
+    refined = {}  # by the number of steps: images (count, 3, H, W), uint8; with 0 steps they are x_hat
+    for steps in sorted({1, 2, 3, full}):
+        # z is the same each time, and so are x_hat and s.
         refined[0], refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
 
     def by_thirds(uncertainties, steps_of_thirds):
@@ -561,10 +563,10 @@ def adaptive_refinement(model, uncertainty, setup):
             images[third] = refined[steps][third]
         return images
 
+    other_s = s.roll(1)
     sets = {"even": refined[2], "adaptive_steps": by_thirds(s, (1, 2, 3)),
-            "shuffled_steps": by_thirds(s.roll(1), (1, 2, 3)),
-            "all": refined[full], "unsure_only": by_thirds(s, (0, 0, full)),
-            "shuffled_only": by_thirds(s.roll(1), (0, 0, full))}
+            "shuffled_steps": by_thirds(other_s, (1, 2, 3)), "all": refined[full],
+            "unsure_third": by_thirds(s, (0, 0, full)), "shuffled_third": by_thirds(other_s, (0, 0, full))}
     result = {"images": count}
     for name, images in sets.items():
         scores = setup.score(images)

@@ -31,14 +31,14 @@ import stage1_baseline as stage1
 
 FLAGS = {"stage1": ["--variant", "all"], "stage2": [], "stage3": [], "bonus": []}
 BASE = {"samples", "training"}
-VAE, DIFFUSION = BASE | {"robustness", "reconstructions"}, BASE | {"steps", "copies"}
+VAE, DIFFUSION = BASE | {"robustness", "reconstructions", "priors"}, BASE | {"steps", "copies"}
 REFINER = VAE | DIFFUSION | {"trajectory"}
 FIGURES = {  # of each variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": DIFFUSION, "stage1-form1": REFINER, "stage1-form2": REFINER,
                "stage1-guided": REFINER, "stage1-augmented": REFINER},
     "stage2": {"stage2-anneal": REFINER | {"interpolation", "paths"}},
     "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": REFINER | {"uncertainty"}},
-    "bonus": {"bonus-latent": VAE | DIFFUSION}}
+    "bonus": {"bonus-latent": (VAE | DIFFUSION) - {"priors"}}}  # it has no prior over codes
 every_stage = pytest.mark.parametrize("name", COMMANDS)
 SMALLEST = {"count": 16, "batch": 16, "grid_count": 16}
 few_shapes, smoke_budget = functools.cache(small_shapes), common.budget
@@ -305,7 +305,7 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert set(controls) == {"images", "true", "shuffled"}
         assert set(tables["adaptivity"]["terciles"]) == {"images", "sure", "middle", "unsure"}
         assert set(tables["adaptivity"]["adaptive_refinement"]) == {
-            "images", "even", "adaptive_steps", "shuffled_steps", "all", "unsure_only", "shuffled_only"}
+            "images", "even", "adaptive_steps", "shuffled_steps", "all", "unsure_third", "shuffled_third"}
         assert tables["bits_per_dim"]["bound"]["value"] > 0
         assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
         if variant == "stage3-flow-fixed":

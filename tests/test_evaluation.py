@@ -320,12 +320,12 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     assert tables["before_refinement"] == brightness(x_hat) | {"hf_energy": fid.hf_energy(x_hat, setup.test.images)}
     assert pictures["samples.png"] == {f"{name} {i}": level for i in range(3) for name, level in (
         ("VAE", 1), ("refined", 101))}
-    assert pictures["steps.png"] == {"dpm 2": 103} and pictures["priors.png"] == {"gmm": 101, "gaussian": 102}
+    assert pictures["steps.png"] == {"dpm 2": 103} and pictures.pop("priors.png") == {"gmm": 101, "gaussian": 102}
     model, setup, drawn = stub_samples(monkeypatch, changes, denoiser_for=None)  # a VAE alone
     rows, tables = fid.measure_samples(tmp_path, model, setup)
     assert drawn[:3] == [("gmm", "none", 0, 50, 0.0), ("gaussian", "none", 0, 50, 0.0), ("gmm", "none", 0, 20, 0.0)]
     assert len(rows) == 2 and tables.keys() == {"robustness"} and pictures["samples.png"]["form1 0"] == 101
-    del pictures["priors.png"]
+    assert pictures.pop("priors.png") == {"gmm": 101, "gaussian": 102}
     model, setup, drawn = stub_samples(monkeypatch, changes, vae=None, priors={})  # diffusion alone
     rows, tables = fid.measure_samples(tmp_path, model, setup)
     assert [how[:4] for how in drawn] == [("none", "ddim", 8, 50), ("none", "dpm", 2, 20)]
