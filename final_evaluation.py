@@ -36,6 +36,8 @@ VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-",
 # The variants that are compared with each other most often: in README.md and in a picture of samples.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
                  "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
+# These refine the same images as the variant before them.
+SAME_X_HAT = ("stage1-guided", "stage3-flow-film")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
 CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
@@ -48,16 +50,13 @@ FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "co
 # is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
 # columns, if it has some. TITLES says how many pixels high these are.
 SHEETS = {
-    # The first 12 of 36 samples: a row of the VAE's images and one of refined ones. `guided` refines the same images as
-    # `form1`, and `film` the same as `fixed`, so only their second row is shown.
-    "sheet": [(variant, "samples", 1 / 6 if variant in ("stage1-guided", "stage3-flow-film") else 0, 1 / 3)
-              for variant in MAIN_VARIANTS],
+    # The first 12 of 36 samples: the VAE's images and below them the refined ones; of SAME_X_HAT, and of models without
+    # x_hat, one row.
+    "sheet": [(variant, "samples", 1 / 6 if variant in SAME_X_HAT else 0, 1 / 3) for variant in MAIN_VARIANTS],
     # The rows of these pictures are: real images, the VAE's, refined ones. The first two are the same for all variants
     # of stage 3, so only the first strip shows them.
     "conditionings": [(CONDITIONINGS[0], "uncertainty", 0, 1)] + [
         (variant, "uncertainty", 2 / 3, 1) for variant in CONDITIONINGS[1:]],
-    # Images that the VAE of stage 3 draws from codes of each prior.
-    "priors": [("stage3-vae-flow", "priors", 0, 1)],
     # The real images are the same for all variants.
     "reconstructions": [("stage1-form1", "reconstructions", 0, 1), ("stage2-anneal", "reconstructions", 1 / 3, 1)],
     # The last two of the eight rows are x_hat with the strongest noise, and its refined image. `form1` and `augmented`
@@ -268,22 +267,22 @@ TABLES = {
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent",
                          "fd; is; precision; diversity; ceiling; memory, MB; memory, MB, pixels")}
-# Tables below which TABLES.md shows a chart: its name, and its caption. (REPORT.md shows the other charts.)
-CHARTS_BELOW = {
-    "recipe": (
-        "recipe", "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one "
-        "run each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
-        "refinement begins with pure noise; with `unet_steps=450`, the refiner is trained for 450 steps, not 600.")}
-# The variants in README.md, in a table with a line for each and a column for each data set.
+# Tables below which TABLES.md shows the chart of the same name: its caption. (REPORT.md shows the other charts.)
+CAPTIONS = {
+    "recipe": "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one run "
+              "each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
+              "refinement begins with pure noise; with `unet_steps=450`, the refiner has 450 training steps, not 600."}
+# The variants in README.md, in a table with a line for each and a column for each data set. Below them is a line for
+# real images.
 OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd is shown against noise on x_hat.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
-# Those whose fd is shown against the cost of sampling. (That of the others is about the same as that of one of these.)
-# The last one is drawn above the others.
+# The variants in the chart of fd against the cost of sampling: the main ones without `kendall` and `film`, whose lines
+# would hide those of `anneal` and `fixed`. The last one is drawn above the others.
 COSTS = ("stage1-uncond", "stage1-guided", "stage2-anneal", "stage3-flow-fixed", "bonus-latent", "stage1-form1")
-# Those that are compared by all criteria: their fd and Inception Score in a table, with the data sets side by side, and
-# all numbers of SUMMARY in a chart, with form1 as the baseline.
+# The variants that are compared by all criteria: their fd and Inception Score in a table, in which the data sets stand
+# side by side, and all numbers of SUMMARY in a chart, with form1 as the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
@@ -408,9 +407,9 @@ FURTHER_CLAIMS = {
         ("What does latent diffusion do to the Inception Score?", ("is", "bonus-latent"), ("is", "stage1-form1")),
         ("What does latent diffusion do to diversity?", ("diversity", "bonus-latent"), ("diversity", "stage1-form1"))]}
 
-# The colour and the marker of a variant, the same in all charts. Colour-blind readers can tell the colours apart: they
-# are those of Okabe and Ito (2008), "Color Universal Design", with grey, a dark brown, and the wine red, the sand and
-# the indigo of Tol (2021), "Colour Schemes".
+# The colour and the marker of a variant, the same in all charts whose colours stand for variants. Colour-blind readers
+# can tell the colours apart: they are those of Okabe and Ito (2008), "Color Universal Design", with grey, a dark brown,
+# and the wine red, the sand and the indigo of Tol (2021), "Colour Schemes".
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
@@ -608,7 +607,7 @@ def mean_and_sd(values):
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
     if sd <= 1e-9 * abs(mean):  # they differ by rounding alone, or there is only one
-        return f"{mean:.3g}" if abs(mean) < 999.5 else f"{mean:,.0f}"
+        return f"{mean:,}" if isinstance(mean, int) else fid.rounded(mean, 3)  # evaluations are whole numbers
     return f"{fid.rounded(mean, 3)} ± {fid.rounded(sd, 2)}"
 
 
@@ -805,6 +804,12 @@ def a_run_of(results):
     return next(iter(results[variant].values()))
 
 
+def floor_of(results):
+    """The fd of held-out real images, as text, from some run of a data set."""
+    metrics = a_run_of(results)
+    return cell({metrics["run"]["seed"]: metrics}, "floor")
+
+
 def start_noise_of(run):
     """The standard deviation of the noise from which refinement began, as text, if it was not 1."""
     temperature = run["eval"]["temperature"]
@@ -831,7 +836,7 @@ def table_data(everything):
                  f"{train['batch']} images")
         samples = f"{metrics['rows'][0]['n_generated']:,}{start_noise_of(run)}"
         rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, str(run["eval"]["grid_count"]),
-                     f"`{run['features']}`", cell({run["seed"]: metrics}, "floor")])
+                     f"`{run['features']}`", floor_of(results)])
     return markdown(["data set", "training images", "budget: training of VAE and refiner", "samples",
                      "samples, side measurements", "feature network", with_arrow("floor")], rows)
 
@@ -907,14 +912,14 @@ def with_arrow(name):
 
 
 def table_overview(everything):
-    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set. README.md does not show the
-    table of the data, so the settings stand below this one."""
+    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set; then one for real images.
+    README.md does not show the table of the data, so the settings stand below this one."""
     rows = []
     for variant in OVERVIEW:
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
-    floors = [cell({0: a_run_of(results)}, "floor") for results in everything.values()]
-    rows.append(["real images", "held-out ones: about the best that a model can reach", *floors])
+    rows.append(["real images", "held-out ones: about the best that a model can reach",
+                 *map(floor_of, everything.values())])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
     settings = [describe_data(*item) for item in everything.items()]
     return with_note(table, ["fd"], " ".join(settings))
@@ -991,9 +996,8 @@ def long_tables(everything, tables):
              "variant, except for this setting. The JSON file of each run holds more numbers."]
     for name, table in tables.items():
         parts += [f"## {name}", table]
-        chart, caption = CHARTS_BELOW.get(name, (None, None))
-        if chart and CHARTS[chart](everything):  # it may have nothing to show
-            parts += [f"![{chart}](figures/{chart}.png)", f"*{caption}*"]
+        if name in CAPTIONS and CHARTS[name](everything):  # the chart may have nothing to show
+            parts += [f"![{name}](figures/{name}.png)", f"*{CAPTIONS[name]}*"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -1024,6 +1028,13 @@ def log_scale(axis, names):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
         scale.set_major_formatter("{x:g}")
         scale.set_minor_formatter(NullFormatter())
+
+
+def share_limits(axes, name):
+    """Give all axes the same range of x or y: the smallest that shows everything."""
+    limits = [getattr(axis, f"get_{name}lim")() for axis in axes]
+    for axis in axes:
+        axis.set(**{f"{name}lim": (min(low for low, _ in limits), max(high for _, high in limits))})
 
 
 def sd_for_bar(values):
@@ -1173,17 +1184,21 @@ def chart_noise(everything):
 
 
 def chart_weights(everything):
-    """fd of joint training against the final weight of the refiner's loss, before refinement and after it. Lines join
-    the weights of `anneal`; a cross is `kendall`, at the weight that it has learned; dashed lines are stage 1. Bars are
-    one standard deviation over seeds."""
+    """fd of joint training by the final weight of the refiner's loss, divided by that of stage 1 with the same seed:
+    before refinement and after it. Lines join the weights of `anneal`; a cross is `kendall`, at the weight that it has
+    learned. Points: means over seeds; bars: one sd."""
     figure, axes = new_chart(len(everything), 3.4)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for name, label, colour in (("fd before", "before refinement", "#999999"), ("fd", "refined", "#D55E00")):
-            points = {"anneal": {}, "kendall": {}}  # {weight: values}
+            points = {"anneal": {}, "kendall": {}}  # {weight: ratios}
             for variant, seeds in results.items():
-                weights, values = values_by_seed(seeds, "weight"), list(values_by_seed(seeds, name).values())
-                if weights and values and fits(dataset, variant, "stage2-anneal stage2-anneal-w* stage2-kendall"):
-                    points[variant.split("-")[1]][statistics.mean(weights.values())] = values
+                # Not those with another --gradient or --from-vae, whose names go on: stage2-anneal-w0.1-grad-none.
+                loss = re.fullmatch(r"stage2-(anneal|kendall)(-w[\d.e+-]+)?", variant)
+                weights = values_by_seed(seeds, "weight").values()
+                change = compare_sides(results, (name, variant), (name, "stage1-form1"))
+                if loss and change and weights and min(weights) > 0:
+                    ratios = [ours / theirs for ours, theirs in zip(change["ours"], change["theirs"], strict=True)]
+                    points[loss[1]][statistics.mean(weights)] = ratios
             for loss, marker in (("anneal", "o"), ("kendall", "X")):
                 if points[loss]:
                     xs = sorted(points[loss])
@@ -1191,33 +1206,33 @@ def chart_weights(everything):
                     sds = [sd_for_bar(points[loss][x]) for x in xs]
                     axis.errorbar(xs, means, sds, color=colour, marker=marker, markersize=6, capsize=3,
                                   label=f"{loss}, {label}")
-            baseline = values_by_seed(results.get("stage1-form1", {}), name)
-            if baseline and any(points.values()):
-                axis.axhline(statistics.mean(baseline.values()), color=colour, linestyle="--", linewidth=1.2,
-                             label=f"stage 1, {label}")
+        axis.axhline(1, color="black", linewidth=1)
         log_scale(axis, "xy")
         axis.xaxis.set_major_locator(LogLocator())  # the labels of more ticks would overlap
-        axis.set(title=dataset, xlabel="final weight of the refiner's loss", ylabel="fd", xlim=(7e-4, 1.5))
-    return with_legend(figure, axes, 3)
+        axis.set(title=dataset, xlabel="final weight of the refiner's loss", ylabel="fd / fd of stage 1")
+    share_limits(axes, "x")
+    share_limits(axes, "y")
+    return with_legend(figure, axes)
 
 
 def chart_thirds(everything):
     """The fd between reconstructions of held-out images and these images, by thirds of s: of the VAE's images, and of
     those refined by `fixed` and by `film`. Bars: means over seeds; lines: one sd."""
     figure, axes = new_chart(len(everything), 3)
-    shown = (("VAE", "stage3-flow-fixed", "#999999"), ("refined", "stage3-flow-fixed", LOOKS["stage3-flow-fixed"][0]),
-             ("refined", "stage3-flow-film", LOOKS["stage3-flow-film"][0]))
-    thirds = ("sure", "middle", "unsure")
+    # x_hat is the same for all conditionings; that in the run of `fixed` is taken.
+    shown = (("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0]),
+             ("refined", "stage3-flow-fixed", "refined by fixed", LOOKS["stage3-flow-fixed"][0]),
+             ("refined", "stage3-flow-film", "refined by film", LOOKS["stage3-flow-film"][0]))
+    thirds, width = ("sure", "middle", "unsure"), 0.27
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for k, (kind, variant, colour) in enumerate(shown):
-            label = "the VAE's" if kind == "VAE" else f"refined by {variant.rsplit('-', 1)[1]}"
+        for k, (kind, variant, label, colour) in enumerate(shown):
             for x, third in enumerate(thirds):
                 values = list(values_by_seed(results.get(variant, {}), f"{third}, {kind}").values())
                 if values:
-                    axis.bar(x + 0.27 * (k - 1), statistics.mean(values), 0.27, color=colour, label=label, capsize=3,
+                    axis.bar(x + width * (k - 1), statistics.mean(values), width, color=colour, label=label, capsize=3,
                              yerr=sd_for_bar(values))
         axis.set_xticks(range(len(thirds)), thirds)
-        axis.set(title=dataset, ylabel="fd to the images")
+        axis.set(title=dataset, ylabel="fd to the real images")
     return with_legend(figure, axes, 3)
 
 
@@ -1243,10 +1258,7 @@ def chart_steps(everything):
         axis.set_xticks(range(len(CONDITIONINGS)), [variant.rsplit("-", 1)[1] for variant in CONDITIONINGS])
         axis.set_xlim(-0.5, len(CONDITIONINGS) - 0.5)
         axis.set(title=dataset, ylabel="change of fd in percent")
-    low = min(axis.get_ylim()[0] for axis in axes)  # the same scale everywhere, so that small changes look small
-    high = max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
-        axis.set_ylim(low, high)
+    share_limits(axes, "y")  # so that small changes look small
     return with_legend(figure, axes)
 
 

@@ -201,7 +201,8 @@ def test_every_number_of_tables_and_claims_has_a_name():
     on_sheets = set()
     for strips in final.SHEETS.values():
         on_sheets |= {variant for variant, *_ in strips}
-    assert on_sheets | {*final.OVERVIEW} | compared_with <= {*VARIANTS}
+    listed = {*final.OVERVIEW, *final.COSTS, *final.COMPARED, *final.ROBUSTNESS, *final.SAME_X_HAT}
+    assert on_sheets | listed | compared_with <= {*VARIANTS} and {*final.SUMMARY} <= final.NUMBERS.keys()
     assert len({question for question, *_ in ALL_CLAIMS}) == len(ALL_CLAIMS)
     assert all(first != second for _, first, second in ALL_CLAIMS)
     for question, (_, variant), _ in ALL_CLAIMS:  # what the question is about comes first
@@ -250,13 +251,14 @@ def test_rows_by_name(tmp_path):
 
 def test_numbers_as_text():
     """Three digits and, from a thousand on, all before the point. The standard deviation is that of a sample, with two
-    significant digits. Beside it no zero is dropped. It is left out where nothing differs by more than rounding."""
-    texts = {(2.0,): "2", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123", (999.4,): "999",
-             (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2.00 ± 1.0", (1.0, 1.0, 4.0): "2.00 ± 1.7",
-             (1.0, 1.2, 1.4): "1.20 ± 0.20", (10.0, 20.0, 30.0): "20.0 ± 10", (10.0, 10.0, 40.0): "20.0 ± 17",
-             (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414",
-             (-45.0, -46.0, -47.0): "-46.0 ± 1.0",
-             (0.3, 0.3): "0.3", (0.3, 0.1 + 0.2): "0.3", (0.0, 0.0): "0", (1.0, 1.0 + 1e-6): "1.00 ± 7.1e-07"}
+    significant digits. It is left out where nothing differs by more than rounding. Whole numbers, which are counts,
+    stay as they are; no zero of others is dropped."""
+    texts = {(2.0,): "2.00", (10, 10): "10", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123",
+             (999.4,): "999", (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2.00 ± 1.0",
+             (1.0, 1.0, 4.0): "2.00 ± 1.7", (1.0, 1.2, 1.4): "1.20 ± 0.20", (10.0, 20.0, 30.0): "20.0 ± 10",
+             (10.0, 10.0, 40.0): "20.0 ± 17", (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414",
+             (-45.0, -46.0, -47.0): "-46.0 ± 1.0", (0.3, 0.3): "0.300", (0.3, 0.1 + 0.2): "0.300",
+             (0.0, 0.0): "0.00", (1.0, 1.0 + 1e-6): "1.00 ± 7.1e-07"}
     assert {values: final.mean_and_sd(list(values)) for values in texts} == texts
 
 
@@ -273,13 +275,13 @@ def test_cells(tmp_path):
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
         (): [""] * len(names),
-        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10.5", "50", "1.5", "30.0 [29.0, 31.0] (50)",
-               "12.0 [11.0, 13.0] (50)", "3.00 [2.00, 4.00] (128)", "20 (50)",
+        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10.5", "50", "1.50", "30.0 [29.0, 31.0] (50)",
+               "12.0 [11.0, 13.0] (50)", "3.00 [2.00, 4.00] (128)", "20.0 (50)",
                "40.0 [39.0, 41.0] (50)", "", "", "20.0 [19.0, 21.0] (50)"],
-        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13.5", "50", "10", "39.0 [38.0, 40.0] (50)",
-               "15.0 [14.0, 16.0] (50)", "", "26 (50)", "52.0 [51.0, 53.0] (50)",
+        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13.5", "50", "10.0", "39.0 [38.0, 40.0] (50)",
+               "15.0 [14.0, 16.0] (50)", "", "26.0 (50)", "52.0 [51.0, 53.0] (50)",
                "7.00 [6.00, 8.00] (1,500)", "", "23.0 [22.0, 24.0] (50)"],
-        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.5", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
+        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.50", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
                  "3.00 [2.00, 4.00] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)",
                  "7.00 [6.00, 8.00] (1,500)", "", "21.5 ± 2.1 (50)"]}
 
@@ -390,11 +392,11 @@ def test_claims(tmp_path):
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
     assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (")
     claims = final.table_claims(everything, final.every_claim(final.CLAIMS))
-    assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10 / 40: -75% (one run)"
+    assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10.0 / 40.0: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
     question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
     fitted = final.table_claims(everything, [question])
-    assert cells_of(fitted, "Fitted?")[2] == "12 / 30: -60% (one run)"
+    assert cells_of(fitted, "Fitted?")[2] == "12.0 / 30.0: -60% (one run)"
     for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
                         (claims, "without adjustment")):
         assert note in table and table.endswith(f"{final.SETTINGS}*")
@@ -417,8 +419,8 @@ def test_answers(tmp_path):
     assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
 
 
-def test_data_sets_side_by_side(tmp_path):
-    """The table of quality. A variant that was not run, or is not among those that are compared, has no
+def test_table_of_quality(tmp_path):
+    """The data sets stand side by side. A variant that was not run, or is not among those that are compared, has no
     line."""
     many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0),
             metrics("stage2-sum")]
@@ -465,12 +467,13 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
     alone = final.table_claims(everything, claims)
     low, high = ttest_1samp([math.log(factor) for factor in factors["stage2-anneal"]], 0).confidence_interval()
     change, p_anneal = f"-15% (95%: {final.percent(low)} to {final.percent(high)})", p["stage2-anneal"]
-    assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.50 / 10: {change}, significant, p = {p_anneal:.2g}"] * 2
+    significant = f"8.53 ± 0.50 / 10.0: {change}, significant, p = {p_anneal:.2g}"
+    assert cells_of(alone, "stage2-anneal")[1:] == [significant] * 2
     assert cells_of(together, "stage2-anneal")[1:] == [
         f"{change}, not significant, adjusted p = {2 * p_anneal:.2g}",
         f"{change}, significant, adjusted p = {p_anneal:.2g}"]
     assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g}")
-    for table, means in ((alone, "25.0 ± 7.1 / 10: "), (together, "")):
+    for table, means in ((alone, "25.0 ± 7.1 / 10.0: "), (together, "")):
         assert cells_of(table, "stage1-vae")[1:] == [f"{means}+145% (two runs)", "not measured"]
         assert cells_of(table, "bonus-latent")[1:] == ["not measured", "not measured"]
 
@@ -564,7 +567,7 @@ def test_tables(tmp_path):
     assert final.table_of(everything, "stage1-*", "fd; bits/dim; memory saved, %").splitlines()[:5] == [
         "| variant | fd ↓ | bits/dim ↓ | memory saved, % ↑ |", "| --- | --- | --- | --- |",
         "| shapes stage1-vae | 10.0 [9.00, 11.0] | 3.00 [2.00, 4.00] (128) |  |",
-        "| shapes stage1-form1 | 11.5 ± 2.1 | 3 (128) |  |",
+        "| shapes stage1-form1 | 11.5 ± 2.1 | 3.00 (128) |  |",
         "| cifar10 stage1-form1 | 7.00 [6.00, 8.00] | 3.00 [2.00, 4.00] (128) |  |"]
     rows = lambda variants, columns="fd": [  # noqa: E731
         line.split(" | ")[0].removeprefix("| ")
@@ -765,8 +768,7 @@ def test_a_long_table_has_its_chart(tmp_path):
         text = final.long_tables(everything, final.all_tables(everything))
         assert re.findall(r"!\[.*\]\(figures/(.*)\.png\)", text) == shown
     below = text.split("## recipe\n\n")[1].split("\n\n## ")[0]
-    chart, caption = final.CHARTS_BELOW["recipe"]
-    assert below.endswith(f"\n\n![{chart}](figures/recipe.png)\n\n*{caption}*")
+    assert below.endswith(f"\n\n![recipe](figures/recipe.png)\n\n*{final.CAPTIONS['recipe']}*")
 
 
 def test_chart_of_costs(tmp_path):
@@ -836,51 +838,57 @@ def test_chart_of_claims(tmp_path):
 
 
 def test_chart_of_weights(tmp_path):
-    """Means and sds over seeds: of anneal by its weights, of kendall at the mean of those that it has learned. Other
-    runs of joint training, such as that of another setting, have no point. Dashed lines: form1."""
+    """Ratios to form1 with the same seed, their means and sds: of anneal by its weights, of kendall at the mean of
+    those that it has learned. Other runs of joint training, such as those of another reach of the gradient, have no
+    point, nor has a weight of 0, for which a logarithmic axis has no place. All data sets have the same ranges."""
     runs = [metrics("stage1-form1", seed, fd) for seed, fd in ((0, 10.0), (1, 20.0))]
+    runs.append(metrics("stage1-form1", dataset="cifar10"))  # without joint training
     for variant, seed, fd, weight in (
-            ("stage2-anneal", 0, 4.0, 0.03), ("stage2-anneal", 1, 6.0, 0.03), ("stage2-anneal-w0.1", 0, 7.0, 0.1),
-            ("stage2-kendall", 0, 8.0, 0.01), ("stage2-kendall", 1, 9.0, 0.02), ("stage2-sum", 0, 1.0, 0.03),
-            ("stage2-anneal-grad-none", 0, 1.0, 0.0), ("stage2-anneal-vae_clip=0", 0, 1.0, 0.03)):
+            ("stage2-anneal", 0, 4.0, 0.03), ("stage2-anneal", 1, 12.0, 0.03), ("stage2-anneal-w0.1", 0, 7.0, 0.1),
+            ("stage2-anneal-w1e-05", 0, 3.0, 1e-5), ("stage2-anneal-w0", 0, 1.0, 0.0),
+            ("stage2-kendall", 0, 8.0, 0.01), ("stage2-kendall", 1, 20.0, 0.02), ("stage2-sum", 0, 1.0, 0.03),
+            ("stage2-anneal-w0.1-grad-none", 0, 1.0, 0.1), ("stage2-anneal-vae_clip=0", 0, 1.0, 0.03)):
         changed = {"train": {"vae_clip": 0}} if "=" in variant else {}
         runs.append(metrics(variant, seed, fd, **changed))
         runs[-1]["tables"]["training"] = {"weight": weight}
-    for found in runs:
-        found["tables"]["before_refinement"] = {"fd_local": score(10 * found["rows"][0]["fd_local"]["value"])}
-    axis, = final.chart_weights(load(tmp_path, *runs)).axes
-    for label, factor in (("refined", 1), ("before refinement", 10)):
-        lines = lines_of(axis)
-        assert lines[f"anneal, {label}"] == (
-            [0.03, 0.1], pytest.approx([5 * factor, 7 * factor]), [pytest.approx(2**0.5 * factor), None])
-        assert lines[f"kendall, {label}"] == (
-            [pytest.approx(0.015)], pytest.approx([8.5 * factor]), [pytest.approx(0.5**0.5 * factor)])
-        baseline, = (line for line in axis.lines if line.get_label() == f"stage 1, {label}")
-        assert {*baseline.get_ydata()} == {15 * factor} and baseline.get_linestyle() == "--"
-    assert len(lines) == 4
+    for found in runs:  # before refinement, the ratio to form1 is the square of that after it
+        fd = found["rows"][0]["fd_local"]["value"]
+        found["tables"]["before_refinement"] = {"fd_local": score(fd**2)}
+    axis, other = final.chart_weights(load(tmp_path, *runs)).axes
+    lines = lines_of(axis)
+    sd = pytest.approx
+    assert lines == {
+        "anneal, refined": ([1e-5, 0.03, 0.1], sd([0.3, 0.5, 0.7]), [None, sd(0.1 * 2**0.5), None]),
+        "kendall, refined": ([0.015], sd([0.9]), [sd(0.1 * 2**0.5)]),
+        "anneal, before refinement": ([1e-5, 0.03, 0.1], sd([0.09, 0.26, 0.49]), [None, sd(0.1 * 2**0.5), None]),
+        "kendall, before refinement": ([0.015], sd([0.82]), [sd(0.18 * 2**0.5)])}
+    assert not other.containers and axis.get_xlim() == other.get_xlim() and axis.get_xlim()[0] < 1e-5
+    assert axis.get_ylim() == other.get_ylim()
 
 
 def test_chart_of_thirds(tmp_path):
-    """The VAE's reconstructions are those of `fixed`, which `film` shares. Means and sds over seeds."""
-    runs = []
+    """x_hat is that of `fixed`, which `film` shares. Means and sds over seeds; a single run has no bar of an sd. A data
+    set without stage 3 shows nothing."""
+    runs = [metrics(dataset="cifar10")]
     for variant, seed, fd in (("stage3-flow-fixed", 0, 10), ("stage3-flow-fixed", 1, 14), ("stage3-flow-film", 0, 20)):
         found = metrics(variant, seed)
         found["tables"]["adaptivity"] = {"terciles": {"images": 50, **{
             name: {"vae": {"fd_to_originals": fd + k}, "refined": {"fd_to_originals": fd + k + 5}}
             for k, name in enumerate(("sure", "middle", "unsure"))}}}
         runs.append(found)
-    axis, = final.chart_thirds(load(tmp_path, *runs)).axes
-    bars = [box for box in axis.containers if hasattr(box, "patches")]
-    heights = {}  # by label, from sure to unsure
-    for bar in bars:
+    axis, other = final.chart_thirds(load(tmp_path, *runs)).axes
+    found = {}  # by label: middle, height and sd of the bars, from sure to unsure
+    for bar in (box for box in axis.containers if hasattr(box, "patches")):
         patch, = bar.patches
-        heights.setdefault(bar.get_label(), []).append((patch.get_x() + patch.get_width() / 2, patch.get_height()))
-    assert heights == {
-        "the VAE's": [(pytest.approx(k - 0.27), 12 + k) for k in range(3)],
-        "refined by fixed": [(pytest.approx(k), 17 + k) for k in range(3)],
-        "refined by film": [(pytest.approx(k + 0.27), 25 + k) for k in range(3)]}
-    (_, low), (_, top) = bars[0].errorbar.lines[2][0].get_segments()[0]
-    assert (top - low) / 2 == pytest.approx(8**0.5)  # of 10 and 14
+        segment = bar.errorbar.lines[2][0].get_segments()[0]
+        sd = (segment[1][1] - segment[0][1]) / 2 if len(segment) else None
+        found.setdefault(bar.get_label(), []).append((patch.get_x() + patch.get_width() / 2, patch.get_height(), sd))
+    near, of_two = pytest.approx, pytest.approx(8**0.5)  # the sd of 10 and 14
+    assert found == {
+        "x_hat": [(near(k - 0.27), 12 + k, of_two) for k in range(3)],
+        "refined by fixed": [(near(k), 17 + k, of_two) for k in range(3)],
+        "refined by film": [(near(k + 0.27), 25 + k, None) for k in range(3)]}
+    assert not other.containers
 
 
 def test_chart_of_steps(tmp_path):
@@ -1008,7 +1016,7 @@ def test_collect_and_runs(project, capsys):
     for picture in project.glob("runs/celeba64-cpu/*/*.png"):
         picture.unlink()
     readme = project / "README.md"
-    readme.write_text(readme.read_text("utf-8") + "![](results/figures/celeba64-sheet.png)")
+    readme.write_text(readme.read_text("utf-8") + "![](results/figures/celeba64-sheet.png)", "utf-8")
     final.main(["--collect", without_pictures])
     assert capsys.readouterr().out == f"written: {project / 'results' / 'celeba64' / 'stage1-form1-s0.json'}\n"
     shutil.rmtree(project / "results" / "celeba64")
