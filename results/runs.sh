@@ -1,6 +1,7 @@
 #!/bin/sh
 # Every run of a data set and a seed that results/ holds (a file for each), and some that it does not hold yet. It can be
-# stopped, and goes on where it was when started again.
+# stopped, and goes on where it was when started again. A finished run is neither trained nor measured again (to measure
+# it again, delete its metrics.json).
 #
 #     sh results/runs.sh shapes 0            # data set and seed; the committed runs had OMP_NUM_THREADS=1, two at a time
 #     python final_evaluation.py --collect runs/shapes-cpu/*

@@ -1092,6 +1092,24 @@ def test_strips_of_pictures(tmp_path):
         y: ImageColor.getrgb(colour) for y, colour in edges.items()}
 
 
+def test_the_same_x_hat_is_shown_once(tmp_path):
+    """Of 36 samples, in three pairs of rows, form1 shows the first pair and guided only the refined row of it. A model
+    without x_hat has three rows, and shows the first."""
+    for variant, colours in (("stage1-uncond", ("red", "white", "white")),
+                             ("stage1-form1", ("grey", "green", *["white"] * 4)),
+                             ("stage1-guided", ("grey", "blue", *["white"] * 4))):
+        picture = Image.new("RGB", (40, 30 * len(colours)))
+        for row, colour in enumerate(colours):
+            picture.paste(colour, (0, 30 * row, 40, 30 * (row + 1)))
+        (tmp_path / f"{variant}-s0").mkdir()
+        picture.save(tmp_path / f"{variant}-s0" / "samples.png")
+    final.draw_sheet(tmp_path / "sheet.png", tmp_path, final.SHEETS["sheet"])
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (40, 3 * 20 + 4 * 30)
+    assert [sheet.getpixel((20, y)) for y in (20, 49, 70, 99, 100, 129, 150, 179)] == [
+        ImageColor.getrgb(colour) for colour in ("red", "grey", "green", "blue") for _ in range(2)]
+
+
 def test_collect_refuses_smoke_and_other_budgets(project, capsys):
     """One line names the run and why, and nothing is written, not even the runs that come before."""
     good = save_run(project)
