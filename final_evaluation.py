@@ -226,14 +226,14 @@ NUMBERS = {
 # VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
 # tables, TABLES.md all of them.
 TABLES = {
-    "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
+    "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                  "fd; is; hf_energy; evaluations; seconds; train minutes"),
     "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
                            "shapes/stage2-kendall shapes/stage2-bound",
                            "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
     "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
                 "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
-    "conditioning": (" ".join(CONDITIONINGS), "fd; is; own s; spread, unsure; seconds with s; seconds without s"),
+    "conditioning": (" ".join(CONDITIONINGS), "fd; fd, mixture; is; own s; spread, unsure; gflops with s"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -380,7 +380,11 @@ FURTHER_CLAIMS = {
          ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
         ("Are steps by the `s` of other images better than two for all?",
          ("steps by other s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
+        ("Does adaptive conditioning (`film`) help, with codes of the mixture?",
+         ("fd, mixture", "stage3-flow-film"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
+        ("Does `fade` help, with codes of the mixture?",
+         ("fd, mixture", "stage3-flow-fade"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
          ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film"))],
@@ -415,7 +419,8 @@ LOOKS = {
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
     "stage2-kendall": ("#332288", "X"), "stage2-anneal-from-vae": ("#661100", "P"),
     "stage2-anneal-grad-none": ("#E69F00", "^"),
-    "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"), "bonus-latent": ("#DDCC77", "*")}
+    "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"),
+    "stage3-flow-fade": ("#F0E442", "v"), "stage3-flow-coupling": ("#44AA99", "^"), "bonus-latent": ("#DDCC77", "*")}
 # The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
 # how much a data set's markers stand above or below their line.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
@@ -1217,23 +1222,23 @@ def chart_weights(everything):
 
 def chart_thirds(everything):
     """The fd between reconstructions of held-out images and these images, by thirds of s: of the VAE's images, and of
-    those refined by `fixed` and by `film`. Bars: means over seeds; lines: one sd."""
+    those refined with each conditioning. Bars: means over seeds; lines: one sd."""
     figure, axes = new_chart(len(everything), 3)
     # x_hat is the same for all conditionings; that in the run of `fixed` is taken.
-    shown = (("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0]),
-             ("refined", "stage3-flow-fixed", "refined by fixed", LOOKS["stage3-flow-fixed"][0]),
-             ("refined", "stage3-flow-film", "refined by film", LOOKS["stage3-flow-film"][0]))
-    thirds, width = ("sure", "middle", "unsure"), 0.27
+    shown = [("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0])]
+    for variant in CONDITIONINGS:
+        shown.append(("refined", variant, f"refined by {variant.rsplit('-', 1)[1]}", LOOKS[variant][0]))
+    thirds, width = ("sure", "middle", "unsure"), 0.17
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for k, (kind, variant, label, colour) in enumerate(shown):
             for x, third in enumerate(thirds):
                 values = list(values_by_seed(results.get(variant, {}), f"{third}, {kind}").values())
                 if values:
-                    axis.bar(x + width * (k - 1), statistics.mean(values), width, color=colour, label=label, capsize=3,
+                    axis.bar(x + width * (k - 2), statistics.mean(values), width, color=colour, label=label, capsize=2,
                              yerr=sd_for_bar(values))
         axis.set_xticks(range(len(thirds)), thirds)
         axis.set(title=dataset, ylabel="fd to the real images")
-    return with_legend(figure, axes, 3)
+    return with_legend(figure, axes, 5)
 
 
 def chart_steps(everything):

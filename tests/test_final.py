@@ -885,9 +885,9 @@ def test_chart_of_thirds(tmp_path):
         found.setdefault(bar.get_label(), []).append((patch.get_x() + patch.get_width() / 2, patch.get_height(), sd))
     near, of_two = pytest.approx, pytest.approx(8**0.5)  # the sd of 10 and 14
     assert found == {
-        "x_hat": [(near(k - 0.27), 12 + k, of_two) for k in range(3)],
-        "refined by fixed": [(near(k), 17 + k, of_two) for k in range(3)],
-        "refined by film": [(near(k + 0.27), 25 + k, None) for k in range(3)]}
+        "x_hat": [(near(k - 0.34), 12 + k, of_two) for k in range(3)],
+        "refined by fixed": [(near(k - 0.17), 17 + k, of_two) for k in range(3)],
+        "refined by film": [(near(k + 0.17), 25 + k, None) for k in range(3)]}
     assert not other.containers
 
 
