@@ -1266,7 +1266,7 @@ def test_comparisons_with_the_repeated_baseline():
     assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == "-17%"
     flow = final.compare_sides(results, ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "repeated"))
     assert (f"flow after refinement is {-math.expm1(flow['log_ratio']):.0%} lower than that of N(0, I) "
-            f"(p is {flow['p']:.0%})" in text)
+            "(not significant)" in text) and flow["p"] > 0.05
     free = compared("noise fd", "stage2-anneal-grad-none")
     assert f"noise fd of `grad-none` is {-math.expm1(free['log_ratio']):.0%} lower (significant)" in text
     assert free["p"] < 0.05
