@@ -1037,9 +1037,9 @@ def log_scale(axis, names):
 
 def share_limits(axes, name):
     """Give all axes the same range of x or y: the smallest that shows everything."""
-    limits = [getattr(axis, f"get_{name}lim")() for axis in axes]
+    lows, highs = zip(*(getattr(axis, f"get_{name}lim")() for axis in axes), strict=True)
     for axis in axes:
-        axis.set(**{f"{name}lim": (min(low for low, _ in limits), max(high for _, high in limits))})
+        axis.set(**{f"{name}lim": (min(lows), max(highs))})
 
 
 def sd_for_bar(values):
