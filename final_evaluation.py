@@ -188,9 +188,21 @@ NUMBERS = {
     "other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
     # The fd of samples with two sampling steps for every image (so few that one more or less shows); with one step for
     # the surest third of the images, two for the next and three for the last; and the same, by the s of another image.
-    "steps evenly": "tables/adaptivity/adaptive_refinement/even/fd",
-    "steps by s": "tables/adaptivity/adaptive_refinement/adaptive_steps/fd",
-    "steps by other s": "tables/adaptivity/adaptive_refinement/shuffled_steps/fd",
+    "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
+    "steps by s": "tables/adaptivity/adaptive_refinement/flow/adaptive_steps/fd",
+    "steps by other s": "tables/adaptivity/adaptive_refinement/flow/shuffled_steps/fd",
+    # The fd of samples if all of them are refined; if only the third with the highest s is; and if as many others are,
+    # by the s of other images. The rest are x_hat.
+    "all refined": "tables/adaptivity/adaptive_refinement/flow/all/fd",
+    "unsure third": "tables/adaptivity/adaptive_refinement/flow/unsure_third/fd",
+    "other third": "tables/adaptivity/adaptive_refinement/flow/shuffled_third/fd",
+    # The last six again. There the codes come from the flow, here from the mixture.
+    "steps evenly, mixture": "tables/adaptivity/adaptive_refinement/gmm/even/fd",
+    "steps by s, mixture": "tables/adaptivity/adaptive_refinement/gmm/adaptive_steps/fd",
+    "steps by other s, mixture": "tables/adaptivity/adaptive_refinement/gmm/shuffled_steps/fd",
+    "all refined, mixture": "tables/adaptivity/adaptive_refinement/gmm/all/fd",
+    "unsure third, mixture": "tables/adaptivity/adaptive_refinement/gmm/unsure_third/fd",
+    "other third, mixture": "tables/adaptivity/adaptive_refinement/gmm/shuffled_third/fd",
     # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning on s and without it. They
     # were timed in turn, so that other work on the machine slowed both.
     "seconds with s": "tables/adaptivity/cost/this/seconds_per_image",
@@ -260,8 +272,13 @@ TABLES = {
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
     "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                             "steps evenly; steps by s; steps by other s; own s; other s; seconds with s; "
-                             "seconds without s; gflops with s; gflops without s"),
+                             "own s; other s; seconds with s; seconds without s; gflops with s; gflops without s"),
+    "refinement by uncertainty": (" ".join(CONDITIONINGS),
+                                  "steps evenly; steps by s; steps by other s; all refined; unsure third; other third"),
+    "refinement by uncertainty, mixture": (
+        " ".join(CONDITIONINGS),
+        "steps evenly, mixture; steps by s, mixture; steps by other s, mixture; all refined, mixture; "
+        "unsure third, mixture; other third, mixture"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "fd, no noise; fd, noise 0.1; fd, noise 0.2; fd, noise 0.4; noise fd; noise rise"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
@@ -909,9 +926,9 @@ def with_arrow(name):
     """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return f"{name} ↑"
-    if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "own s", "other s", "steps",
-                        "noise", "path length", "bits/dim", "seconds", "evaluations", "gflops", "train minutes",
-                        "memory")):
+    if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
+                        "own s", "other s", "steps", "noise", "path length", "bits/dim", "seconds", "evaluations",
+                        "gflops", "train minutes", "memory")):
         return f"{name} ↓"
     return name
 

@@ -468,7 +468,8 @@ def adaptivity(folder, state, model, setup):
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
-        adaptive_refinement  generated images, whose number of steps depends on s (0 for some)
+        adaptive_refinement  generated images, whose number of steps depends on s (0 for some); for codes of the flow
+                             and for codes of the mixture
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if
@@ -504,8 +505,8 @@ def adaptivity(folder, state, model, setup):
     refined_control = refine_all(control, uncertainty, mu, steps, seed)[1]
     controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
                 "shuffled": fd_to_originals(refined_control, real_features, setup)}
-    return {"terciles": terciles, "controls": controls,
-            "adaptive_refinement": adaptive_refinement(model, uncertainty, setup), "cost": cost(model, setup)}
+    by_prior = {prior: adaptive_refinement(model, uncertainty, prior, setup) for prior in ("flow", "gmm")}
+    return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior, "cost": cost(model, setup)}
 
 
 def cost(model, setup):
@@ -530,9 +531,10 @@ def cost(model, setup):
             for name in models}
 
 
-def adaptive_refinement(model, uncertainty, setup):
-    """Does it pay to let s decide how much an image is refined? Scores of six sets of generated images. In the first
-    three an image gets two steps on average, so few that one more or less can be seen in the scores:
+def adaptive_refinement(model, uncertainty, prior, setup):
+    """Does it pay to let s decide how much an image is refined? Scores of six sets of generated images, whose codes the
+    prior of this name draws. In the first three sets an image gets two steps on average, so few that one more or less
+    can be seen in the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
@@ -549,7 +551,7 @@ def adaptive_refinement(model, uncertainty, setup):
     has the same z and noise in all."""
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
-    z = model.priors[setup.evaluation["prior"]].sample(count, gen)
+    z = model.priors[prior].sample(count, gen)
     noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
     full = setup.evaluation["probe_steps"]
     refined = {}  # by the number of steps: images (count, 3, H, W), uint8; with 0 steps they are x_hat

@@ -304,8 +304,10 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         controls, costs = tables["adaptivity"]["controls"], tables["adaptivity"]["cost"]
         assert set(controls) == {"images", "true", "shuffled"}
         assert set(tables["adaptivity"]["terciles"]) == {"images", "sure", "middle", "unsure"}
-        assert set(tables["adaptivity"]["adaptive_refinement"]) == {
-            "images", "even", "adaptive_steps", "shuffled_steps", "all", "unsure_third", "shuffled_third"}
+        by_prior = tables["adaptivity"]["adaptive_refinement"]
+        assert list(by_prior) == ["flow", "gmm"] and by_prior["flow"] != by_prior["gmm"]
+        assert all(set(table) == {"images", "even", "adaptive_steps", "shuffled_steps", "all", "unsure_third",
+                                  "shuffled_third"} for table in by_prior.values())
         assert tables["bits_per_dim"]["bound"]["value"] > 0
         assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
         if variant == "stage3-flow-fixed":

@@ -77,6 +77,13 @@ def load(folder, *many):
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
+def refinement_table(first, images):
+    """What stage3.adaptive_refinement returns, with the fds first, first + 1, ..."""
+    names = ("even", "adaptive_steps", "shuffled_steps", "all", "unsure_third", "shuffled_third")
+    return {"images": images, **{name: {"fd_local": score(first + k), "hf_energy": score(1)}
+                                 for k, name in enumerate(names)}}
+
+
 def measured(seed=0):
     """Metrics of a run that measured everything that a stage can measure, and each number is another one."""
     found = metrics("stage2-anneal", seed, eval=EVAL | {"count": 1000, "grid_count": 200, "sample_steps": 10})
@@ -114,9 +121,7 @@ def measured(seed=0):
                                                   "refined": {"fd_to_originals": fd + 1, "hf_energy": 3.0}}
                                            for name, fd in (("sure", 310.0), ("middle", 312.0), ("unsure", 314.0))}},
             "controls": {"images": 301, "true": {"fd_to_originals": 320.0}, "shuffled": {"fd_to_originals": 321.0}},
-            "adaptive_refinement": {"images": 999, **{
-                name: {"fd_local": score(fd), "hf_energy": score(1)} for name, fd in
-                (("even", 330), ("adaptive_steps", 332), ("shuffled_steps", 333))}},
+            "adaptive_refinement": {"flow": refinement_table(330, 999), "gmm": refinement_table(380, 998)},
             "cost": {"fixed": {"seconds_per_image": 340.0, "gflops": 341.0},
                      "this": {"seconds_per_image": 342.0, "gflops": 343.0}}},
         "copies": {"images": 204, "pixels": {"generated": 350.0, "held_out": 351.0, "closer": 352.0},
@@ -157,7 +162,10 @@ EXPECTED = {
     "sure, VAE": (310, 101), "middle, VAE": (312, 101), "unsure, VAE": (314, 101),
     "sure, refined": (311, 101), "middle, refined": (313, 101), "unsure, refined": (315, 101),
     "own s": (320, 301), "other s": (321, 301),
-    "steps evenly": (330, 999), "steps by s": (332, 999), "steps by other s": (333, 999),
+    "steps evenly": (330, 999), "steps by s": (331, 999), "steps by other s": (332, 999),
+    "all refined": (333, 999), "unsure third": (334, 999), "other third": (335, 999),
+    "steps evenly, mixture": (380, 998), "steps by s, mixture": (381, 998), "steps by other s, mixture": (382, 998),
+    "all refined, mixture": (383, 998), "unsure third, mixture": (384, 998), "other third, mixture": (385, 998),
     "seconds with s": (342, None), "seconds without s": (340, None), "gflops with s": (343, None),
     "gflops without s": (341, None), "nearest, samples": (353, 204), "nearest, held out": (354, 204),
     "closer": (355, 204), "closer, pixels": (352, 204), "ceiling": (360, 205),
@@ -899,8 +907,8 @@ def test_chart_of_steps(tmp_path):
                                                 ("cifar10", 0, 10, 8, 9)):
         found = metrics("stage3-flow-film", seed, dataset=dataset)
         names = {"even": even, "adaptive_steps": by_s, "shuffled_steps": by_other}
-        found["tables"]["adaptivity"] = {"adaptive_refinement": {
-            name: {"fd_local": score(fd)} for name, fd in names.items()}}
+        found["tables"]["adaptivity"] = {"adaptive_refinement": {"flow": {
+            name: {"fd_local": score(fd)} for name, fd in names.items()}}}
         runs.append(found)
     axes = final.chart_steps(load(tmp_path, *runs, metrics("stage3-flow-fixed"))).axes
     bars, single_bars = ([box for box in axis.containers if hasattr(box, "patches")] for axis in axes)

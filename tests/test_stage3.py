@@ -354,7 +354,10 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
     assert tables["controls"]["true"] == pytest.approx(against_originals(refined, everything))
     assert tables["controls"]["shuffled"] == pytest.approx(
         against_originals(refined_by(dataclasses.replace(other, temperature=0.7), 82_000), everything))
-    assert loaded == [((state, CPU), {"shuffled": True})] and tables["adaptive_refinement"][::2] == (model, setup)
+    assert loaded == [((state, CPU), {"shuffled": True})]
+    by_prior = tables["adaptive_refinement"]
+    assert list(by_prior) == ["flow", "gmm"]
+    assert all(args[::2] == (model, prior) and args[3] is setup for prior, args in by_prior.items())
 
     rows, titles = saved[tmp_path / "uncertainty.png"]
     shown = order[[0, 5, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65]]
@@ -367,13 +370,13 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 def test_adaptive_refinement(full, monkeypatch):
     """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the
     control: the s of the image before it), or 2 for all. Then `full` for all, or for the highest third alone, where
-    the others are x_hat. z comes from the headline's prior."""
+    the others are x_hat. z comes from the prior that is named."""
     real, model, scored, of_real = images_of(20).images, planted_model(), [], []
-    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gaussian", "probe_steps": full}, train={"seed": 3},
+    setup = SimpleNamespace(evaluation={"count": 250, "prior": "gmm", "probe_steps": full}, train={"seed": 3},
                             fd_key="fd", score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
-    table = stage3.adaptive_refinement(model, first_of_z, setup)
+    table = stage3.adaptive_refinement(model, first_of_z, "gaussian", setup)
     z = common.StandardNormal(8).sample(249, common.generator(85_003))
     rank = z[:, 0].argsort().argsort()  # of each image's s among all
     assert table["images"] == 249 and all(images is real for images in of_real)
