@@ -183,9 +183,9 @@ NUMBERS = {
     "sure, refined": "tables/adaptivity/terciles/sure/refined/fd_to_originals",
     "middle, refined": "tables/adaptivity/terciles/middle/refined/fd_to_originals",
     "unsure, refined": "tables/adaptivity/terciles/unsure/refined/fd_to_originals",
-    # The same for all images, refined with their own s and with the s of another image.
-    "own s": "tables/adaptivity/controls/true/fd_to_originals",
-    "other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
+    # The same for all images, refined with their own s; and with the s of another image.
+    "reconstruction fd": "tables/adaptivity/controls/true/fd_to_originals",
+    "reconstruction fd, other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
     # The fd of samples with two sampling steps for every image (so few that one more or less shows); with one step for
     # the surest third of the images, two for the next and three for the last; and the same, by the s of another image.
     "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
@@ -240,12 +240,12 @@ NUMBERS = {
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                  "fd; is; hf_energy; evaluations; seconds; train minutes"),
-    "losses and weights": ("shapes/stage1-form1 shapes/stage2-anneal shapes/stage2-anneal-w* shapes/stage2-sum "
-                           "shapes/stage2-kendall shapes/stage2-bound",
-                           "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
+    "losses": ("shapes/stage1-form1 shapes/stage2-sum shapes/stage2-anneal shapes/stage2-anneal-w0.003 "
+               "shapes/stage2-kendall shapes/stage2-bound",
+               "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
     "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
                 "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
-    "conditioning": (" ".join(CONDITIONINGS), "fd; fd, mixture; is; own s; spread, unsure; gflops with s"),
+    "conditioning": (" ".join(CONDITIONINGS), "fd; fd, mixture; is; reconstruction fd; spread, unsure; gflops with s"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
@@ -272,7 +272,8 @@ TABLES = {
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
     "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                             "own s; other s; seconds with s; seconds without s; gflops with s; gflops without s"),
+                             "reconstruction fd; reconstruction fd, other s; seconds with s; seconds without s; "
+                             "gflops with s; gflops without s"),
     "refinement by uncertainty": (" ".join(CONDITIONINGS),
                                   "steps evenly; steps by s; steps by other s; all refined; unsure third; other third"),
     "refinement by uncertainty, mixture": (
@@ -404,10 +405,10 @@ FURTHER_CLAIMS = {
          ("fd, mixture", "stage3-flow-fade"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-film"), ("other s", "stage3-flow-film"))],
+         ("reconstruction fd", "stage3-flow-film"), ("reconstruction fd, other s", "stage3-flow-film"))],
     "conditioning, more": [
         ("Does `coupling` reconstruct better with the image's own `s`?",
-         ("own s", "stage3-flow-coupling"), ("other s", "stage3-flow-coupling")),
+         ("reconstruction fd", "stage3-flow-coupling"), ("reconstruction fd, other s", "stage3-flow-coupling")),
         ("Does `film` help if `s` is the variance for `x_hat`?",
          ("fd", "stage3-flow-film-variance"), ("fd", "stage3-flow-fixed")),
         ("Does `film` help if `s` is the variance of `q(z|x)`?",
@@ -416,7 +417,8 @@ FURTHER_CLAIMS = {
          ("fd", "stage3-flow-fade-variance"), ("fd", "stage3-flow-fixed")),
         ("Does `fade` help if `s` is the variance of `q(z|x)`?",
          ("fd", "stage3-flow-fade-posterior"), ("fd", "stage3-flow-fixed")),
-        ("Does `film` reconstruct better than `fixed`?", ("own s", "stage3-flow-film"), ("own s", "stage3-flow-fixed")),
+        ("Does `film` reconstruct better than `fixed`?",
+         ("reconstruction fd", "stage3-flow-film"), ("reconstruction fd", "stage3-flow-fixed")),
         ("Do the refined images of a code differ more with `film`?",
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
     "noise": [
@@ -927,7 +929,7 @@ def with_arrow(name):
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return f"{name} ↑"
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
-                        "own s", "other s", "steps", "noise", "path length", "bits/dim", "seconds", "evaluations",
+                        "reconstruction fd", "steps", "noise", "path length", "bits/dim", "seconds", "evaluations",
                         "gflops", "train minutes", "memory")):
         return f"{name} ↓"
     return name

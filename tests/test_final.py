@@ -161,7 +161,7 @@ EXPECTED = {
     "rank, regressed": (301, None), "rank, variance": (300, None), "rank, posterior": (302, None),
     "sure, VAE": (310, 101), "middle, VAE": (312, 101), "unsure, VAE": (314, 101),
     "sure, refined": (311, 101), "middle, refined": (313, 101), "unsure, refined": (315, 101),
-    "own s": (320, 301), "other s": (321, 301),
+    "reconstruction fd": (320, 301), "reconstruction fd, other s": (321, 301),
     "steps evenly": (330, 999), "steps by s": (331, 999), "steps by other s": (332, 999),
     "all refined": (333, 999), "unsure third": (334, 999), "other third": (335, 999),
     "steps evenly, mixture": (380, 998), "steps by s, mixture": (381, 998), "steps by other s, mixture": (382, 998),
