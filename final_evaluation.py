@@ -336,7 +336,7 @@ CLAIMS = {
     "conditioning": [
         ("Does adaptive conditioning (`film`) help?", ("fd", "stage3-flow-film"), ("fd", "stage3-flow-fixed")),
         ("Are steps by `s` better than by the `s` of other images?",
-         ("steps by s", "stage3-flow-film"), ("steps by other s", "stage3-flow-film"))],
+         ("steps by s", "stage3-flow-fixed"), ("steps by other s", "stage3-flow-fixed"))],
     "noise": [
         ("Does training with noise help against it?", ("noise fd", "stage1-augmented"), ("noise fd", "stage1-form1")),
         ("Does training with noise raise fd without noise?", ("fd", "stage1-augmented"), ("fd", "stage1-form1")),
@@ -395,9 +395,19 @@ FURTHER_CLAIMS = {
          ("fd, flow", "stage3-vae-flow"), ("fd, 300 components", "stage3-vae-flow"))],
     "conditioning": [
         ("Are steps by `s` better than two for all?",
-         ("steps by s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
+         ("steps by s", "stage3-flow-fixed"), ("steps evenly", "stage3-flow-fixed")),
         ("Are steps by the `s` of other images better than two for all?",
-         ("steps by other s", "stage3-flow-film"), ("steps evenly", "stage3-flow-film")),
+         ("steps by other s", "stage3-flow-fixed"), ("steps evenly", "stage3-flow-fixed")),
+        ("Are steps by `s` better than by the `s` of other images, with codes of the mixture?",
+         ("steps by s, mixture", "stage3-flow-fixed"), ("steps by other s, mixture", "stage3-flow-fixed")),
+        ("Is it worse to refine only the unsure third than all images?",
+         ("unsure third", "stage3-flow-fixed"), ("all refined", "stage3-flow-fixed")),
+        ("Is it worse to refine only the unsure third than all images, with codes of the mixture?",
+         ("unsure third, mixture", "stage3-flow-fixed"), ("all refined, mixture", "stage3-flow-fixed")),
+        ("Is it better to refine the unsure third than another third?",
+         ("unsure third", "stage3-flow-fixed"), ("other third", "stage3-flow-fixed")),
+        ("Is it better to refine the unsure third than another third, with codes of the mixture?",
+         ("unsure third, mixture", "stage3-flow-fixed"), ("other third, mixture", "stage3-flow-fixed")),
         ("Does adaptive conditioning (`film`) help, with codes of the mixture?",
          ("fd, mixture", "stage3-flow-film"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),
@@ -1261,26 +1271,29 @@ def chart_thirds(everything):
 
 
 def chart_steps(everything):
-    """The change of fd, in percent, if the thirds of the images by s get one, two and three steps, against two steps
-    for all. Blue: by the image's own s; orange: by that of another image. Bars: means over seeds; lines: one sd."""
+    """How much fd changes, in percent, if s decides how much an image is refined by `fixed`. "steps": the thirds of the
+    images by s get one, two and three steps, compared with two for all. "third": only the third with the highest s is
+    refined, compared with all. Both with codes of the flow and of the mixture. Blue: by the image's own s; orange: by
+    that of another image. Bars: means over seeds; lines: one sd."""
+    schemes = {"steps,\nflow": ("steps evenly", "steps by s", "steps by other s"),
+               "steps,\nmixture": ("steps evenly, mixture", "steps by s, mixture", "steps by other s, mixture"),
+               "third,\nflow": ("all refined", "unsure third", "other third"),
+               "third,\nmixture": ("all refined, mixture", "unsure third, mixture", "other third, mixture")}
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
-        for x, variant in enumerate(CONDITIONINGS):
-            seeds = results.get(variant, {})
-            even = values_by_seed(seeds, "steps evenly")
-            if not even:
-                axis.text(x, 0, "no run", ha="center", va="bottom", fontsize=8, color="#777777")
-                continue
-            for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
-                by_s = values_by_seed(seeds, name)
-                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in even if seed in by_s]
-                if not changes:
-                    continue
-                axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
-                         yerr=sd_for_bar(changes))
+        seeds = results.get("stage3-flow-fixed", {})
+        for x, (reference, by_s, by_other_s) in enumerate(schemes.values()):
+            compared_with = values_by_seed(seeds, reference)
+            for name, shift, colour, label in ((by_s, -0.2, "#0072B2", "by the image's own s"),
+                                               (by_other_s, 0.2, "#E69F00", "by the s of another image")):
+                values = values_by_seed(seeds, name)
+                changes = [100 * (values[seed] / compared_with[seed] - 1) for seed in values if seed in compared_with]
+                if changes:
+                    axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=label, capsize=3,
+                             yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
-        axis.set_xticks(range(len(CONDITIONINGS)), [variant.rsplit("-", 1)[1] for variant in CONDITIONINGS])
-        axis.set_xlim(-0.5, len(CONDITIONINGS) - 0.5)
+        axis.set_xticks(range(len(schemes)), list(schemes))
+        axis.set_xlim(-0.5, len(schemes) - 0.5)
         axis.set(title=dataset, ylabel="change of fd in percent")
     share_limits(axes, "y")  # so that small changes look small
     return with_legend(figure, axes)
