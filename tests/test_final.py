@@ -1263,18 +1263,30 @@ def test_the_settings_stand_where_tables_say():
 
 
 def test_comparisons_with_the_repeated_baseline():
-    """What REPORT.md says of guidance and of training with noise on faces, against the repetitions of form1 that they
-    build on (seed 0: the committed run). No table shows these numbers."""
-    results = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["celeba64"]
-    repeated = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage1-form1"]
-    results["repeated"] = {0: results["stage1-form1"][0], **repeated}
-    compared = lambda name, variant: final.compare_sides(results, (name, variant), (name, "repeated"))  # noqa: E731
-    guided = compared("fd", "stage1-guided")
-    lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
+    """What REPORT.md says of guidance and of training with noise on CIFAR-10 and faces, against the repetitions of form1
+    that they build on (seed 0: the committed run). No table shows these numbers."""
+    def compared(name, variant):
+        return final.compare_sides(results, (name, variant), (name, "repeated"))
+
+    all_results = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
+    all_repeated = final.load_all(final.ROOT.glob("results/repeated/*/*.json"))
     text = " ".join(REPORT.split())
-    assert "`form1` that it guides by {}, {} and {} (three seeds; significant".format(*lower) in text
-    assert f"p is {guided['p']:.0%}, exploratory)" in text and guided["p"] < 0.05
-    assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == "-17%"
+    for dataset, words, p, noise_fd, fd_without in (("celeba64", "that it guides by", "3%", "+0.3%", "-17%"),
+                                                    ("cifar10", "these ratios are", "`0.1%`", "-19%", "-14%")):
+        results = all_results[dataset]
+        results["repeated"] = {0: results["stage1-form1"][0], **all_repeated[dataset]["stage1-form1"]}
+        guided = compared("fd", "stage1-guided")
+        lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
+        assert words + " {}, {} and {} (three seeds; significant".format(*lower) + f", p is {p}, exploratory)" in text
+        assert round(guided["p"], 3 if "." in p else 2) == float(p.strip("`%")) / 100
+        assert final.percent(compared("noise fd", "stage1-guided")["log_ratio"]) == noise_fd
+        assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == fd_without
+    noise_fd, free = compared("noise fd", "stage1-augmented"), compared("noise fd", "stage2-anneal-grad-none")
+    assert f"noise fd of `augmented` is {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant), and that" in text
+    assert f"that of `grad-none` {-math.expm1(free['log_ratio']):.0%} lower (not significant)" in text
+    assert noise_fd["p"] < 0.05 < free["p"]
+
+    results = all_results["celeba64"]
     flow = final.compare_sides(results, ("fd, flow", "stage3-flow-fixed"), ("fd, N(0, I)", "repeated"))
     assert (f"flow after refinement is {-math.expm1(flow['log_ratio']):.0%} lower than that of N(0, I) "
             "(not significant)" in text) and flow["p"] > 0.05
