@@ -19,28 +19,29 @@ The loss has two terms.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115,
-                    up to a factor of 2). The loss is lowest where exp(-a) = 1 / E and exp(-b) = 1 / (D M), which is
-                    1 / D where M is near 1. Their ratio exp(a - b) plays the part of lambda. So it tends to E / D: the
-                    smaller the VAE's error, the smaller the weight.
+                    whose log sigma^2 is a or b, up to a factor of 2). The loss is lowest where exp(-a) = 1 / E and
+                    exp(-b) = 1 / (D M), which is 1 / D where M is near 1. Their ratio exp(a - b) plays the part of
+                    lambda. So it tends to E / D: the smaller the VAE's error, the smaller the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
                         -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + D M
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
                     with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). The two KLs are
                     E. D M are the terms of the U-Net's steps from x_start to x0 (bound_loss). On shapes the VAE
-                    collapses: the code stays empty, and images are useless. With `--gradient none` it does not, and
-                    the bound is no worse. So the collapse is due to the U-Net's gradient.
+                    collapses: the code stays empty, and images are useless. With `--gradient none` it does not, so
+                    the collapse is due to the U-Net's gradient. The bound is as low without the collapse.
 
-How one backward pass serves both networks. They should follow different gradients: the VAE that of E + lambda D M, the
-U-Net that of M alone, so that it learns as in stage 1, whatever lambda is. M's gradient reaches the VAE only through
-x_hat. On its way back, it is multiplied by lambda D at x_hat (scale_gradient). So
+How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
+networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
+learns as in stage 1, whatever the weights are. M's gradient reaches the VAE only through x_hat. On its way back, it is
+multiplied by w_M D at x_hat (scale_gradient). So
 
-    we call backward on     E times its weight + M
+    we call backward on     w_E E + M   (`kendall` adds a term that trains a and b alone)
     the U-Net gets          the gradient of M
-    the VAE gets            the gradient of E, plus lambda D times the gradient of M that arrives at x_hat
+    the VAE gets            w_E times the gradient of E, plus w_M D times the gradient of M that arrives at x_hat
 
-The losses differ in E, in M and in their weights:
+The losses differ in E, in M and in their weights (with `--gradient none`, see below, w_M is 0):
 
-    loss            E             its weight    M                           weight of D M
+    loss            E             w_E           M                           w_M
     sum, anneal     as above      1             as above                    lambda: fixed, or rising
     kendall         as above      exp(-a)       as above                    exp(-b)
     bound           see above     1             bound_loss / D              1
@@ -56,16 +57,17 @@ details into z in a hidden form: the KL rises, and x_hat stops looking like an i
 The log shows both, and lambda:
 
     kl_nats, active_units       how much information is in z
-    weight                      of D M over that of E: lambda or, under `kendall`, exp(a - b)
+    weight                      w_M / w_E: lambda or, under `kendall`, exp(a - b)
     v_mse                       the U-Net's squared error, not divided (eps_mse, if it predicts eps). In its place
                                 `bound` logs bound_per_dim: M, in nats per pixel value
-    v_mse_own, v_mse_shuffled   the same, if the U-Net is shown the right x_hat, and if it is shown that of another
-                                image. If they are equal, the refiner ignores x_hat.
+    v_mse_own, v_mse_shuffled   the squared error (under `bound`, too) on a few training images that stay the same, if
+                                the U-Net is shown their own x_hat, and if it is shown that of another image. If they
+                                are equal, the refiner ignores x_hat.
 
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --from-vae            begin with the VAE that stage 1 trained
-        python stage2_joint.py --dataset celeba64    on a GPU no other flag is needed
+        python stage2_joint.py --dataset celeba64    on faces; uses the GPU, if there is one
 Expect  as many minutes of training as stage 1 takes for both networks; the same pictures and table; and
         pictures of paths through the latent space: between held-out images in `interpolation.png`, between samples in
         `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
@@ -100,9 +102,9 @@ def scale_gradient(x_hat, scale):
     """The values of x_hat, but gradients pass back multiplied by `scale`, a number or a scalar tensor."""
     # A view is a node of its own in the graph of autograd, and the hook sits on this node only. SSE uses x_hat itself,
     # so its gradient is not scaled.
-    x_hat_for_unet = x_hat.view_as(x_hat)
-    x_hat_for_unet.register_hook(lambda gradient: scale * gradient)
-    return x_hat_for_unet
+    view = x_hat.view_as(x_hat)
+    view.register_hook(lambda gradient: scale * gradient)
+    return view
 
 
 def joint_steps(train):
@@ -136,7 +138,7 @@ class Balance(nn.Module):
 
 
 def loss_weights(train, step, balance):
-    """The weights of E and of D M (see the table at the top): two numbers or scalar tensors."""
+    """w_E and w_M (see the table at the top): two numbers or scalar tensors."""
     if train["loss"] == "kendall":
         vae_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
     elif train["loss"] == "bound":
@@ -152,10 +154,10 @@ def bound_loss(diffusion, denoise, x0, u, eps):
     """An unbiased estimate, from one time per image, of the U-Net's part of the bound on -log p(x0 | x_hat) (DDPM
     eq. 5): (B,) nats. (`denoise` knows x_hat. The part without the U-Net is common.kl_prior.)
 
-    It has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and, for t = 1, the
-    nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so these times are drawn more
-    often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes, with a power that was
-    found by trying,
+    The U-Net's part has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and,
+    for t = 1, the nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so these times
+    are drawn more often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes, with a
+    power that was found by trying,
         t = floor(start u^4) + 1
         P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
         P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
@@ -311,7 +313,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`, since `refine` uses this seed and the next one.
+    # Twice `first`, since `refine` may use this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -350,7 +352,7 @@ def latent_space(picture, model, setup, pairs=32, points=POINTS):
     same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
-    # The images for the distance are the first `count`. Paths begin in the first of these, and end in images behind.
+    # The distance is that of the first `count` images. Path i goes from image i to image count + i.
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
@@ -373,7 +375,7 @@ def latent_space(picture, model, setup, pairs=32, points=POINTS):
         rows[f"refined {i + 1}"] = torch.cat([real_a, strips["refined"][i], real_b])
     common.save_grid(picture, rows, columns=["real", *(f"w = {w:.3g}" for w in weights), "real"])
 
-    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough for d numbers
+    chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae, data.images[chosen], model.device)
     if data.labels is not None:
         one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
@@ -431,6 +433,7 @@ def add_tables(folder, model, metrics, setup):
     """Add to a run what this stage measures and draws, if it is not there yet: in the metrics its latent space, with
     interpolation.png, and the Frechet distance by the number of components of the mixture; and paths.png."""
     tables = metrics["tables"]
+    # Without the table, these are new metrics, and a paths.png that is there is of an earlier training.
     if "latent_space" not in tables or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
     if "latent_space" not in tables:
@@ -467,7 +470,7 @@ def main(argv=None):
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # With resume=True, an unfinished VAE gives None. Without a checkpoint, finished_state would prepare the folder
-        # for a training, so it is not called. In both cases vae_state stays None, and the message below appears.
+        # for a training (write config.json), so it is not called. In both cases the message below appears.
         if (vae_folder / "checkpoint.pt").is_file():
             vae_state = common.finished_state(vae_folder, vae_settings, resume=True)
         if vae_state is None:

@@ -20,9 +20,10 @@ The flow prior
 
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
-    with. So the answer must be computed from z alone, and it is computed in the same way in training. Two things are
-    known then, and both tell something about the error: the code z (from rare codes the decoder makes worse images),
-    and how sure the encoder is when it is shown x_hat (a blurred x_hat may fit many codes).
+    with. So the answer must be computed from z alone (x_hat is made from z and adds nothing). It is computed in the
+    same way in training (except with `posterior`, see below). Two things that z gives tell something about the error: z
+    itself, since the decoder makes worse images from rare codes; and how sure the encoder is when it is shown x_hat,
+    since a blurred x_hat may fit many codes.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
                one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
@@ -30,11 +31,13 @@ Uncertainty
                standard deviation 1 (but see `posterior`).
     `--uncertainty` says where w and b come from:
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
-        variance   No regression: s is the mean of s_vec, with the sign for which a high s means a large error.
+        variance   No regression: s is the mean of s_vec over the dimensions in use, with the sign for which a high s
+                   means a large error.
         posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
-                   Enc(x); all else is as for `variance`, also the numbers by which s_vec and s are standardised. In
-                   sampling there is no x, so there s is that of `variance`. So in sampling the refiner meets an s of
-                   another kind than in training. One may expect that to hurt; in three runs it is not shown to.
+                   Enc(x). The numbers by which s_vec and s are standardised are those of `variance`, which come from
+                   Enc(x_hat). In sampling there is no x, so there s is that of `variance`. So in sampling the refiner
+                   meets an s of another kind than in training. One may expect that to hurt; in three runs it is not
+                   shown to.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
@@ -43,7 +46,7 @@ Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which s
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
                block (after FiLM, Perez et al. 2018, which also scales them). A second linear function of s_vec and s,
                the gate, gives three numbers. Each colour of x_hat is multiplied by 1 + tanh of its number. Both
-               functions start at zero, so that the strategy equals `fixed` at first.
+               functions start at zero, so that `film` equals `fixed` at first.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
                x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
                log-determinant: a prior is a density, a condition may be any function of x_hat.
@@ -51,9 +54,10 @@ Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which s
 Run     python stage3_adaptive.py                                     flow prior, film conditioning, shapes
         python stage3_adaptive.py --prior gmm                         the same networks, codes from the mixture
         python stage3_adaptive.py --uncertainty variance              s without a regression
-        python stage3_adaptive.py --dataset celeba64                  on a GPU no other flag is needed
+        python stage3_adaptive.py --dataset celeba64                  on faces; uses the GPU, if there is one
 Expect  one and a half times the minutes of stage 1 on shapes, and about as many on real images. All conditionings share
-        one VAE. (Another prior draws and scores again, and replaces metrics.json.) On shapes the flow draws far better
+        one VAE. (With another `--prior` nothing is trained again; images are drawn and scored again, and metrics.json
+        is replaced.) On shapes the flow draws far better
         codes than N(0, I), but worse ones than the mixture, so the scores are worse than stage 1's. The command says
         whether s ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help. On
         shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it is not
@@ -81,8 +85,8 @@ STRATEGIES = ("fixed", "fade", "film", "coupling")
 
 class Coupling(nn.Module):
     """Affine coupling layer (RealNVP eq. 7-8): the first half of z (B, d) stays, and decides by how much the second
-    half is scaled and shifted. The log-scale lies within -2..2, so that no layer can blow up. The last layer starts at
-    zero, so the coupling starts as the identity."""
+    half is scaled and shifted. The log-scale lies within -2..2, so that no coupling can blow up. The last linear
+    layer starts at zero, so the coupling starts as the identity."""
 
     def __init__(self, d, hidden):
         super().__init__()
@@ -150,11 +154,11 @@ class RealNVP(nn.Module):
 
 def fit_flow(weights, mu, logvar, seed, steps, batch=256):
     """Fit a RealNVP, beginning with these weights, to codes z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood.
-    The codes are drawn anew in each step, so that the flow cannot learn the noise of one draw. Returns the flow in
-    evaluation mode."""
+    The codes are drawn anew in each step, so that the flow cannot learn the noise of one draw. All this happens on the
+    CPU, where the codes are. Returns the flow in evaluation mode."""
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
     flow.load_state_dict(weights)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(flow.parameters())
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, warmup=0.05, decay=True)
         index = torch.randint(len(mu), (batch,), generator=gen)
@@ -162,7 +166,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10, so larger ones are cut
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -307,8 +311,8 @@ class Conditioner(nn.Module):
 
 
 def denoiser(refiner, x_hat, s_vec, s):
-    """`denoise(x, t)` for one batch, given its x_hat, s_vec and s: Formulation 1 of stage 1, on what the strategy makes
-    of x_hat. `refiner` holds a U-Net and a Conditioner; see build_refiner."""
+    """`denoise(x, t)` for one batch, given its x_hat, s_vec and s: Formulation 1 of stage 1, on what the conditioner
+    makes of x_hat. `refiner` holds a U-Net and a Conditioner; see build_refiner."""
     shown, extra = refiner["conditioner"](x_hat, s_vec, s)
     return lambda x, t: refiner["unet"](torch.cat([x, shown], 1), t, extra)
 
@@ -329,8 +333,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
-    where it is a part of the KL. To the flow the smaller weight matters little: only this term trains it, and the steps
-    of the optimizers Muon and Adam hardly depend on the size of a gradient."""
+    where it is a part of the KL. To most of the flow this matters little: only this term trains it, and the steps of
+    Muon, which trains its matrices, do not depend on the size of a gradient. (The steps of Adam, which trains its
+    biases, become smaller until Adam has forgotten the larger gradients, over a thousand steps or so.)"""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -344,9 +349,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
 
 def train_vae(folder, train, data, device):
-    """Train the VAE and its flow as one network. Then fit to the codes of the finished VAE what belongs to it: the
-    mixture; a flow, beginning with the one that was trained with the VAE; and the statistics of the uncertainty, from
-    10,000 training images. Returns the finished checkpoint."""
+    """Train the VAE and its flow as one network. Then fit three things to the finished VAE: the mixture, to its codes;
+    a flow to its codes, beginning with the one that was trained with it; and the statistics of the uncertainty, from at
+    most 10,000 training images. Returns the finished checkpoint."""
     torch.manual_seed(train["seed"])
     vae = build_vae(train)
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
@@ -367,14 +372,14 @@ def train_vae(folder, train, data, device):
 
 
 def build_refiner(train, d):
-    """The U-Net and the conditioner of a strategy, trained as one network."""
+    """The U-Net and the conditioner, trained as one network."""
     emb_dim = 4 * train["unet"][0][1]  # of the U-Net's time embedding: four times its first width
     return nn.ModuleDict({"unet": common.build_unet(train, 6),
                           "conditioner": Conditioner(train["conditioning"], d, emb_dim)})
 
 
 def train_refiner(folder, train, vae_state, data, device):
-    """Train a refiner under a strategy, with the VAE frozen. Returns the finished checkpoint."""
+    """Train a refiner, with the VAE frozen. Returns the finished checkpoint."""
     vae = common.frozen(build_vae(train), vae_state["vae"], device)
     torch.manual_seed(train["seed"])
     refiner = build_refiner(train, vae.latent_dim)
@@ -392,12 +397,13 @@ def train_refiner(folder, train, vae_state, data, device):
                 mu, logvar = vae.encoder(x0)
                 z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
-                s_vec = s = None  # `fixed` needs none
-                if kind == "posterior":
+                if train["conditioning"] == "fixed":
+                    s_vec = s = None  # it needs none
+                elif kind == "posterior":
                     with torch.autocast(x0.device.type, enabled=False):  # in float32; see uncertainty_of
                         _, logvar_float32 = vae.encoder(x0)
                     s_vec, s = s_vec_and_s(z, logvar_float32, stats, kind)
-                elif train["conditioning"] != "fixed":
+                else:
                     s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
@@ -407,9 +413,8 @@ def train_refiner(folder, train, vae_state, data, device):
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
-def load_model(state, device, shuffled=False):
-    """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE. `shuffled` makes a control, whose
-    refiner is given the s_vec and s of another image, the one before it in the batch."""
+def load_model(state, device):
+    """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE."""
     train, size = state["train"], state["train"]["image_size"]
     vae = common.frozen(build_vae(train), state["vae"], device)
     flow = common.frozen(RealNVP(vae.latent_dim), state["flow"], device)  # fitted ex post
@@ -428,8 +433,6 @@ def load_model(state, device, shuffled=False):
             s_vec = s = None
             if train["conditioning"] != "fixed":
                 s_vec, s = uncertainty_of(vae, z, clean, stats, train["uncertainty"])
-                if shuffled:
-                    s_vec, s = s_vec.roll(1, 0), s.roll(1, 0)
             return denoiser(refiner, x_hat, s_vec, s)
 
         model.networks += (refiner,)
@@ -486,7 +489,8 @@ def adaptivity(folder, state, model, setup):
     # That does no harm, since these have other networks.)
     refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
-    features = torch.stack([fid.extract(setup.extractor, images)[0] for images in (refined, *refined_again)])
+    three_times = (refined, *refined_again)
+    features = torch.stack([fid.extract(setup.extractor, images)[0] for images in three_times])  # (3, N, f)
     # How far the three refined images of a code lie from their mean: 0 if all are the same.
     spread = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
 
@@ -500,8 +504,11 @@ def adaptivity(folder, state, model, setup):
     common.save_grid(folder / "uncertainty.png",
                      {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]},
                      columns=[f"s = {value:.1f}" for value in s[shown].tolist()])
-    control = load_model(state, model.device, shuffled=True)
-    control.temperature = model.temperature
+
+    def with_other_s(x_hat, z, clean):  # a control: s_vec and s are made from z and `clean` of the image before
+        return model.denoiser_for(x_hat, z.roll(1, 0), clean.roll(1, 0))
+
+    control = dataclasses.replace(model, denoiser_for=with_other_s)
     refined_control = refine_all(control, uncertainty, mu, steps, seed)[1]
     controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
                 "shuffled": fd_to_originals(refined_control, real_features, setup)}
@@ -540,8 +547,8 @@ def adaptive_refinement(model, uncertainty, prior, setup):
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
         shuffled_steps    the same, by the s of another image: a control
 
-    The next one has as many steps as other probes. In the last two, only a third of the images is refined at all, which
-    saves two thirds of the time of refinement:
+    In the last three, an image that is refined gets `probe_steps` steps, as in other measurements. In the last two,
+    only a third of the images is refined at all, which saves two thirds of the time of refinement:
 
         all               every image is refined
         unsure_third      only the third with the highest s; the others stay x_hat
@@ -555,7 +562,7 @@ def adaptive_refinement(model, uncertainty, prior, setup):
     noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
     full = setup.evaluation["probe_steps"]
     refined = {}  # by the number of steps: images (count, 3, H, W), uint8; with 0 steps they are x_hat
-    for steps in sorted({1, 2, 3, full}):
+    for steps in {1, 2, 3, full}:
         # z is the same each time, and so are x_hat and s.
         refined[0], refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
 
@@ -614,7 +621,8 @@ def main(argv=None):
                  or train_vae(folder, settings, setup.data, device))
     vae_model = load_model(vae_state, device)
     vae_metrics = fid.evaluate(folder, setup, vae_state, vae_model)
-    if "uncertainty" not in vae_metrics["tables"]:  # it is there if this VAE was measured before
+    # The table is there if this VAE was measured before, with the same settings of evaluation.
+    if "uncertainty" not in vae_metrics["tables"]:
         trip = round_trip(vae_model.vae, setup.test.images, common.SEEDS["round_trip"] + args.seed, device)
         vae_metrics["tables"]["uncertainty"] = rank_errors(trip, vae_state["uncertainty"])
         vae_metrics["tables"]["components"] = fid.by_components(vae_model, setup)

@@ -1263,8 +1263,8 @@ def test_the_settings_stand_where_tables_say():
 
 
 def test_comparisons_with_the_repeated_baseline():
-    """What REPORT.md says of guidance and of training with noise on CIFAR-10 and faces, against the repetitions of form1
-    that they build on (seed 0: the committed run). No table shows these numbers."""
+    """What REPORT.md says of guidance and of training with noise on CIFAR-10 and faces, against the repetitions of
+    form1 that they build on (seed 0: the committed run). No table shows these numbers."""
     def compared(name, variant):
         return final.compare_sides(results, (name, variant), (name, "repeated"))
 
