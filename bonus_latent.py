@@ -3,24 +3,24 @@
 The claim: most of an image's numbers carry detail that an autoencoder can restore. If the few numbers of its latent are
 diffused instead, each of the many passes of the U-Net costs less. What the autoencoder cannot restore is lost.
 
-    autoencoder   z = Enc(x), (B, 4, H/4, W/4);   loss = SSE(x, Dec(z)) + beta KL(q(z|x) || N(0, I)), with a small beta
-                  (Rombach et al. add perceptual and adversarial losses.)
+    autoencoder   z = Enc(x0), (B, 4, H/4, W/4);   loss = SSE(x0, Dec(z)) + beta KL(q(z|x0) || N(0, I))
+                  with a small beta. (Rombach et al. add perceptual and adversarial losses.)
     scaling       z' = (z - mean) / sd per channel, over the training set. The noise schedule is made for data of about
                   unit variance: it would add too much noise to a smaller latent, and too little to a larger one. The
                   scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first; then it and the scale stay fixed. If the diffusion loss trained the
-                  encoder, too, it could fall without any learning: the encoder need only make the latent small. Then
-                  x_t is almost pure noise, and the U-Net can read the noise off x_t.
+                  encoder, too, it could fall without any learning: the encoder need only make the latent small (the
+                  scale is fixed). Then the noisy latent is almost pure noise, and the U-Net can read the noise off it.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
-Expect  fewer minutes than stage 1, and a table of scores. The scores of the autoencoder's own reconstructions, which
-        latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
-        The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine.
-        FLOPs are counted. Seconds are medians. The list of the costliest operators (profile-*.txt) comes from
-        torch.profiler, and on a CPU the memory does, too.
+Expect  somewhat fewer minutes than stage 1 (a tenth on shapes), and a table of scores. The scores of the autoencoder's
+        own reconstructions, which latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
+        The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine
+        (a negative number: it costs more). FLOPs are counted. Seconds are medians. The list of the costliest operators
+        (profile-*.txt) comes from torch.profiler, and on a CPU the memory does, too.
         On shapes latent diffusion takes less than half the seconds of stage 1's refiner if images are sampled in
         batches, and more seconds than it if they are sampled one by one. Its Frechet distance is over seven times that
         of stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
@@ -40,7 +40,7 @@ import fid
 from common import to_float, to_uint8
 
 CHANNELS = 4  # of the latent
-FACTOR = 4  # by how much the latent is smaller than the image, in each direction
+FACTOR = 4  # by how much the latent is smaller than the image, in each direction (Autoencoder halves it twice)
 BETA = 0.01  # the autoencoder's weight of the KL: small, so that it only keeps the latent from spreading out
 # The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
 # how many times smaller the level is than the latent, its width, its blocks on the way down, its blocks on the way up.
@@ -91,7 +91,7 @@ def latent_shape(train):
     return CHANNELS, train["image_size"] // FACTOR, train["image_size"] // FACTOR
 
 
-def build_unet(train):
+def build_latent_unet(train):
     """The U-Net on latents, with attention at their full resolution."""
     size = train["image_size"] // FACTOR
     table = [(size // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
@@ -114,7 +114,7 @@ def train_autoencoder(folder, train, data, device):
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
-                               autoencoder=autoencoder)  # with settings autoencoder_*, which main adds
+                               autoencoder=autoencoder)  # with autoencoder_lr and so on, which main adds
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
@@ -139,7 +139,7 @@ def train_latent(folder, train, ae_state, data, device):
     # Encoded once: mu and sd, side by side, since Training draws batches from a single tensor.
     latents = torch.cat(encode_all(autoencoder, images, device), 1)  # (N, 8, h, w)
     torch.manual_seed(train["seed"])
-    unet, diffusion = build_unet(train), common.Diffusion(train["objective"], device=device)
+    unet, diffusion = build_latent_unet(train), common.Diffusion(train["objective"], device=device)
     # (Training converts only uint8 images. These latents are floats, and come back as they are.)
     training = common.Training(folder, train, device, latents, steps=train["unet_steps"], flip=False, unet=unet)
     for mu_and_sd in training:  # (B, 8, h, w)
@@ -161,7 +161,7 @@ def load_model(state, device):
     """The common.Model of a checkpoint. Its networks are the autoencoder and the U-Net."""
     train, scale = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
     autoencoder = common.frozen(Autoencoder(train["ae_width"]), state["autoencoder"], device)
-    unet = common.frozen(build_unet(train), state["unet"], device)
+    unet = common.frozen(build_latent_unet(train), state["unet"], device)
     model = common.Model("latent", device, shape=latent_shape(train),
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
                          denoiser_for=lambda x_hat, z, clean: unet,  # nothing conditions it
@@ -249,13 +249,14 @@ def all_costs(probes, steps, batch):
 
 
 def savings(folder, model, train, setup):
-    """Latent against pixel space on this machine, with equally many steps: the costs of both, and what is saved in
-    percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets differ in size: each
-    is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
+    """Latent against pixel space on this machine, with equally many steps (if `start` allows them): the costs of both,
+    and what is saved in percent. The pixel network is stage 1's refiner; no cost depends on its weights. The two U-Nets
+    differ in size: each is the one that this budget uses. Writes profile-pixel.txt and profile-latent.txt."""
     device, size = model.device, train["image_size"]
     steps, batch = setup.evaluation["sample_steps"], setup.evaluation["batch"]
     pixel_unet, vae = common.build_unet(train, 6), common.build_vae(train)  # 6 channels: x_t and x_hat
-    pixel_unet = common.frozen(pixel_unet, pixel_unet.state_dict(), device)  # with the random weights that it has
+    # To put them on the device, they are frozen with the random weights that they have.
+    pixel_unet = common.frozen(pixel_unet, pixel_unet.state_dict(), device)
     vae = common.frozen(vae, vae.state_dict(), device)
     z = torch.randn(batch, vae.latent_dim, device=device)
     latent = torch.randn(batch, *model.shape, device=device)
@@ -291,20 +292,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
     common.add_flags(parser)
     args = parser.parse_args(argv)
-    # Settings on which nothing depends that is trained here: the autoencoder's weight of the KL is BETA, above; its
-    # networks never pool; diffusion begins at T; and there is no mixture, no flow and no guide.
+    # --set refuses these settings, since they change nothing that is trained here: the autoencoder's weight of the KL
+    # is BETA, above; its networks never pool; diffusion begins at T; and there is no mixture, no flow and no guide.
     train, evaluation, device = common.read_settings(
         args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
     # Settings come from three places: `train` from the budget, args.changes from --set, and `own` from this stage: the
-    # sizes of its networks, and the learning rates of the autoencoder and so on, which are those of a VAE under another
-    # name. folder_and_settings, below, adds args.changes.
+    # sizes of its networks, and the learning rate, clipping and averaging of the autoencoder, which are those of a VAE
+    # under another name. folder_and_settings, below, adds args.changes.
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
     own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
-            networks = {"autoencoder": Autoencoder(width), "unet": build_unet(train)}
+            networks = {"autoencoder": Autoencoder(width), "unet": build_latent_unet(train)}
         return common.print_settings(train, evaluation, networks)
     setup = fid.Setup(args, train, evaluation, device)
     ae_folder, ae_settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)

@@ -203,19 +203,20 @@ class LocalNet(nn.Module):
 
 
 def file_marks(folder):
-    """A mark of eight digits for each image file in a folder and below it: a hash of its path there and its size. They
-    are stored with a feature network and tell which files it was trained on, without naming these."""
+    """A mark of eight hexadecimal digits for each image file in a folder and below it: a hash of its path there and its
+    size. They are stored with a feature network and tell which files it was trained on, without naming these."""
     marks = []
     for path in find_images(folder):
         text = f"{path.relative_to(folder)} {path.stat().st_size}"
-        # A file's name need not be valid UTF-8. Python stands surrogates for its bytes, which this encoding lets pass.
+        # A file's name need not be valid UTF-8. Python has surrogate characters in place of the bytes that are not, and
+        # this encoding accepts them.
         marks.append(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8])
     return marks
 
 
 def folder_mark(folder):
-    """A mark of eight digits for a folder: a hash of its path. It is stored with a network that was trained on it, and
-    tells two folders of one name apart."""
+    """A mark of eight hexadecimal digits for a folder: a hash of its path. It is stored with a network that was trained
+    on it, and tells two folders of one name apart."""
     return hashlib.sha256(str(Path(folder).resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
@@ -246,7 +247,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
             fail(f"{data_dir}: {problem}; name the folder of your images (of a stage: --data-dir)")
-        home, name = OWN_FEATURES_DIR, Path(data_dir).resolve().name  # where the network lies, and its name
+        home, name = OWN_FEATURES_DIR, Path(data_dir).resolve().name  # place and name of the network
         train_argument = data_dir  # what --train-local is given to make it
     else:
         home, name, train_argument = FEATURES_DIR, dataset, dataset
@@ -255,7 +256,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     all_networks = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(all_networks) or 'none'}), or make it: "
               f"python fid.py --train-local {train_argument}")
-    stored = load_hashed(found, what, advice)  # ends the program unless exactly one is found
+    # This ends the program unless exactly one file is found and its bytes have the hash that is in its name.
+    stored = load_hashed(found, what, advice)
     if "classes" not in stored:
         fail(f"{what}: {found[0]} is not a local feature network; {advice}")
     if dataset == "folder" and not weights:
@@ -274,7 +276,8 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
 
 def scoring_device(extractor):
     """Where scores against a data set are computed: the device of the feature network, or the CPU if that has no
-    float64. (Scores against a folder are computed on the CPU, where make_reference leaves the features.)"""
+    float64. (If `fid.py` is given two folders, they are computed on the CPU, where make_reference leaves the
+    features.)"""
     device = next(extractor.parameters()).device
     try:
         torch.empty(0, dtype=torch.float64, device=device)
@@ -291,7 +294,7 @@ def extract(extractor, images, batch_size=None, progress=False):
     device = next(extractor.eval().parameters()).device
     batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
     outputs = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # with TF32 the batch size would matter
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 rounds so coarsely that it would
         for batch in tqdm(batches, desc=f"features ({extractor.name})", unit="batch", disable=not progress):
             outputs.append([output.cpu() for output in extractor(batch.to(device))])  # [features, logits]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -351,7 +354,7 @@ def expected_floor(stats, count):
 
         E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
         tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution)
+        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution, N - 1 ~ N)
 
     With the third line, the second has the expectation
 
@@ -524,7 +527,7 @@ def cached_reference(extractor, data_train, data_test, cache_dir):
     except Exception:  # there is no such file, or it is damaged
         ref = make_reference(extractor, train, test)
         tensors = [ref.features, ref.test_features, ref.test_logits]
-        common.save_state(path, tensors, optional=True)
+        common.save_state(path, tensors, optional=True)  # if it cannot be written, it is computed again next time
     return Reference(*(x.to(device) for x in tensors))
 
 
@@ -533,8 +536,9 @@ def kid_with_interval(real, generated):
     estimate from all generated images and at most 2,000 real ones.
 
     It is a constant + mean_i b_i - 2 mean_i c_i, where b_i is the mean kernel of generated image i with the other
-    generated ones, and c_i with the real ones. If a group is left out, the first mean changes by twice the change of
-    mean b_i (see jackknife_pairs), and the second by the change of mean c_i. So KID changes by twice the change of mean
+    generated ones, and c_i with the real ones. If a group is left out, the remaining b_i change, too, since each is a
+    mean over the others. So the first mean changes by twice as much as if each b_i stayed what it is (see
+    jackknife_pairs), and the second by the change of mean c_i. So KID changes by twice the change of mean
     (b_i - c_i). For the interval these need to be known only roughly: b_i from a block of 2,000 to 4,000 images (or
     all, if there are fewer), c_i from at most 5,000."""
     if min(len(real), len(generated)) >= 2000:
@@ -560,8 +564,8 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    # Shuffled with inception_score's own seed, so that the value is that of inception_score(logits); and only once. If
-    # it were shuffled again whenever a group is left out, the ten parts would have other images.
+    # Shuffled with inception_score's own seed, as inception_score(logits) does it, but only once: if they were shuffled
+    # again whenever a group is left out, the ten parts would have other images.
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     row["kid"] = kid_with_interval(ref.features, features)
     at_most_2000 = min(count, 2000, len(ref.features))
@@ -594,9 +598,11 @@ def scores(extractor, generated, ref, progress=False):
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
 # of steps in measurements such as `robustness`. Without a VAE, the prior is called "none"; without diffusion, the
-# sampler is.
+# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at x_start, x_hat or nothing
+# with noise, at the time diffusion.start.
 
-NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}  # sd; images span [-1, 1]
+# The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
+NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}
 
 
 def this_commit():
@@ -677,7 +683,7 @@ def high_frequency_power(images):
 
 
 def hf_energy(images, real):
-    """Sharpness, a score: the high-frequency power of `images` over that of `real`, uint8 (N, 3, H, W). 1 is as sharp
+    """Sharpness, a score: the high-frequency power of `images` over that of `real`, uint8 (N, 3, S, S). 1 is as sharp
     as real images."""
     return mean_score(high_frequency_power(images) / high_frequency_power(real).mean())
 
@@ -690,8 +696,9 @@ def psnr_db(images, real):
 
 
 def read_metrics(path, evaluation=None):
-    """The metrics in a file (with these evaluation settings, if given), or None if there are none, if they are damaged,
-    or if they have another schema."""
+    """The metrics in a file, or None if there are none, if they are damaged, if they have another schema, or if they
+    were measured with other evaluation settings than `evaluation` (if that is given; settings are numbers, texts and
+    lists, as in JSON)."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
         complete = metrics["schema"] == 1 and len(metrics["rows"]) > 0
@@ -736,7 +743,7 @@ def measure(model, setup, prior, sampler, steps, count, damage):
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
                                              setup.evaluation["batch"], damage)
     steps = min(steps, model.diffusion.start)  # sampling visits each of the times start, ..., 1 at most once
-    nfe = steps * model.evaluations  # number of evaluations of a network
+    nfe = steps * model.evaluations  # number of evaluations of a network; a guided step has two
     row = {"prior": prior, "sampler": sampler, "steps": steps, "nfe": nfe, "n_generated": count,
            "seconds_per_image": seconds} | setup.score(images)
     return row | {"hf_energy": hf_energy(images, setup.test.images)}, x_hat, images
@@ -783,8 +790,8 @@ def measure_samples(folder, model, setup):
 def robustness(folder, draw_and_score, prior, setup, has_diffusion):
     """Scores with noise on x_hat, before a refiner sees it, or on a latent, before it is decoded. The codes z, and the
     noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over the three
-    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score is `measure` for a model,
-    with its other arguments. Writes robustness.png."""
+    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score(prior, sampler, steps,
+    count, damage) is `measure` for a model. Writes robustness.png."""
     evaluation, fd_key = setup.evaluation, setup.fd_key
     sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
     scores_by_noise, pictures = {}, {}
@@ -892,6 +899,7 @@ def measure_vae(folder, model, setup):
     gen, parts = generator(common.SEEDS["reconstruction"] + seed), []
     for code in mu.to(model.device).split(setup.evaluation["batch"]):  # reconstructions are made from the mean code
         x_hat = model.vae.decoder(code)
+        # (Of a VAE alone, common.refine returns x_hat as it is.)
         images = common.refine(model, x_hat, code, gen, "dpm", setup.evaluation["sample_steps"])
         parts.append((to_uint8(x_hat).cpu(), to_uint8(images).cpu()))
     x_hat, refined = map(torch.cat, zip(*parts, strict=True))
@@ -976,8 +984,8 @@ def bits_per_dim(model, latent_prior, setup):
     """A bound on -log p(x) of held-out images, in bits per pixel value, and its parts. With z ~ q(z | x) and x_hat =
     Dec(z) they are
         kl          log q(z | x) - log p(z), under the model's prior over z of the name `latent_prior`
-        prior       KL(q(x_start given the image) || p(x_start given x_hat)), where p is pure noise if sampling begins
-                    with that
+        prior       KL(q(x_start given the image) || p(x_start given x_hat)), where x_start is the noisy image with
+                    which sampling begins; p is pure noise if sampling begins with that
         diffusion   the sum of the KLs of all steps, estimated from a few of them
         data        -log of the probability of the pixels after the last step
     The last three are those of common.diffusion_nats."""
@@ -1079,17 +1087,17 @@ def contrastive_loss(u, v, temperature=0.2):
     return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(u)))  # view i must find view i + B or i - B
 
 
-def train_network(data, seed=0, batch=256):
+def train_network(data, batch=256):
     """Train a LocalNet on a common.ImageData and return it, in eval mode. With labels the loss is cross-entropy, plus
     the squared error of a regression of the true factors where these are known (shapes), so that features hold more
     than the class. Without labels the loss is contrastive, and clusters of features become the classes."""
-    torch.manual_seed(seed)  # the initial weights
-    gen, cpu = generator(seed), torch.device("cpu")
+    torch.manual_seed(0)  # the initial weights
+    gen, cpu = generator(0), torch.device("cpu")
     images, labels, factors = data.images, data.labels, data.factors
     classes = PSEUDO_CLASSES if labels is None else int(labels.max()) + 1
     net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
     # A second head on the features, for training only: it regresses the factors or, without labels, is SimCLR's
-    # projection. (With labels alone it has no use.)
+    # projection. (With labels alone it is made all the same, and its output is not used.)
     if factors is not None:
         extra_head = nn.Linear(net.dim, factors.shape[1])
     else:
@@ -1153,7 +1161,7 @@ def train_network(data, seed=0, batch=256):
         # of its density at x, only x.c - |c|^2 / 2 differs between clusters. So these are the logits.
         from scipy.cluster.vq import kmeans2
         features = extract(net, images)[0].double().numpy()
-        centres = torch.from_numpy(kmeans2(features, classes, minit="++", seed=seed)[0]).float()  # (K, d)
+        centres = torch.from_numpy(kmeans2(features, classes, minit="++", seed=0)[0]).float()  # (K, d)
         net.head.weight.data, net.head.bias.data = centres, -centres.square().sum(1) / 2
     return net.eval()
 
@@ -1286,7 +1294,8 @@ def main(arguments=None):
     if args.train_local:
         for name, value in vars(args).items():
             if name not in ("train_local", "data_dir") and value != parser.get_default(name):
-                fail(f"--train-local {args.train_local} scores nothing and runs on the CPU; leave {name} {value} out")
+                flag = str(value) if name in ("real", "generated") else f"--{name}"
+                fail(f"--train-local {args.train_local} scores nothing and runs on the CPU; leave {flag} out")
         if args.data_dir and args.train_local not in DATASETS:
             fail(f"--data-dir {args.data_dir}: only for a data set; --train-local {args.train_local} is a folder")
         return train_local(args.train_local, args.data_dir or "data")
@@ -1343,7 +1352,7 @@ def main(arguments=None):
             print(f"warning: {number} images of {folder} are few for {extractor.dim} features, {enough} would do: read "
                   "the distance beside its floor", file=sys.stderr)
     if ref.test_logits is None and min(count, ref.stats.count) <= extractor.dim:
-        print("warning: with fewer images than features, the floor by formula is too low", file=sys.stderr)
+        print("warning: with no more images than features, the floor by formula is too low", file=sys.stderr)
     held_out = ref.test_logits
     facts = {"real": args.real, "n_real": ref.stats.count, "generated": args.generated, "n_generated": count,
              "features": extractor.name, "classes": extractor.classes,

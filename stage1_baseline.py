@@ -12,6 +12,7 @@ model decides *how it looks*.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
+                      where abar_t falls from nearly 1 at t = 1 to nearly 0 at t = T (common.Diffusion).
                       The target is eps as published (--budget paper). With all other budgets it is
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
                       and the loss of each noise level is divided by its running mean, so that all levels count alike
@@ -25,7 +26,7 @@ model decides *how it looks*.
 
     4. Where to begin As published, sampling begins with pure noise, at t = T, and t falls from there. But x_hat already
                       shows roughly what x0 looks like. So we leave the noisiest part out and begin at t = `start`:
-                          x_start = sqrt(abar) x_hat + sqrt(1 - abar) eps
+                          x_start = sqrt(abar_start) x_hat + sqrt(1 - abar_start) eps
                       Only the times 1..start are trained. So no training is spent on times that sampling never visits,
                       and fewer sampling steps are enough. (build_diffusion says how small `start` may be.)
 
@@ -43,18 +44,18 @@ Words in `backticks` are names of settings, scores, variants (chosen by --varian
 by --budget).
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
-                                                         (with a GPU, `--budget gpu` with other settings is the default)
+                                                         (with a GPU the default is `--budget gpu`: larger networks)
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       VAE, Formulation 1 and its guide
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
                                                          a diffusion model without a VAE
         python stage1_baseline.py --dataset cifar10 --pretrained     36 samples in half a minute; nothing is trained
 Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores.
-        The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png the images of the VAE are above and the
-        refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail, relative to
-        real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones, which have
-        clearer outlines and bands. `fd_local` is the Frechet distance to the real images, in the features of a small
-        network that was trained on the same data set. It is a quarter to two fifths lower after refinement.
+        The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png, in pairs of rows, the images of the VAE are
+        above and the refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail,
+        relative to real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones,
+        which have clearer outlines and stripes. `fd_local` is the Frechet distance to the real images, in the features
+        of a small network that was trained on the same data set. It is a quarter to two fifths lower after refinement.
 """
 
 import argparse
@@ -181,14 +182,15 @@ def train_refiner(folder, train, variant, vae_state, data, device):
                 x_hat, _, _ = vae(x0, z_noise)  # (B, 3, H, W)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
         eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
-        if variant == "augmented":  # every image gets noise of a strength of its own
+        if variant == "augmented":  # each x_hat gets noise of a strength of its own
             sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
             x_hat = x_hat + sd * training.normal(*x0.shape[1:])
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture. But all that is
         # decided at these levels is the grain of the image. So an image's loss is divided by the running mean of the
-        # losses at its noise level (not with the budget `paper`). What this gains stands in REPORT.md, Appendix.
+        # losses at its noise level (not with the budget `paper`). On shapes this lowers fd by 28%; on real images
+        # it hardly matters (REPORT.md, appendix).
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -298,8 +300,8 @@ def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
-    # Settings pass through three hands: `train` has those of the budget, args.changes what --set changes, and
-    # `settings`, below, what one run is trained with: `train`, and those changes that concern this run.
+    # Three dictionaries of settings: `train` has those of the budget and the flags, args.changes those that --set
+    # changes, and `settings`, below, those of one run: `train`, and the changes that concern this run.
     if args.dry_run:
         train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

@@ -208,7 +208,7 @@ def test_savings_by_hand(tmp_path, monkeypatch):
         return {name: dict(zip(keys, values, strict=True)) for name, values in (
             ("pixel", (8, 4, 0, 5, 1)), ("latent", (4, 3, 0, 10, 0.25)))}
 
-    unet = bonus.build_unet(train)
+    unet = bonus.build_latent_unet(train)
     model = common.Model("latent", CPU, (4, 8, 8), None, (bonus.Autoencoder(16), unet), decode=lambda z: z,
                          reduced=True)
     setup = SimpleNamespace(evaluation={"sample_steps": 9, "batch": 5})
