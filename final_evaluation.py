@@ -271,15 +271,15 @@ TABLES = {
                     "fd against stage3-flow-fixed; rank, regressed; rank, variance; rank, posterior; spread, sure"),
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
-    "steps by uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                             "reconstruction fd; reconstruction fd, other s; seconds with s; seconds without s; "
-                             "gflops with s; gflops without s"),
-    "refinement by uncertainty": (" ".join(CONDITIONINGS),
-                                  "steps evenly; steps by s; steps by other s; all refined; unsure third; other third"),
-    "refinement by uncertainty, mixture": (
-        " ".join(CONDITIONINGS),
-        "steps evenly, mixture; steps by s, mixture; steps by other s, mixture; all refined, mixture; "
-        "unsure third, mixture; other third, mixture"),
+    "conditioning, more": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
+                           "reconstruction fd; reconstruction fd, other s; seconds with s; seconds without s; "
+                           "gflops with s; gflops without s"),
+    "steps by s": (" ".join(CONDITIONINGS),
+                   "steps evenly; steps by s; steps by other s; steps evenly, mixture; steps by s, mixture; "
+                   "steps by other s, mixture"),
+    "refining a third": ("stage3-flow-fixed stage3-flow-film",
+                         "all refined; unsure third; other third; all refined, mixture; unsure third, mixture; "
+                         "other third, mixture"),
     "noise": ("stage1-vae stage1-form1 stage1-guided stage1-augmented stage2-* stage3-flow-* bonus-latent",
               "fd, no noise; fd, noise 0.1; fd, noise 0.2; fd, noise 0.4; noise fd; noise rise"),
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
@@ -1271,29 +1271,24 @@ def chart_thirds(everything):
 
 
 def chart_steps(everything):
-    """How much fd changes, in percent, if s decides how much an image is refined by `fixed`. "steps": the thirds of the
-    images by s get one, two and three steps, compared with two for all. "third": only the third with the highest s is
-    refined, compared with all. Both with codes of the flow and of the mixture. Blue: by the image's own s; orange: by
-    that of another image. Bars: means over seeds; lines: one sd."""
-    schemes = {"steps,\nflow": ("steps evenly", "steps by s", "steps by other s"),
-               "steps,\nmixture": ("steps evenly, mixture", "steps by s, mixture", "steps by other s, mixture"),
-               "third,\nflow": ("all refined", "unsure third", "other third"),
-               "third,\nmixture": ("all refined, mixture", "unsure third, mixture", "other third, mixture")}
+    """How much fd changes, in percent, if the thirds of the images by s get one, two and three steps of refinement by
+    `fixed`, against two for all: with codes of the flow and of the mixture. Blue: by the image's own s; orange: by that
+    of another image. Bars: means over seeds; lines: one sd."""
+    priors = {"codes of the flow": "", "codes of the mixture": ", mixture"}  # how the names of the numbers end
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         seeds = results.get("stage3-flow-fixed", {})
-        for x, (reference, by_s, by_other_s) in enumerate(schemes.values()):
-            compared_with = values_by_seed(seeds, reference)
-            for name, shift, colour, label in ((by_s, -0.2, "#0072B2", "by the image's own s"),
-                                               (by_other_s, 0.2, "#E69F00", "by the s of another image")):
-                values = values_by_seed(seeds, name)
-                changes = [100 * (values[seed] / compared_with[seed] - 1) for seed in values if seed in compared_with]
+        for x, ending in enumerate(priors.values()):
+            even = values_by_seed(seeds, "steps evenly" + ending)
+            for name, shift, colour in (("steps by s", -0.2, "#0072B2"), ("steps by other s", 0.2, "#E69F00")):
+                by_s = values_by_seed(seeds, name + ending)
+                changes = [100 * (by_s[seed] / even[seed] - 1) for seed in by_s if seed in even]
                 if changes:
-                    axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=label, capsize=3,
+                    axis.bar(x + shift, statistics.mean(changes), 0.4, color=colour, label=name, capsize=3,
                              yerr=sd_for_bar(changes))
         axis.axhline(0, color="black", linewidth=1)
-        axis.set_xticks(range(len(schemes)), list(schemes))
-        axis.set_xlim(-0.5, len(schemes) - 0.5)
+        axis.set_xticks(range(len(priors)), list(priors))
+        axis.set_xlim(-0.5, len(priors) - 0.5)
         axis.set(title=dataset, ylabel="change of fd in percent")
     share_limits(axes, "y")  # so that small changes look small
     return with_legend(figure, axes)

@@ -57,11 +57,11 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --dataset celeba64                  on faces; uses the GPU, if there is one
 Expect  one and a half times the minutes of stage 1 on shapes, and about as many on real images. All conditionings share
         one VAE. (With another `--prior` nothing is trained again; images are drawn and scored again, and metrics.json
-        is replaced.) On shapes the flow draws far better
-        codes than N(0, I), but worse ones than the mixture, so the scores are worse than stage 1's. The command says
-        whether s ranks the errors of held-out images at all; if it does not, conditioning on it can hardly help. On
-        shapes it does, with a rank correlation of 0.6 (0.1 by the variance), and even so conditioning on it is not
-        shown to help (REPORT.md).
+        is replaced.) On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the
+        scores are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it
+        does not, conditioning on it can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the
+        variance). Even so, `film` is not shown to lower the Frechet distance. But s tells which images need refinement
+        at all (REPORT.md).
 """
 
 import argparse
