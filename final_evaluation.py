@@ -1274,7 +1274,7 @@ def chart_steps(everything):
     """How much fd changes, in percent, if the thirds of the images by s get one, two and three steps of refinement by
     `fixed`, against two for all: with codes of the flow and of the mixture. Blue: by the image's own s; orange: by that
     of another image. Bars: means over seeds; lines: one sd."""
-    priors = {"codes of the flow": "", "codes of the mixture": ", mixture"}  # how the names of the numbers end
+    priors = {"flow": "", "mixture": ", mixture"}  # how the names of their numbers end
     figure, axes = new_chart(len(everything), 3)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         seeds = results.get("stage3-flow-fixed", {})
@@ -1289,7 +1289,7 @@ def chart_steps(everything):
         axis.axhline(0, color="black", linewidth=1)
         axis.set_xticks(range(len(priors)), list(priors))
         axis.set_xlim(-0.5, len(priors) - 0.5)
-        axis.set(title=dataset, ylabel="change of fd in percent")
+        axis.set(title=dataset, xlabel="codes of the", ylabel="change of fd in percent")
     share_limits(axes, "y")  # so that small changes look small
     return with_legend(figure, axes)
 

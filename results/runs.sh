@@ -53,13 +53,13 @@ fi
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
 [ "$seed" = 0 ] || exit 0
 run stage2_joint.py --from-vae
+run stage2_joint.py --loss sum
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
-    run stage2_joint.py --loss sum
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
