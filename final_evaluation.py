@@ -240,8 +240,7 @@ NUMBERS = {
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-form2 stage1-guided",
                  "fd; is; hf_energy; evaluations; seconds; train minutes"),
-    "losses": ("shapes/stage1-form1 shapes/stage2-sum shapes/stage2-anneal shapes/stage2-anneal-w0.003 "
-               "shapes/stage2-kendall shapes/stage2-bound",
+    "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall stage2-bound",
                "fd before; fd; fd against stage1-form1; kl_nats; noise fd"),
     "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
                 "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
