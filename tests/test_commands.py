@@ -335,7 +335,7 @@ def test_bonus_savings(smoke):
     def gflops(network, *shape):
         return common.count_gflops(lambda: network(torch.zeros(1, *shape), torch.ones(1).long()))
 
-    pixel, latent = gflops(common.build_unet(train, 6), 6, 32, 32), gflops(bonus.build_unet(train), 4, 8, 8)
+    pixel, latent = gflops(common.build_unet(train, 6), 6, 32, 32), gflops(bonus.build_latent_unet(train), 4, 8, 8)
     decoding = common.count_gflops(lambda: bonus.Autoencoder(16).decode(torch.zeros(1, 4, 8, 8)))
     expected = 100 * (1 - latent / pixel)
     assert saved["saved_percent"]["gflops_per_pass"] == pytest.approx(expected)
