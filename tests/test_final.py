@@ -1278,6 +1278,7 @@ def test_comparisons_with_the_repeated_baseline():
         assert round(guided["p"], 3 if "." in p else 2) == float(p.strip("`%")) / 100
         assert final.percent(compared("noise fd", "stage1-guided")["log_ratio"]) == noise_fd
         assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == fd_without
+    results = all_results["cifar10"]
     noise_fd, free = compared("noise fd", "stage1-augmented"), compared("noise fd", "stage2-anneal-grad-none")
     assert f"noise fd of `augmented` is {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant), and that" in text
     assert f"that of `grad-none` {-math.expm1(free['log_ratio']):.0%} lower (not significant)" in text

@@ -299,8 +299,8 @@ def test_refine_all(monkeypatch):
 
 def test_adaptivity_by_hand(tmp_path, monkeypatch):
     """The tables are about held-out images in the order of a planted s. The VAE's error rises with it, from the sure to
-    the unsure third. The controls differ in the refiner alone. The picture goes from the surest image to the least sure
-    one. Features are the pixels here."""
+    the unsure third. In the control, s is made from z and x_hat of the image before. The picture goes from the surest
+    image to the least sure one. Features are the pixels here."""
     def images(count, seed):  # PLANTED keeps the first row; the error of the rest grows with s
         z = common.StandardNormal(8).sample(count, common.generator(seed)).clamp(-1.9, 1.9)
         rest = (z[:, 0] + 2)[:, None, None, None] * 0.2 * common.randn((count, 3, 8, 8), common.generator(seed + 1))
