@@ -36,8 +36,8 @@ Uncertainty
         posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
                    Enc(x). The numbers by which s_vec and s are standardised are those of `variance`, which come from
                    Enc(x_hat). In sampling there is no x, so there s is that of `variance`. So in sampling the refiner
-                   meets an s of another kind than in training. One may expect that to hurt; in three runs it is not
-                   shown to.
+                   meets an s of another kind than in training. One may expect that to hurt; REPORT.md, appendix,
+                   has what was found.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
