@@ -719,18 +719,18 @@ def is_significant(change):
 
 
 def describe_change(change):
-    """A comparison as text. The interval is never adjusted for how many questions are tested together; the p-value is,
-    if it is called adjusted."""
+    """A comparison as text, in bold if it is significant. Of questions that are tested together, the p-value is the
+    adjusted one; the interval is never adjusted."""
     text = percent(change["log_ratio"])
     if change["seeds"] == 1:
         return f"{text} (one run)"
     if change["seeds"] == 2:
         return f"{text} (two runs)"
-    text += f" (95%: {percent(change['low'])} to {percent(change['high'])})"
-    text += ", significant" if is_significant(change) else ", not significant"
-    if "adjusted" in change:
-        return f"{text}, adjusted p = {change['adjusted']:.2g}"
-    return f"{text}, p = {change['p']:.2g}"
+    if is_significant(change):
+        text = f"**{text}**"
+    p = change.get("adjusted", change["p"])
+    p = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return f"{text} ({percent(change['low'])} to {percent(change['high'])}), {p}"
 
 
 def compare_sides(results, our_side, their_side):
@@ -813,10 +813,10 @@ def table_claims(everything, claims, adjust=False):
             row.append(means + describe_change(change))
     note = "" if adjust else "The means of both sides ± their sd over seeds; then the change. "
     note += ("A change is the geometric mean of the ratios of runs with the same seed, in percent. In brackets stands "
-             "its 95% interval over seeds. ")
+             "its 95% interval over seeds. **Bold**: significant. ")
     if adjust:
-        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm), the "
-                 "intervals are not.")
+        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm). The "
+                 "intervals are not, so an interval without 0 need not be significant.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {SETTINGS}*"

@@ -351,21 +351,22 @@ def test_changes_as_text():
         expected = ttest_1samp([math.log(a / b) for a, b in zip(ours, base, strict=True)], 0)
         low, high = expected.confidence_interval(0.95)
         texts = [final.percent(x) for x in ((low + high) / 2, low, high)]
-        significance = "significant" if expected.pvalue < 0.05 else "not significant"
-        assert describe(ours, base) == (f"{texts[0]} (95%: {texts[1]} to {texts[2]}), {significance}, "
-                                        f"p = {expected.pvalue:.2g}")
-    assert describe([5.0, 5.5, 6.6], base).startswith("-48% (95%: -55% to -41%), significant, p = 0.00")
-    assert describe([20.0, 22.0, 26.4], base).startswith("+106% (95%: +80% to +137%), significant, p = 0.00")
-    assert ", not significant, p = 0." in describe([12.0, 9.5, 12.5], base)
+        if expected.pvalue < 0.05:
+            texts[0] = f"**{texts[0]}**"
+        assert describe(ours, base) == f"{texts[0]} ({texts[1]} to {texts[2]}), p = {expected.pvalue:.2g}"
+    assert describe([5.0, 5.5, 6.6], base).startswith("**-48%** (-55% to -41%), p = 0.00")
+    assert describe([20.0, 22.0, 26.4], base).startswith("**+106%** (+80% to +137%), p = 0.00")
+    assert describe([12.0, 9.5, 12.5], base).startswith("+2.6% (")
+    assert describe([5.0, 5.5, 6.0], base) == "**-50%** (-50% to -50%), p < 0.001"
     assert describe([8.0], [10.0]) == "-20% (one run)"
     assert describe([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
     # ratios 0.8, 0.8, 0.9 and 0.9: their geometric mean is the root of 0.72, their interval 0.761 to 0.945
     change = final.compare([8.0, 8.0, 9.0, 9.0], [10.0] * 4)
-    assert final.describe_change(change) == "-15% (95%: -24% to -5.5%), significant, p = 0.017"
+    assert final.describe_change(change) == "**-15%** (-24% to -5.5%), p = 0.017"
     assert final.describe_change(change | {"adjusted": 0.0499}) == (
-        "-15% (95%: -24% to -5.5%), significant, adjusted p = 0.05")
+        "**-15%** (-24% to -5.5%), p = 0.05")
     assert final.describe_change(change | {"adjusted": 0.1234}) == (
-        "-15% (95%: -24% to -5.5%), not significant, adjusted p = 0.12")
+        "-15% (-24% to -5.5%), p = 0.12")
     percents = {0.8: "-20%", 1.0: "+0.0%", 3.5: "+250%", 0.004: "-100%", 1.094: "+9.4%", 1.0994: "+9.9%",
                 1.0996: "+10%", 0.901: "-9.9%", 0.9: "-10%"}
     assert {x: final.percent(math.log(x)) for x in percents} == percents
@@ -392,20 +393,20 @@ def test_claims(tmp_path):
                                         "| --- | --- | --- | --- |"]
     quality = cells_of(primary, "**Quality**: does joint training help?")
     assert quality[0] == "fd: stage2-anneal / stage1-form1"
-    assert quality[1].startswith("-50% (95%: ") and quality[2] == "not measured"
+    assert quality[1].startswith("**-50%** (") and quality[2] == "not measured"
     noise = cells_of(primary, "**Robustness**: does joint training help against noise?")
-    assert noise[1].startswith("-50% (95%: ")
+    assert noise[1].startswith("**-50%** (")
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")
-    assert path[1].startswith("-25% (95%: ")
+    assert path[1].startswith("**-25%** (")
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
-    assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: -50% (")
+    assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: **-50%** (")
     claims = final.table_claims(everything, final.every_claim(final.CLAIMS))
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10.0 / 40.0: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
     question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
     fitted = final.table_claims(everything, [question])
     assert cells_of(fitted, "Fitted?")[2] == "12.0 / 30.0: -60% (one run)"
-    for table, note in ((primary, "the p-values are adjusted for that (Holm), the intervals are not."),
+    for table, note in ((primary, "the p-values are adjusted for that (Holm). The intervals are not, "),
                         (claims, "without adjustment")):
         assert note in table and table.endswith(f"{final.SETTINGS}*")
 
@@ -454,7 +455,7 @@ def test_claims_pair_by_seed(tmp_path):
     many = [metrics(seed=s, distance=10.0 * 2**s) for s in (3, 1, 2, 0)]
     many += [metrics("stage2-anneal", s, 5.0 * 2**s) for s in (1, 3, 2, 4)]
     table = final.table_claims(load(tmp_path, *many), [("?", ("fd", "stage2-anneal"), ("fd", "stage1-form1"))])
-    assert "| 23.3 ± 15 / 46.7 ± 31: -50% (95%: -50% to -50%), significant, p = " in table
+    assert "| 23.3 ± 15 / 46.7 ± 31: **-50%** (-50% to -50%), p < 0.001" in table
 
 
 def test_questions_of_a_data_set_are_tested_together(tmp_path):
@@ -474,13 +475,12 @@ def test_questions_of_a_data_set_are_tested_together(tmp_path):
     together = final.table_claims(everything, claims, adjust=True)
     alone = final.table_claims(everything, claims)
     low, high = ttest_1samp([math.log(factor) for factor in factors["stage2-anneal"]], 0).confidence_interval()
-    change, p_anneal = f"-15% (95%: {final.percent(low)} to {final.percent(high)})", p["stage2-anneal"]
-    significant = f"8.53 ± 0.50 / 10.0: {change}, significant, p = {p_anneal:.2g}"
-    assert cells_of(alone, "stage2-anneal")[1:] == [significant] * 2
+    interval, p_anneal = f"({final.percent(low)} to {final.percent(high)})", p["stage2-anneal"]
+    significant = f"**-15%** {interval}, p = {p_anneal:.2g}"
+    assert cells_of(alone, "stage2-anneal")[1:] == [f"8.53 ± 0.50 / 10.0: {significant}"] * 2
     assert cells_of(together, "stage2-anneal")[1:] == [
-        f"{change}, not significant, adjusted p = {2 * p_anneal:.2g}",
-        f"{change}, significant, adjusted p = {p_anneal:.2g}"]
-    assert cells_of(together, "stage1-guided")[1].endswith(f", adjusted p = {p['stage1-guided']:.2g}")
+        f"-15% {interval}, p = {2 * p_anneal:.2g}", significant]
+    assert cells_of(together, "stage1-guided")[1].endswith(f", p = {p['stage1-guided']:.2g}")
     for table, means in ((alone, "25.0 ± 7.1 / 10.0: "), (together, "")):
         assert cells_of(table, "stage1-vae")[1:] == [f"{means}+145% (two runs)", "not measured"]
         assert cells_of(table, "bonus-latent")[1:] == ["not measured", "not measured"]
