@@ -27,12 +27,15 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage3_adaptive.py --conditioning fade
     run stage3_adaptive.py --conditioning coupling
     run stage1_baseline.py --variant form1 --set even_levels=false
+    run stage2_joint.py --loss sum
+    run stage2_joint.py --from-vae
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
+    run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
     run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
 fi
-if [ "$dataset" != cifar10 ]; then
+if [ "$dataset" != cifar10 ] || [ "$seed" = 0 ]; then
     run stage2_joint.py --diffusion-weight 0.003
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
@@ -52,8 +55,6 @@ fi
 
 # The rest is for seed 0: other losses, reaches of the gradient and kinds of uncertainty, and one setting changed at a time.
 [ "$seed" = 0 ] || exit 0
-run stage2_joint.py --from-vae
-run stage2_joint.py --loss sum
 case $dataset in
 shapes)
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200  # twice as many
@@ -63,7 +64,6 @@ shapes)
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
-    run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
     run stage2_joint.py --gradient decoder
     for beta in 0.02 0.08; do
         run stage1_baseline.py --variant form1 --set beta=$beta

@@ -1255,7 +1255,7 @@ def test_no_decimal_is_typed():
 
 def test_the_settings_stand_where_tables_say():
     """In the table of the data, which REPORT.md and TABLES.md show."""
-    assert "see the table **data**" in final.SETTINGS and "<!-- table data -->" in REPORT
+    assert "table **data**" in final.SETTINGS and "<!-- table data -->" in REPORT
     assert "\n## data\n" in (final.ROOT / "results" / "TABLES.md").read_text("utf-8")
 
 
