@@ -707,6 +707,16 @@ def read_metrics(path, evaluation=None):
     return None
 
 
+def processor_name(path="/proc/cpuinfo"):
+    """The model of the processor, from the file in which Linux describes it. Where it is not told: the architecture.
+    (Processors round differently, so the same training can give another result on another model.)"""
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def evaluate(folder, setup, state, model):
     """The metrics of a finished run, with rows of scores and tables. They are read from the run's folder if they belong
     to this training (its run_id) and these settings. Else they are measured and written there, with pictures. `model`
@@ -724,7 +734,7 @@ def evaluate(folder, setup, state, model):
     if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
-    hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
+    hardware = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor_name()
     run = {"dataset": data.name, "crop": data.crop, "data_note": data.note,
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),

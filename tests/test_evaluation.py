@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,14 @@ def test_metrics_come_back_or_are_measured_again(tmp_path):
         assert fid.read_metrics(path) is None
 
 
+def test_processor_name(tmp_path):
+    """On x86, Linux tells the model of each core. On others it may not, and other systems have no such file."""
+    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: ACME 3: fast\n\nmodel name\t: other\n", "utf-8")
+    (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n", "utf-8")
+    assert fid.processor_name(tmp_path / "x86") == "ACME 3: fast"
+    assert fid.processor_name(tmp_path / "arm") == fid.processor_name(tmp_path / "none") == platform.machine()
+
+
 def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     """The facts of a run, each from its own source. Metrics of another training (run_id) or of other settings are
     measured again. A conclusion is printed, but not after a few steps."""
@@ -152,7 +161,7 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
                 "train_seconds": 42.75, "commit": "0a1b2c3", "torch": torch.__version__, "train": train,
                 "eval": {"count": 50}}
     assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device"}
-    assert run["device"].startswith("cpu (") and run["device"].endswith(", 1 threads)")
+    assert run["device"] == f"cpu ({fid.processor_name()}, 1 threads)"
     assert metrics["rows"] == [{"prior": "first"}, {"prior": "second"}] and metrics["schema"] == 1
     assert metrics["tables"] == {"samples": 1, "latent": {"conclusion": "fine"}, "start": {"conclusion": "early"},
                                  "bits_per_dim": "bits", "training": {"last": {"step": 20}}}
