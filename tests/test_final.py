@@ -399,7 +399,8 @@ def test_claims(tmp_path):
     path = cells_of(primary, "**Latent space**: does joint training smooth it?")
     assert path[1].startswith("**-25%** (")
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
-    assert cells_of(shown, "**Quality**: does joint training help?")[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: **-50%** (")
+    quality = cells_of(shown, "**Quality**: does joint training help?")
+    assert quality[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: **-50%** (")
     claims = final.table_claims(everything, final.every_claim(final.CLAIMS))
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10.0 / 40.0: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
