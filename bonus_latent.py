@@ -8,22 +8,25 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
     scaling       z' = (z - mean) / sd per channel, over the training set. The noise schedule is made for data of about
                   unit variance: it would add too much noise to a smaller latent, and too little to a larger one. The
                   scaling is undone before decoding.
-    diffusion     The DDPM process on z', with z drawn anew from q(z|x) in every step. The predicted z' is not clamped,
+    diffusion     The DDPM process on z', with z drawn anew from q(z|x0) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    frozen        The autoencoder is trained first; then it and the scale stay fixed. If the diffusion loss trained the
-                  encoder, too, it could fall without any learning: the encoder need only make the latent small (the
-                  scale is fixed). Then the noisy latent is almost pure noise, and the U-Net can read the noise off it.
+    frozen        The autoencoder is trained first; then it and the scale stay fixed. Were the encoder trained by the
+                  diffusion loss, too, this loss could fall without any learning. Since the scale is fixed, the encoder
+                  could shrink the latent. The noisy latent would be almost pure noise, and the U-Net could read the
+                  noise off it.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
-Expect  somewhat fewer minutes than stage 1 (a tenth on shapes), and a table of scores. The scores of the autoencoder's
-        own reconstructions, which latent diffusion can hardly surpass, are in metrics.json under `tables`, `ceiling`.
+Expect  fewer minutes of training than stage 1 (about a tenth fewer on shapes, a third on faces, half on CIFAR-10), and
+        a table of scores. The scores of the autoencoder's own reconstructions, which latent diffusion can hardly
+        surpass, are in metrics.json, at ["tables"]["ceiling"].
         The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine
-        (a negative number: it costs more). FLOPs are counted. Seconds are medians. The list of the costliest operators
-        (profile-*.txt) comes from torch.profiler, and on a CPU the memory does, too.
-        On shapes latent diffusion takes less than half the seconds of stage 1's refiner if images are sampled in
-        batches, and more seconds than it if they are sampled one by one. Its Frechet distance is over seven times that
-        of stage 1's images. Those begin with an x_hat; here everything is drawn from noise.
+        (a negative number: it costs more). FLOPs are counted. Seconds are medians. Peak memory is what the GPU reports;
+        on a CPU it is summed up from torch.profiler's list of allocations. torch.profiler also writes the costliest
+        operators (profile-*.txt).
+        On shapes, in batches, latent diffusion takes less than half of the seconds of stage 1's refiner; one image at a
+        time, it takes more. Its Frechet distance is over seven times that of stage 1's images. Those begin with an
+        x_hat; here everything is drawn from noise.
 """
 
 import argparse
@@ -44,6 +47,7 @@ FACTOR = 4  # by how much the latent is smaller than the image, in each directio
 BETA = 0.01  # the autoencoder's weight of the KL: small, so that it only keeps the latent from spreading out
 # The width of the autoencoder, and the table of the latent U-Net. A row of the table describes a level of the U-Net:
 # how many times smaller the level is than the latent, its width, its blocks on the way down, its blocks on the way up.
+# (All are our choice, even in "paper", since DiffuseVAE has no latent diffusion. Only "smoke" and "cpu" were run.)
 SIZES = {
     "smoke": (16, [[1, 16, 1, 1]]),
     "cpu": (32, [[1, 96, 1, 1], [2, 128, 1, 1]]),
@@ -54,22 +58,25 @@ SIZES = {
 # --- The model -------------------------------------------------------------------------------------------------------
 
 class Autoencoder(nn.Module):
-    """Convolutional autoencoder with a KL term: x (B, 3, H, W) <-> z (B, 4, H/4, W/4). It halves the resolution twice
-    and has no normalisation and no attention, so that every part of the latent describes its own part of the image."""
+    """Convolutional autoencoder with a KL term: x (B, 3, H, W) <-> z (B, 4, H/4, W/4). It halves the resolution twice.
+    It has no attention and no normalisation, which would mix in statistics of the whole image: so every part of the
+    latent describes its own part of the image.
+
+    (PatchConv2d is an nn.Conv2d whose window equals its stride; see section 11 of common.py.)"""
 
     def __init__(self, width):
         super().__init__()
-        w, block = width, common.BottleneckBlock
+        c, block = width, common.BottleneckBlock
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, w, 3, padding=1), block(w),  # (B, w, H, W)
-            common.PatchConv2d(w, 2 * w, 2, stride=2), block(2 * w),  # (B, 2 w, H/2, W/2)
-            common.PatchConv2d(2 * w, 2 * w, 2, stride=2), block(2 * w), block(2 * w),  # (B, 2 w, H/4, W/4)
-            nn.Conv2d(2 * w, 2 * CHANNELS, 1))
+            nn.Conv2d(3, c, 3, padding=1), block(c),  # (B, c, H, W)
+            common.PatchConv2d(c, 2 * c, 2, stride=2), block(2 * c),  # (B, 2 c, H/2, W/2)
+            common.PatchConv2d(2 * c, 2 * c, 2, stride=2), block(2 * c), block(2 * c),  # (B, 2 c, H/4, W/4)
+            nn.Conv2d(2 * c, 2 * CHANNELS, 1))  # (B, 8, H/4, W/4): mean and log-variance
         self.decoder = nn.Sequential(
-            nn.Conv2d(CHANNELS, 2 * w, 3, padding=1), block(2 * w), block(2 * w),  # (B, 2 w, H/4, W/4)
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, 2 * w, 3, padding=1), block(2 * w),  # (B, 2 w, H/2, W/2)
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * w, w, 3, padding=1), block(w), block(w),  # (B, w, H, W)
-            nn.Conv2d(w, 3, 3, padding=1))
+            nn.Conv2d(CHANNELS, 2 * c, 3, padding=1), block(2 * c), block(2 * c),  # (B, 2 c, H/4, W/4)
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * c, 2 * c, 3, padding=1), block(2 * c),  # (B, 2 c, H/2, W/2)
+            nn.Upsample(scale_factor=2), nn.Conv2d(2 * c, c, 3, padding=1), block(c), block(c),  # (B, c, H, W)
+            nn.Conv2d(c, 3, 3, padding=1))
 
     def encode(self, x0):
         """x0 (B, 3, H, W) -> mu, logvar, each (B, 4, H/4, W/4)."""
@@ -92,17 +99,20 @@ def latent_shape(train):
 
 
 def build_latent_unet(train):
-    """The U-Net on latents, with attention at their full resolution."""
+    """The U-Net on latents, with attention at their full resolution, which is as small as that of a level with
+    attention in pixels. (So the setting `attention`, which is for pixels, is not used.)"""
     size = train["image_size"] // FACTOR
     table = [(size // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
-    return common.UNet(table, CHANNELS, CHANNELS, attention=[size], heads=train["heads"], dropout=train["dropout"])
+    return common.UNet(table, in_channels=CHANNELS, out_channels=CHANNELS, attention=[size], heads=train["heads"],
+                       dropout=train["dropout"])
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def encode_all(autoencoder, images, device):
-    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device."""
+    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device. (What
+    common.encode is for a VAE.)"""
     parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(500)]
     mu, logvar = torch.cat([mu for mu, _ in parts]), torch.cat([logvar for _, logvar in parts])
     return mu, (0.5 * logvar).exp()
@@ -114,7 +124,7 @@ def train_autoencoder(folder, train, data, device):
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
-                               autoencoder=autoencoder)  # with autoencoder_lr and so on, which main adds
+                               autoencoder=autoencoder)  # with the settings autoencoder_lr and so on, added by main
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
@@ -173,8 +183,8 @@ def load_model(state, device):
 # --- What it saves: measuring machinery, to be looked up -------------------------------------------------------------
 
 def peak_memory(run, device):
-    """Peak memory of run() in MB, beyond what is in use before: as the GPU counts it or, on a CPU, from the profiler's
-    list of allocations."""
+    """Peak memory of run() in MB (of 2^20 bytes), beyond what is in use before: as the GPU counts it or, on a CPU, from
+    the profiler's list of allocations."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -225,10 +235,10 @@ def write_profile(path, probe, batch):
 
 
 def all_costs(probes, steps, batch):
-    """What each of {name: CostProbe} costs, as {name: costs}: seconds per image when images are sampled one by one and
-    in batches, the peak memory, and FLOPs. The probes are timed in turn. An image's seconds and FLOPs are those of one
-    pass times the number of steps (`steps`, by name), plus those of decoding. The memory is that of one pass or that of
-    decoding, whichever is larger."""
+    """What each of {name: CostProbe} costs: {name: costs}. The seconds and GFLOPs of an image are those of one pass of
+    the U-Net, times steps[name], plus those of decoding. Seconds are measured twice: image by image (n = 1), and in
+    batches (n = batch). All probes are timed in turn. The peak memory is that of one pass or that of decoding,
+    whichever is larger."""
     device = probes["pixel"].device
     costs = {name: {} for name in probes}
     for key, n in (("seconds_per_image_batch_1", 1), ("seconds_per_image", batch)):
@@ -279,10 +289,10 @@ def ceiling(folder, model, setup):
     reconstructions.png."""
     autoencoder, real = model.networks[0], setup.test.images[: setup.evaluation["count"]]
     mu, _ = encode_all(autoencoder, real, setup.device)
-    x_hat = torch.cat([to_uint8(autoencoder.decode(part)).cpu() for part in mu.split(500)])
-    common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": x_hat[:12]})
-    return setup.score(x_hat) | {"images": len(real), "hf_energy": fid.hf_energy(x_hat, setup.test.images),
-                                 "psnr_db": fid.psnr_db(x_hat, real)}
+    decoded = torch.cat([to_uint8(autoencoder.decode(part)).cpu() for part in mu.split(500)])
+    common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": decoded[:12]})
+    return setup.score(decoded) | {"images": len(real), "hf_energy": fid.hf_energy(decoded, setup.test.images),
+                                   "psnr_db": fid.psnr_db(decoded, real)}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -298,7 +308,8 @@ def main(argv=None):
         args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
     # Settings come from three places: `train` from the budget, args.changes from --set, and `own` from this stage: the
     # sizes of its networks, and the learning rate, clipping and averaging of the autoencoder, which are those of a VAE
-    # under another name. folder_and_settings, below, adds args.changes.
+    # under another name (those of `train | args.changes`, so that --set vae_lr=... changes autoencoder_lr, too).
+    # folder_and_settings, below, adds args.changes to the settings of the run.
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
     own |= common.settings_for(train | args.changes, "autoencoder", like="vae")

@@ -13,7 +13,8 @@ Conventions, used by every file:
     Images `x0` are float32 tensors (B, 3, H, W) with values in [-1, 1]. Stored data and everything that `fid.py` scores
     are uint8 tensors.
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
-    Networks and batches have the memory format channels_last, in which convolutions are faster. Shapes stay the same.
+    Networks and training batches have the memory format channels_last, in which convolutions are faster. Shapes stay
+    the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
@@ -84,8 +85,8 @@ def to_uint8(x):
 class Posterior(NamedTuple):
     """q(x_next | x_t, x0), a Gaussian with mean x0_factor * x0 + xt_factor * x_t. ("Next" means next in sampling, which
     runs backwards in time: t_next < t, and x_next has less noise than x_t.) Two choices of the variance are in use
-    (DDPM, section 3.2). `small_variance` (beta_tilde, "fixedsmall") is the posterior's own. `large_variance` (beta,
-    "fixedlarge") is the variance of the noise that the forward process adds on its way from x_next to x_t."""
+    (DDPM, section 3.2). `small_variance` (beta_tilde there) is the posterior's own. `large_variance` (beta there) is
+    the variance of the noise that the forward process adds on its way from x_next to x_t."""
 
     x0_factor: float
     xt_factor: float
@@ -98,10 +99,10 @@ class Diffusion:
     steps.
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
-    Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small. So the errors of
-    a network that was trained for a short time are magnified. From v, x0 is computed without a division. `start` is the
-    time at which the reverse process begins: T, or a smaller one where an x_hat already shows roughly what x0 looks
-    like. Only the times 1..start are trained and sampled."""
+    Ho 2022). At high noise, x0 is computed from eps by a division by sqrt(alpha_bar), which is small. This magnifies
+    the network's errors, which matters most after a short training. From v, x0 is computed without a division. `start`
+    is the time at which the reverse process begins: T, or a smaller one where an x_hat already shows roughly what x0
+    looks like. Only the times 1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -184,7 +185,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     x_t = a_t x0 + sigma_t eps, with a_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t. If the predicted x0 were
     constant during the step, this would be exact:
         x_next = sigma_ratio x_t + (a_next - a_t sigma_ratio) x0,   sigma_ratio = sigma_next / sigma_t
-    (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t.)
+    (It is a_next x0 + sigma_next eps, with eps = (x_t - a_t x0) / sigma_t. If x0 stays the same, so does eps, and many
+    small steps end where one long step does.)
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
     the line through the two latest predictions is extended by half a step. Positions are measured in
@@ -210,7 +212,7 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
                large_variance if every time is visited. With skipped times it is small_variance: in long steps the large
-               one is far larger, and the few steps that remain would not remove all of that noise.
+               one leaves x_next with far more noise than belongs to time t_next, which is all that the network is told.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
@@ -243,7 +245,8 @@ class BottleneckBlock(nn.Module):
     """The VAE's residual block (VDVAE, Child 2021, as DiffuseVAE uses it): (B, C, H, W) -> the same shape.
 
     Four convolutions (1x1, 3x3, 3x3, 1x1) with a GELU before each, half as many channels in between, and no
-    normalisation. At resolution 1 all of a 3x3 window but its centre is padding, so the convolutions are 1x1."""
+    normalisation. At resolution 1 all of a 3x3 window but its centre is padding, so the convolutions are 1x1. (The
+    autoencoder of bonus_latent.py, whose resolution never falls to 1, gives none.)"""
 
     def __init__(self, width, resolution=None):
         super().__init__()
@@ -270,14 +273,14 @@ def init_keeping_variance(conv, fan_in):
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
-    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
-    (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has blocks + 1 blocks: the published number `blocks` leaves
-    out the one right before the resolution changes. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64
-    channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) The resolution changes as published (`pool`)
-    by average pooling and a 1x1 convolution, otherwise by a strided convolution. The strided convolution has a weight
-    for every position in its window. An average does not tell positions apart, and the published network averages all
-    the way down to 1x1. It can still learn where things are, from the zero padding at the border, but not in a short
-    training.
+    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32,
+    0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has blocks + 1 blocks: the published number `blocks`
+    leaves out the one right before the resolution changes. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with
+    64 channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as
+    published, by average pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a
+    weight for every position in its window. An average does not tell positions apart, and the published network
+    averages all the way down to 1x1. So it can learn where things are from the zero padding at the border only, and not
+    in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -451,7 +454,8 @@ class UNet(nn.Module):
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
         width = table[0][1]  # from here on: the number of channels at the place that we have reached
-        self.frequencies, emb_dim = width // 2, 4 * width
+        self.frequencies = width // 2  # of the embedding of t: a sine and a cosine for each make `width` numbers
+        emb_dim = 4 * width  # as in DDPM
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -578,7 +582,8 @@ class GaussianMixture:
         z = (z - centre).cpu()[order]
         part = z[: max(subset, 20 * components)]
         if tied:
-            means, residuals = z[:components], z
+            means = z[:components]
+            residuals = z  # about the mean of all codes, which is 0
         else:
             means, cluster = kmeans2(part.numpy(), min(components, len(part)), minit="++", rng=seed)
             means = torch.from_numpy(means)
@@ -660,7 +665,7 @@ class GaussianMixture:
         return self.means[k] + (factors @ noise[:, :, None])[:, :, 0]
 
 
-# ---- 4. A model: z ~ prior, x_hat = Dec(z), noise to x_start, refine -------------------------------------------------
+# ---- 4. A model: draw z, decode it to x_hat, add noise (x_start), refine ---------------------------------------------
 
 @dataclasses.dataclass
 class Model:
@@ -695,8 +700,8 @@ def encode(vae, images, device, batch=500):
 def draw_codes(vae, images, seed, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted.
 
-    N images get 60,000 // N codes each, but at least one and at most ten. With only a few codes in all, a prior would
-    also fit the noise that happened to be drawn."""
+    There are about 60,000 codes in all, but at least one and at most ten of each image: more codes of the same image
+    add little. With only a few codes, a prior would also fit the noise that happened to be drawn."""
     gen = generator(seed + SEEDS["mixture"])
     mu, logvar = encode(vae, images, device)
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -1049,8 +1054,9 @@ UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of 
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
-    # Learning rate of the optimiser Muon, for matrices and convolutions; 0: Adam for all. (Muon makes each update of a
-    # matrix orthogonal, so that all directions are learned at the same speed; section 12.)
+    # Learning rate of the optimizer Muon (Jordan et al. 2024; section 12), for matrices and convolutions; 0: Adam for
+    # all. Muon replaces the averaged gradient of a matrix by one with the same singular vectors, whose singular values
+    # are all about 1. So the size of a step depends on this rate alone, and the rate cannot be compared with Adam's.
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 0.05,  # how long the rates rise from 0: below 1 a share of all steps, otherwise a number of steps
@@ -1079,7 +1085,7 @@ EVAL = {
     "count": 1000,  # images of the headline
     "batch": 100,  # images sampled at a time
     "temperature": 1.0,  # factor of the noise in x_start
-    # Samplers and steps of further rows
+    # Samplers and steps of further rows. (dpm with 10 steps is among them, so that all have grid_count images.)
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
@@ -1595,14 +1601,15 @@ class Training:
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(others, fused=device.type in ("cpu", "cuda"))
         self.gen = generator(train["seed"] + SEEDS["training"], device)
         self.run_id = secrets.token_hex(8)  # tells this training from every other one
-        self.all_steps, self.steps_taken, self.seconds = steps, 0, 0.0  # steps to take; steps and seconds taken so far
+        self.all_steps = steps
+        self.steps_taken, self.seconds = 0, 0.0  # so far
         self.every = min(train["every"], steps)
         self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
         self.reduced, self.trial = native_bfloat16(device), None  # see try_reduced_precision
         path = self.folder / "checkpoint.pt"
         state = load_checkpoint(path) if path.is_file() else None
-        if state is not None and not state["finished"]:
+        if state is not None and not state["finished"]:  # that it may go on was checked by finished_state
             self.load(state)
 
     def load(self, state):
@@ -1641,7 +1648,7 @@ class Training:
                     print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
                     raise SystemExit(128 + self.stopped_by)  # the status that shells give a process ended by a signal
             self.checkpoint()
-            if self.stopped_by is not None and RANK == 0:  # while the last checkpoint was written
+            if self.stopped_by is not None and RANK == 0:  # by a signal that came while the last checkpoint was written
                 raise SystemExit(128 + self.stopped_by)
 
     @contextlib.contextmanager
@@ -1709,9 +1716,9 @@ class Training:
         if not self.train["even_levels"]:
             return loss
         level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
-        of_level = F.one_hot(level, NOISE_LEVELS)  # (B, levels)
-        count = of_level.sum(0).float()  # of the batch's images at each level, (levels,)
-        total = (of_level * loss.detach()[:, None]).sum(0)  # of their losses, (levels,)
+        one_hot = F.one_hot(level, NOISE_LEVELS)  # (B, levels)
+        count = one_hot.sum(0).float()  # how many of the batch's images are at each level, (levels,)
+        total = (one_hot * loss.detach()[:, None]).sum(0)  # the sum of their losses, (levels,)
         average_over_processes([count, total])
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was

@@ -86,9 +86,15 @@ def change_pool(block, pool):
     that runs before a module may replace its input. So one hook puts the block's input x into the list `inputs`, and
     another takes it out and gives pool(x) to branch_pool in place of avg_pool2d(x)."""
     inputs = []
-    block.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))  # before the block
-    # Before branch_pool; what this hook returns takes the place of its input.
-    block.branch_pool.register_forward_pre_hook(lambda branch_pool, _: pool(inputs.pop()))
+
+    def remember_input(module, arguments):
+        inputs.append(arguments[0])  # it returns nothing, so the block's input stays as it is
+
+    def pool_input(module, arguments):
+        return pool(inputs.pop())  # this takes the place of branch_pool's input
+
+    block.register_forward_pre_hook(remember_input)
+    block.branch_pool.register_forward_pre_hook(pool_input)
 
 
 def resize_matrix(size, target):
@@ -102,9 +108,10 @@ def resize_matrix(size, target):
 
 
 class InceptionV3(nn.Module):
-    """uint8 images (B, 3, H, W) -> features "pool3" (B, 2048), logits (B, 1008) without the last layer's bias, as in
-    the original Inception Score. The network differs from torchvision's in four points: average pools leave out the
-    padding, the last block pools by maximum, there are 1008 classes, and there is no auxiliary head."""
+    """uint8 images (B, 3, H, W) -> the features after the last pooling (B, 2048), and logits (B, 1008) without the last
+    layer's bias, as in the original Inception Score. The network differs from torchvision's in four points: average
+    pools leave out the padding, the last block pools by maximum, there are 1008 classes, and there is no auxiliary
+    head."""
 
     name, suffix = "inception", ""  # the names of scores end in `suffix`
     dim, classes, batch = 2048, 1008, 32
@@ -122,7 +129,8 @@ class InceptionV3(nn.Module):
 
     def forward(self, images):
         x = require_uint8(images).float()
-        rows, columns = (resize_matrix(side, 299).to(x.device) for side in x.shape[2:])
+        rows = resize_matrix(x.shape[2], 299).to(x.device)  # (299, H)
+        columns = resize_matrix(x.shape[3], 299).to(x.device)  # (299, W)
         x = (rows @ x @ columns.T - 128) / 128  # (B, 3, 299, 299), scaled as in the original graph
         x = x.contiguous(memory_format=torch.channels_last)
         for layer in [*self.children()][:-2]:  # all but dropout and fc
@@ -294,7 +302,7 @@ def extract(extractor, images, batch_size=None, progress=False):
     device = next(extractor.eval().parameters()).device
     batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
     outputs = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 rounds so coarsely that it would
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # it would round features coarsely
         for batch in tqdm(batches, desc=f"features ({extractor.name})", unit="batch", disable=not progress):
             outputs.append([output.cpu() for output in extractor(batch.to(device))])  # [features, logits]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -360,8 +368,8 @@ def expected_floor(stats, count):
 
         (1/N1 + 1/N2) (1/2 sum_ij l_i l_j / (l_i + l_j) + 1/4 tr S)
 
-    where 1/4 tr S comes from the doubling for i = j, which adds 1/2 l_i^2 / (2 l_i) = l_i / 4 for each i. The first
-    line adds tr S to the bracket. So
+    where the sum runs over all i and j and so counts each i = j once. The doubling adds the same again, which is
+    1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, or 1/4 tr S in all. The first line adds tr S to the bracket. So
 
         E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
 
@@ -378,8 +386,8 @@ def expected_floor(stats, count):
 
 def inception_score(logits, splits=10, seed=2020):
     """The Inception Score (Salimans et al. 2016), exp(mean KL(p(y|x) || p(y))), of logits (N, K): mean and standard
-    deviation (ddof 0) over `splits` parts. The images are shuffled first, as in torch-fidelity, since sorted ones would
-    give parts of one class each; seed=None keeps their order."""
+    deviation (divided by their number) over `splits` parts. The images are shuffled first, since sorted ones would give
+    parts of one class each, with the seed that torch-fidelity has; seed=None keeps their order."""
     logits = logits if seed is None else shuffle(logits, seed)
     count, splits, values = len(logits), min(splits, len(logits)), []
     for i in range(splits):
@@ -420,7 +428,7 @@ def distances(x, y):
 
 
 def kid(real, generated, subsets=100, size=1000, seed=2020):
-    """Kernel Inception Distance (Binkowski et al. 2018) of features (N, d) and (M, d): with the cubic kernel k, the
+    """Kernel Inception Distance (Binkowski et al. 2018) of features (M, d) and (N, d): with the cubic kernel k, the
     mean of k(x, x') over pairs of real images, plus that of k(y, y') over pairs of generated ones, minus twice that of
     k(x, y). The estimate is unbiased, so that it may be negative. It is a mean over `subsets` random subsets with
     `size` images on each side, drawn as torch-fidelity draws them; with size=None all images are used, once."""
@@ -479,8 +487,9 @@ def jackknife(score, x):
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
     two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
-    rows. Without image i, row i is gone, and so is its entry in every other row. By symmetry, both move the score
-    equally. So, to first order,
+    rows. Without image i, row i is gone, and so is its entry in every other row, that is, column i. The first moves the
+    score by the change of the mean of the image_means. By symmetry, the second moves it by as much again. So, to first
+    order,
         score without a group = value + 2 (mean of the image_means that remain - mean of all)"""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
@@ -535,12 +544,12 @@ def kid_with_interval(real, generated):
     """KID of features (M, d) and (N, d): over 100 random subsets of 1,000 if there are 2,000 on both sides; else one
     estimate from all generated images and at most 2,000 real ones.
 
-    It is a constant + mean_i b_i - 2 mean_i c_i, where b_i is the mean kernel of generated image i with the other
-    generated ones, and c_i with the real ones. If a group is left out, the remaining b_i change, too, since each is a
-    mean over the others. So the first mean changes by twice as much as if each b_i stayed what it is (see
-    jackknife_pairs), and the second by the change of mean c_i. So KID changes by twice the change of mean
-    (b_i - c_i). For the interval these need to be known only roughly: b_i from a block of 2,000 to 4,000 images (or
-    all, if there are fewer), c_i from at most 5,000."""
+    Let b_i be the mean kernel of generated image i with the other generated ones, and c_i with the real ones. Then
+        KID = mean kernel of real images + mean_i b_i - 2 mean_i c_i
+    The first mean over i is one over pairs of generated images. If a group is left out, it changes by 2 (change of the
+    plain mean of the b_i), as jackknife_pairs explains. The last term changes by -2 (change of the plain mean of the
+    c_i). So KID changes as jackknife_pairs says for the image_means b_i - c_i. For the interval these need to be known
+    only roughly: b_i from a block of 2,000 to 4,000 images (or all, if there are fewer), c_i from at most 5,000."""
     if min(len(real), len(generated)) >= 2000:
         subset_size = 1000
     else:
@@ -598,8 +607,8 @@ def scores(extractor, generated, ref, progress=False):
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
 # of steps in measurements such as `robustness`. Without a VAE, the prior is called "none"; without diffusion, the
-# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at x_start, x_hat or nothing
-# with noise, at the time diffusion.start.
+# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the
+# time diffusion.start, with x_start: x_hat and noise or, without an x_hat, noise alone.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}
@@ -636,7 +645,7 @@ class Setup:
                                 for split in ("train", "test"))
         if common.RANK == 0:
             common.wait_for_all()  # now the others go on
-        # What is kept of a user's own folder does not go into that folder.
+        # What is kept of a user's own folder does not go into that folder. (Shapes have none.)
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
         # What the data are is among the settings: how they were cropped, how many they are, and a note such as "JPEG
         # copies". A checkpoint holds its settings, and common.finished_state refuses one that has others.
@@ -765,8 +774,7 @@ def measure_samples(folder, model, setup):
     evaluation, tables = setup.evaluation, {}
     # The row without noise in `robustness` is also in the grid, if there is one. So that it is not drawn twice, the
     # last eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
-    measure_this_model = partial(measure, model, setup)
-    draw_and_score = functools.lru_cache(8)(measure_this_model)
+    draw_and_score = functools.lru_cache(8)(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw_and_score(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.denoiser_for is not None
@@ -778,8 +786,8 @@ def measure_samples(folder, model, setup):
     rows, by_prior = [row], {prior: images_of_headline[:12]}
     for other in model.priors:
         if other != prior:
-            count = evaluation["count" if model.denoiser_for is None else "grid_count"]  # a VAE alone is fast
-            row, _, images = draw_and_score(other, sampler, steps, count, 0.0)
+            key = "count" if model.denoiser_for is None else "grid_count"  # a VAE alone is fast
+            row, _, images = draw_and_score(other, sampler, steps, evaluation[key], 0.0)
             rows.append(row)
             by_prior[other] = images[:12]
     if len(by_prior) > 1:
@@ -958,8 +966,9 @@ def draw_trajectory(folder, model, prior, setup):
 
 
 def diagnose(mu, logvar, sharpness):
-    """Why the VAE's images are smooth, if they are: its latent is unused; or it is underfitted; or z does not hold the
-    detail, and a Gaussian decoder gives the mean of all images that fit z. mu, logvar (N, d) of held-out images;
+    """Why the VAE's images are smooth, if they are: its latent is unused (few active units); or most units carry little
+    (a posterior variance near 1); or z does not hold the detail, and a Gaussian decoder gives the mean of all images
+    that fit z. mu, logvar (N, d) of held-out images;
     `sharpness`: hf_energy of their x_hat. The thresholds are rules of thumb: 5% of the units, a posterior variance of
     0.9 (the prior's is 1), half the sharpness of real images."""
     active = int(common.active_units(mu).sum())
@@ -1021,7 +1030,7 @@ def bits_per_dim(model, latent_prior, setup):
 
 def rounded(x, digits):
     """A number as text with so many significant digits: with 3, 2.5 becomes 2.50. No digit before the point is lost:
-    1234.5 becomes 1,234."""
+    1234.6 becomes 1,235."""
     if abs(x) >= 10**digits - 0.5:
         return f"{x:,.0f}"
     return f"{x:#.{digits}g}".rstrip(".")  # the # keeps zeros at the end, and the point of "250."
@@ -1056,7 +1065,7 @@ def print_results(finished, setup):
 
 # ---- 7. Training and examining a local network -----------------------------------------------------------------------
 
-PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels
+PSEUDO_CLASSES = 20  # clusters of features that stand for classes where there are no labels (our choice)
 # How many images are seen in training, which then takes 5 to 25 minutes on two CPU cores. (Each image is seen about 100
 # times at most.)
 IMAGES_SEEN = {"cifar10": 800_000}
@@ -1071,11 +1080,12 @@ def augment(x, gen, crop=False):
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
+    # `scale` is the side of the view, as a share of the image's: the root of its share of the area.
     scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
     reach = 1 - scale if crop else torch.full_like(scale, 0.25)  # the largest shift; 0.25 is an eighth of 2
     pixel = 2 / x.shape[-1]
-    # By whole pixels, so that a shift does not blur.
-    dx, dy = ((draw(-1, 1) * reach / pixel).round() * pixel for _ in range(2))
+    dx = (draw(-1, 1) * reach / pixel).round() * pixel  # by whole pixels, so that a shift does not blur
+    dy = (draw(-1, 1) * reach / pixel).round() * pixel
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
     # For each image the matrix with the rows (mirror * scale, 0, dx) and (0, scale, dy).
     entries = [entry.flatten() for entry in (scale * mirror, zero, dx, zero, scale, dy)]  # each (B,)
@@ -1266,10 +1276,11 @@ def read_folder(folder, flag, count=None, largest=None):
     Photographs would fill the memory. So an image of which both sides are longer than `largest`, if that is given,
     becomes a square of that size, just as common.decode_file makes it. The program ends with an error that names `flag`
     if there are too few images."""
-    files = find_images(folder)
-    if len(files) < (needed := count or 2):
+    files, needed = find_images(folder), count or 2
+    if len(files) < needed:
         fail(f"{flag}: found {len(files)} images in {folder} and below, and {needed} are needed")
-    files, images, sizes = shuffle(files)[:count], [], set()
+    files = shuffle(files)[:count]  # all of them, if count is None
+    images, sizes = [], set()
     for path in tqdm(files, desc=f"reading {folder}", unit="image"):
         image = read_image(path)
         sizes.add((image.height, image.width))
@@ -1346,8 +1357,8 @@ def main(arguments=None):
         if len(found) > 1:
             print(f"warning: images of {folder} differ in size; is something else among them?", file=sys.stderr)
     if len(sizes) == len(real_sizes) == 1 and sizes != real_sizes:
-        (real_height, real_width), = real_sizes
-        (height, width), = sizes
+        [(real_height, real_width)] = real_sizes
+        [(height, width)] = sizes
         print(f"warning: images of {args.real} have {real_height}x{real_width} pixels, those of {args.generated} "
               f"{height}x{width}; resizing them moves the distance", file=sys.stderr)
     same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)

@@ -50,8 +50,8 @@ FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "co
 # is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
 # columns, if it has some. TITLES says how many pixels high these are.
 SHEETS = {
-    # The first 12 of 36 samples: the VAE's images and below them the refined ones; of SAME_X_HAT, and of models without
-    # x_hat, one row.
+    # samples.png has six rows: three times the VAE's images and, below them, the refined ones (without an x_hat, three
+    # rows). 0 to 1/3 is the first pair (or row), and 1/6 to 1/3 the refined row of the first pair.
     "sheet": [(variant, "samples", 1 / 6 if variant in SAME_X_HAT else 0, 1 / 3) for variant in MAIN_VARIANTS],
     # The rows of these pictures are: real images, the VAE's, refined ones. The first two are the same for all variants
     # of stage 3, so only the first strip shows them.
@@ -162,8 +162,8 @@ NUMBERS = {
     "log p, N(0, I)": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
-    # Does one prior find the codes likely that the other one draws? density_of_samples/JUDGE/SOURCE is the mean
-    # log-density that the prior JUDGE gives to codes drawn by the prior SOURCE.
+    # Does one prior give a high density to the codes that the other one draws? density_of_samples/JUDGE/SOURCE is the
+    # mean log-density that the prior JUDGE gives to codes drawn by the prior SOURCE.
     "flow's log p of mixture samples": "tables/density_of_samples/flow/gmm",
     "mixture's log p of flow samples": "tables/density_of_samples/gmm/flow",
     "fd, 30 components": "tables/components/30/fd",  # with codes from a mixture of 30 Gaussians
@@ -186,13 +186,14 @@ NUMBERS = {
     # The same for all images, refined with their own s; and with the s of another image.
     "reconstruction fd": "tables/adaptivity/controls/true/fd_to_originals",
     "reconstruction fd, other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
-    # The fd of samples with two sampling steps for every image (so few that one more or less shows); with one step for
-    # the surest third of the images, two for the next and three for the last; and the same, by the s of another image.
+    # The fd of samples with two sampling steps for every image (few, so that one step more or less shows in fd); with
+    # one step for the surest third of the images, two for the next and three for the last; and the same, by the s of
+    # another image.
     "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
     "steps by s": "tables/adaptivity/adaptive_refinement/flow/adaptive_steps/fd",
     "steps by other s": "tables/adaptivity/adaptive_refinement/flow/shuffled_steps/fd",
-    # The fd of samples if all of them are refined; if only the third with the highest s is; and if as many others are,
-    # by the s of other images. The rest are x_hat.
+    # The fd of samples if all of them are refined; if only the third with the highest s is; and if only a third is that
+    # is chosen by the s of other images. Images that are not refined stay x_hat.
     "all refined": "tables/adaptivity/adaptive_refinement/flow/all/fd",
     "unsure third": "tables/adaptivity/adaptive_refinement/flow/unsure_third/fd",
     "other third": "tables/adaptivity/adaptive_refinement/flow/shuffled_third/fd",
@@ -232,9 +233,9 @@ NUMBERS = {
 }
 
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
-# if DATASET/VARIANT ends in one of the patterns, in which * stands for anything. A run with a changed setting, whose
-# name has a =, fits only a pattern with a =. Two examples: "shapes/stage2-*" are all variants of stage 2 on shapes
-# without a changed setting; "stage2-*=*" are those with one, on every data set. A column may also be "NAME against
+# if its name matches one of the patterns, in which * stands for anything. A run with a changed setting, whose name has
+# a =, fits only a pattern with a =. Two examples: "stage2-*" are all variants of stage 2 without a changed setting;
+# "stage2-*=*" are those with one. A column may also be "NAME against
 # VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
 # tables, TABLES.md all of them.
 TABLES = {
@@ -285,7 +286,7 @@ TABLES = {
     "copies": ("stage1-form1 stage1-guided", "nearest, samples; nearest, held out; closer; closer, pixels"),
     "latent diffusion": ("stage1-form1 stage1-uncond bonus-latent",
                          "fd; is; precision; diversity; ceiling; memory, MB; memory, MB, pixels")}
-# Tables below which TABLES.md shows the chart of the same name: its caption. (REPORT.md shows the other charts.)
+# {table: caption}: below this table, TABLES.md shows the chart of the same name. (REPORT.md shows the other charts.)
 CAPTIONS = {
     "recipe": "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one run "
               "each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
@@ -306,8 +307,8 @@ COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "sta
 SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
 
 # A claim: a question, a number of a variant, and the number with which it is compared. Lower is better for every number
-# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. These four are the guiding questions of this project. They are
-# tested together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
+# in PRIMARY_CLAIMS and CLAIMS, which a chart shows. PRIMARY_CLAIMS has the four guiding questions. They are tested
+# together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
     ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
@@ -442,7 +443,7 @@ FURTHER_CLAIMS = {
 
 # The colour and the marker of a variant, the same in all charts whose colours stand for variants. Colour-blind readers
 # can tell the colours apart: they are those of Okabe and Ito (2008), "Color Universal Design", with grey, a dark brown,
-# and the wine red, the sand and the indigo of Tol (2021), "Colour Schemes".
+# and the wine red, the sand, the indigo and the teal of Tol (2021), "Colour Schemes".
 LOOKS = {
     "stage1-vae": ("#999999", "s"), "stage1-uncond": ("#000000", "x"), "stage1-form1": ("#0072B2", "o"),
     "stage1-guided": ("#56B4E9", "D"), "stage1-augmented": ("#CC79A7", "v"), "stage2-anneal": ("#D55E00", "o"),
@@ -450,8 +451,8 @@ LOOKS = {
     "stage2-anneal-grad-none": ("#E69F00", "^"),
     "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"),
     "stage3-flow-fade": ("#F0E442", "v"), "stage3-flow-coupling": ("#44AA99", "^"), "bonus-latent": ("#DDCC77", "*")}
-# The same of a data set, and of a prior, in charts that show several of them on the same axes. The last number says by
-# how much a data set's markers stand above or below their line.
+# Colour and marker of a data set, and of a prior, in charts that show several of them on the same axes. The last number
+# of a data set says how far above (-) or below (+) its line the chart of claims draws its markers.
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
 PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 # This stands below most tables. It says which table has the settings that all numbers of a data set share.
@@ -489,10 +490,10 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # Priors are compared with each other, so their rows must rest on equally many images. Say that the headline is
-    # "gmm, dpm 10" with 1,000 images, and that "gaussian, dpm 10" has 200. Then priors["gmm"] is not the headline but
-    # the row steps["dpm 10"], which has 200. A VAE alone has no steps. All of its rows have equally many images, so the
-    # headline itself is taken. Without a row like these, the headline's prior is left out.
+    # Priors are compared with each other, so their rows must rest on equally many images. Rows of other priors have
+    # fewer images than the headline. So the headline's prior is represented not by the headline, but by the row with
+    # fewer images that has its sampler and its number of steps. Of a VAE alone, all rows have equally many images, so
+    # there it is the headline. Without such a row, the headline's prior is left out.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
         priors[headline["prior"]] = steps[same_steps]
@@ -544,8 +545,8 @@ def shared_settings(metrics):
         "budget": run["budget"],
     }
     # Settings of the evaluation: the feature network, the number of images behind the headline, and others. Variants
-    # may have different priors. The list of further rows (`grid`) changes no score of the headline, and the batch is
-    # the same in all runs of a budget.
+    # may have different priors. The list of further rows (`grid`) changes no score of the headline. "batch" is also the
+    # name of a setting of the training, which follows.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
             settings[key] = value
@@ -885,11 +886,11 @@ def table_variants(everything):
     return markdown(["variant", "what it is", *(f"seeds, {dataset}" for dataset in everything)], rows)
 
 
-def fits(dataset, variant, patterns):
-    """Whether DATASET/VARIANT ends in one of the patterns of a table (see TABLES)."""
+def fits(variant, patterns):
+    """Whether the name of a variant matches one of the patterns of a table (see TABLES)."""
     for pattern in patterns.split():
         # `stage1-*` must not match `stage1-form1-start=300`, which is a run with a changed setting.
-        if ("=" in pattern) == ("=" in variant) and fnmatch(f"{dataset}/{variant}", f"*{pattern}"):
+        if ("=" in pattern) == ("=" in variant) and fnmatch(variant, pattern):
             return True
     return False
 
@@ -921,7 +922,7 @@ def table_of(everything, patterns, columns):
     rows = []
     for dataset, results in everything.items():
         for variant, seeds in results.items():
-            if not fits(dataset, variant, patterns):
+            if not fits(variant, patterns):
                 continue
             cells = []
             for column in columns:
@@ -934,15 +935,20 @@ def table_of(everything, patterns, columns):
     return with_note(markdown(["variant", *map(with_arrow, columns)], rows), columns)
 
 
-def with_arrow(name):
-    """The name of a number. If it is a score or a cost, an arrow says whether lower or higher is better."""
+def direction(name):
+    """Whether higher (↑) or lower (↓) is better for a number of this name; or "", if it is no score and no cost."""
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
-        return f"{name} ↑"
+        return "↑"
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
                         "reconstruction fd", "steps", "noise", "path length", "bits/dim", "seconds", "evaluations",
                         "gflops", "train minutes", "memory")):
-        return f"{name} ↓"
-    return name
+        return "↓"
+    return ""
+
+
+def with_arrow(name):
+    """The name of a number, with the arrow of its direction."""
+    return f"{name} {direction(name)}".rstrip()
 
 
 def table_overview(everything):
@@ -1039,7 +1045,7 @@ def long_tables(everything, tables):
 
 def new_chart(count, height, columns=3):
     """A figure that is 10 inches wide, and a list of its `count` axes, each `height` inches high, in rows of `columns`.
-    It is saved with 1,500 pixels in its width, which README.md and REPORT.md show at about half of that."""
+    It is saved with 1,500 pixels in its width, which REPORT.md and TABLES.md show at about half of that."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(10, height * rows), layout="constrained")
     axes = [figure.add_subplot(rows, min(columns, count), k + 1) for k in range(count)]
@@ -1078,8 +1084,8 @@ def sd_for_bar(values):
 
 def draw_line(axis, variant, points):
     """Draw a variant's line through points {x: {seed: value}}: the means, with bars of one standard deviation. Points
-    that some seeds lack are left out: a step of the line would show other seeds, not another x. Draws nothing if fewer
-    than two points remain."""
+    that some seeds lack are left out: there the line would move because its mean is over other seeds. Draws nothing if
+    fewer than two points remain."""
     xs, means, sds = [], [], []
     all_seeds = set().union(*points.values())
     for x, by_seed in points.items():
@@ -1102,7 +1108,8 @@ def with_legend(figure, axes, columns=4):
             handles.setdefault(label, handle)
     if not handles:
         return None
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9,
+                  frameon=False)
     return figure
 
 
@@ -1170,10 +1177,9 @@ def chart_summary(everything):
                 if not values or (name == "noise fd" and variant == "bonus-latent"):  # which has no x_hat
                     continue
                 change = compare_sides(results, (name, variant), (name, "stage1-form1"))
-                arrow = with_arrow(name).removeprefix(name).strip()
-                if change and arrow:
+                if change and direction(name):
                     doublings = change["log_ratio"] / math.log(2)
-                    better[y][x] = doublings if arrow == "↑" else -doublings
+                    better[y][x] = doublings if direction(name) == "↑" else -doublings
                 mean = fid.rounded(statistics.mean(values.values()), 3)
                 axis.text(x, y, mean, ha="center", va="center", fontsize=9)
         axis.imshow(better, colours, vmin=-1, vmax=1, aspect="auto")
@@ -1189,6 +1195,7 @@ def chart_cost(everything):
     """fd against what sampling costs, with DPM-Solver++ of up to 25 steps: above, by evaluations of the network,
     below, by seconds per image (of the first seed)."""
     figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
+    # The axes come row by row: first all data sets by evaluations, then all by seconds.
     panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
     for axis, (cost, (dataset, results)) in zip(axes, panels, strict=True):
         for variant in COSTS:
@@ -1227,12 +1234,14 @@ def chart_weights(everything):
             points = {"anneal": {}, "kendall": {}}  # {weight: ratios}
             for variant, seeds in results.items():
                 # Not those with another --gradient or --from-vae, whose names go on: stage2-anneal-w0.1-grad-none.
-                loss = re.fullmatch(r"stage2-(anneal|kendall)(-w[\d.e+-]+)?", variant)
+                match = re.fullmatch(r"stage2-(anneal|kendall)(-w[\d.e+-]+)?", variant)
+                if not match:
+                    continue
                 weights = values_by_seed(seeds, "weight").values()
                 change = compare_sides(results, (name, variant), (name, "stage1-form1"))
-                if loss and change and weights and min(weights) > 0:
+                if change and weights and min(weights) > 0:  # the axis is logarithmic
                     ratios = [ours / theirs for ours, theirs in zip(change["ours"], change["theirs"], strict=True)]
-                    points[loss[1]][statistics.mean(weights)] = ratios
+                    points[match[1]][statistics.mean(weights)] = ratios
             for loss, marker in (("anneal", "o"), ("kendall", "X")):
                 if points[loss]:
                     xs = sorted(points[loss])
@@ -1257,7 +1266,7 @@ def chart_thirds(everything):
     shown = [("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0])]
     for variant in CONDITIONINGS:
         shown.append(("refined", variant, f"refined by {variant.rsplit('-', 1)[1]}", LOOKS[variant][0]))
-    thirds, width = ("sure", "middle", "unsure"), 0.17
+    thirds, width = ("sure", "middle", "unsure"), 0.17  # of a bar; five of them are centred on a third's place
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for k, (kind, variant, label, colour) in enumerate(shown):
             for x, third in enumerate(thirds):
@@ -1362,7 +1371,8 @@ def fill(text, tables):
     marks = re.findall(r"<!-- (\w+)", text)  # what begins a block, and what ends it, in turn
     begins, ends = marks[::2], marks[1::2]
     in_turn = len(begins) == len(ends) and "end" not in begins and set(ends) <= {"end"}
-    if not in_turn or marks.count("table") != len(re.findall("<!-- table .+? -->\n", text)):
+    have_names = marks.count("table") == len(re.findall("<!-- table .+? -->\n", text))  # on lines of their own
+    if not in_turn or not have_names:
         common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
                     "<!-- table NAME --> and <!-- end -->; nothing was written")
 
@@ -1385,7 +1395,7 @@ def draw_sheet(path, runs, strips):
         if file.is_file():
             image, titles = Image.open(file), TITLES.get(picture, 0)
             rows = image.height - titles
-            top = titles + round(start * rows) if start else 0  # a strip that begins with the first row keeps titles
+            top = (titles + round(start * rows)) if start else 0  # a strip that begins with the first row keeps titles
             found[variant] = image.crop((0, top, image.width, titles + round(end * rows)))
     if not found:
         return False
@@ -1409,8 +1419,8 @@ def draw_sheet(path, runs, strips):
 
 def choose_runs(runs, folder):
     """Check run folders that are to be collected, before anything is written. Returns {the file that metrics will be
-    copied to: (run folder, facts about the run)}. Networks and runs without scores are left out, and so are runs on a
-    user's own images. Exits if another one must not be collected."""
+    copied to: (run folder, facts about the run)}. Folders without scores are left out, and so are runs on a user's own
+    images. Exits if another one must not be collected."""
     chosen = {}
     for run in map(Path, runs):
         if run.is_dir() and not (run / "metrics.json").is_file():  # such as that of the bonus's autoencoder

@@ -50,12 +50,13 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
                                                          a diffusion model without a VAE
         python stage1_baseline.py --dataset cifar10 --pretrained     36 samples in half a minute; nothing is trained
-Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16, then pictures and a table of scores.
+Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16, 8 without; then pictures and a table.
         The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png, in pairs of rows, the images of the VAE are
         above and the refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail,
         relative to real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones,
-        which have clearer outlines and stripes. `fd_local` is the Frechet distance to the real images, in the features
-        of a small network that was trained on the same data set. It is a quarter to two fifths lower after refinement.
+        which have clearer outlines and stripes. `fd_local` (README.md calls it fd) is the Frechet distance to the real
+        images, in the features of a small network that was trained on the same data set. It is a quarter to two fifths
+        lower after refinement.
 """
 
 import argparse
@@ -95,10 +96,10 @@ def build_diffusion(train, variant, device):
     and of the flags (dataset, image_size, seed).
 
     How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
-    it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of
-    sqrt(abar) (x_hat - x0), which the noise has to hide. The noise should have at least six times the standard
-    deviation of this difference (a rough limit, which fid.check_start tests). At start = 400, our setting, it has more
-    than 11 times on our data sets. The better the VAE, the smaller `start` may be."""
+    it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of sqrt(abar)
+    (x_hat - x0), which the noise has to hide. The noise should have at least six times the standard deviation of this
+    difference (our rule of thumb, which fid.check_start tests). At start = 400, our setting, it has more than 11 times
+    on our data sets. The better the VAE, the smaller `start` may be."""
     start = None if variant == "uncond" else train["start"]
     return common.Diffusion(train["objective"], device=device, start=start)
 
@@ -108,8 +109,8 @@ def denoiser(unet, x_hat, variant):
 
     In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, and all else is as in Formulation 1. The paper
     describes it in another way, as a diffusion process of y_t = x_t + x_hat, which ends in noise around x_hat and not
-    around 0. That is the same, since y_t is x_t plus a known image: the noise to predict is the same eps, and y_t minus
-    x_hat is x_t at every step.
+    around 0. That is the same, since y_t is x_t plus a known image: y_t minus x_hat is x_t at every step, and x0 and
+    eps are the same, so the target is the same, too, be it eps or v.
     (tests/test_stage1.py: test_formulation_2_is_formulation_1_after_the_shift)"""
     if variant == "uncond":
         return unet
@@ -233,8 +234,8 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # `guidance` comes from the guide's settings. Those of form1 hold the default, since main keeps --set guidance=...
-    # out of form1's run, which does not depend on it.
+    # form1's run does not depend on `guidance`, so `main` leaves a --set guidance=... out of form1's settings. So the
+    # value is that of the guide's settings.
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -320,8 +321,8 @@ def main(argv=None):
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
         # With `--set beta=1`, the folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta.
-        # Changes whose name begins with one of `ignored` are left out. Here these are the U-Net's, so that runs with
-        # another U-Net find the same VAE.
+        # Changes whose name begins with one of `ignored` are left out. Here these are the refiner's (unet_steps, start,
+        # guidance and so on), so that runs with another refiner find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
         # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.

@@ -18,17 +18,20 @@ The loss has two terms.
     sum             E + lambda D M, with one fixed weight lambda.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
-    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115,
-                    whose log sigma^2 is a or b, up to a factor of 2). The loss is lowest where exp(-a) = 1 / E and
-                    exp(-b) = 1 / (D M), which is 1 / D where M is near 1. Their ratio exp(a - b) plays the part of
-                    lambda. So it tends to E / D: the smaller the VAE's error, the smaller the weight.
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115;
+                    this is twice their loss, and a and b are their two log sigma^2). The loss is lowest where exp(-a) =
+                    1 / E and exp(-b) = 1 / (D M), which is 1 / D where M is near 1. The second of these over the first,
+                    exp(a - b), plays the part of lambda. It tends to E / D: the smaller the VAE's error, the smaller
+                    the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
                         -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + D M
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
-                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). The two KLs are
-                    E. D M are the terms of the U-Net's steps from x_start to x0 (bound_loss). On shapes the VAE
-                    collapses: the code stays empty, and images are useless. With `--gradient none` it does not, so
-                    the collapse is due to the U-Net's gradient. The bound is as low without the collapse.
+                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). In this loss, E
+                    stands for the sum of the two KLs (beta is not used), and D M for the terms of the U-Net's steps
+                    from x_start to x0, in nats (bound_loss). On shapes the VAE collapses: the code stays empty, and
+                    images are useless. With `--gradient none` it does not, so the collapse is due to the U-Net's
+                    gradient. (One run each. It is the opposite of what can go wrong with the other losses, see below;
+                    we did not find out why.) The bound is as low without the collapse.
 
 How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
 networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
@@ -41,22 +44,23 @@ multiplied by w_M D at x_hat (scale_gradient). So
 
 The losses differ in E, in M and in their weights (with `--gradient none`, see below, w_M is 0):
 
-    loss            E             w_E           M                           w_M
-    sum, anneal     as above      1             as above                    lambda: fixed, or rising
-    kendall         as above      exp(-a)       as above                    exp(-b)
-    bound           see above     1             bound_loss / D              1
+    loss            E                w_E          M                      w_M
+    sum, anneal     the VAE term     1            the divided error      lambda: fixed, or rising
+    kendall         the VAE term     exp(-a)      the divided error      exp(-b)
+    bound           the two KLs      1            bound_loss / D         1
 
-`--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder`, or
-`none`. With `none` the VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that
-is not finished yet. It is a control: if joint training helps, that can be due to the gradient, or due to the bad x_hat
-that the refiner sees in training and learns to mend. With `none` only the second is left. Stage 1 has another control,
-`augmented`: its VAE is finished, and the refiner sees bad x_hat because noise is added to it.
+`--gradient` says how far the gradient of the diffusion term goes: `full` (into decoder and encoder), `decoder` (the
+code is trained as if the VAE were alone, and only how it is decoded adapts to the refiner), or `none`. With `none` the
+VAE learns as if it were alone, and the refiner learns beside it, from the x_hat of a VAE that is not finished yet. It
+is a control: if joint training helps, that can be due to the gradient, or due to the bad x_hat that the refiner sees in
+training and learns to mend. With `none` only the second is left. Stage 1 has another control, `augmented`: its VAE is
+finished, and the refiner sees bad x_hat because noise is added to it.
 
 What can go wrong: the refiner profits from any information about x0 in x_hat. So the encoder may be pushed to put x0's
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
 The log shows both, and lambda:
 
-    kl_nats, active_units       how much information is in z
+    kl_nats, active_units       how much information is in z: the KL, and how many of its dimensions vary with the image
     weight                      w_M / w_E: lambda or, under `kendall`, exp(a - b)
     v_mse                       the U-Net's squared error, not divided (eps_mse, if it predicts eps). In its place
                                 `bound` logs bound_per_dim: M, in nats per pixel value
@@ -73,8 +77,8 @@ Expect  as many minutes of training as stage 1 takes for both networks; the same
         `paths.png`. (Stage 1's form1 gets them, too, if it is there.) Then some minutes for measurements on the side:
         of the latent space, and of how the samples depend on the number of components of the mixture that codes are
         drawn from. On shapes the refiner tolerates noise on x_hat far better than in stage 1 (nearly as well with
-        `--gradient none`), the KL is more than twice as large, and precision is higher. The Frechet distance is about
-        the same, and paths through the latent space are no straighter.
+        `--gradient none`), the KL is more than twice as large, and precision is higher. The Frechet distance is not
+        shown to be lower, and paths through the latent space are not shown to be straighter.
 """
 
 import argparse
@@ -124,8 +128,9 @@ def lambda_at(train, step):
 
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later E
-    is divided by about E, and D M by about D M. (So the VAE's gradient is small, and never reaches its limit
-    `vae_clip`, which is meant for a sum over pixel values.)"""
+    is divided by about E, and D M by about D M. (So the VAE's gradient is far smaller than with the other losses. This
+    does not slow its training, since the steps of Adam and Muon do not depend on the size of a gradient. But it never
+    reaches `vae_clip`, a limit for gradients of a sum over pixel values.)"""
 
     def __init__(self, D):
         super().__init__()
@@ -140,14 +145,15 @@ class Balance(nn.Module):
 def loss_weights(train, step, balance):
     """w_E and w_M (see the table at the top): two numbers or scalar tensors."""
     if train["loss"] == "kendall":
-        vae_weight, diffusion_weight = (-balance.a_and_b.detach()).exp()
+        a, b = balance.a_and_b.detach()
+        w_E, w_M = (-a).exp(), (-b).exp()
     elif train["loss"] == "bound":
-        vae_weight, diffusion_weight = 1.0, 1.0
+        w_E, w_M = 1.0, 1.0
     else:
-        vae_weight, diffusion_weight = 1.0, lambda_at(train, step)
+        w_E, w_M = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
-        diffusion_weight = 0.0
-    return vae_weight, diffusion_weight
+        w_M = 0.0
+    return w_E, w_M
 
 
 def bound_loss(diffusion, denoise, x0, u, eps):
@@ -182,7 +188,7 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 @torch.no_grad()
 def watch_training(vae, unet, diffusion, images):
     """What the log shows of the networks on fixed training images, times and noise: the number of active units, the
-    refiner's loss, and its loss when it is shown another image's x_hat."""
+    refiner's squared error (not divided), and the same when it is shown another image's x_hat."""
     unet.eval()  # without dropout
     x0, gen = to_float(images), common.generator(0, images.device)
     mu, _ = vae.encoder(x0)
@@ -238,8 +244,8 @@ def train_joint(folder, train, data, device, vae_state=None):
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
-            vae_weight, diffusion_weight = loss_weights(train, training.steps_taken, balance)
-            shown = scale_gradient(x_hat_for_unet, diffusion_weight * D)
+            w_E, w_M = loss_weights(train, training.steps_taken, balance)
+            shown = scale_gradient(x_hat_for_unet, w_M * D)
 
             # M: what the U-Net learns from and, through `shown`, the VAE.
             denoise = denoiser(unet, shown)
@@ -250,11 +256,10 @@ def train_joint(folder, train, data, device, vae_state=None):
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
                 M = training.even_levels(plain_loss, t, diffusion)  # (B,)
-            loss = vae_weight * E + M  # (B,)
+            loss = w_E * E + M  # (B,)
             if train["loss"] == "kendall":  # this trains a and b alone
                 loss = loss + balance(E.detach(), D * M.detach())
-        weight = diffusion_weight / vae_weight  # for the log
-        training.step(loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": weight},
+        training.step(loss, {"sse": sse, "kl_nats": kl, unet_log_name: plain_loss, "weight": w_M / w_E},
                       watch=lambda: watch_training(vae, unet, diffusion, watched_images))
     vae = common.frozen(common.build_vae(train), training.averages["vae"], device)
     return training.finish(seconds_before=vae_state["seconds"] if vae_state else 0.0,
@@ -289,7 +294,7 @@ def slerp(a, b, w):
 def smoothness(features):
     """How directly one image turns into another, from features (P, K, f) of the K images along each of P paths.
     `end_distance` is the mean distance between the two ends of a path. `path_over_distance` is the mean length of the
-    paths, divided by end_distance; 1 is a straight line. (If end_distance is 0, nothing changes along the paths, and
+    paths, divided by end_distance; 1 is a straight line. (If end_distance is about 0, as with a collapsed VAE,
     path_over_distance says nothing.)"""
     segments = (features[:, 1:] - features[:, :-1]).norm(dim=2)  # (P, K - 1)
     ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
@@ -313,7 +318,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`, since `refine` may use this seed and the next one.
+    # Twice `first`, so that the seeds of two parts always differ by 2: `refine` may use this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -407,8 +412,9 @@ def read_flags(argv):
     if args.diffusion_weight is not None and not 0 <= args.diffusion_weight <= 1000:
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
     if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
-        # The diffusion term does not train the VAE then, so all its weights would make the same run. So that this run
-        # has one name, only the default is allowed. (`bound` is another run, since its E and M are others.)
+        # The diffusion term does not train the VAE then, so all its weights would make the same run (and `kendall` one
+        # that differs only in clipping). So that this run has one name, only the default is allowed. (`bound` is
+        # another run, since its E and M are others.)
         common.fail("--gradient none: no weight reaches the VAE; leave --diffusion-weight out, and --loss (or give "
                     "--loss bound)")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
@@ -430,13 +436,13 @@ def read_flags(argv):
 
 
 def add_tables(folder, model, metrics, setup):
-    """Add to a run what this stage measures and draws, if it is not there yet: in the metrics its latent space, with
-    interpolation.png, and the Frechet distance by the number of components of the mixture; and paths.png."""
+    """Measure the latent space of a run, and its Frechet distance by the number of components of the mixture, and draw
+    interpolation.png and paths.png, if this was not done yet."""
     tables = metrics["tables"]
-    # Without the table, these are new metrics, and a paths.png that is there is of an earlier training.
-    if "latent_space" not in tables or not (folder / "paths.png").is_file():
+    is_new = "latent_space" not in tables  # these metrics were just measured: a paths.png here is of an older training
+    if is_new or not (folder / "paths.png").is_file():
         draw_paths(folder / "paths.png", model, setup)
-    if "latent_space" not in tables:
+    if is_new:
         tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
         tables["components"] = fid.by_components(model, setup)
         common.write_json(folder / "metrics.json", metrics)

@@ -3,7 +3,7 @@
 Two hypotheses. First, the codes of a trained VAE do not follow N(0, I), so codes drawn from N(0, I) are unlike those
 that the decoder was trained on. A normalising flow (RealNVP, Dinh et al. 2017) can learn their distribution and be the
 prior instead. Second, where the VAE is unsure its x_hat is misleading. There the refiner should rely less on x_hat, and
-it may need more steps, or be needed only there.
+may need more steps. Elsewhere refinement may not be needed at all.
 
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|.
@@ -16,16 +16,17 @@ The flow prior
                                      log q(z|x) - log p(z), shape (B,).
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
     The rival is the Gaussian mixture of stage 1, fitted to the same codes. How many components it needs to do as well
-    as the flow is measured, too.
+    as the flow is measured, too (fid.by_components; results/TABLES.md, *components*).
 
 Uncertainty
     How large an error of x_hat = Dec(z) is to be expected? When images are generated there is no x to compare x_hat
-    with. So the answer must be computed from z alone (x_hat is made from z and adds nothing). It is computed in the
-    same way in training (except with `posterior`, see below). Two things that z gives tell something about the error: z
-    itself, since the decoder makes worse images from rare codes; and how sure the encoder is when it is shown x_hat,
-    since a blurred x_hat may fit many codes.
+    with. So the answer must be computed from z alone. (x_hat may be used, since it is made from z.) It is computed in
+    the same way in training (except with `posterior`, see below). Two things that z gives tell something about the
+    error: z itself, since the decoder makes worse images from rare codes; and how sure the encoder is when it is shown
+    x_hat, since a blurred x_hat may fit many codes.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
-               one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: (B, d)
+               one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use, whose mean
+               hardly varies over images (common.active_units): (B, d)
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
                standard deviation 1 (but see `posterior`).
@@ -33,16 +34,16 @@ Uncertainty
         regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
         variance   No regression: s is the mean of s_vec over the dimensions in use, with the sign for which a high s
                    means a large error.
-        posterior  The obvious measure: the variance of q(z|x). In training, s_vec is made from the log-variances of
-                   Enc(x). The numbers by which s_vec and s are standardised are those of `variance`, which come from
-                   Enc(x_hat). In sampling there is no x, so there s is that of `variance`. So in sampling the refiner
-                   meets an s of another kind than in training. One may expect that to hurt; REPORT.md, appendix,
-                   has what was found.
+        posterior  The obvious measure: the variance of q(z|x). It needs x, so it exists in training only. There s_vec
+                   is made from the log-variances of Enc(x), in sampling from those of Enc(x_hat), as for `variance`.
+                   w, b and the numbers that standardise s_vec are those of `variance` in both. So in sampling the
+                   refiner meets an s of another kind than in training, where s does not have mean 0 and standard
+                   deviation 1. One may expect that to hurt; REPORT.md (stage 3) has what was found.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades to grey if the VAE is unsure: at s = 2, two standard
-               deviations above the mean, 37% of it is left. Nothing is learned.
+               deviations above the mean, 37% of it is left. (The 1/2 is a choice.) Nothing is learned.
     film       A linear function of s_vec and s is added to the time embedding, which shifts the features of every
                block (after FiLM, Perez et al. 2018, which also scales them). A second linear function of s_vec and s,
                the gate, gives three numbers. Each colour of x_hat is multiplied by 1 + tanh of its number. Both
@@ -59,9 +60,9 @@ Expect  one and a half times the minutes of stage 1 on shapes, and about as many
         one VAE. (With another `--prior` nothing is trained again; images are drawn and scored again, and metrics.json
         is replaced.) On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the
         scores are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it
-        does not, conditioning on it can hardly help. On shapes it does, with a rank correlation of 0.6 (0.1 by the
-        variance). Even so, `film` is not shown to lower the Frechet distance. But s tells which images need refinement
-        at all (REPORT.md).
+        does not, conditioning on it can hardly help. On shapes `regressed` does, with a rank correlation of 0.6
+        (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the Frechet distance. But on
+        shapes, with codes of the mixture, s tells which images need refinement at all (REPORT.md).
 """
 
 import argparse
@@ -158,7 +159,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
     CPU, where the codes are. Returns the flow in evaluation mode."""
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
     flow.load_state_dict(weights)
-    optimizer = torch.optim.Adam(flow.parameters())
+    optimizer = torch.optim.Adam(flow.parameters())  # its default learning rate is 1e-3
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, warmup=0.05, decay=True)
         index = torch.randint(len(mu), (batch,), generator=gen)
@@ -166,7 +167,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # a usual norm is about 10, so larger ones are cut
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -333,9 +334,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
-    where it is a part of the KL. To most of the flow this matters little: only this term trains it, and the steps of
-    Muon, which trains its matrices, do not depend on the size of a gradient. (The steps of Adam, which trains its
-    biases, become smaller until Adam has forgotten the larger gradients, over a thousand steps or so.)"""
+    where it is a part of the KL. The flow's matrices do not notice: only this term trains them, and a step of Muon does
+    not depend on the size of the gradient. The flow's biases are trained by Adam, which does notice a sudden change:
+    their steps become smaller, and recover over a thousand steps or so (on shapes, the training ends before that)."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -481,8 +482,9 @@ def adaptivity(folder, state, model, setup):
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
     uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
-    # The codes are means of q(z|x). (The regression of s was fitted to samples of q(z|x), so here the mean of s is not
-    # quite 0. Its order is what counts.)
+    # The codes are means of q(z|x). The regression of s and the refiner were fitted to samples of q(z|x), whose z^2 is
+    # larger by the variance. So here s is shifted against training: its mean is not 0. For the thirds, only the order
+    # of s counts.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
     # The same codes with two other noises. (seed + 1000 and + 2000 are also the seeds of runs with the next two --seed.
@@ -559,16 +561,16 @@ def adaptive_refinement(model, uncertainty, prior, setup):
     count, seed = 3 * (setup.evaluation["count"] // 3), setup.train["seed"]
     gen = common.generator(common.SEEDS["adaptive_codes"] + seed)
     z = model.priors[prior].sample(count, gen)
-    noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed
+    noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed  # refine_all uses two seeds for every 100 images
     full = setup.evaluation["probe_steps"]
-    refined = {}  # by the number of steps: images (count, 3, H, W), uint8; with 0 steps they are x_hat
+    refined = {}  # by the number of steps: images (count, 3, H, W), uint8
     for steps in {1, 2, 3, full}:
-        # z is the same each time, and so are x_hat and s.
-        refined[0], refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
+        x_hat, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
+    refined[0] = x_hat  # z is the same in all rounds, and so are x_hat and s
 
-    def by_thirds(uncertainties, steps_of_thirds):
-        images = torch.empty_like(refined[0])
-        for third, steps in zip(uncertainties.argsort().tensor_split(3), steps_of_thirds, strict=True):
+    def by_thirds(s_of_images, steps_of_thirds):
+        images = torch.empty_like(x_hat)
+        for third, steps in zip(s_of_images.argsort().tensor_split(3), steps_of_thirds, strict=True):
             images[third] = refined[steps][third]
         return images
 
@@ -595,7 +597,8 @@ def read_flags(argv):
                         help="where s comes from (default: %(default)s); see the top of the file")
     args = parser.parse_args(argv)
     if args.uncertainty != "regressed" and args.conditioning == "fixed":
-        common.fail(f"--uncertainty {args.uncertainty}: --conditioning fixed uses no uncertainty; choose another")
+        common.fail(f"--uncertainty {args.uncertainty}: the refiner of --conditioning fixed is shown no s; leave "
+                    "--uncertainty out")
     return args
 
 
