@@ -1645,11 +1645,15 @@ class Training:
                 if stop or time.time() - self.clock > 60:
                     self.checkpoint()
                 if stop:
-                    print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
-                    raise SystemExit(128 + self.stopped_by)  # the status that shells give a process ended by a signal
+                    self.exit()
             self.checkpoint()
             if self.stopped_by is not None and RANK == 0:  # by a signal that came while the last checkpoint was written
-                raise SystemExit(128 + self.stopped_by)
+                self.exit()
+
+    def exit(self):
+        """End the program after a signal, with the status that shells give a process which a signal ended."""
+        print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
+        raise SystemExit(128 + self.stopped_by)
 
     @contextlib.contextmanager
     def running(self):

@@ -152,8 +152,8 @@ def test_stopped_and_resumed_is_never_stopped(number, share, whole, few, tmp_pat
         shutil.copytree(tmp_path / "unfinished", tmp_path / "a", dirs_exist_ok=True)
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(tmp_path, monkeypatch):
-    """It must not be lost: nothing is fitted or measured after it."""
+def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(tmp_path, monkeypatch, capsys):
+    """It must not be lost: nothing is fitted or measured after it. The user is told how to go on."""
     def checkpoint(training):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -161,6 +161,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(tmp_path, m
     with pytest.raises(SystemExit) as stop:
         stage1.train_vae(tmp_path / "run", settings(steps=2), SimpleNamespace(images=draw_all(40, 0)[0]), CPU)
     assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped at step 2; continue with --resume" in capsys.readouterr().err
 
 
 def test_memory_stays_flat(tmp_path, monkeypatch, request):
