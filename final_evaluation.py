@@ -353,6 +353,8 @@ FURTHER_CLAIMS = {
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
         ("Does a longer training of the VAE help?",
          ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
+        ("Does refinement improve the samples of this VAE?",
+         ("fd", "stage1-form1-vae_steps=1650"), ("fd before", "stage1-form1-vae_steps=1650")),
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
     "refinement, more": [
@@ -363,6 +365,11 @@ FURTHER_CLAIMS = {
         ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1"))],
     "joint training": [
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
+        ("Does a fixed weight (`sum`) help?", ("fd", "stage2-sum"), ("fd", "stage1-form1")),
+        ("Does it help to begin with a trained VAE (`from-vae`)?",
+         ("fd", "stage2-anneal-from-vae"), ("fd", "stage1-form1")),
+        ("Does `from-vae` help, against stage 1 with a VAE that is trained as long?",
+         ("fd", "stage2-anneal-from-vae"), ("fd", "stage1-form1-vae_steps=1650")),
         ("What does joint training do to fd before refinement?",
          ("fd before", "stage2-anneal"), ("fd before", "stage1-form1")),
         ("What does joint training do to the Inception Score?", ("is", "stage2-anneal"), ("is", "stage1-form1")),
@@ -434,7 +441,13 @@ FURTHER_CLAIMS = {
          ("spread, unsure", "stage3-flow-film"), ("spread, unsure", "stage3-flow-fixed"))],
     "noise": [
         ("Does the gradient help against noise?",
-         ("noise fd", "stage2-anneal"), ("noise fd", "stage2-anneal-grad-none"))],
+         ("noise fd", "stage2-anneal"), ("noise fd", "stage2-anneal-grad-none")),
+        ("Does the gradient help against the strongest noise?",
+         ("fd, noise 0.4", "stage2-anneal"), ("fd, noise 0.4", "stage2-anneal-grad-none")),
+        ("Does joint training with a small weight help against noise?",
+         ("noise fd", "stage2-anneal-w0.003"), ("noise fd", "stage1-form1")),
+        ("Does joint training from a trained VAE help against noise?",
+         ("noise fd", "stage2-anneal-from-vae"), ("noise fd", "stage1-form1"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd, against pixel diffusion without a VAE?",
          ("fd", "bonus-latent"), ("fd", "stage1-uncond")),
