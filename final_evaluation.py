@@ -311,7 +311,7 @@ SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
 # together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
-    ("**Efficiency**: does adaptive conditioning (`film`) take more time?",
+    ("**Efficiency**: does `film` take more time than the same U-Net without `s`?",
      ("seconds with s", "stage3-flow-film"), ("seconds without s", "stage3-flow-film")),
     ("**Robustness**: does joint training help against noise?",
      ("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")),
@@ -830,8 +830,9 @@ def table_claims(everything, claims, adjust=False):
     note += ("A change is the geometric mean of the ratios of runs with the same seed, in percent. In brackets stands "
              "its 95% interval over seeds. **Bold**: significant. ")
     if adjust:
-        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm). The "
-                 "intervals are not, so an interval without 0 need not be significant.")
+        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm), "
+                 "which can make several of them equal. The intervals are not, so an interval without 0 need not be "
+                 "significant.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {SETTINGS}*"
