@@ -155,10 +155,11 @@ NUMBERS = {
     "path length": "tables/latent_space/slerp/refined/path_over_distance",
     "path length, VAE": "tables/latent_space/slerp/vae/path_over_distance",  # of the VAE's images
     # What a linear regression reads from the code of a held-out image. The first is the share of images whose class it
-    # finds. The second is the R^2 for the bands of a shape (none, broad or fine): 1 is perfect, and 0 is as good as
-    # the mean of all images.
+    # finds. The others are the R^2 for the bands of a shape (none, broad or fine) and for their direction: 1 is
+    # perfect, and 0 is as good as the mean of all images.
     "probe, class": "tables/latent_space/probe_class_accuracy",
     "probe, bands": "tables/latent_space/probe_r2/detail",
+    "probe, direction": "tables/latent_space/probe_r2/band direction",
     "log p, N(0, I)": "tables/prior_log_density/gaussian",  # of codes of held-out images, in nats
     "log p, mixture": "tables/prior_log_density/gmm",
     "log p, flow": "tables/prior_log_density/flow",
@@ -257,7 +258,7 @@ TABLES = {
     "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
                "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
     "codes": ("stage1-form1 stage2-anneal stage3-vae-flow",
-              "posterior variance; path length, VAE; path length; probe, class; probe, bands"),
+              "posterior variance; path length, VAE; path length; probe, class; probe, bands; probe, direction"),
     "joint training": ("stage1-form1 stage1-augmented stage2-* stage2-*=*",
                        "fd before; fd; precision; hf_energy; kl_nats; psnr, dB; weight; bits/dim; noise fd; "
                        "noise rise; fd of real codes"),
@@ -408,6 +409,12 @@ FURTHER_CLAIMS = {
          ("steps by other s", "stage3-flow-fixed"), ("steps evenly", "stage3-flow-fixed")),
         ("Are steps by `s` better than by the `s` of other images, with codes of the mixture?",
          ("steps by s, mixture", "stage3-flow-fixed"), ("steps by other s, mixture", "stage3-flow-fixed")),
+        ("Are two steps for all worse than ten, with codes of the mixture?",
+         ("steps evenly, mixture", "stage3-flow-fixed"), ("all refined, mixture", "stage3-flow-fixed")),
+        ("Are steps by `s`, two on average, worse than ten for all, with codes of the mixture?",
+         ("steps by s, mixture", "stage3-flow-fixed"), ("all refined, mixture", "stage3-flow-fixed")),
+        ("Are they better than two for all, with codes of the mixture?",
+         ("steps by s, mixture", "stage3-flow-fixed"), ("steps evenly, mixture", "stage3-flow-fixed")),
         ("Is it worse to refine only the unsure third than all images?",
          ("unsure third", "stage3-flow-fixed"), ("all refined", "stage3-flow-fixed")),
         ("Is it worse to refine only the unsure third than all images, with codes of the mixture?",
@@ -416,6 +423,8 @@ FURTHER_CLAIMS = {
          ("unsure third", "stage3-flow-fixed"), ("other third", "stage3-flow-fixed")),
         ("Is it better to refine the unsure third than another third, with codes of the mixture?",
          ("unsure third, mixture", "stage3-flow-fixed"), ("other third, mixture", "stage3-flow-fixed")),
+        ("Is it better to refine only the unsure third than to take two steps for all, with codes of the mixture?",
+         ("unsure third, mixture", "stage3-flow-fixed"), ("steps evenly, mixture", "stage3-flow-fixed")),
         ("Does adaptive conditioning (`film`) help, with codes of the mixture?",
          ("fd, mixture", "stage3-flow-film"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `fade` help?", ("fd", "stage3-flow-fade"), ("fd", "stage3-flow-fixed")),

@@ -102,7 +102,7 @@ def measured(seed=0):
         "robustness": {"steps": 10, "images": 201, "mean": 230.0, "rise": 231.0, "scores": {
             name: {"fd_local": score(fd), "hf_energy": score(fd + 10)} for name, fd in noise.items()}},
         "latent_space": {
-            "images": 202, "probe_class_accuracy": 265.0, "probe_r2": {"detail": 266.0},
+            "images": 202, "probe_class_accuracy": 265.0, "probe_r2": {"detail": 266.0, "band direction": 267.0},
             "posterior": {"vae": score(260), "refined": score(261)}, "slerp": {
             "vae": {"path_over_distance": 262.0}, "refined": {"path_over_distance": 263.0, "end_distance": 264.0}}},
         "prior_log_density": {"gaussian": score(-270), "gmm": score(-271), "flow": score(-272)},
@@ -153,7 +153,7 @@ EXPECTED = {
     "noise rise": (231, 201), "fd, no noise": (240, 201),
     "fd, noise 0.1": (241, 201), "fd, noise 0.2": (242, 201), "fd, noise 0.4": (243, 201),
     "fd of real codes": (261, 202), "path length, VAE": (262, None), "path length": (263, None),
-    "probe, class": (265, None), "probe, bands": (266, None),
+    "probe, class": (265, None), "probe, bands": (266, None), "probe, direction": (267, None),
     "log p, N(0, I)": (-270, None), "log p, mixture": (-271, None), "log p, flow": (-272, None),
     "flow's log p of mixture samples": (-282, None), "mixture's log p of flow samples": (-281, None),
     "fd, 30 components": (290, 203), "fd, 300 components": (292, 203), "fd, 3000 components": (294, 203),
@@ -222,7 +222,8 @@ def test_arrows():
     """Down where lower is better, up where higher is, and none where neither is."""
     arrows = {name: final.direction(name) for name in final.NUMBERS}
     assert {name for name, arrow in arrows.items() if arrow == "↑"} == {
-        "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "psnr, dB", "GFLOPs saved, %",
+        "is", "precision", "recall", "diversity", "probe, class", "probe, bands", "probe, direction", "psnr, dB",
+        "GFLOPs saved, %",
         "seconds saved, %", "seconds saved, %, batch 1", "memory saved, %"}
     assert {name for name, arrow in arrows.items() if not arrow} == {
         "hf_energy", "hf_energy, 6 steps", "hf_energy, ddim 6", "kl_nats", "weight", "posterior variance",
@@ -1294,6 +1295,15 @@ def test_comparisons_with_the_repeated_baseline():
     assert (f"noise fd of `grad-none` is {-math.expm1(free['log_ratio']):.0%} lower and that of `w0.003` "
             f"{-math.expm1(small['log_ratio']):.0%} lower (both significant)") in text
     assert max(free["p"], small["p"]) < 0.05
+    fd = {name: compared("fd", f"stage2-anneal-{name}") for name in ("grad-none", "w0.003")}
+    assert (f"The fd of `grad-none` is {math.expm1(fd['grad-none']['log_ratio']):.0%} higher and that of `w0.003` "
+            f"{math.expm1(fd['w0.003']['log_ratio']):.0%} higher (both not significant)") in text
+    assert min(change["p"] for change in fd.values()) > 0.05
+    four_steps = [final.compare_sides(all_results[dataset], ("fd, 4 steps", "stage1-guided"),
+                                      ("fd, 10 steps", "repeated")) for dataset in ("cifar10", "celeba64")]
+    assert (f"Four guided steps have an fd that is {-math.expm1(four_steps[0]['log_ratio']):.0%} lower on CIFAR-10 "
+            f"(significant) and {math.expm1(four_steps[1]['log_ratio']):.0%} higher on faces (not significant)") in text
+    assert four_steps[0]["p"] < 0.05 < four_steps[1]["p"]
     fd, noise_fd = compared("fd", "stage1-augmented"), compared("noise fd", "stage1-augmented")
     assert f"is {math.expm1(fd['log_ratio']):.0%} higher (not significant)" in text and fd["p"] > 0.05
     assert f"noise fd {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant)" in text and noise_fd["p"] < 0.05
