@@ -62,7 +62,7 @@ Expect  one and a half times the minutes of stage 1 on shapes, and about as many
         scores are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it
         does not, conditioning on it can hardly help. On shapes `regressed` does, with a rank correlation of 0.6
         (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the Frechet distance. But on
-        shapes, with codes of the mixture, s tells which images need refinement at all (REPORT.md).
+        shapes, with codes of the mixture, s tells how many steps an image needs (REPORT.md).
 """
 
 import argparse
