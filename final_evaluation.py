@@ -1526,6 +1526,8 @@ def main(argv=None):
     modes.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a text would change")
     args = parser.parse_args(argv)
     if args.collect:
+        if args.runs:
+            common.fail("--collect: names the folders that it copies itself; leave --runs out")
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
     committed_paths = []

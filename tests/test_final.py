@@ -1063,6 +1063,7 @@ def test_collect_and_runs(project, capsys):
     assert capsys.readouterr().out.endswith("written: nothing, the report agrees with the results\n")
     expect_error(capsys, lambda: final.main(["--results", str(project / "nothing")]), "no results there")
     expect_error(capsys, lambda: final.main(["--check", "--collect", "runs"]), "--collect", "not allowed with")
+    expect_error(capsys, lambda: final.main(["--collect", "runs/a", "--runs", "runs"]), "--collect", "leave --runs out")
     expect_error(capsys, lambda: final.main(["--collect", str(project / "nowhere")]), "nowhere", "no such file",
                  "the folder of a finished run")
 
