@@ -840,7 +840,7 @@ def table_claims(everything, claims, adjust=False):
              "its 95% interval over seeds. **Bold**: significant. ")
     if adjust:
         note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm), "
-                 "which can make several of them equal. The intervals are not, so an interval without 0 need not be "
+                 "which can make several of them equal. The intervals are not: one without 0 need not be "
                  "significant.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
