@@ -30,8 +30,10 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
     run stage2_joint.py --loss sum
     run stage2_joint.py --from-vae
 fi
-if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
+if [ "$dataset" = shapes ]; then
     run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
+fi
+if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
     run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
 fi
