@@ -367,6 +367,8 @@ FURTHER_CLAIMS = {
     "joint training": [
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
         ("Does a fixed weight (`sum`) help?", ("fd", "stage2-sum"), ("fd", "stage1-form1")),
+        ("With twice the steps, does joint training help?",
+         ("fd", "stage2-anneal-vae_steps=1800-unet_steps=1200"), ("fd", "stage1-form1-vae_steps=1800-unet_steps=1200")),
         ("Does it help to begin with a trained VAE (`from-vae`)?",
          ("fd", "stage2-anneal-from-vae"), ("fd", "stage1-form1")),
         ("Does `from-vae` help, against stage 1 with a VAE that is trained as long?",
@@ -455,6 +457,9 @@ FURTHER_CLAIMS = {
          ("fd, noise 0.4", "stage2-anneal"), ("fd, noise 0.4", "stage2-anneal-grad-none")),
         ("Does joint training with a small weight help against noise?",
          ("noise fd", "stage2-anneal-w0.003"), ("noise fd", "stage1-form1")),
+        ("With twice the steps, does joint training help against noise?",
+         ("noise fd", "stage2-anneal-vae_steps=1800-unet_steps=1200"),
+         ("noise fd", "stage1-form1-vae_steps=1800-unet_steps=1200")),
         ("Does joint training from a trained VAE help against noise?",
          ("noise fd", "stage2-anneal-from-vae"), ("noise fd", "stage1-form1"))],
     "latent diffusion": [
