@@ -212,7 +212,7 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
                large_variance if every time is visited. With skipped times it is small_variance: in long steps the large
-               one leaves x_next with far more noise than belongs to time t_next, which is all that the network is told.
+               one leaves x_next with far more noise than belongs to time t_next, which is all that the network sees.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.

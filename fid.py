@@ -717,7 +717,7 @@ def read_metrics(path, evaluation=None):
 
 
 def processor_name(path="/proc/cpuinfo"):
-    """The model of the processor, from the file in which Linux describes it. Where it is not told: the architecture.
+    """The model of the processor, from the file in which Linux describes it. Where that does not name it: the architecture.
     (Processors round differently, so the same training can give another result on another model.)"""
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -774,7 +774,8 @@ def measure_samples(folder, model, setup):
     evaluation, tables = setup.evaluation, {}
     # The row without noise in `robustness` is also in the grid, if there is one. So that it is not drawn twice, the
     # last eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
-    draw_and_score = functools.lru_cache(8)(partial(measure, model, setup))
+    remember_eight = functools.lru_cache(8)
+    draw_and_score = remember_eight(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = draw_and_score(prior, sampler, steps, evaluation["count"], 0.0)
     both = model.vae is not None and model.denoiser_for is not None

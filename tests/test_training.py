@@ -153,7 +153,7 @@ def test_stopped_and_resumed_is_never_stopped(number, share, whole, few, tmp_pat
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(tmp_path, monkeypatch, capsys):
-    """It must not be lost: nothing is fitted or measured after it. The user is told how to go on."""
+    """It must not be lost: nothing is fitted or measured after it. A message says how to go on."""
     def checkpoint(training):
         os.kill(os.getpid(), signal.SIGTERM)
 
