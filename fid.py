@@ -717,7 +717,7 @@ def read_metrics(path, evaluation=None):
 
 
 def processor_name(path="/proc/cpuinfo"):
-    """The model of the processor, from the file in which Linux describes it. Where that does not name it: the architecture.
+    """The model of the processor, from the file in which Linux describes it, or else the name of its architecture.
     (Processors round differently, so the same training can give another result on another model.)"""
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():

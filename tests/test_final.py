@@ -1311,6 +1311,20 @@ def test_comparisons_with_the_repeated_baseline():
     assert f"noise fd {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant)" in text and noise_fd["p"] < 0.05
 
 
+def test_twice_the_steps():
+    """What the texts say of joint training with twice the steps, against stage 1 with twice as many. They name two runs,
+    so that this fails when there are more."""
+    shapes = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["shapes"]
+    ending = "-vae_steps=1800-unet_steps=1200"
+    change = final.compare_sides(shapes, ("fd", f"stage2-anneal{ending}"), ("fd", f"stage1-form1{ending}"))
+    lower = f"{-math.expm1(change['log_ratio']):.0%}"
+    joint, stage1 = (f"{sum(change[side]) / 2:.2f}" for side in ("ours", "theirs"))
+    report, readme = " ".join(REPORT.split()), " ".join(README.split())
+    assert change["seeds"] == 2
+    assert f"has an fd of `{joint}`, and stage 1 `{stage1}` (two runs" in report and f"its fd is {lower} lower" in report
+    assert f"its fd on shapes is {lower} lower (two runs)" in report and f"by {lower} on shapes, two runs" in readme
+
+
 def test_sizes():
     """The README is read in three minutes, and the tables of REPORT.md have at most six numbers in a line."""
     assert README.count("\n") <= 200
