@@ -1078,7 +1078,6 @@ TRAIN = {
     "components": 30, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
     "flow_steps": 5000,  # steps of fitting the flow ex post (stage 3)
     "every": 50,  # steps between two rows of the log
-    "compile": False,  # torch.compile
 }
 EVAL = {
     "sampler": "dpm", "sample_steps": 10,  # of the first row of scores, the headline
@@ -1637,7 +1636,6 @@ class Training:
         # each precision, and treats it like any other. Meanwhile self.trial is a list, and `step` only stores gradients
         # there: it changes no weights.
         yield from self.try_reduced_precision()
-        self.compile_networks()
         with self.running():
             while self.steps_taken < self.all_steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
@@ -1673,14 +1671,6 @@ class Training:
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-
-    def compile_networks(self):
-        """With the setting `compile`, let torch compile the large networks, in place, so that parameters keep their
-        names."""
-        for network in self.networks.values():
-            for part in network.modules():
-                if self.train["compile"] and isinstance(part, (Encoder, Decoder, UNet)):
-                    part.compile()
 
     def batch(self):
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
@@ -1890,7 +1880,6 @@ def add_flags(parser, priors=(), default_prior=None):
     add("--features", choices=("auto", "inception", "local"), default="auto",
         help="feature network of the scores; auto, the default: inception for gpu and paper on real images, else local")
     add("--weights", help="file of the feature network: Inception weights, or NAME-<hash8>.pt")
-    add("--compile", action="store_true", help="torch.compile the networks for training, on a GPU (slower on a CPU)")
     add("--dry-run", action="store_true", help="print settings and the networks' sizes as JSON, and stop")
     if priors:
         add("--prior", choices=priors, default=default_prior, help="over z, of the headline (default: %(default)s)")
@@ -1924,7 +1913,7 @@ def read_settings(args, unused=()):
     for key in unused:
         if key in args.changes:
             fail(f"--set {key}: nothing in this stage depends on it; leave it out")
-    train |= {"compile": args.compile, "dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
+    train |= {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}
     evaluation |= {key: value for key, value in given.items() if value is not None}
@@ -1944,7 +1933,7 @@ def parse_changes(texts, train):
     or out of range. What the shapes of the networks consist of (lists, and `heads`) cannot be set."""
     changes = {}
     settable = {key: value for key, value in train.items()
-                if not isinstance(value, list) and key not in ("heads", "compile")}  # --compile is a flag of its own
+                if not isinstance(value, list) and key != "heads"}
     for text in texts:
         key, equals, word = text.partition("=")
         if key not in settable:

@@ -285,7 +285,7 @@ def read_flags(argv):
             common.fail("--pretrained: one process is enough; run it without torchrun")
         # Flags of training and scoring would have no effect.
         for flag in ("variant", "budget", "image_size", "steps", "batch_size", "set", "eval_samples", "features",
-                     "weights", "compile", "resume"):
+                     "weights", "resume"):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")

@@ -438,13 +438,10 @@ def read_flags(argv):
 def add_tables(folder, model, metrics, setup):
     """Measure the latent space of a run, and its Frechet distance by the number of components of the mixture, and draw
     interpolation.png and paths.png, if this was not done yet."""
-    tables = metrics["tables"]
-    is_new = "latent_space" not in tables  # these metrics were just measured: a paths.png here is of an older training
-    if is_new or not (folder / "paths.png").is_file():
+    if "latent_space" not in metrics["tables"]:
         draw_paths(folder / "paths.png", model, setup)
-    if is_new:
-        tables["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
-        tables["components"] = fid.by_components(model, setup)
+        metrics["tables"]["latent_space"] = latent_space(folder / "interpolation.png", model, setup)
+        metrics["tables"]["components"] = fid.by_components(model, setup)
         common.write_json(folder / "metrics.json", metrics)
 
 

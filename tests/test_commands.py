@@ -479,7 +479,7 @@ def test_pretrained_refuses(pretrained, monkeypatch, capsys):
                          ("--variant form1", ["--variant", "guided", "leave"]),
                          ("--variant vae form1", ["--variant", "guided", "leave"]),
                          ("--image-size 64", ["--image-size", "leave"]), ("--budget gpu", ["--budget", "cpu"]),
-                         ("--steps 9", ["--steps", "trains", "leave"]), ("--compile", ["--compile", "leave"]),
+                         ("--steps 9", ["--steps", "trains", "leave"]),
                          ("--resume", ["--resume", "trains", "leave"]),
                          ("--weights x.pt", ["--weights", "scores nothing", "leave"]),
                          ("--set guidance=1", ["--set", "trains", "leave"])):

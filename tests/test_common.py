@@ -499,7 +499,7 @@ def test_published_networks(dataset, size, blocks, millions):
     if size == 64:
         published |= {"batch": 32, "vae_steps": 2_535_000, "unet_steps": 2_535_000, "dropout": 0.1, "components": 75}
     assert {key: train[key] for key in published} == published
-    assert set(train) - set(published) == {"encoder", "decoder", "unet", "every", "compile", "guidance"}
+    assert set(train) - set(published) == {"encoder", "decoder", "unet", "every", "guidance"}
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "gpu", "paper"])
@@ -914,10 +914,10 @@ def test_flags_replace_the_budget():
     Each data set has its size and its features."""
     train, evaluation, device = common.read_settings(flags(
         *"--budget smoke --steps 5 --batch-size 3 --seed 7 --sampler ddim --sample-steps 999 --eval-samples 50".split(),
-        *"--temperature 0.8 --prior gaussian --device cpu --compile".split()))
+        *"--temperature 0.8 --prior gaussian --device cpu".split()))
     plain, measured = common.budget("smoke", "shapes", 32)
     assert train == plain | {"dataset": "shapes", "image_size": 32, "budget": "smoke", "seed": 7, "vae_steps": 5,
-                             "unet_steps": 5, "flow_steps": 5, "batch": 3, "compile": True}
+                             "unet_steps": 5, "flow_steps": 5, "batch": 3}
     longer, _, _ = common.read_settings(flags(*"--budget smoke --steps 5000 --device cpu".split()))
     assert longer["unet_steps"] == 5000 and longer["flow_steps"] == plain["flow_steps"] < 5000
     assert evaluation == measured | {"sampler": "ddim", "sample_steps": 999, "count": 50, "grid_count": 50,
@@ -960,7 +960,7 @@ def test_settings_that_are_changed(capsys):
 
 SET_ERRORS = [
     (["steps=5", "unet=[]", "attention=16", "heads=3", "encoder=1", "seed=1", "image_size=64", "dataset=cifar10", "=3",
-      "Beta=1", "compile=true"],
+      "Beta=1"],
      ["no such setting", "vae_steps, unet_steps", "beta, pool"]),
     (["beta", "decay", "objective"], ["has no value", "=VALUE"]),
     (["beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],

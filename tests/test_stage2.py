@@ -420,19 +420,6 @@ def test_paths_between_samples(tmp_path, monkeypatch):
             assert torch.equal(rows[f"refined {i + 1}"][k], common.to_uint8(images)[i])
 
 
-@pytest.mark.parametrize(("was_measured", "has_picture"), [(True, True), (True, False), (False, True), (False, False)])
-def test_paths_are_drawn_if_new_or_missing(was_measured, has_picture, tmp_path, monkeypatch):
-    """A picture that an earlier training left in the folder is replaced. One that belongs to the metrics stays."""
-    drawn = []
-    monkeypatch.setattr(stage2, "draw_paths", lambda picture, model, setup: drawn.append(picture))
-    monkeypatch.setattr(stage2, "latent_space", lambda picture, model, setup: "measured")
-    monkeypatch.setattr(fid, "by_components", lambda model, setup: "by size")
-    if has_picture:
-        (tmp_path / "paths.png").touch()
-    stage2.add_tables(tmp_path, None, {"tables": {"latent_space": "before"} if was_measured else {}}, None)
-    assert drawn == ([] if was_measured and has_picture else [tmp_path / "paths.png"])
-
-
 def test_the_command_measures_both_latent_spaces(tmp_path, monkeypatch, capsys):
     """Its own and that of stage 1's checkpoint, each with its own networks and at the flag's temperature. It compares
     mixtures fitted to its own codes."""

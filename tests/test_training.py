@@ -668,30 +668,6 @@ def test_dropout_depends_on_seed_and_step_alone(tmp_path, monkeypatch):
     assert len(torch.cat(both).unique(dim=0)) == 12
 
 
-def test_compile_reaches_the_networks_that_were_asked_for(tmp_path, monkeypatch):
-    """With --compile, encoder, decoder and U-Net are compiled, wherever they are. Without it nothing is."""
-    compiled, refiner = [], stage3.build_refiner(settings(conditioning="film"), 8)
-    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(type(part).__name__))
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
-    for flag in (False, True):
-        assert compiled == []
-        training = common.Training(tmp_path, settings(compile=flag), CPU, images_of(20).images, 8, False,
-                                   vae=common.build_vae(settings()), unet=refiner)
-        next(iter(training))
-    assert compiled == ["Encoder", "Decoder", "UNet"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_compiled_training_is_the_same_within_float_error(name, tmp_path, monkeypatch):
-    """The losses of three steps are the same with and without --compile. (On a CPU this needs a C++ compiler.)"""
-    simplify(monkeypatch.setattr, {"every": 1})
-    plain, fast = (run(name, tmp_path / str(len(flag)), "--steps", "3", *flag) for flag in ([], ["--compile"]))
-    for (a, _), (b, _) in zip(plain, fast, strict=True):
-        for row, other in zip(a["log"], b["log"], strict=True):
-            assert other == pytest.approx(row, rel=1e-2, abs=1e-2)  # fused operations round less often
-
-
 # --- Commands in processes of their own -------------------------------------------------------------------------------
 
 def float32(device, reduced):
