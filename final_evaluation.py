@@ -246,6 +246,7 @@ TABLES = {
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
                 "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
+    "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd, flow; fd, mixture; is; spread, unsure; noise fd"),
     "savings": ("bonus-latent",
@@ -347,6 +348,8 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
+# Both stages take twice the steps on shapes (stage 1 for each of its networks, joint training in all).
+TWICE = "-vae_steps=1800-unet_steps=1200"
 # The others. REPORT.md leaves out those of topics that end in "more".
 FURTHER_CLAIMS = {
     "refinement": [
@@ -356,6 +359,8 @@ FURTHER_CLAIMS = {
          ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
         ("Does refinement improve the samples of this VAE?",
          ("fd", "stage1-form1-vae_steps=1650"), ("fd before", "stage1-form1-vae_steps=1650")),
+        ("With twice the steps, does refinement improve the VAE's samples?",
+         ("fd", f"stage1-form1{TWICE}"), ("fd before", f"stage1-form1{TWICE}")),
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
     "refinement, more": [
@@ -368,7 +373,9 @@ FURTHER_CLAIMS = {
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
         ("Does a fixed weight (`sum`) help?", ("fd", "stage2-sum"), ("fd", "stage1-form1")),
         ("With twice the steps, does joint training help?",
-         ("fd", "stage2-anneal-vae_steps=1800-unet_steps=1200"), ("fd", "stage1-form1-vae_steps=1800-unet_steps=1200")),
+         ("fd", f"stage2-anneal{TWICE}"), ("fd", f"stage1-form1{TWICE}")),
+        ("With twice the steps, does joint training help, against training with noise?",
+         ("fd", f"stage2-anneal{TWICE}"), ("fd", f"stage1-augmented{TWICE}")),
         ("Does it help to begin with a trained VAE (`from-vae`)?",
          ("fd", "stage2-anneal-from-vae"), ("fd", "stage1-form1")),
         ("Does `from-vae` help, against stage 1 with a VAE that is trained as long?",
@@ -458,8 +465,9 @@ FURTHER_CLAIMS = {
         ("Does joint training with a small weight help against noise?",
          ("noise fd", "stage2-anneal-w0.003"), ("noise fd", "stage1-form1")),
         ("With twice the steps, does joint training help against noise?",
-         ("noise fd", "stage2-anneal-vae_steps=1800-unet_steps=1200"),
-         ("noise fd", "stage1-form1-vae_steps=1800-unet_steps=1200")),
+         ("noise fd", f"stage2-anneal{TWICE}"), ("noise fd", f"stage1-form1{TWICE}")),
+        ("With twice the steps, does training with noise raise fd without noise?",
+         ("fd", f"stage1-augmented{TWICE}"), ("fd", f"stage1-form1{TWICE}")),
         ("Does joint training from a trained VAE help against noise?",
          ("noise fd", "stage2-anneal-from-vae"), ("noise fd", "stage1-form1"))],
     "latent diffusion": [
