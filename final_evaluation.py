@@ -44,6 +44,8 @@ CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "s
 # file of weights, and the parts of the checkpoint that this file holds. (What is trained in the run of `guided` is its
 # guide; the rest is that of form1.)
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
+# The names of runs on shapes that take twice the training steps of the budget `cpu` end in this.
+TWICE = "-vae_steps=1800-unet_steps=1200"
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
 # Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
@@ -62,7 +64,10 @@ SHEETS = {
     # The last two of the eight rows are x_hat with the strongest noise, and its refined image. `form1` and `augmented`
     # have the same x_hat.
     "noise": [("stage1-form1", "robustness", 6 / 8, 1), ("stage1-augmented", "robustness", 7 / 8, 1),
-              ("stage2-anneal", "robustness", 6 / 8, 1)]}
+              ("stage2-anneal", "robustness", 6 / 8, 1)],
+    # Again, `augmented` refines the images of `form1`.
+    "twice": [(f"stage1-form1{TWICE}", "samples", 0, 1 / 3), (f"stage1-augmented{TWICE}", "samples", 1 / 6, 1 / 3),
+              (f"stage2-anneal{TWICE}", "samples", 0, 1 / 3)]}
 TITLES = {"uncertainty": 16}
 
 # What the variants are. (`s` says how large the VAE's error is expected to be.) The name of a run with --set KEY=VALUE
@@ -348,8 +353,6 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
-# Both stages take twice the steps on shapes (stage 1 for each of its networks, joint training in all).
-TWICE = "-vae_steps=1800-unet_steps=1200"
 # The others. REPORT.md leaves out those of topics that end in "more".
 FURTHER_CLAIMS = {
     "refinement": [

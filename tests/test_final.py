@@ -209,7 +209,7 @@ def test_every_number_of_tables_and_claims_has_a_name():
     assert {re.sub(r"(-\w+=\S+)+$|-w[\d.]+$", "", variant) for _, variant in sides} <= {*VARIANTS}
     on_sheets = set()
     for strips in final.SHEETS.values():
-        on_sheets |= {variant for variant, *_ in strips}
+        on_sheets |= {variant.removesuffix(final.TWICE) for variant, *_ in strips}
     listed = {*final.OVERVIEW, *final.COSTS, *final.COMPARED, *final.ROBUSTNESS, *final.SAME_X_HAT}
     assert on_sheets | listed | compared_with <= {*VARIANTS} and {*final.SUMMARY} <= final.NUMBERS.keys()
     assert len({question for question, *_ in ALL_CLAIMS}) == len(ALL_CLAIMS)
