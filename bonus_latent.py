@@ -124,7 +124,7 @@ def train_autoencoder(folder, train, data, device):
     torch.manual_seed(train["seed"])
     autoencoder = Autoencoder(train["ae_width"])
     training = common.Training(folder, train, device, data.images, steps=train["vae_steps"], flip=train["vae_flip"],
-                               autoencoder=autoencoder)  # with the settings autoencoder_lr and so on, added by main
+                               vae=autoencoder)  # with the settings vae_lr and so on
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         noise = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():
@@ -132,7 +132,7 @@ def train_autoencoder(folder, train, data, device):
             sse = common.squared_error(x_hat, x0)
             kl = common.gaussian_kl(mu.flatten(1), logvar.flatten(1))
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
-    autoencoder = common.frozen(Autoencoder(train["ae_width"]), training.averages["autoencoder"], device)
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), training.averages["vae"], device)
     # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of sd^2.
     mu, sd = encode_all(autoencoder, data.images, device)
     mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
@@ -142,7 +142,7 @@ def train_autoencoder(folder, train, data, device):
 
 def train_latent(folder, train, ae_state, data, device):
     """Train the U-Net on scaled latents, with the autoencoder frozen. Returns the finished checkpoint."""
-    autoencoder = common.frozen(Autoencoder(train["ae_width"]), ae_state["autoencoder"], device)
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), ae_state["vae"], device)
     scale = {key: value.to(device) for key, value in ae_state["scale"].items()}
     # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = torch.cat([data.images, data.images.flip(3)]) if train["unet_flip"] else data.images
@@ -162,7 +162,7 @@ def train_latent(folder, train, ae_state, data, device):
             loss = diffusion.simple_loss(unet, scaled, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     return training.finish(seconds_before=ae_state["seconds"],
-                           autoencoder=ae_state["autoencoder"], scale=ae_state["scale"])
+                           vae=ae_state["vae"], scale=ae_state["scale"])
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def train_latent(folder, train, ae_state, data, device):
 def load_model(state, device):
     """The common.Model of a checkpoint. Its networks are the autoencoder and the U-Net."""
     train, scale = state["train"], {key: value.to(device) for key, value in state["scale"].items()}
-    autoencoder = common.frozen(Autoencoder(train["ae_width"]), state["autoencoder"], device)
+    autoencoder = common.frozen(Autoencoder(train["ae_width"]), state["vae"], device)
     unet = common.frozen(build_latent_unet(train), state["unet"], device)
     model = common.Model("latent", device, shape=latent_shape(train),
                          diffusion=common.Diffusion(train["objective"], device=device), networks=(autoencoder, unet),
@@ -307,12 +307,9 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(
         args, unused=("beta", "start", "pool", "guidance", "components", "tied", "flow_steps"))
     # Settings come from three places: `train` from the budget, args.changes from --set, and `own` from this stage: the
-    # sizes of its networks, and the learning rate, clipping and averaging of the autoencoder, which are those of a VAE
-    # under another name (those of `train | args.changes`, so that --set vae_lr=... changes autoencoder_lr, too).
-    # folder_and_settings, below, adds args.changes to the settings of the run.
+    # sizes of its networks. folder_and_settings, below, adds args.changes to the settings of the run.
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
-    own |= common.settings_for(train | args.changes, "autoencoder", like="vae")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

@@ -1137,12 +1137,6 @@ def budget(name, dataset, size):
     return train, evaluation
 
 
-def settings_for(train, name, like):
-    """The settings of the network `like` (rates, clipping, averaging; see Training) under the keys of the network
-    `name`: {"refiner_lr": train["unet_lr"], ...}."""
-    return {f"{name}_{key}": train[f"{like}_{key}"] for key in ("lr", "muon_lr", "clip", "ema")}
-
-
 # ---- 9. Data sets ----------------------------------------------------------------------------------------------------
 
 DATASETS = {"shapes": 32, "cifar10": 32, "celeba64": 64}  # name: size of an image's side, in pixels

@@ -388,7 +388,7 @@ def train_refiner(folder, train, vae_state, data, device):
     stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
     kind = train["uncertainty"]
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
-                               refiner=refiner)  # with settings refiner_*, which main adds
+                               unet=refiner)  # with the settings unet_lr and so on
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -426,7 +426,7 @@ def load_model(state, device):
                          # those whose parameters are counted; of the two flows only the one that was fitted ex post
                          networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
-        refiner = common.frozen(build_refiner(train, vae.latent_dim), state["refiner"], device)
+        refiner = common.frozen(build_refiner(train, vae.latent_dim), state["unet"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
         # `clean` is x_hat before evaluation adds noise to it. s describes the VAE, not that noise.
@@ -607,9 +607,6 @@ def main(argv=None):
     # A setting of stage 1's `guided`: to change it by --set is an error here.
     train, evaluation, device = common.read_settings(args, unused=("guidance",))
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
-    # U-Net and conditioner are trained as one network, `refiner`. Training looks up its learning rates under that name:
-    # refiner_lr is unet_lr, and so on. (args.changes are the settings that --set changes.)
-    own |= common.settings_for(train | args.changes, "refiner", like="unet")
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

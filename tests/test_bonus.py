@@ -14,8 +14,7 @@ import fid
 
 def tiny(**changes):
     """The settings of the smoke budget for the autoencoder and the U-Net on latents."""
-    own = {"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | common.settings_for(settings(), "autoencoder", like="vae")
-    return settings(**own | changes)
+    return settings(**{"ae_width": 16, "latent_unet": [[1, 16, 1, 1]]} | changes)
 
 
 def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
@@ -59,8 +58,8 @@ def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypa
     state = bonus.train_latent(tmp_path / "latent", tiny(vae_steps=7, every=8), ae_state, data, CPU)
     assert [found["seconds_before"] for found in (ae_state, state)] == [0, ae_state["seconds"]]
     assert len(built) == 2 and all(not p.requires_grad and p.grad is None for net in built for p in net.parameters())
-    assert same(dict(built[-1].state_dict()), ae_state["autoencoder"])
-    assert same(state["autoencoder"], ae_state["autoencoder"]) and same(state["scale"], ae_state["scale"])
+    assert same(dict(built[-1].state_dict()), ae_state["vae"])
+    assert same(state["vae"], ae_state["vae"]) and same(state["scale"], ae_state["scale"])
     latents, losses, times = zip(*seen, strict=True)
     assert len(losses_of_steps) == 8 and torch.allclose(losses_of_steps[0], evened(losses[0], times[0], 1000))
     assert not torch.allclose(losses_of_steps[0], losses[0], rtol=1e-3)
@@ -68,7 +67,7 @@ def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypa
 
     model, stats = bonus.load_model(state, CPU), ae_state["scale"]
     autoencoder, unet = model.networks
-    assert same(dict(autoencoder.state_dict()), state["autoencoder"]) and same(dict(unet.state_dict()), state["unet"])
+    assert same(dict(autoencoder.state_dict()), state["vae"]) and same(dict(unet.state_dict()), state["unet"])
     assert model.denoiser_for(None, None, None) is unet and model.shape == (4, 8, 8)
     mu, sd = bonus.encode_all(autoencoder, data.images, CPU)
     assert mu.shape == (150, 4, 8, 8) and not torch.allclose(stats["sd"], torch.ones(1), atol=0.05)
@@ -87,7 +86,7 @@ def test_latents_of_mirrored_images(mirrored, tmp_path, monkeypatch):
     """The U-Net is trained on the latents of the images and, if they are mirrored at all, of their mirror images."""
     data, given, training = images_of(10), [], common.Training
     autoencoder = bonus.Autoencoder(16)
-    state = {"autoencoder": autoencoder.state_dict(), "scale": {"mean": torch.zeros(1), "sd": torch.ones(1)},
+    state = {"vae": autoencoder.state_dict(), "scale": {"mean": torch.zeros(1), "sd": torch.ones(1)},
              "seconds": 1.0}
     monkeypatch.setattr(common, "Training", lambda folder, train, device, images, **how: given.append(images)
                         or training(folder, train, device, images, **how))

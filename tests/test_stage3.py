@@ -433,7 +433,7 @@ def test_cost_by_hand(monkeypatch):
 def joint(**changes):
     """The settings of a VAE and of a refiner."""
     vae = settings(**{"steps": 2} | changes)
-    own = {"conditioning": "film", "uncertainty": "regressed"} | common.settings_for(vae, "refiner", like="unet")
+    own = {"conditioning": "film", "uncertainty": "regressed"}
     own |= {key: value for key, value in changes.items() if key in own}
     return vae, vae | own
 
@@ -534,7 +534,7 @@ def test_fixed_is_stage_1(tmp_path):
     stage1_state = vae_state | {"vae": weights}
     ours = stage3.train_refiner(tmp_path / "fixed", train, vae_state, data, CPU)
     theirs = stage1.train_refiner(tmp_path / "form1", train, "form1", stage1_state, data, CPU)
-    assert same({name.removeprefix("unet."): value for name, value in ours["refiner"].items()}, theirs["unet"])
+    assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
     assert ours["log"] == theirs["log"] and ours["seconds_before"] == vae_state["seconds"]
 
 
@@ -554,7 +554,7 @@ def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float
     model, stats = stage3.load_model(state, CPU), state["uncertainty"]
     assert not any(p.requires_grad for p in model.vae.parameters())
     assert model.networks[:3] == (model.vae.encoder, model.vae.decoder, model.priors["flow"])
-    assert len(model.networks) == 4 and same(dict(model.networks[3].state_dict()), state["refiner"])
+    assert len(model.networks) == 4 and same(dict(model.networks[3].state_dict()), state["unet"])
     for (_, x_hat, s_vec, s), x0, z_noise in zip(seen, x0s, draws[::2], strict=True):
         mu, logvar = model.vae.encoder(x0)
         z = mu + (0.5 * logvar).exp() * z_noise

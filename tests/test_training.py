@@ -35,7 +35,7 @@ import stage3_adaptive as stage3
 
 SMOKE = ["--budget", "smoke", "--device", "cpu"]
 COMMANDS = {"stage1": stage1.main, "stage2": stage2.main, "stage3": stage3.main, "bonus": bonus.main}
-NETWORKS = {"vae", "unet", "refiner", "autoencoder"}  # names of weights in checkpoints
+NETWORKS = {"vae", "unet"}  # names of weights in checkpoints
 FLAGS = {"stage1": [], "stage2": ["--loss", "kendall"], "stage3": [], "bonus": []}
 DRAWING = {"dropout": 0.2, "vae_flip": True, "unet_flip": True, "every": 3, "batch": 4,  # all kinds of random draws
            "vae_muon_lr": 0.01, "unet_muon_lr": 0.01}  # and both optimisers are used
@@ -330,13 +330,13 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
     assert runs("stage3", "--set", "unet_lr=0.001") == {
         "stage3-vae-flow-s0": 2, "stage3-flow-film-unet_lr=0.001-s0": 2}
     refiner, vae = train_of("stage3-flow-film-unet_lr=0.001-s0"), train_of("stage3-vae-flow-s0")
-    assert refiner["refiner_lr"] == refiner["unet_lr"] == 0.001 and "refiner_lr" not in vae and vae["unet_lr"] == 2e-3
+    assert refiner["unet_lr"] == 0.001 and vae["unet_lr"] == 2e-3
     assert runs("stage3", "--set", "start=300") == {"stage3-flow-film-start=300-s0": 2}
     assert runs("stage3", "--set", "flow_steps=3") == {
         "stage3-vae-flow-flow_steps=3-s0": 2, "stage3-flow-film-flow_steps=3-s0": 2}
     assert runs("bonus", "--set", "vae_lr=0.001", "even_levels=false") == {
         "bonus-ae-vae_lr=0.001-s0": 2, "bonus-latent-vae_lr=0.001-even_levels=False-s0": 2}
-    assert train_of("bonus-ae-vae_lr=0.001-s0")["autoencoder_lr"] == 0.001
+    assert train_of("bonus-ae-vae_lr=0.001-s0")["vae_lr"] == 0.001
     assert runs("bonus", "--set", "vae_lr=0.001", "objective=eps") == {
         "bonus-latent-vae_lr=0.001-objective=eps-s0": 2}
 
@@ -344,11 +344,10 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
 @pytest.mark.parametrize("train_vae", [stage1.train_vae, stage3.train_vae, bonus.train_autoencoder])
 def test_what_matters_to_the_unet_alone_changes_no_bit_of_the_vae(train_vae, tmp_path):
     """All settings that count as such are changed."""
-    own = {"ae_width": 16} | common.settings_for(settings(), "autoencoder", like="vae")
     others = {"unet_muon_lr": 0.0, "unet_lr": 1.0, "unet_clip": 9.0, "unet_steps": 2, "unet_ema": 0.0,
               "unet_flip": True, "unet": [[32, 8, 0, 1]], "objective": "eps", "even_levels": False, "start": 9,
               "dropout": 0.3, "heads": 2, "attention": [8], "guidance": 3.0}
-    plain = settings(vae_steps=3, dropout=0.0, **own)
+    plain = settings(vae_steps=3, dropout=0.0, ae_width=16)
     assert others.keys() == {key for key in plain if key.startswith(common.OF_UNET)}
     assert all(plain[key] != value for key, value in others.items())
     a, b = (train_vae(tmp_path / str(len(train)), train, images_of(60), CPU)
