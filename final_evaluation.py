@@ -253,7 +253,7 @@ TABLES = {
                 "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
-                     "fd, flow; fd, mixture; is; spread, unsure; noise fd"),
+                     "fd, flow; fd, mixture; fd, mixture against stage3-flow-fixed; is; spread, unsure; noise fd"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
     "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
