@@ -191,7 +191,7 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture. But all that is
         # decided at these levels is the grain of the image. So an image's loss is divided by the running mean of the
         # losses at its noise level (not with the budget `paper`). On shapes this lowers fd by 27%; on real images
-        # it hardly matters (REPORT.md, appendix).
+        # no gain is seen (REPORT.md, appendix).
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":

@@ -56,13 +56,14 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm                         the same networks, codes from the mixture
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  on faces; uses the GPU, if there is one
-Expect  one and a half times the minutes of stage 1 on shapes, and about as many on real images. All conditionings share
-        one VAE. (With another `--prior` nothing is trained again; images are drawn and scored again, and metrics.json
-        is replaced.) On shapes the flow draws far better codes than N(0, I), but worse ones than the mixture, so the
-        scores are worse than stage 1's. The command says whether s ranks the errors of held-out images at all; if it
-        does not, conditioning on it can hardly help. On shapes `regressed` does, with a rank correlation of 0.6
-        (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the Frechet distance. But on
-        shapes, with codes of the mixture, s tells how many steps an image needs (REPORT.md).
+Expect  one and a half to two times the minutes of stage 1 on shapes, and about as many on real images. All
+        conditionings share one VAE. (With another `--prior` nothing is trained again; images are drawn and scored
+        again, and metrics.json is replaced.) On shapes the flow draws far better codes than N(0, I), but worse ones
+        than the mixture, so the scores are worse than stage 1's. The command says whether s ranks the errors of
+        held-out images at all; if it does not, conditioning on it can hardly help. On shapes `regressed` does, with a
+        rank correlation of 0.6 (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the
+        Frechet distance. But on shapes, with codes of the mixture, s helps to share out a small
+        number of steps (REPORT.md).
 """
 
 import argparse

@@ -34,7 +34,7 @@ if [ "$dataset" = shapes ]; then
     run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
 fi
 if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
-    run stage1_baseline.py --variant form1 --set vae_steps=1800 unet_steps=1200  # twice as many
+    run stage1_baseline.py --variant form1 augmented --set vae_steps=1800 unet_steps=1200  # twice as many
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
     run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
