@@ -32,10 +32,11 @@ if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ] || [ "$seed" = 0 ]; then
 fi
 if [ "$dataset" = shapes ]; then
     run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
-fi
-if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
     run stage1_baseline.py --variant form1 augmented --set vae_steps=1800 unet_steps=1200  # twice as many
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200
+fi
+if [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; then
+    run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
     run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
     run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
 fi
@@ -61,6 +62,7 @@ fi
 [ "$seed" = 0 ] || exit 0
 case $dataset in
 shapes)
+    run stage1_baseline.py --variant form1 --set vae_steps=1800 unet_steps=1200 start=1000
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
@@ -88,5 +90,6 @@ cifar10)
         run stage2_joint.py --set beta=$beta
     done ;;
 celeba64)
-    run stage2_joint.py --set vae_steps=4600 unet_steps=4600 ;;  # twice as many
+    run stage1_baseline.py --variant form1 --set vae_steps=4600 unet_steps=4600  # twice as many
+    run stage2_joint.py --set vae_steps=4600 unet_steps=4600 ;;
 esac

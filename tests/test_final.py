@@ -1314,7 +1314,8 @@ def test_comparisons_with_the_repeated_baseline():
 
 
 def test_twice_the_steps():
-    """What the texts say of joint training with twice the steps on shapes, against stage 1 with twice as many."""
+    """What the texts say of joint training with twice the steps on shapes, against stage 1 with twice as many, and
+    against its training with noise."""
     shapes = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["shapes"]
     joint, stage1 = f"stage2-anneal{final.TWICE}", f"stage1-form1{final.TWICE}"
     change = final.compare_sides(shapes, ("fd", joint), ("fd", stage1))
@@ -1324,6 +1325,11 @@ def test_twice_the_steps():
     before = f"{statistics.mean(final.values_by_seed(shapes[stage1], 'fd before').values()):.2f}"
     report, readme = " ".join(REPORT.split()), " ".join(README.split())
     assert change["p"] < 0.05
+    noisy = final.compare_sides(shapes, ("fd", f"stage1-augmented{final.TWICE}"), ("fd", stage1))
+    mean = f"{statistics.mean(noisy['ours']):.2f}"
+    assert f"`augmented` has `{mean}`, {-math.expm1(noisy['log_ratio']):.0%} below `form1`. Joint training is not" in report
+    rivals = final.compare_sides(shapes, ("fd", joint), ("fd", f"stage1-augmented{final.TWICE}"))
+    assert noisy["p"] < 0.05 < rivals["p"] and noisy["seeds"] == rivals["seeds"] == change["seeds"]
     assert f"joint training has an fd of `{ours}` and stage 1 `{theirs}` ({lower}, {runs}" in report
     assert f"(`{before}` before refinement)" in report
     assert all(f"its fd is {lower} ({runs})" in text or f"its fd is {lower} than stage 1's ({runs})" in text
