@@ -364,6 +364,8 @@ FURTHER_CLAIMS = {
          ("fd", "stage1-form1-vae_steps=1650"), ("fd before", "stage1-form1-vae_steps=1650")),
         ("With twice the steps, does refinement improve the VAE's samples?",
          ("fd", f"stage1-form1{TWICE}"), ("fd before", f"stage1-form1{TWICE}")),
+        ("With twice the steps, does refinement help, if its refiner is trained with noise?",
+         ("fd", f"stage1-augmented{TWICE}"), ("fd before", f"stage1-augmented{TWICE}")),
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
     "refinement, more": [
@@ -374,6 +376,8 @@ FURTHER_CLAIMS = {
         ("Is Formulation 2 better than 1?", ("fd", "stage1-form2"), ("fd", "stage1-form1"))],
     "joint training": [
         ("Does a small weight help?", ("fd", "stage2-anneal-w0.003"), ("fd", "stage1-form1")),
+        ("Is joint training better than training stage 1 with noise?",
+         ("fd", "stage2-anneal"), ("fd", "stage1-augmented")),
         ("Does a fixed weight (`sum`) help?", ("fd", "stage2-sum"), ("fd", "stage1-form1")),
         ("With twice the steps, does joint training help?",
          ("fd", f"stage2-anneal{TWICE}"), ("fd", f"stage1-form1{TWICE}")),
@@ -465,6 +469,8 @@ FURTHER_CLAIMS = {
          ("noise fd", "stage2-anneal"), ("noise fd", "stage2-anneal-grad-none")),
         ("Does the gradient help against the strongest noise?",
          ("fd, noise 0.4", "stage2-anneal"), ("fd, noise 0.4", "stage2-anneal-grad-none")),
+        ("Is joint training better against noise than training stage 1 with noise?",
+         ("noise fd", "stage2-anneal"), ("noise fd", "stage1-augmented")),
         ("Does joint training with a small weight help against noise?",
          ("noise fd", "stage2-anneal-w0.003"), ("noise fd", "stage1-form1")),
         ("With twice the steps, does joint training help against noise?",
