@@ -861,9 +861,8 @@ def table_claims(everything, claims, adjust=False):
     note += ("A change is the geometric mean of the ratios of runs with the same seed, in percent. In brackets stands "
              "its 95% interval over seeds. **Bold**: significant. ")
     if adjust:
-        note += ("The questions of a data set are tested together: the p-values are adjusted for that (Holm), "
-                 "which can make several of them equal. The intervals are not: one without 0 need not be "
-                 "significant.")
+        note += ("The p-values of a data set's questions are adjusted together (Holm), so several can be equal. The "
+                 "intervals are not adjusted: one that excludes 0 need not be significant.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {SETTINGS}*"

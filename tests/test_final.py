@@ -409,7 +409,7 @@ def test_claims(tmp_path):
     question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
     fitted = final.table_claims(everything, [question])
     assert cells_of(fitted, "Fitted?")[2] == "12.0 / 30.0: -60% (one run)"
-    for table, note in ((primary, "the p-values are adjusted for that (Holm), which can make several of them equal. "),
+    for table, note in ((primary, "questions are adjusted together (Holm), so several can be equal. "),
                         (claims, "without adjustment")):
         assert note in table and table.endswith(f"{final.SETTINGS}*")
 
