@@ -62,8 +62,8 @@ Expect  one and a half to two times the minutes of stage 1 on shapes, and about 
         than the mixture, so the scores are worse than stage 1's. The command says whether s ranks the errors of
         held-out images at all; if it does not, conditioning on it can hardly help. On shapes `regressed` does, with a
         rank correlation of 0.6 (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the
-        Frechet distance. But on shapes, with codes of the mixture, s helps to share out a small
-        number of steps (REPORT.md).
+        Frechet distance. But on shapes, with codes of the mixture, s can tell which images need more of few steps
+        (REPORT.md).
 """
 
 import argparse

@@ -62,7 +62,6 @@ fi
 [ "$seed" = 0 ] || exit 0
 case $dataset in
 shapes)
-    run stage1_baseline.py --variant form1 --set vae_steps=1800 unet_steps=1200 start=1000
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
