@@ -1152,7 +1152,7 @@ def train_network(data, batch=256):
         loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
         return loss if factors is None else loss + F.mse_loss(outputs, factors[index])
 
-    reduced = common.native_bfloat16(cpu)
+    reduced = common.fast_bfloat16(cpu)
     # A safety net, to be skipped on first reading. As in common.Training, bfloat16 must give the gradient that float32
     # gives, on a first batch.
     if reduced:

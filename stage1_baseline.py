@@ -226,7 +226,7 @@ def load_model(state, variant, device):
         model.evaluations = 2  # the refiner and the guide, in every step of sampling
         model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
-    common.choose_precision(model)  # bfloat16 where the device has it and the outputs agree with those of float32
+    common.choose_precision(model)  # bfloat16 where it is fast and the outputs agree with those of float32
     return model
 
 

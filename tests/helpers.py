@@ -85,7 +85,7 @@ def oracle(diffusion, x0):
 
 def plant_wrong_bfloat16(monkeypatch, network=None):
     """Plant a fault such as some processors have: in bfloat16 every convolution (of `network`, if given) returns its
-    channels in reverse order. On every machine the project then believes that bfloat16 is native."""
+    channels in reverse order. On every machine the project then believes that bfloat16 is fast."""
     layers, right = None if network is None else set(network.modules()), torch.nn.Conv2d._conv_forward
 
     def wrong(self, *arguments):
@@ -93,7 +93,7 @@ def plant_wrong_bfloat16(monkeypatch, network=None):
         return y.flip(1) if y.dtype == torch.bfloat16 and (layers is None or self in layers) else y
 
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", wrong)
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)
 
 
 def flags(*argv):

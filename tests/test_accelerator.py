@@ -54,7 +54,7 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "draw_shapes", lambda count, seed: draw_all(count // 100, seed))
     monkeypatch.setattr(common, "budget", smaller_budget)
     monkeypatch.setattr(fid, "COMPONENTS", (2, 4))
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: float64)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: float64)
     with pretend.device(float64):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(common.Training, "step", step_and_stop)
@@ -75,7 +75,7 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
 
 def test_training_there_is_training_on_the_cpu(monkeypatch, tmp_path):
     """The same weights, but for rounding: the CPU has another implementation of Adam. Both compute in float32."""
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     weights = []
     for device in (CPU, pretend.DEVICE):
         with pretend.device():

@@ -10,13 +10,14 @@ import os
 import pickle
 import random
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CPU, draw_all, expect_error, flags, oracle, plant_wrong_bfloat16, same, settings
 from PIL import Image
 from scipy.cluster.vq import kmeans2
@@ -135,6 +136,27 @@ def test_errors_that_rounding_explains(capsys):
     assert line.startswith("form1: ") and "32%" in line and "float32 is used instead" in line
 
 
+@pytest.mark.parametrize("has,ratio,fast", [(True, 0.6, True), (True, 1.6, False), (False, 0.6, False)])
+def test_bfloat16_is_used_where_it_is_faster(has, ratio, fast, monkeypatch, capsys):
+    """A processor that has it but computes slower in it uses float32, and one line says so, once. What is timed is a
+    convolution in each precision."""
+    dtypes, right = [], F.conv2d
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
+    monkeypatch.setattr(F, "conv2d", lambda *a, **k: dtypes.append((y := right(*a, **k)).dtype) or y)
+
+    def time_in_turn(runs, device):
+        for name, run in runs.items():
+            run()
+            assert dtypes.pop() == getattr(torch, name)
+        return {"float32": 2.0, "bfloat16": 2.0 * ratio}
+
+    monkeypatch.setattr(common, "time_in_turn", time_in_turn)
+    measure = cache(common.fast_bfloat16.__wrapped__)  # with nothing remembered
+    assert measure(CPU) == measure(CPU) == fast
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == (["bfloat16 takes 1.6 times as long as float32 here; float32 is used"] if ratio > 1 else [])
+
+
 @pytest.mark.parametrize("wrong", [None, "vae", "unet", "decode"])
 def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch, capsys):
     """The decoder, the denoiser and the decoding of a latent are all tried. What is right samples in bfloat16."""
@@ -142,10 +164,10 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     unet, decode = common.build_unet(train, 3), nn.Conv2d(3, 3, 3)
     nn.init.normal_(unet.out.weight, std=0.1)
     model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z, clean: unet, decode=decode)
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     common.choose_precision(model)
     assert not model.reduced
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)
     if wrong:
         plant_wrong_bfloat16(monkeypatch, {"vae": model.vae.decoder, "unet": unet, "decode": decode}[wrong])
     common.choose_precision(model)

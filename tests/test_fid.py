@@ -511,7 +511,7 @@ def test_a_wrong_kernel_costs_the_local_network_only_speed(monkeypatch, capsys):
     for more in ({"labels": torch.arange(64) % 2, "factors": factors}, {"labels": torch.arange(64) % 2}, {}):
         def train(native, more=more):
             if native is not None:
-                monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+                monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
             return fid.train_network(image_data(images, **more), batch=32).body.state_dict()
 
         exact, reduced = train(False), train(True)

@@ -26,7 +26,7 @@ def joint(**changes):
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
 
 
 @pytest.mark.parametrize("changes,elbo_weight,weight", [  # the factors of E and of D M in the loss of the VAE

@@ -19,7 +19,7 @@ import stage3_adaptive as stage3
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
 
 
 def shaken(network, std=0.3, seed=0):

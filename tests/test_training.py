@@ -208,10 +208,10 @@ REPORTED = {"stage1": ["stage1-vae-s0", "vae", "stage1-form1-s0", "form1"], "sta
 
 
 def train_in(name, folder, native, monkeypatch, capsys, wrong=False):
-    """Run a stage's command with or without native bfloat16, whose kernels may be wrong. Returns its results, and the
+    """Run a stage's command with or without fast bfloat16, whose kernels may be wrong. Returns its results, and the
     names that were reported."""
     with monkeypatch.context() as patch:
-        patch.setattr(common, "native_bfloat16", lambda device: native)
+        patch.setattr(common, "fast_bfloat16", lambda device: native)
         if wrong:
             plant_fault(patch, lambda conv: True)
         return run(name, folder, "--steps", "3"), reported(capsys)
@@ -241,7 +241,7 @@ def test_a_wrong_kernel_behind_zero_weights_is_found(tmp_path, monkeypatch, caps
     """The first convolution of a residual block is wrong. At the start of training nothing shows that, since the second
     one has zero weights. The trial uses other weights, and then restores these."""
     def train(folder, native):
-        monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+        monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
         return stage1.train_refiner(tmp_path / folder, settings(steps=2), "uncond", {}, images_of(40), CPU)
 
     plant_fault(monkeypatch, lambda conv: (conv.in_channels, conv.out_channels, *conv.kernel_size) == (8, 16, 3, 3))
@@ -253,7 +253,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, capsys):
     """One that began in float32 stays in float32, though bfloat16 may be used now. One that began on another kind of
     device is refused, since the state of its random numbers belongs to that device."""
     def begin(native):
-        monkeypatch.setattr(common, "native_bfloat16", lambda device: native)
+        monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
         vae = common.build_vae(settings())
         return common.Training(tmp_path, settings(), CPU, images_of(20).images, 8, False, vae=vae)
 
@@ -522,7 +522,7 @@ def test_what_leaves_the_levels_alone(tmp_path, monkeypatch):
     training, diffusion = levels_of(tmp_path / "off", even_levels=False)
     assert training.even_levels(loss, t, diffusion) is loss and torch.equal(training.level_means, torch.ones(20))
 
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)
     net, seen = nn.Linear(1, 1, bias=False), []
     train = settings(batch=2, net_lr=0.0, net_muon_lr=0.0, net_clip=0.0, net_ema=0.0)
     training = common.Training(tmp_path / "on", train, CPU, torch.zeros(9, 1, 1, 1), 3, False, net=net)
@@ -574,7 +574,7 @@ def test_whose_losses_are_divided(name, flags, evened, few, tmp_path, monkeypatc
         drawn.append((loss, how[0], how[3]))
         return loss
 
-    monkeypatch.setattr(common, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(common.Training, "even_levels", even_levels)
     monkeypatch.setattr(common.Training, "step", check)
     monkeypatch.setattr(common.Diffusion, "simple_loss", record)
