@@ -1618,9 +1618,7 @@ class Training:
         self.every = min(train["every"], steps)
         self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
-        fast = torch.tensor(float(fast_bfloat16(device)), device=device)
-        average_over_processes([fast])
-        self.reduced, self.trial = bool(fast == 1), None  # see try_reduced_precision
+        self.reduced, self.trial = fast_bfloat16(device), None  # see try_reduced_precision
         path = self.folder / "checkpoint.pt"
         state = load_checkpoint(path) if path.is_file() else None
         if state is not None and not state["finished"]:  # that it may go on was checked by finished_state
@@ -1834,7 +1832,10 @@ class Training:
         have random weights meanwhile. With the true weights, a fault could be hidden or imitated: in a new run some are
         zero and let no gradient through; in a resumed run the gradients nearly cancel, so that rounding alone changes
         them by up to a half."""
-        if not self.reduced:
+        all_reduced = torch.tensor(float(self.reduced), device=self.device)
+        average_over_processes([all_reduced])  # each process has timed bfloat16, and they must decide alike
+        if all_reduced < 1:
+            self.reduced = False
             return
         random_numbers = self.gen.get_state()
         matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]

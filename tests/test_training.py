@@ -45,6 +45,11 @@ RUNS = {"stage1": ("stage1-vae", "stage1-form1"), "stage2": ("stage2-kendall",),
 
 # --- The four stages, stopped and resumed -----------------------------------------------------------------------------
 
+def clock(now):
+    """In place of the module `time`: now() is the time in seconds."""
+    return SimpleNamespace(time=now, perf_counter=time.perf_counter)
+
+
 def simplify(change, train=None, scores=False):
     """Make commands quick by `change(module, name, value)`: few images, and the smoke settings with those in `train`.
     Without `scores`, nothing is evaluated, there are 100 images, and a checkpoint is saved every tenth step."""
@@ -56,7 +61,7 @@ def simplify(change, train=None, scores=False):
     if not scores:
         change(common, "budget", lambda *args: (smoke(*args)[0] | (train or {}), smoke(*args)[1]))
         change(common, "draw_shapes", lambda count, seed: draw_all(count // 200, seed))
-        change(common, "time", SimpleNamespace(time=itertools.count(0, 6).__next__))
+        change(common, "time", clock(itertools.count(0, 6).__next__))
         change(fid, "load_extractor", lambda *a: SimpleNamespace(name="none", suffix="_local"))
         change(fid, "evaluate", lambda folder, *a: {"run": {}, "tables": tables})
         change(fid, "print_results", lambda *a: None)
@@ -405,7 +410,7 @@ def test_what_is_not_finite(steps, bad, tmp_path, capsys):
 
 def test_what_is_not_finite_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     """The line says that there is one. It is that of the step before. All flags that the line names exist."""
-    monkeypatch.setattr(common, "time", SimpleNamespace(time=itertools.count(0, 61).__next__))  # each step is saved
+    monkeypatch.setattr(common, "time", clock(itertools.count(0, 61).__next__))  # each step is saved
     with pytest.raises(SystemExit):
         train_weights(tmp_path, lambda i, w: w * (math.nan if i == 5 else 1), steps=8, every=8)
     message, parser = capsys.readouterr().err, argparse.ArgumentParser()
@@ -448,7 +453,7 @@ def test_seconds_by_hand(tmp_path, monkeypatch):
     """A run has the seconds of its training, before it was stopped and after, and of what comes after the last step.
     The time in between does not count."""
     now = [1000.0]
-    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(common, "time", clock(lambda: now[0]))
 
     def loss(i, w):
         now[0] += 7
