@@ -307,8 +307,7 @@ ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented",
 # The variants in the chart of fd against the cost of sampling: the main ones without `kendall` and `film`, whose lines
 # would hide those of `anneal` and `fixed`. The last one is drawn above the others.
 COSTS = ("stage1-uncond", "stage1-guided", "stage2-anneal", "stage3-flow-fixed", "bonus-latent", "stage1-form1")
-# The variants that are compared by all criteria: their fd and Inception Score in a table, in which the data sets stand
-# side by side, and all numbers of SUMMARY in a chart, with form1 as the baseline.
+# The variants that a chart compares by all numbers of SUMMARY, with form1 as the baseline.
 COMPARED = ("stage1-vae", "stage1-uncond", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal",
             "stage2-kendall", "stage2-anneal-grad-none", "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
 SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
@@ -325,7 +324,7 @@ PRIMARY_CLAIMS = [
     ("**Latent space**: does joint training smooth it?",
      ("path length", "stage2-anneal"), ("path length", "stage1-form1"))]
 
-# The most important ones of all other claims, by what they are about. The chart shows them.
+# The most important ones of all other claims, by topic. The chart shows them.
 CLAIMS = {
     "refinement": [
         ("Does refinement improve the VAE's samples?", ("fd", "stage1-form1"), ("fd", "stage1-vae")),
@@ -353,7 +352,7 @@ CLAIMS = {
         ("Does `film` help against noise?", ("noise fd", "stage3-flow-film"), ("noise fd", "stage3-flow-fixed"))],
     "latent diffusion": [
         ("Does latent diffusion raise fd?", ("fd", "bonus-latent"), ("fd", "stage1-form1"))]}
-# The others. REPORT.md leaves out those of topics that end in "more".
+# All others, by the same topics.
 FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
@@ -367,8 +366,7 @@ FURTHER_CLAIMS = {
         ("With twice the steps, does refinement help, if its refiner is trained with noise?",
          ("fd", f"stage1-augmented{TWICE}"), ("fd before", f"stage1-augmented{TWICE}")),
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
-        ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae"))],
-    "refinement, more": [
+        ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae")),
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
         ("Does it help to divide the loss by its mean at each noise level?",
@@ -394,8 +392,7 @@ FURTHER_CLAIMS = {
         ("Does joint training help with codes from N(0, I)?",
          ("fd, N(0, I)", "stage2-anneal"), ("fd, N(0, I)", "stage1-form1")),
         ("Does joint training help with the codes of real images?",
-         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1"))],
-    "joint training, more": [
+         ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage1-form1")),
         ("With the codes of real images, does the gradient help?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
         ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
@@ -412,8 +409,7 @@ FURTHER_CLAIMS = {
         ("Is a flow better than N(0, I) before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, N(0, I)", "stage1-vae")),
         ("Is a flow better than a mixture before refinement?",
-         ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow"))],
-    "priors, more": [
+         ("fd, flow", "stage3-vae-flow"), ("fd, mixture", "stage3-vae-flow")),
         ("Is a flow better than 30 components that share a covariance, before refinement?",
          ("fd, flow", "stage3-vae-flow"), ("fd, 30 components", "stage3-vae-flow")),
         ("Is a flow better than 300 components that share one, before refinement?",
@@ -448,8 +444,7 @@ FURTHER_CLAIMS = {
          ("fd, mixture", "stage3-flow-fade"), ("fd, mixture", "stage3-flow-fixed")),
         ("Does `coupling` help?", ("fd", "stage3-flow-coupling"), ("fd", "stage3-flow-fixed")),
         ("Does `film` reconstruct better with the image's own `s`?",
-         ("reconstruction fd", "stage3-flow-film"), ("reconstruction fd, other s", "stage3-flow-film"))],
-    "conditioning, more": [
+         ("reconstruction fd", "stage3-flow-film"), ("reconstruction fd, other s", "stage3-flow-film")),
         ("Does `coupling` reconstruct better with the image's own `s`?",
          ("reconstruction fd", "stage3-flow-coupling"), ("reconstruction fd, other s", "stage3-flow-coupling")),
         ("Does `film` help if `s` is the variance for `x_hat`?",
@@ -817,30 +812,6 @@ def test_together(results, claims):
     return changes
 
 
-def every_claim(claims):
-    """The claims in CLAIMS or FURTHER_CLAIMS, as one list."""
-    return list(itertools.chain.from_iterable(claims.values()))
-
-
-def table_answers(everything, topic):
-    """The claims about a topic in short: a line for each, with the change in percent on each data set."""
-    rows = []
-    for claim in CLAIMS[topic] + FURTHER_CLAIMS[topic]:
-        cells = []
-        for results in everything.values():
-            change = compare_sides(results, *claim[1:])
-            if change is None:
-                cells.append("")
-            elif is_significant(change):
-                cells.append(f"**{percent(change['log_ratio'])}** ({change['seeds']})")
-            else:
-                cells.append(f"{percent(change['log_ratio'])} ({change['seeds']})")
-        rows.append([claim[0], describe_sides(claim), *cells])
-    note = ("By how much the first number is higher (+) or lower (-) than the second, over equal seeds (number of "
-            f"runs; one run: seed 0). **Bold**: significant, exploratory. Intervals: TABLES.md. {SETTINGS}")
-    return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note}*"
-
-
 def table_claims(everything, claims, adjust=False):
     """A line for each claim. It has a cell for each data set, with the means of both sides and the change. `adjust`:
     whether the claims of a data set are tested together. (Then the means are left out, since the cells are long
@@ -1009,22 +980,6 @@ def table_overview(everything):
     return with_note(table, ["fd"], " ".join(settings))
 
 
-def table_quality(everything):
-    """The data sets side by side: a line for each variant in COMPARED that was run, with its fd and Inception Score on
-    each."""
-    names = ("fd", "is")
-    header, rows = ["variant"], []
-    for dataset in everything:
-        header += [f"{dataset}: {with_arrow(name)}" for name in names]
-    for variant in COMPARED:
-        cells = []
-        for results in everything.values():
-            cells += [cell(results.get(variant, {}), name) for name in names]
-        if any(cells):
-            rows.append([f"`{variant}`", *cells])
-    return with_note(markdown(header, rows), names)
-
-
 def table_reproduced(new, committed):
     """New numbers of each variant beside the committed ones, and whether the two agree."""
     rows = []
@@ -1062,14 +1017,12 @@ def conclude(new_seeds, committed_seeds, name):
 def all_tables(everything):
     """{name: table} of all tables that a text can mark, and that TABLES.md shows."""
     tables = {"data": table_data(everything), "variants": table_variants(everything),
-              "overview": table_overview(everything), "quality": table_quality(everything)}
+              "overview": table_overview(everything)}
     for name, (patterns, columns) in TABLES.items():
         tables[name] = table_of(everything, patterns, columns)
     tables["questions"] = table_claims(everything, PRIMARY_CLAIMS, adjust=True)
     for topic in CLAIMS:
-        tables[f"answers on {topic}"] = table_answers(everything, topic)
-    tables["claims"] = table_claims(everything, every_claim(CLAIMS))
-    tables["further claims"] = table_claims(everything, every_claim(FURTHER_CLAIMS))
+        tables[f"claims on {topic}"] = table_claims(everything, CLAIMS[topic] + FURTHER_CLAIMS[topic])
     return tables
 
 
@@ -1163,7 +1116,7 @@ def with_legend(figure, axes, columns=4):
 def chart_claims(everything):
     """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
     over seeds. A filled marker means significant, a cross fewer than three runs."""
-    other_claims = every_claim(CLAIMS)
+    other_claims = sum(CLAIMS.values(), [])
     claims = PRIMARY_CLAIMS + other_claims
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():

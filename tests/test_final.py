@@ -20,10 +20,10 @@ import common
 import final_evaluation as final
 
 README, REPORT = ((final.ROOT / name).read_text("utf-8") for name in ("README.md", "REPORT.md"))
-CHART_CLAIMS = final.PRIMARY_CLAIMS + final.every_claim(final.CLAIMS)
-ALL_CLAIMS = CHART_CLAIMS + final.every_claim(final.FURTHER_CLAIMS)
-ALL_TABLES = ["data", "variants", "overview", "quality", *final.TABLES, "questions",
-              *(f"answers on {topic}" for topic in final.CLAIMS), "claims", "further claims"]
+CHART_CLAIMS = final.PRIMARY_CLAIMS + sum(final.CLAIMS.values(), [])
+ALL_CLAIMS = CHART_CLAIMS + sum(final.FURTHER_CLAIMS.values(), [])
+ALL_TABLES = ["data", "variants", "overview", *final.TABLES, "questions",
+              *(f"claims on {topic}" for topic in final.CLAIMS)]
 PICTURE = re.compile(r"\]\((results/\S+?\.png)\)")
 RESULTS = "*/*-s[0-9]*.json"
 EVAL = {"sampler": "dpm", "sample_steps": 25, "count": 100, "batch": 50, "temperature": 1.0, "grid_count": 50,
@@ -403,7 +403,7 @@ def test_claims(tmp_path):
     shown = final.table_claims(everything, final.PRIMARY_CLAIMS)  # the same, with the means
     quality = cells_of(shown, "**Quality**: does joint training help?")
     assert quality[1].startswith("5.50 ± 0.50 / 11.0 ± 1.0: **-50%** (")
-    claims = final.table_claims(everything, final.every_claim(final.CLAIMS))
+    claims = final.table_claims(everything, CHART_CLAIMS)
     assert cells_of(claims, "Does refinement improve the VAE's samples?")[1] == "10.0 / 40.0: -75% (one run)"
     assert cells_of(claims, "Does adaptive conditioning (`film`) help?")[1:] == ["not measured", "not measured"]
     question = ("Fitted?", ("fd, mixture", "stage1-form1"), ("fd, N(0, I)", "stage1-form1"))
@@ -412,36 +412,6 @@ def test_claims(tmp_path):
     for table, note in ((primary, "questions are adjusted together (Holm), so several can be equal. "),
                         (claims, "without adjustment")):
         assert note in table and table.endswith(f"{final.SETTINGS}*")
-
-
-def test_answers(tmp_path):
-    """A topic in short: the change on each data set, with the number of runs, bold if it is significant. Nothing is
-    written for what was not run."""
-    many = [metrics("stage1-vae", 0, 40.0, dataset="cifar10"), metrics(dataset="cifar10")]
-    for seed, (distance, guided) in enumerate(((10.0, 9.0), (10.1, 12.0), (9.9, 10.0))):
-        many += [metrics("stage1-vae", seed, 40.0), metrics("stage1-form1", seed, distance),
-                 metrics("stage1-guided", seed, guided)]
-    table = final.table_answers(load(tmp_path, *many), "refinement")
-    assert table.splitlines()[0] == "| question | compared | shapes | cifar10 |"
-    assert cells_of(table, "Does refinement improve the VAE's samples?") == [
-        "fd: stage1-form1 / stage1-vae", "**-75%** (3)", "-75% (1)"]
-    assert cells_of(table, "Does guidance by a worse refiner help?")[1] == "+2.6% (3)"
-    assert "| fd: stage1-guided / stage1-form1 | +2.6% (3) |  |" in table
-    assert table.endswith(f"{final.SETTINGS}*") and "**Bold**: significant" in table
-    assert {*final.CLAIMS} == {topic for topic in final.FURTHER_CLAIMS if not topic.endswith("more")}
-
-
-def test_table_of_quality(tmp_path):
-    """The data sets stand side by side. A variant that was not run, or is not among those that are compared, has no
-    line."""
-    many = [metrics(dataset="cifar10"), metrics("stage2-anneal", 0, 20.0), metrics("stage2-anneal", 1, 22.0),
-            metrics("stage2-sum")]
-    table = final.table_quality(load(tmp_path, *many))
-    assert table.splitlines()[0] == "| variant | shapes: fd ↓ | shapes: is ↑ | cifar10: fd ↓ | cifar10: is ↑ |"
-    shift = SCORES.index("is_local")
-    assert table.splitlines()[2:-2] == [
-        f"| `stage1-form1` |  |  | 10.0 [9.00, 11.0] | {10 + shift}.0 [{9 + shift}.0, {11 + shift}.0] |",
-        f"| `stage2-anneal` | 21.0 ± 1.4 | {21 + shift}.0 ± 1.4 |  |  |"]
 
 
 def test_guiding_questions():
@@ -675,10 +645,10 @@ def test_long_tables(tmp_path):
             (("stage1-vae", "1 | "), ("stage1-form1", "2 | "), ("stage2-anneal", " | 1"), ("bonus-latent", "1 | ")))]
     for name, arguments in final.TABLES.items():
         assert f"## {name}\n\n{final.table_of(everything, *arguments)}\n\n" in text
-    for name, claims in (("claims", final.CLAIMS), ("further claims", final.FURTHER_CLAIMS)):
-        assert f"## {name}\n\n{final.table_claims(everything, final.every_claim(claims))}\n" in text
-    for topic in final.CLAIMS:
-        assert f"## answers on {topic}\n\n{final.table_answers(everything, topic)}\n\n" in text
+    assert {*final.CLAIMS} == {*final.FURTHER_CLAIMS}
+    for topic, claims in final.CLAIMS.items():
+        claims = claims + final.FURTHER_CLAIMS[topic]
+        assert f"## claims on {topic}\n\n{final.table_claims(everything, claims)}\n" in text
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
     assert f"## overview\n\n{final.table_overview(everything)}\n\n" in text
@@ -1056,7 +1026,8 @@ def test_collect_and_runs(project, capsys):
     assert f"| stage1-form1 | fd | {fd} | {fd} | reproduced (off by 0%) |" in parts["reproduced: cifar10"]
     everything = load(home)
     assert parts["questions"].strip() == final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
-    assert parts["claims"].strip() == final.table_claims(everything, final.every_claim(final.CLAIMS))
+    claims = final.CLAIMS["noise"] + final.FURTHER_CLAIMS["noise"]
+    assert parts["claims on noise"].strip() == final.table_claims(everything, claims)
     for name, arguments in final.TABLES.items():
         assert parts[name].strip() == final.table_of(everything, *arguments)
     assert capsys.readouterr().out.endswith(f"written: {project / 'runs' / 'REPORT.md'}\n")
@@ -1157,7 +1128,7 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{run}: of a user's own images, not collected" for run in runs]
     assert not (project / "results").exists()
     save(project / "results", metrics(), metrics(dataset="photos", crop="centre"))
-    (project / "README.md").write_text("<!-- table steps -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->")
+    (project / "README.md").write_text("<!-- table steps -->\n<!-- end -->\n<!-- table questions -->\n<!-- end -->")
     final.main([])
     text = "".join(path.read_text("utf-8") for path in (project / "README.md", project / "results" / "TABLES.md"))
     assert "shapes stage1-form1" in text and "photos" not in text
@@ -1169,7 +1140,7 @@ def test_results_of_own_images_stay_with_the_user(project, capsys):
 def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
     """With --results, the README.md and REPORT.md of this repository stay as they are. Every file that is written is
     named."""
-    marked = "<!-- table claims -->\n<!-- end -->\n"
+    marked = "<!-- table questions -->\n<!-- end -->\n"
     for home in ("repository", "other"):
         (tmp_path / home).mkdir()
         (tmp_path / home / "README.md").write_text(marked)
@@ -1183,8 +1154,9 @@ def test_the_texts_are_those_beside_the_results(tmp_path, monkeypatch, capsys):
     final.main(["--results", str(results)])
     assert {path.name: path.read_text("utf-8") for path in (tmp_path / "repository").iterdir()} == {
         "README.md": marked, "REPORT.md": marked}
-    claims = final.table_claims(final.load_all(results.glob("*/*.json")), final.every_claim(final.CLAIMS))
-    assert (tmp_path / "other" / "README.md").read_text("utf-8") == f"<!-- table claims -->\n{claims}\n<!-- end -->\n"
+    questions = final.table_claims(final.load_all(results.glob("*/*.json")), final.PRIMARY_CLAIMS, adjust=True)
+    text = (tmp_path / "other" / "README.md").read_text("utf-8")
+    assert text == f"<!-- table questions -->\n{questions}\n<!-- end -->\n"
     charts = [results / "figures" / f"{name}.png" for name in ("claims", "summary", "cost", "noise")]
     assert capsys.readouterr().out.splitlines()[-1] == " ".join(
         map(str, ["written:", tmp_path / "other" / "README.md", results / "TABLES.md", *charts]))
