@@ -155,7 +155,7 @@ def train_latent(folder, train, ae_state, data, device):
     for mu_and_sd in training:  # (B, 8, h, w)
         mu, sd = mu_and_sd.chunk(2, 1)
         z = mu + sd * training.normal(*latent_shape(train))  # (B, 4, h, w), drawn anew in every step
-        scaled = ((z - scale["mean"]) / scale["sd"]).contiguous(memory_format=torch.channels_last)
+        scaled = ((z - scale["mean"]) / scale["sd"]).contiguous(memory_format=common.memory_format(device))
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..T
         eps = training.normal(*latent_shape(train))  # (B, 4, h, w)
         with training.autocast():

@@ -13,8 +13,8 @@ Conventions, used by every file:
     Images `x0` are float32 tensors (B, 3, H, W) with values in [-1, 1]. Stored data and everything that `fid.py` scores
     are uint8 tensors.
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
-    Networks and training batches have the memory format channels_last, in which convolutions are faster. Shapes stay
-    the same.
+    Networks and training batches have the memory format channels_last, in which convolutions are faster (see
+    `memory_format`). Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
     of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
@@ -529,7 +529,7 @@ def build_unet(train, in_channels):
 def frozen(network, weights, device):
     """Load weights into a network; put it on the device, in evaluation mode and without gradients. Returns it."""
     network.load_state_dict(weights)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
 
 
 # ---- 3. Priors over z ------------------------------------------------------------------------------------------------
@@ -1249,8 +1249,9 @@ def decode_files(files, size, crop, cache):
         with np.load(cache) as stored:
             if str(stored["key"]) == key:
                 return stored["images"]
-    images = np.stack([decode_file(p, size, crop) for p in tqdm(files, desc=f"decoding {cache.stem}", unit="image")])
-    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    images = np.empty((len(files), 3, size, size), np.uint8)
+    for i, path in enumerate(tqdm(files, desc=f"decoding {cache.stem}", unit="image")):
+        images[i] = decode_file(path, size, crop).transpose(2, 0, 1)
     write_with(cache, np.savez, optional=True, images=images, key=key)
     return images
 
@@ -1271,14 +1272,20 @@ def choose_device(name):
     processes each gets a GPU of its own."""
     if RANKS > 1 and name not in ("auto", "cpu", "cuda"):
         fail(f"--device {name}: several processes need cpu, or cuda, which gives each of them a GPU of its own")
-    if name == "auto":
+    automatic = name == "auto"
+    if automatic:
         mps = torch.backends.mps.is_available() and RANKS == 1  # processes cannot exchange tensors of mps
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and RANKS > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name).cpu()  # fails, too, on torch's device `meta`, whose tensors have no values
-    except (RuntimeError, AssertionError):  # an unknown name, a missing device, a build without it
+        # This fails on an unknown or missing device, on a GPU that is too old for this torch, and on torch's device
+        # `meta`, whose tensors have no values.
+        torch.ones(1, device=name).mul(2).cpu()
+    except (RuntimeError, AssertionError):
+        if automatic and RANKS == 1:
+            print(f"the device {name} does not work with this torch; the CPU is used", file=sys.stderr)
+            return torch.device("cpu")
         fail(f"--device {name}: not a device of this machine; use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda":
@@ -1325,6 +1332,13 @@ def average_over_processes(tensors):
             x.copy_(total.view_as(x) / RANKS)
 
 
+def same_in_all_processes(yes, device):
+    """Whether all processes say yes."""
+    said = torch.tensor(float(yes), device=device)
+    average_over_processes([said])
+    return bool(said == 1)
+
+
 def gather(parts):
     """Process r has made the batches r, r + RANKS, r + 2 RANKS, ... Returns the list of all batches, in order."""
     if RANKS == 1:
@@ -1366,31 +1380,44 @@ SEEDS = {
 # Wherever images are refined, `refine` adds 1 for the noise of the sampling steps, and `generate` adds 2 for damage.
 
 
-@functools.cache
-def fast_bfloat16(device):
-    """Whether the device computes in bfloat16 natively, and faster than in float32.
+def memory_format(device):
+    """How the tensors of convolutions are laid out: as channels_last, in which convolutions are faster. Not so on mps,
+    where some versions of torch read weights of that layout in the wrong order (pytorch/pytorch, issue 192212)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
-    To have instructions for bfloat16 is not enough, so a convolution is timed in both. With them, `make demo` took 5
-    minutes in place of 8 on an AMD EPYC. But on an Intel Xeon whose matrix unit (AMX) was switched off, a convolution
-    took 1.4 to 2 times as long as in float32."""
+
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if device.type != "cpu" or not capabilities.get("avx512_bf16", False):
-        return False
-    x = torch.ones(8, 64, 32, 32).contiguous(memory_format=torch.channels_last)
-    weights = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16", False))
 
-    def convolve(reduced):
-        with torch.no_grad(), autocast(device, reduced):
-            F.conv2d(x, weights, padding=1)
 
-    seconds = time_in_turn({"float32": lambda: convolve(False), "bfloat16": lambda: convolve(True)}, device)
-    ratio = seconds["bfloat16"] / seconds["float32"]
-    if ratio >= 1:
+@functools.cache
+def fast_bfloat16(device):
+    """Whether the device computes in bfloat16 natively and, if it is a CPU, clearly faster than in float32.
+
+    With native bfloat16, `make demo` took 5 minutes in place of 8 on an AMD EPYC. But on an Intel Xeon whose matrix
+    unit (AMX) was switched off, convolutions took 1.4 to 2 times as long as in float32. So one is timed in both, with
+    its gradients. Other work on the machine can only slow it, so the fastest of several turns counts."""
+    if device.type != "cpu" or not has_bfloat16(device):
+        return has_bfloat16(device)
+    x = torch.ones(8, 64, 16, 16).contiguous(memory_format=memory_format(device)).requires_grad_()
+    weights = torch.ones(64, 64, 3, 3).contiguous(memory_format=memory_format(device)).requires_grad_()
+    fastest = {False: math.inf, True: math.inf}  # seconds in float32, and in bfloat16
+    for _ in range(20):
+        for reduced in fastest:
+            clock = time.perf_counter()
+            with autocast(device, reduced):
+                y = F.conv2d(x, weights, padding=1)
+            y.sum().backward()
+            fastest[reduced] = min(fastest[reduced], time.perf_counter() - clock)
+    ratio = fastest[True] / fastest[False]
+    if ratio > 0.9:
         print(f"bfloat16 takes {ratio:.1f} times as long as float32 here; float32 is used", file=sys.stderr)
-    return ratio < 1
+    return ratio <= 0.9
 
 
 def autocast(device, reduced):
@@ -1424,7 +1451,7 @@ def rounding_explains(errors, name, limit=0.3):
 @torch.no_grad()
 def choose_precision(model):
     """Let a model sample in bfloat16 if it is fast, and if its networks give the same images as in float32."""
-    if not fast_bfloat16(model.device):
+    if not same_in_all_processes(fast_bfloat16(model.device), model.device):
         return
     gen, outputs = generator(0), {}
     z = None if model.vae is None else torch.randn(4, model.vae.latent_dim, generator=gen).to(model.device)
@@ -1602,7 +1629,7 @@ class Training:
         # Optimizers by the setting that is their learning rate: {"vae_lr": Adam, "vae_muon_lr": Muon, ...}
         self.averages, self.optimizers = {}, {}
         for name, network in networks.items():
-            network.to(device, memory_format=torch.channels_last).train()
+            network.to(device, memory_format=memory_format(device)).train()
             self.averages[name] = {key: value.clone() for key, value in network.state_dict().items()}
             by_muon = train[f"{name}_muon_lr"] > 0
             matrices = [p for p in network.parameters() if p.dim() > 1 and by_muon]
@@ -1638,7 +1665,7 @@ class Training:
         self.level_means = state["level_means"].to(self.device)
         self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
-        self.reduced = self.reduced and state["reduced"]  # a run that began in float32 stays in float32
+        self.reduced = state["reduced"] and has_bfloat16(self.device)  # as it began, whatever a clock says now
 
     def autocast(self):
         """The precision in which the stage computes its loss: bfloat16 where that is fast and right, else float32."""
@@ -1694,7 +1721,7 @@ class Training:
             torch.manual_seed(step_seed * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
         x = self.images[self.own_part(index)]
-        x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
+        x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=memory_format(x.device))
         if self.flip:
             x = torch.where(self.uniform(1, 1, 1) < 0.5, x.flip(3), x)
         return x
@@ -1832,10 +1859,8 @@ class Training:
         have random weights meanwhile. With the true weights, a fault could be hidden or imitated: in a new run some are
         zero and let no gradient through; in a resumed run the gradients nearly cancel, so that rounding alone changes
         them by up to a half."""
-        all_reduced = torch.tensor(float(self.reduced), device=self.device)
-        average_over_processes([all_reduced])  # each process has timed bfloat16, and they must decide alike
-        if all_reduced < 1:
-            self.reduced = False
+        self.reduced = same_in_all_processes(self.reduced, self.device)
+        if not self.reduced:
             return
         random_numbers = self.gen.get_state()
         matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]

@@ -125,14 +125,14 @@ class InceptionV3(nn.Module):
             self.add_module(name, layer)  # in order of use, and with the names that the file of weights has
             if hasattr(layer, "branch_pool"):  # a block that halves the resolution has none, and stays as it is
                 change_pool(layer, maximum if name == "Mixed_7c" else average)
-        self.to(memory_format=torch.channels_last).eval()  # channels_last only makes it faster
+        self.eval()
 
     def forward(self, images):
         x = require_uint8(images).float()
         rows = resize_matrix(x.shape[2], 299).to(x.device)  # (299, H)
         columns = resize_matrix(x.shape[3], 299).to(x.device)  # (299, W)
         x = (rows @ x @ columns.T - 128) / 128  # (B, 3, 299, 299), scaled as in the original graph
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=common.memory_format(x.device))
         for layer in [*self.children()][:-2]:  # all but dropout and fc
             x = layer(x)
         return x.flatten(1), x.flatten(1) @ self.fc.weight.T
@@ -206,7 +206,7 @@ class LocalNet(nn.Module):
             if x.device.type == "mps":
                 x = x.cpu()  # torch 2.6 has no antialias there
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).to(images.device)
-        features = self.body(x.contiguous(memory_format=torch.channels_last))
+        features = self.body(x.contiguous(memory_format=common.memory_format(x.device)))
         return features, self.head(features)
 
 
@@ -250,7 +250,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     another file. The program ends with an error if there is none, or if the folder has changed much since its training
     (and no `weights` are named)."""
     if kind == "inception":
-        return load_inception(weights).to(device)
+        return load_inception(weights).to(device, memory_format=common.memory_format(torch.device(device)))
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
@@ -277,7 +277,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return net.to(device, memory_format=common.memory_format(torch.device(device))).eval()
 
 
 # ---- 3. Features of many images, and their moments -------------------------------------------------------------------
@@ -1116,7 +1116,7 @@ def train_network(data, batch=256):
     gen, cpu = generator(0), torch.device("cpu")
     images, labels, factors = data.images, data.labels, data.factors
     classes = PSEUDO_CLASSES if labels is None else int(labels.max()) + 1
-    net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=torch.channels_last)
+    net = LocalNet(classes, 32 if images.shape[-1] <= 32 else 64).to(memory_format=common.memory_format(cpu))
     # A second head on the features, for training only: it regresses the factors or, without labels, is SimCLR's
     # projection. (With labels alone it is made all the same, and its output is not used.)
     if factors is not None:
@@ -1145,7 +1145,7 @@ def train_network(data, batch=256):
         """The loss of a batch x (B, 3, S, S) of the images `index` (B,), or of two views of each (2B, 3, S, S)."""
         net, extra_head = networks
         with common.autocast(cpu, reduced):
-            features = net.body(x.contiguous(memory_format=torch.channels_last))
+            features = net.body(x.contiguous(memory_format=common.memory_format(cpu)))
             logits, outputs = net.head(features).float(), extra_head(features).float()
         if labels is None:
             return contrastive_loss(*outputs.chunk(2))

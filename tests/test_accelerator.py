@@ -11,6 +11,7 @@ import pretend
 import pytest
 import torch
 from helpers import CPU, draw_all, images_of, settings
+from torch import nn
 
 import bonus_latent as bonus
 import common
@@ -48,8 +49,18 @@ def step_and_stop(training, *args, **options):
 
 @pytest.mark.parametrize("float64", [False, True])
 def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
-    """Stage 1 is stopped in the training of its second network and goes on. The device without float64 has scores
-    computed on the CPU. The one with float64 computes them itself, and bfloat16 is tried there too."""
+    """Stage 1 is stopped in the training of its second network and goes on. The device without float64 is like mps:
+    scores are computed on the CPU, and the weights of convolutions must be contiguous. The one with float64 computes
+    scores itself, and bfloat16 is tried there too."""
+    def convolve(self, x, weight, bias):
+        assert float64 or weight.is_contiguous() or not pretend.on_device(weight)
+        return right(self, x, weight, bias)
+
+    right, layout = nn.Conv2d._conv_forward, common.memory_format
+    like_mps = {pretend.DEVICE: torch.device("mps")}
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
+    if not float64:
+        monkeypatch.setattr(common, "memory_format", lambda device: layout(like_mps.get(device, device)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", lambda count, seed: draw_all(count // 100, seed))
     monkeypatch.setattr(common, "budget", smaller_budget)
@@ -116,7 +127,7 @@ FAULTS = {  # what is planted: a function, what is replaced in its source, by wh
     "damage": (common, "generate", "damage * randn(clean.shape, damage_gen).to(model.device)",
                "damage * randn(clean.shape, damage_gen)", "same device"),
     "code": (common, "generate", "sample(batch, gen).to(model.device)", "sample(batch, gen)", "same device"),
-    "network": (common, "frozen", "network.to(device, memory_format=torch.channels_last)", "network", "same device"),
+    "network": (common, "frozen", "network.to(device, memory_format=memory_format(device))", "network", "same device"),
     "images": (common, "encode", "chunk.to(device)", "chunk", "same device"),
     "draws": (common.Training, "normal", "device=self.device", "device='cpu'", "generator"),
     "generator": (common.Training, "uniform", "generator=self.gen", "generator=generator(0)", "generator"),

@@ -53,18 +53,28 @@ def test_common_is_the_ground():
 
 
 def test_devices(monkeypatch, capsys):
-    """The error names a device that no machine has, or that this one lacks. `auto` takes what there is."""
+    """The error names a device that no machine has, or that this one lacks. `auto` takes what there is. If this torch
+    cannot use the GPU, one line says so and it takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("cuda:99", "gpu", "cuda:x", "cpu:", "", "meta"):
         expect_error(capsys, lambda name=name: common.choose_device(name), f"--device {name}", "auto")
     assert common.choose_device("cpu") == common.choose_device("auto") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    capsys.readouterr()
+    assert common.choose_device("auto") == CPU
+    assert capsys.readouterr().err == "the device cuda does not work with this torch; the CPU is used\n"
 
 
 def test_devices_of_several_processes(monkeypatch, capsys):
     """Each process has the GPU of its own number, so none can be named. `auto` takes mps for a single process only."""
     tried, current = [], []
-    monkeypatch.setattr(torch, "empty", lambda count, device: tried.append(device) or torch.zeros(count))
+    monkeypatch.setattr(torch, "ones", lambda count, device: tried.append(device) or torch.zeros(count))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -139,20 +149,27 @@ def test_errors_that_rounding_explains(capsys):
 @pytest.mark.parametrize("has,ratio,fast", [(True, 0.6, True), (True, 1.6, False), (False, 0.6, False)])
 def test_bfloat16_is_used_where_it_is_faster(has, ratio, fast, monkeypatch, capsys):
     """A processor that has it but computes slower in it uses float32, and one line says so, once. What is timed is a
-    convolution in each precision."""
-    dtypes, right = [], F.conv2d
+    convolution with its gradients, in each precision. Other work that slows some turns does not count."""
+    clock, begun, dtypes, right = [0.0], [False], [], F.conv2d
+
+    def perf_counter():
+        if begun[0]:  # the end of a turn: in what precision it was, and how long it took
+            seconds = 2.0 * ratio if dtypes[-1] == torch.bfloat16 else 2.0
+            clock[0] += seconds * (1 + len(dtypes) * 7 % 5)  # in some turns nothing else runs
+        begun[0] = not begun[0]
+        return clock[0]
+
+    def convolve(*arguments, **options):
+        y = right(*arguments, **options)
+        dtypes.append(y.dtype)
+        return y
+
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
-    monkeypatch.setattr(F, "conv2d", lambda *a, **k: dtypes.append((y := right(*a, **k)).dtype) or y)
-
-    def time_in_turn(runs, device):
-        for name, run in runs.items():
-            run()
-            assert dtypes.pop() == getattr(torch, name)
-        return {"float32": 2.0, "bfloat16": 2.0 * ratio}
-
-    monkeypatch.setattr(common, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(F, "conv2d", convolve)
     measure = cache(common.fast_bfloat16.__wrapped__)  # with nothing remembered
-    assert measure(CPU) == measure(CPU) == fast
+    assert measure(CPU) == measure(CPU) == fast and common.has_bfloat16(CPU) == has
+    assert {*dtypes} == ({torch.float32, torch.bfloat16} if has else set())
     lines = capsys.readouterr().err.splitlines()
     assert lines == (["bfloat16 takes 1.6 times as long as float32 here; float32 is used"] if ratio > 1 else [])
 

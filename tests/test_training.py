@@ -255,22 +255,26 @@ def test_a_wrong_kernel_behind_zero_weights_is_found(tmp_path, monkeypatch, caps
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, capsys):
-    """One that began in float32 stays in float32, though bfloat16 may be used now. One that began on another kind of
-    device is refused, since the state of its random numbers belongs to that device."""
-    def begin(native):
-        monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
+    """One that began in float32 stays in float32, though bfloat16 is fast now. One that began in bfloat16 stays in it,
+    unless the processor lacks it. One that began on another kind of device is refused, since the state of its random
+    numbers belongs to that device."""
+    def begin(fast, has=True):
+        monkeypatch.setattr(common, "fast_bfloat16", lambda device: fast)
+        monkeypatch.setattr(common, "has_bfloat16", lambda device: has)
         vae = common.build_vae(settings())
         return common.Training(tmp_path, settings(), CPU, images_of(20).images, 8, False, vae=vae)
 
-    for native in (False, True):
+    for fast in (False, True):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             signal_after(patch, 2)
-            training = begin(native)
+            training = begin(fast)
             for x0 in training:
                 training.step(stage1.vae_loss(training.networks["vae"], x0, training.normal(8), 1.0)[0], {})
     assert training.steps_taken == 4 and not training.reduced
     assert begin(True).reduced is False
     path = tmp_path / "checkpoint.pt"
+    common.save_state(path, common.load_checkpoint(path) | {"reduced": True})
+    assert begin(False).reduced is True and begin(False, has=False).reduced is False
     common.save_state(path, common.load_checkpoint(path) | {"device": "cuda"})
     expect_error(capsys, lambda: begin(True), str(tmp_path), "--device cuda")
 
