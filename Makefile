@@ -2,15 +2,15 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo report test test-slow lint clean
+.PHONY: demo report test test-slow lint
 
 # Runs stage 1 on the built-in shapes and writes pictures and a table. It works offline and takes 4 to 5 minutes on two
 # slow cores.
 demo: .venv/ready
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
-# Runs seed 0 of the variants behind the report's four questions, on the built-in shapes, and writes runs/REPORT.md,
-# which puts their numbers beside the committed ones. It takes half an hour on two slow cores.
+# Runs seed 0 of the main variants on the built-in shapes, and writes runs/REPORT.md, which puts their numbers beside the
+# committed ones. It takes half an hour on two slow cores.
 report: .venv/ready
 	$(BIN)/python stage1_baseline.py --variant vae form1 guided augmented --budget cpu --resume
 	$(BIN)/python stage2_joint.py --budget cpu --resume
@@ -30,9 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
-
-clean:
-	rm -rf .venv runs

@@ -752,7 +752,7 @@ def generate(model, count, prior, sampler, steps, seed, batch, damage=0.0):
     offsets = range(0, count, batch)[RANK::RANKS]  # the share of process RANK of RANKS; with a single process, all
     for offset in tqdm(offsets, desc=f"{model.name} {prior} {sampler} {steps}", leave=False, disable=len(offsets) < 2):
         clock = time.time()
-        # This number differs for every batch and --seed. Other seeds (SEEDS, section 11) are below a million.
+        # This number differs for every batch and --seed, and from all other seeds (SEEDS, section 11).
         gen = generator(1_000_000 * (seed + 1) + offset)
         damage_gen = generator(gen.initial_seed() + 2)  # plus 1 is taken: `refine` uses it for the noise of ddpm
         if model.vae is None:
@@ -1260,10 +1260,10 @@ def decode_files(files, size, crop, cache):
 
 # `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script. All of them draw the same random
 # numbers, take their own slice of every training batch, and average their gradients, so their networks stay equal. They
-# share the images to be sampled between them; the first process alone writes files. The
-# number of processes changes nothing but the speed, rounding, and the masks of dropout. (torch's
-# DistributedDataParallel wraps a network's forward pass. Here the stages call parts of a network, such as vae.encoder,
-# so the gradients are averaged plainly, after the backward pass.)
+# share the images to be sampled between them; the first process alone writes files. The number of processes changes
+# nothing but the speed, rounding, and the masks of dropout. (torch's DistributedDataParallel wraps a network's forward
+# pass. Here the stages call parts of a network, such as vae.encoder, so the gradients are averaged plainly, after the
+# backward pass.)
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process's number; how many
 
 
@@ -1360,7 +1360,8 @@ def keep_freed_memory():
 # ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
 
 # What is added to --seed for each purpose, so that the purposes of a run draw different random numbers. (Runs with
-# different --seed may share some. That does no harm, since they have different networks.)
+# different --seed may share some; that does no harm, since they have different networks. Where 1,000 times --seed is
+# added, two purposes of one run may share some, too, for other networks or codes.)
 SEEDS = {
     "training": 1,  # batches, mirroring, noise and times of a training
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to

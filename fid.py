@@ -607,8 +607,8 @@ def scores(extractor, generated, ref, progress=False):
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
 # of steps in measurements such as `robustness`. Without a VAE, the prior is called "none"; without diffusion, the
-# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the
-# time diffusion.start, with x_start: x_hat and noise or, without an x_hat, noise alone.
+# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time diffusion.start,
+# with x_start: x_hat and noise or, without an x_hat, noise alone.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}

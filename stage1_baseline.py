@@ -50,7 +50,7 @@ Run     python stage1_baseline.py                        VAE and Formulation 1 o
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
                                                          a diffusion model without a VAE
         python stage1_baseline.py --dataset cifar10 --pretrained     36 samples in half a minute; nothing is trained
-Expect  of the first command: 4 to 5 minutes on two slow CPU cores with bfloat16, 8 without; then pictures and a table.
+Expect  of the first command: 4 to 8 minutes on two CPU cores; then pictures and a table.
         The pictures are in runs/shapes-cpu/stage1-form1-s0. In samples.png, in pairs of rows, the images of the VAE are
         above and the refined ones below. Two scores tell most (see fid.py). `hf_energy` is the amount of fine detail,
         relative to real images: about 0.5 for the VAE's samples, which are blurred, and 0.75 for the refined ones,
@@ -214,18 +214,19 @@ def load_model(state, variant, device):
         model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
                         "gmm": common.GaussianMixture(**state["gmm"])}
         model.networks += (model.vae,)  # all that the model consists of, to count its parameters
-    if variant != "vae":
-        unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
-        model.networks += (unet,)
-        # common.refine calls denoiser_for once for each batch, and samples with the function (x_t, t) -> prediction
-        # that it returns. Here it uses x_hat alone; z and `clean` are for stage 3 (see common.Model).
-        model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
-    if variant == "guided":  # replace denoiser_for by one that evaluates two U-Nets
-        guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
-        model.networks += (guide,)
+    # common.refine calls denoiser_for once for each batch, and samples with the function (x_t, t) -> prediction that it
+    # returns. Here it uses x_hat alone; z and `clean` are for stage 3 (see common.Model).
+    if variant == "guided":
+        unet, guide = (common.frozen(common.build_unet(train, CHANNELS[variant]), state[name], device)
+                       for name in ("unet", "guide"))
+        model.networks += (unet, guide)
         model.evaluations = 2  # the refiner and the guide, in every step of sampling
         model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
+    elif variant != "vae":
+        unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
+        model.networks += (unet,)
+        model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
     common.choose_precision(model)  # bfloat16 where it is fast and the outputs agree with those of float32
     return model
 
@@ -284,8 +285,8 @@ def read_flags(argv):
         if common.RANKS > 1:
             common.fail("--pretrained: one process is enough; run it without torchrun")
         # Flags of training and scoring would have no effect.
-        for flag in ("variant", "budget", "image_size", "steps", "batch_size", "set", "eval_samples", "features",
-                     "weights", "resume"):
+        for flag in ("variant", "budget", "data_dir", "image_size", "steps", "batch_size", "set", "eval_samples",
+                     "features", "weights", "resume"):
             if getattr(args, flag) != parser.get_default(flag):
                 common.fail(f"--{flag.replace('_', '-')}: has no effect with --pretrained, which trains and scores "
                             "nothing (it draws samples of `guided`, budget cpu); leave it out")

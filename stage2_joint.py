@@ -117,15 +117,6 @@ def joint_steps(train):
     return (train["vae_steps"] + train["unet_steps"]) // 2
 
 
-def lambda_at(train, step):
-    """lambda at a step: fixed for `sum`, rising for `anneal`."""
-    weight = train["diffusion_weight"]
-    if train["loss"] != "anneal":
-        return weight
-    progress = min(1.0, step / (0.6 * joint_steps(train)))
-    return weight * 0.1 ** (1 - progress)
-
-
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later E
     is divided by about E, and D M by about D M. (So the VAE's gradient is far smaller than with the other losses. This
@@ -143,14 +134,16 @@ class Balance(nn.Module):
 
 
 def loss_weights(train, step, balance):
-    """w_E and w_M (see the table at the top): two numbers or scalar tensors."""
-    if train["loss"] == "kendall":
+    """w_E and w_M at a step (see the table at the top): two numbers or scalar tensors."""
+    w_E, w_M = 1.0, train["diffusion_weight"]  # sum
+    if train["loss"] == "anneal":
+        progress = min(1.0, step / (0.6 * joint_steps(train)))
+        w_M = train["diffusion_weight"] * 0.1 ** (1 - progress)
+    elif train["loss"] == "bound":
+        w_M = 1.0
+    elif train["loss"] == "kendall":
         a, b = balance.a_and_b.detach()
         w_E, w_M = (-a).exp(), (-b).exp()
-    elif train["loss"] == "bound":
-        w_E, w_M = 1.0, 1.0
-    else:
-        w_E, w_M = 1.0, lambda_at(train, step)
     if train["gradient"] == "none":
         w_M = 0.0
     return w_E, w_M
@@ -170,12 +163,16 @@ def bound_loss(diffusion, denoise, x0, u, eps):
     Each term is divided by the probability of its time, which keeps the estimate unbiased."""
     u = u.cpu().double()  # float64 for the probability; on the CPU, since not every device has it
     t = (diffusion.start * u**4).long() + 1  # (B,), in 1..start
-    at_most_t, below_t = (t.double() / diffusion.start) ** 0.25, ((t.double() - 1) / diffusion.start) ** 0.25
-    probability = at_most_t - below_t  # (B,)
+
+    def up_to(k):
+        """P(t <= k)"""
+        return (k.double() / diffusion.start) ** 0.25
+
+    probability = up_to(t) - up_to(t - 1)  # (B,)
     t = t.to(x0.device)
     x_t = diffusion.q_sample(x0, t, eps)
     x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x_t, t), x_t, t, clamp=False)  # clamping would stop the gradient
-    # kl_step is defined from t = 2 on. Images with t = 1 get another term, below.
+    # kl_step is defined from t = 2 on. What it gives for images with t = 1 is overwritten below.
     nats = common.kl_step(diffusion, x0, x0_predicted, t.clamp(min=2))  # (B,)
     is_last_step = t == 1
     if is_last_step.any():
@@ -196,8 +193,8 @@ def watch_training(vae, unet, diffusion, images):
     t = torch.linspace(1, diffusion.start, len(x0), device=x0.device).long()
     eps = common.randn(x0.shape, gen)
     numbers = {"active_units": float(common.active_units(mu).sum())}
-    for name, shown in (("own", x_hat), ("shuffled", x_hat.roll(1, 0))):
-        loss = diffusion.simple_loss(denoiser(unet, shown), x0, t, eps)
+    for name, x_hat_seen in (("own", x_hat), ("shuffled", x_hat.roll(1, 0))):
+        loss = diffusion.simple_loss(denoiser(unet, x_hat_seen), x0, t, eps)
         numbers[f"{diffusion.objective}_mse_{name}"] = float(loss.mean())
     unet.train()
     return numbers
@@ -245,10 +242,10 @@ def train_joint(folder, train, data, device, vae_state=None):
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
             # The same values, but gradients that pass back are multiplied by the term's weight times D.
             w_E, w_M = loss_weights(train, training.steps_taken, balance)
-            shown = scale_gradient(x_hat_for_unet, w_M * D)
+            x_hat_seen = scale_gradient(x_hat_for_unet, w_M * D)
 
-            # M: what the U-Net learns from and, through `shown`, the VAE.
-            denoise = denoiser(unet, shown)
+            # M: what the U-Net learns from and, through `x_hat_seen`, the VAE.
+            denoise = denoiser(unet, x_hat_seen)
             if train["loss"] == "bound":
                 plain_loss = bound_loss(diffusion, denoise, x0, u, eps) / D  # (B,), nats per pixel value
                 M = plain_loss
@@ -256,6 +253,7 @@ def train_joint(folder, train, data, device, vae_state=None):
                 t = diffusion.draw_t(u)  # (B,), in 1..start
                 plain_loss = diffusion.simple_loss(denoise, x0, t, eps)  # (B,), the squared error
                 M = training.even_levels(plain_loss, t, diffusion)  # (B,)
+            # w_M is not in this sum. It acts at x_hat_seen, on the way back, so it reaches the VAE but not the U-Net.
             loss = w_E * E + M  # (B,)
             if train["loss"] == "kendall":  # this trains a and b alone
                 loss = loss + balance(E.detach(), D * M.detach())

@@ -30,15 +30,20 @@ Uncertainty
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
                standard deviation 1 (but see `posterior`).
-    `--uncertainty` says where w and b come from:
-        regressed  Ridge regression of log |x_hat - x0|^2 on phi, over training images.
-        variance   No regression: s is the mean of s_vec over the dimensions in use, with the sign for which a high s
-                   means a large error.
-        posterior  The obvious measure: the variance of q(z|x). It needs x, so it exists in training only. There s_vec
-                   is made from the log-variances of Enc(x), in sampling from those of Enc(x_hat), as for `variance`.
-                   w, b and the numbers that standardise s_vec are those of `variance` in both. So in sampling the
-                   refiner meets an s of another kind than in training, where s does not have mean 0 and standard
-                   deviation 1. One may expect that to hurt; REPORT.md (stage 3) has what was found.
+    `--uncertainty` says where w and b come from, and of which image s_vec is made:
+                   w and b                              s_vec in training    in sampling
+        regressed  ridge regression of                  of Enc(x_hat)        of Enc(x_hat)
+                   log |x_hat - x0|^2 on phi,
+                   over training images
+        variance   the mean of s_vec over the           of Enc(x_hat)        of Enc(x_hat)
+                   dimensions in use, with the sign
+                   for which a high s means a large
+                   error
+        posterior  those of `variance`                  of Enc(x)            of Enc(x_hat)
+    `posterior` is the obvious measure, the variance of q(z|x). But it needs x, so it exists in training only. In
+    sampling the refiner meets an s of another kind. (In training this s does not have mean 0 and standard deviation 1,
+    since what standardises it is that of `variance`.) One may expect that to hurt; REPORT.md (stage 3) has what was
+    found.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
@@ -217,12 +222,12 @@ def s_vec_and_s(z, logvar, stats, kind):
     return s_vec, s
 
 
-def uncertainty_of(vae, z, x_hat, stats, kind):
-    """s_vec (B, d) and s (B,), from z (B, d) and x_hat = Dec(z). In float32, since the log-variances of different
-    images differ so little that the rounding of bfloat16 would hide the differences.
-    (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
-    with torch.autocast(x_hat.device.type, enabled=False):
-        return s_vec_and_s(z, vae.encoder(x_hat)[1], stats, kind)
+def uncertainty_of(vae, z, image, stats, kind):
+    """s_vec (B, d) and s (B,), from z (B, d) and the image that the encoder is shown: x_hat = Dec(z) or, in training
+    with `posterior`, x0. In float32, since the log-variances of different images differ so little that the rounding of
+    bfloat16 would hide the differences. (tests/test_stage3.py: test_same_s_in_training_and_sampling)"""
+    with torch.autocast(image.device.type, enabled=False):
+        return s_vec_and_s(z, vae.encoder(image)[1], stats, kind)
 
 
 def fit_uncertainty(trip):
@@ -399,14 +404,9 @@ def train_refiner(folder, train, vae_state, data, device):
                 mu, logvar = vae.encoder(x0)
                 z = common.reparameterise(mu, logvar, z_noise)  # (B, d)
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
-                if train["conditioning"] == "fixed":
-                    s_vec = s = None  # it needs none
-                elif kind == "posterior":
-                    with torch.autocast(x0.device.type, enabled=False):  # in float32; see uncertainty_of
-                        _, logvar_float32 = vae.encoder(x0)
-                    s_vec, s = s_vec_and_s(z, logvar_float32, stats, kind)
-                else:
-                    s_vec, s = uncertainty_of(vae, z, x_hat, stats, kind)
+                s_vec = s = None  # `fixed` needs none
+                if train["conditioning"] != "fixed":
+                    s_vec, s = uncertainty_of(vae, z, x0 if kind == "posterior" else x_hat, stats, kind)
             loss = diffusion.simple_loss(denoiser(refiner, x_hat, s_vec, s), x0, t, eps)  # (B,)
         training.step(training.even_levels(loss, t, diffusion), {f"{train['objective']}_mse": loss})
     return training.finish(seconds_before=vae_state["seconds"],
@@ -446,16 +446,16 @@ def load_model(state, device):
 # --- What it shows: what adaptive conditioning gains -----------------------------------------------------------------
 
 @torch.no_grad()
-def refine_all(model, uncertainty, z, steps, seed):
+def refine_all(model, s_of, z, steps, seed):
     """Refine Dec(z) for codes z (N, d). Returns x_hat and the refined images (uint8) and s (N,), on the CPU. With the
-    same seed, image k has the same noise in every call. The model itself computes the s that it uses. `uncertainty(z,
-    x_hat)` gives s_vec and s once more, since the images will be sorted by s."""
+    same seed, image k has the same noise in every call. The model itself computes the s that it uses. `s_of(z, x_hat)`
+    gives it once more, since the images will be sorted by s."""
     parts = []
     for i, z_part in enumerate(z.to(model.device).split(100)):
         x_hat = model.vae.decoder(z_part)
         gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
         refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), uncertainty(z_part, x_hat)[1].cpu()))
+        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), s_of(z_part, x_hat).cpu()))
     x_hat, refined, s = map(torch.cat, zip(*parts, strict=True))
     return x_hat, refined, s
 
@@ -482,15 +482,18 @@ def adaptivity(folder, state, model, setup):
     per_third = min(setup.evaluation["grid_count"] // 2, len(setup.test.images) // 3)
     real = setup.test.images[: 3 * per_third]
     stats = {key: value.to(model.device) for key, value in state["uncertainty"].items()}
-    uncertainty = partial(uncertainty_of, model.vae, stats=stats, kind=state["train"]["uncertainty"])
+
+    def s_of(z, x_hat):
+        return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
+
     # The codes are means of q(z|x). The regression of s and the refiner were fitted to samples of q(z|x), whose z^2 is
     # larger by the variance. So here s is shifted against training: its mean is not 0. For the thirds, only the order
     # of s counts.
     mu, _ = common.encode(model.vae, real, model.device)
-    x_hat, refined, s = refine_all(model, uncertainty, mu, steps, seed)
+    x_hat, refined, s = refine_all(model, s_of, mu, steps, seed)
     # The same codes with two other noises. (seed + 1000 and + 2000 are also the seeds of runs with the next two --seed.
     # That does no harm, since these have other networks.)
-    refined_again = [refine_all(model, uncertainty, mu, steps, seed + more)[1] for more in (1000, 2000)]
+    refined_again = [refine_all(model, s_of, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     three_times = (refined, *refined_again)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in three_times])  # (3, N, f)
@@ -512,10 +515,10 @@ def adaptivity(folder, state, model, setup):
         return model.denoiser_for(x_hat, z.roll(1, 0), clean.roll(1, 0))
 
     control = dataclasses.replace(model, denoiser_for=with_other_s)
-    refined_control = refine_all(control, uncertainty, mu, steps, seed)[1]
+    refined_control = refine_all(control, s_of, mu, steps, seed)[1]
     controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
                 "shuffled": fd_to_originals(refined_control, real_features, setup)}
-    by_prior = {prior: adaptive_refinement(model, uncertainty, prior, setup) for prior in ("flow", "gmm")}
+    by_prior = {prior: adaptive_refinement(model, s_of, prior, setup) for prior in ("flow", "gmm")}
     return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior, "cost": cost(model, setup)}
 
 
@@ -541,7 +544,7 @@ def cost(model, setup):
             for name in models}
 
 
-def adaptive_refinement(model, uncertainty, prior, setup):
+def adaptive_refinement(model, s_of, prior, setup):
     """Does it pay to let s decide how much an image is refined? Scores of six sets of generated images, whose codes the
     prior of this name draws. In the first three sets an image gets two steps on average, so few that one more or less
     can be seen in the scores:
@@ -566,7 +569,7 @@ def adaptive_refinement(model, uncertainty, prior, setup):
     full = setup.evaluation["probe_steps"]
     refined = {}  # by the number of steps: images (count, 3, H, W), uint8
     for steps in {1, 2, 3, full}:
-        x_hat, refined[steps], s = refine_all(model, uncertainty, z, steps, noise_seed)
+        x_hat, refined[steps], s = refine_all(model, s_of, z, steps, noise_seed)
     refined[0] = x_hat  # z is the same in all rounds, and so are x_hat and s
 
     def by_thirds(s_of_images, steps_of_thirds):

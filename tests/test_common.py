@@ -755,8 +755,7 @@ def nearest_component(gmm, z):
 
 def test_priors_against_torch_distributions_and_moments():
     """Densities and moments of draws agree. Neighbouring draws have the same component as often as chance has it
-    (0.58). Fitted to draws, the mixture is found again, in a hundred rounds, since EM that begins with random z is
-    slow."""
+    (0.58). Fitted to draws, the mixture is found again."""
     covariances = torch.tensor([[[1.0, 0.6], [0.6, 0.8]], [[0.5, -0.2], [-0.2, 1.2]]])
     gmm = common.GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0, 1.0], [2.0, 0.0]]),
                                  torch.linalg.cholesky(covariances))

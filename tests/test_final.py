@@ -1,6 +1,6 @@
 """Final evaluation, numbers first. Metrics are planted in which every number is another one, and what tables, claims
 and charts must show of them is typed here by hand or computed by SciPy. Then: which results may be compared, what is
-collected, and that the texts of this repository agree with its results: no number was typed, no picture is missing."""
+collected, and that the texts of this repository agree with its results: no table was edited, no picture is missing."""
 
 import json
 import math

@@ -160,15 +160,20 @@ def test_bound_is_the_sum_of_its_parts(start):
 
 def test_anneal_raises_the_weight(tmp_path):
     """lambda rises log-linearly from a tenth over the first 60% of the steps. The log holds it."""
-    train = {"loss": "anneal", "diffusion_weight": 3.0, "vae_steps": 81, "unet_steps": 120}
-    weights = [stage2.lambda_at(train, step) for step in range(101)]
+    def lambda_at(train, step):
+        w_E, w_M = stage2.loss_weights(train, step, None)
+        assert w_E == 1
+        return w_M
+
+    train = {"loss": "anneal", "diffusion_weight": 3.0, "vae_steps": 81, "unet_steps": 120, "gradient": "full"}
+    weights = [lambda_at(train, step) for step in range(101)]
     assert weights[0] == pytest.approx(0.3) and weights[30] == pytest.approx(3 * 0.1**0.5)
     assert weights[60:] == pytest.approx([3.0] * 41) and weights == sorted(weights)
-    assert stage2.lambda_at(train | {"loss": "sum"}, 0) == 3
-    assert stage2.lambda_at(train | {"diffusion_weight": 0.0}, 30) == 0
+    assert lambda_at(train | {"loss": "sum"}, 0) == 3
+    assert lambda_at(train | {"diffusion_weight": 0.0}, 30) == 0
     train = joint(loss="anneal", every=1)
     log = stage2.train_joint(tmp_path, train, images_of(60), CPU)["log"]
-    assert [row["weight"] for row in log] == pytest.approx([stage2.lambda_at(train, step) for step in range(8)])
+    assert [row["weight"] for row in log] == pytest.approx([lambda_at(train, step) for step in range(8)])
 
 
 def test_the_refiners_settings_say_how_long_and_whether_images_are_mirrored(tmp_path, monkeypatch):

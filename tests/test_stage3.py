@@ -270,8 +270,8 @@ def planted_model(**changes):
 
 
 def first_of_z(z, x_hat):
-    """A planted uncertainty: s is the first number of z."""
-    return z, z[:, 0]
+    """A planted s: the first number of z."""
+    return z[:, 0]
 
 
 def score(images):
@@ -323,7 +323,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
     state = {"uncertainty": {"mean": torch.ones(1)}, "train": {"uncertainty": "variance"}}
     monkeypatch.setattr(fid, "extract", pixels)
     monkeypatch.setattr(common, "save_grid", lambda *args, columns: saved.update({args[0]: (args[1], columns)}))
-    monkeypatch.setattr(stage3, "uncertainty_of", lambda vae, z, x_hat, stats, kind: (
+    monkeypatch.setattr(stage3, "uncertainty_of", lambda vae, z, image, stats, kind: (
         z, z[:, 0] * stats["mean"] if (vae, kind) == (PLANTED, "variance") else None))
     monkeypatch.setattr(stage3, "adaptive_refinement", lambda *args: args)
     monkeypatch.setattr(stage3, "cost", lambda *args: ("cost", *args))

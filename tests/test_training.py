@@ -643,7 +643,7 @@ def test_muon_by_hand(tmp_path):
         assert torch.allclose(p.detach(), expected[name], atol=2e-4, rtol=0), name
 
 
-# --- Dropout and compiling --------------------------------------------------------------------------------------------
+# --- Dropout ----------------------------------------------------------------------------------------------------------
 
 def test_dropout_depends_on_seed_and_step_alone(tmp_path, monkeypatch):
     """Dropout masks depend on step, seed and process, and on nothing else. Each step seeds the GPUs' generators."""
