@@ -1679,27 +1679,23 @@ class Training:
         yield from self.try_reduced_precision()
         with self.running():
             while self.steps_taken < self.all_steps:
+                if self.stopped_by is not None:
+                    break
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
-                stop = self.stopped_by is not None and RANK == 0  # if the first process ends, torchrun ends the others
-                if stop or time.time() - self.clock > 60:
+                if time.time() - self.clock > 60:
                     self.checkpoint()
-                if stop:
-                    self.exit()
             self.checkpoint()
-            if self.stopped_by is not None and RANK == 0:  # by a signal that came while the last checkpoint was written
-                self.exit()
-
-    def exit(self):
-        """End the program after a signal, with the status that shells give a process which a signal ended."""
-        print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
-        raise SystemExit(128 + self.stopped_by)
+            if self.stopped_by is not None:
+                print(f"\nstopped at step {self.steps_taken}; continue with --resume", file=sys.stderr)
+                raise SystemExit(128 + self.stopped_by)  # the status that shells give a process which a signal ended
 
     @contextlib.contextmanager
     def running(self):
         """While it lasts, the run's folder is locked, there is a progress bar, and SIGTERM and Ctrl-C only leave their
         number in self.stopped_by, so that the loop can save a checkpoint before it exits."""
         def remember(number, frame):
-            self.stopped_by = number
+            if RANK == 0:  # if the first process ends, torchrun ends the others
+                self.stopped_by = number
 
         self.stopped_by = None
         locked = lock(self.folder) if RANK == 0 else contextlib.nullcontext()

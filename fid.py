@@ -14,7 +14,7 @@ Three habits keep the scores honest.
     A floor         Even two sets of real images have an FD above 0, and the fewer they are, the larger it is. So beside
                     the FD of N generated images stands that of N held-out real ones. A model that does not copy
                     training images can hardly score lower. (If fewer than N are held out, all are taken, and the floor
-                    is too high. If none are, expected_floor estimates it.)
+                    is too high.)
     An interval     The jackknife leaves out one twentieth of the generated images at a time. How much the score changes
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
                     repeated images has a higher FD, so its interval would lie above the score.)
@@ -355,35 +355,6 @@ def frechet_distance(a, b):
     return max(0.0, (delta @ delta + a.cov.trace() + b.cov.trace() - 2 * cross).item())
 
 
-def expected_floor(stats, count):
-    """The expected Frechet distance between N1 = `count` and N2 = stats.count draws of one Gaussian with the covariance
-    S of `stats`. The draws have the means mu_1, mu_2 and the covariances S_1, S_2. Let l be the eigenvalues of S, and D
-    the matrix S_1 - S_2 in the basis of the eigenvectors of S. Then
-
-        E |mu_1 - mu_2|^2 = (1/N1 + 1/N2) tr S
-        tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) = 1/2 sum_ij D_ij^2 / (l_i + l_j)    to second order in D (see below)
-        E D_ij^2 = (1/N1 + 1/N2) l_i l_j for i != j, and twice that for i = j       (Wishart distribution, N - 1 ~ N)
-
-    With the third line, the second has the expectation
-
-        (1/N1 + 1/N2) (1/2 sum_ij l_i l_j / (l_i + l_j) + 1/4 tr S)
-
-    where the sum runs over all i and j and so counts each i = j once. The doubling adds the same again, which is
-    1/2 l_i^2 / (2 l_i) = l_i / 4 for each i, or 1/4 tr S in all. The first line adds tr S to the bracket. So
-
-        E FD = C (1/N1 + 1/N2)    with C = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j)
-
-    The second line is the Bures metric, derived by Bhatia, Jain and Lim (2019, arXiv:1712.01504). As an example in one
-    dimension, where S_1 = l + D and S_2 = l, it says that (sqrt(l + D) - sqrt(l))^2 is about
-    (D / (2 sqrt(l)))^2 = 1/2 D^2 / (l + l).
-
-    D is small, and so this holds, if there are many more images than features. (If S = I, N1 is the number of features
-    and N2 far larger, it is too low by a sixth. tests/test_fid.py compares it with drawn samples.)"""
-    eigenvalues = stats.root.square().sum(0)  # (k,), those above 0: column j of root has the squared length l_j
-    pairs = (eigenvalues[:, None] * eigenvalues / (eigenvalues[:, None] + eigenvalues)).sum()
-    return ((1 / count + 1 / stats.count) * (1.25 * eigenvalues.sum() + 0.5 * pairs)).item()
-
-
 def inception_score(logits, splits=10, seed=2020):
     """The Inception Score (Salimans et al. 2016), exp(mean KL(p(y|x) || p(y))), of logits (N, K): mean and standard
     deviation (divided by their number) over `splits` parts. The images are shuffled first, since sorted ones would give
@@ -567,7 +538,7 @@ def scores(extractor, generated, ref, progress=False):
         kid                 Kernel Inception Distance
         diversity           of at most 2,000 images
         precision, recall   of equal numbers of real and generated images, since they depend on both; k = 3 if N > 3
-        floor               fid of N held-out images (of all, if they are fewer; if there are none, by formula)"""
+        floor               fid of N held-out images (of all, if they are fewer); only if there are held-out ones"""
     count, device = len(generated), ref.features.device
     # Shuffled, since the groups of the jackknife and the ten parts of the Inception Score should not depend on an order
     # such as by class.
@@ -583,11 +554,10 @@ def scores(extractor, generated, ref, progress=False):
     row["diversity"] = jackknife_pairs(diversity(some_real, some), image_means)
     real = ref.features[:count]
     precision, recall = precision_recall(real, features[:len(real)], k=min(3, count - 1, len(real) - 1))
-    if ref.test_features is None:
-        floor = expected_floor(ref.stats, count)
-    else:
-        floor = frechet_distance(moments(ref.test_features[:count]), ref.stats)
-    for key, value in (("precision", precision), ("recall", recall), ("floor", floor)):
+    values = {"precision": precision, "recall": recall}
+    if ref.test_features is not None:
+        values["floor"] = frechet_distance(moments(ref.test_features[:count]), ref.stats)
+    for key, value in values.items():
         row[key] = {"value": value, "low": None, "high": None}
     return {key + extractor.suffix: score for key, score in row.items()}
 
@@ -828,27 +798,17 @@ def robustness(folder, draw_and_score, prior, setup, has_diffusion):
             "rise": mean - clean}
 
 
-def nearest_rows(queries, rows):
-    """For each row of `queries` (N, d): the distance to the nearest of `rows` (M, d), and its index. It takes some rows
-    at a time, since all N M distances may not fit into memory."""
-    queries = queries.double()
-    distance, index = torch.full((len(queries),), math.inf, dtype=torch.float64), torch.zeros(len(queries)).long()
-    for first in range(0, len(rows), 2000):
-        part_distance, part_index = distances(queries, rows[first : first + 2000].double()).min(1)
-        closer = part_distance < distance
-        distance = torch.where(closer, part_distance, distance)
-        index = torch.where(closer, first + part_index, index)
-    return distance, index
-
-
-def nearest_of_views(views, rows):
-    """nearest_rows for images that have several views (an image and its mirror image), each (N, d): the smallest
-    distance of each image, and its index."""
-    distance, index = nearest_rows(views[0], rows)
-    for view in views[1:]:
-        other_distance, other_index = nearest_rows(view, rows)
-        closer = other_distance < distance
-        distance, index = torch.where(closer, other_distance, distance), torch.where(closer, other_index, index)
+def nearest_rows(views, rows):
+    """For each of N images: the distance to the nearest of `rows` (M, d), and its index. `views` has one tensor (N, d),
+    the images, or two, with their mirror images; then the smaller distance counts. It takes some rows at a time, since
+    all N M distances may not fit into memory."""
+    distance, index = torch.full((len(views[0]),), math.inf, dtype=torch.float64), torch.zeros(len(views[0])).long()
+    for view in views:
+        for first in range(0, len(rows), 2000):
+            part_distance, part_index = distances(view.double(), rows[first : first + 2000].double()).min(1)
+            closer = part_distance < distance
+            distance = torch.where(closer, part_distance, distance)
+            index = torch.where(closer, first + part_index, index)
     return distance, index
 
 
@@ -868,9 +828,9 @@ def copies(folder, images, setup):
     for side, chosen in sides.items():
         both = torch.cat([chosen, chosen.flip(3)] if mirrored else [chosen])  # (N, 3, H, W) or (2 N, 3, H, W)
         features, _ = extract(setup.extractor, both)
-        distance, index = nearest_of_views(both.flatten(1).split(count), train.flatten(1))
+        distance, index = nearest_rows(both.flatten(1).split(count), train.flatten(1))
         nearest["pixels", side] = distance / both[0].numel() ** 0.5, index  # the root of the mean, not of the sum
-        nearest["features", side] = nearest_of_views(features.split(count), setup.reference.features.cpu())
+        nearest["features", side] = nearest_rows(features.split(count), setup.reference.features.cpu())
     for kind in ("pixels", "features"):
         (generated, _), (held_out, _) = nearest[kind, "generated"], nearest[kind, "held_out"]
         table[kind] = {"generated": float(generated.mean()), "held_out": float(held_out.mean()),
@@ -1371,10 +1331,8 @@ def main(arguments=None):
     enough = 10 * extractor.dim  # a rule of thumb
     for folder, number in ((args.generated, count), (args.real, ref.stats.count)):
         if number < enough:
-            print(f"warning: {number} images of {folder} are few for {extractor.dim} features, {enough} would do: read "
-                  "the distance beside its floor", file=sys.stderr)
-    if ref.test_logits is None and min(count, ref.stats.count) <= extractor.dim:
-        print("warning: with no more images than features, the floor by formula is too low", file=sys.stderr)
+            print(f"warning: {number} images of {folder} are few for {extractor.dim} features, so the distance is too "
+                  f"high; {enough} would do", file=sys.stderr)
     held_out = ref.test_logits
     facts = {"real": args.real, "n_real": ref.stats.count, "generated": args.generated, "n_generated": count,
              "features": extractor.name, "classes": extractor.classes,
@@ -1388,8 +1346,8 @@ def main(arguments=None):
     for key, score in row.items():
         interval = "" if score["low"] is None else f"   95% interval {score['low']:.4f} to {score['high']:.4f}"
         print(f"  {key:18}{score['value']:10.4f}{interval}")
-    print("  floor by formula (no held-out images)" if held_out is None else
-          "  floor of {n_floor:,} held-out images; IS of real ones (K = {classes}): {real_is:.3f}".format(**facts))
+    if held_out is not None:
+        print("  floor of {n_floor:,} held-out images; IS of real ones (K = {classes}): {real_is:.3f}".format(**facts))
 
 
 if __name__ == "__main__":

@@ -382,7 +382,7 @@ def test_the_nearest_of_many_rows():
     """It is found wherever it lies among thousands of rows; of equal ones it is the first."""
     rows, queries = common.randn((4500, 3), common.generator(0)), common.randn((20, 3), common.generator(1))
     rows[4100] = rows[4200] = queries[7]
-    distance, index = fid.nearest_rows(queries, rows)
+    distance, index = fid.nearest_rows([queries], rows)
     expected = np.linalg.norm(queries.double().numpy()[:, None] - rows.double().numpy(), axis=2)
     assert index.tolist() == expected.argmin(1).tolist() and index[7] == 4100 and len({*(index // 2000).tolist()}) == 3
     assert distance.numpy() == pytest.approx(expected.min(1), abs=1e-6)
