@@ -449,6 +449,8 @@ class UNet(nn.Module):
         3) puts three maps on the stack and takes three.
         Most levels of our small networks have as many blocks up as down. Then the lowest map, the one that entered the
         level, is never used: (32, 32, 1, 1) puts two maps on the stack and takes one.
+    As an example, [(32, 32, 1, 1), (16, 64, 1, 1)] makes skip_widths [[32, 32], [32, 64]]. On the way up, the block at
+    resolution 16 takes the map with 64 channels, and the block at 32 the upper one of its two maps with 32.
     `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 *
     first width), if given, is added to the time embedding. Stage 3 uses it."""
 
@@ -818,9 +820,9 @@ def data_nats(diffusion, x0, x0_predicted):
     probability counts as less than 1e-12, so a wrong pixel costs 28 nats at most. In float64 on the CPU."""
     sd = math.sqrt(diffusion.posterior(2, 1).small_variance)
     x, mean = x0.cpu().double(), x0_predicted.cpu().double()
-    # ndtr is the distribution function of N(0, 1)
-    below_upper = torch.special.ndtr((x + 1 / 255 - mean) / sd).where(x < 0.999, torch.ones_like(x))
-    below_lower = torch.special.ndtr((x - 1 / 255 - mean) / sd).where(x > -0.999, torch.zeros_like(x))
+    ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
+    below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)  # of the value 255: up to infinity
+    below_lower = torch.where(x > -0.999, ndtr((x - 1 / 255 - mean) / sd), 0.0)
     return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
 
 
@@ -879,14 +881,14 @@ def draw_shapes(count, seed):
     colour = pure_hue * 0.75 + 0.2
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W): bands change along rows, columns, diagonals
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    for part in torch.arange(count).split(1000):  # P images at a time
-        # Every factor becomes (P, 1, 1), to meet the pixels (H, W).
-        part_radius, part_cx, part_cy, part_tilt, part_lightness, part_side, part_detail, part_period = (
-            values[part][:, None, None] for values in (radius, cx, cy, tilt, lightness, lighter_side, detail, period))
-        x, y = columns + 0.5 - part_cx, rows + 0.5 - part_cy  # (P, H, W)
-        u = (x * part_tilt.cos() + y * part_tilt.sin()) / part_radius  # the shape's own frame, in which it has radius 1
-        v = (y * part_tilt.cos() - x * part_tilt.sin()) / part_radius
+
+    def render(label, colour, direction, *numbers):
+        """P images (P, 3, H, W), in [0, 1] or a little outside, from factors (P,) and colours (P, 3)."""
+        # Every number becomes (P, 1, 1), to meet the pixels (H, W).
+        radius, cx, cy, tilt, lightness, lighter_side, detail, period = (values[:, None, None] for values in numbers)
+        x, y = columns + 0.5 - cx, rows + 0.5 - cy  # (P, H, W)
+        u = (x * tilt.cos() + y * tilt.sin()) / radius  # the shape's own frame, in which it has radius 1
+        v = (y * tilt.cos() - x * tilt.sin()) / radius
         rho = torch.hypot(u, v)
         fifth = math.pi / 5
         to_tip = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to the star's nearest tip
@@ -900,13 +902,18 @@ def draw_shapes(count, seed):
             0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
             torch.minimum(arm, bar),  # cross, of two rectangles
         ], dim=1)  # (P, 6, H, W)
-        distance = distances[torch.arange(len(part)), label[part]]  # (P, H, W)
-        cover = (0.5 - distance * part_radius).clamp(0, 1)[:, None]  # share of the pixel inside the outline
-        along = band_axes[direction[part]]  # (P, H, W)
-        light = (part_detail == 0) | (along % part_period < part_period // 2)  # which of the two tones
-        ground = part_lightness + 0.3 * ((columns - 16) * part_side.cos() + (rows - 16) * part_side.sin()) / size
-        inside = colour[part][:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
-        image = ground[:, None] * (1 - cover) + inside * cover
+        distance = distances[torch.arange(len(label)), label]  # (P, H, W)
+        cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # share of the pixel inside the outline
+        along = band_axes[direction]  # (P, H, W)
+        light = (detail == 0) | (along % period < period // 2)  # which of the two tones
+        ground = lightness + 0.3 * ((columns - 16) * lighter_side.cos() + (rows - 16) * lighter_side.sin()) / size
+        inside = colour[:, :, None, None] * torch.where(light, 1.0, 0.65)[:, None]  # (P, 3, H, W)
+        return ground[:, None] * (1 - cover) + inside * cover
+
+    numbers = (radius, cx, cy, tilt, lightness, lighter_side, detail, period)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    for part in torch.arange(count).split(1000):  # P images at a time
+        image = render(label[part], colour[part], direction[part], *(values[part] for values in numbers))
         images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     factors = torch.stack([(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
                            (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
