@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 .PHONY: demo report test test-slow lint
 
-# Runs stage 1 on the built-in shapes and writes pictures and a table. It works offline and takes 4 to 5 minutes on two
+# Runs stage 1 on the built-in shapes and writes pictures and a table. It works offline and takes 4 to 8 minutes on two
 # slow cores.
 demo: .venv/ready
 	$(BIN)/python stage1_baseline.py --budget cpu --resume

@@ -706,7 +706,7 @@ def cell(seeds, name):
 
 def cell_of_comparison(results, variant, column):
     """A cell of the column "NAME against VARIANT": by how many percent the number of `variant` differs from that of
-    VARIANT, over the seeds that both have, and how many these are."""
+    VARIANT, over the seeds that both have (in bold if that is significant), and how many these are."""
     name, other_variant = column.split(" against ")
     if variant == other_variant:
         return ""
@@ -714,7 +714,8 @@ def cell_of_comparison(results, variant, column):
     if change is None:  # no seed has both
         return ""
     seeds = "1 seed" if change["seeds"] == 1 else f"{change['seeds']} seeds"
-    return f"{percent(change['log_ratio'])}, {seeds}"
+    text = percent(change["log_ratio"])
+    return f"**{text}**, {seeds}" if is_significant(change) else f"{text}, {seeds}"
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
@@ -921,7 +922,7 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant)")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):

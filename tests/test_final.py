@@ -562,16 +562,17 @@ def test_tables(tmp_path):
 
 
 def test_a_column_compares_with_another_variant(tmp_path):
-    """By how many percent a number differs, over the seeds that both have, within a data set. Here the ratios are 0.5
-    and 0.8, and their geometric mean is the root of 0.4, which is 0.632."""
+    """By how many percent a number differs, over the seeds that both have, within a data set; in bold if significant.
+    Here the ratios are 0.5 and 0.8, and their geometric mean is the root of 0.4, which is 0.632."""
     many = [metrics(seed=seed, distance=10.0) for seed in range(3)]
     many += [metrics("stage2-anneal", 1, 5.0), metrics("stage2-anneal", 2, 8.0), metrics("stage2-sum", 2, 11.0)]
+    many += [metrics("stage2-bound", seed, 5.0 + seed / 100) for seed in range(3)]
     many += [metrics("stage2-anneal", 7, 99.0), metrics("stage2-kendall", 7), metrics("stage2-sum", dataset="cifar10")]
     header, _, *lines, _, note = final.table_of(load(tmp_path, *many), "*", "fd; fd against stage1-form1").splitlines()
     assert header == "| variant | fd ↓ | fd against stage1-form1 ↓ |" and "against: the change in percent" in note
     assert {line.split(" | ")[0]: line.split(" | ")[2].strip(" |") for line in lines} == {
         "| shapes stage1-form1": "", "| shapes stage2-anneal": "-37%, 2 seeds", "| shapes stage2-kendall": "",
-        "| shapes stage2-sum": "+10%, 1 seed", "| cifar10 stage2-sum": ""}
+        "| shapes stage2-bound": "**-50%**, 3 seeds", "| shapes stage2-sum": "+10%, 1 seed", "| cifar10 stage2-sum": ""}
 
 
 def test_the_note_explains_the_cells(tmp_path):
