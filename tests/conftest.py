@@ -12,6 +12,15 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
 
 
+@pytest.fixture(scope="session", autouse=True)
+def in_float32():
+    """Whatever the processor is fast in. Tests of bfloat16 put another function in this place."""
+    import common
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "fast_bfloat16", lambda device: False)
+        yield
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Commands run in an empty folder, on a twentieth of the built-in data set."""

@@ -86,7 +86,6 @@ def test_every_command_runs(float64, monkeypatch, tmp_path, capsys):
 
 def test_training_there_is_training_on_the_cpu(monkeypatch, tmp_path):
     """The same weights, but for rounding: the CPU has another implementation of Adam. Both compute in float32."""
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     weights = []
     for device in (CPU, pretend.DEVICE):
         with pretend.device():

@@ -21,7 +21,6 @@ def test_autoencoder_training_by_hand(tmp_path, monkeypatch):
     """The loss of the first step is SSE + 0.01 KL, and the log holds its two terms. There are `vae_steps` steps. Images
     are mirrored as `vae_flip` says."""
     losses, step, train, data = [], common.Training.step, tiny(vae_steps=1), images_of(60)
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(common.Training, "step", lambda training, loss, terms: losses.append((loss, training.flip))
                         or step(training, loss, terms))
     row, = bonus.train_autoencoder(tmp_path / "ae", train, data, CPU)["log"]
@@ -46,7 +45,6 @@ def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypa
     no gradient. The loss of each noise level is divided by its mean over all 1,000 times; the log holds the undivided
     one. The autoencoder's seconds are the U-Net's seconds before."""
     data, seen, built, losses_of_steps, step = images_of(150), [], [], [], common.Training.step
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     simple_loss, frozen = common.Diffusion.simple_loss, common.frozen
     monkeypatch.setattr(common.Diffusion, "simple_loss", lambda *args: seen.append(
         (args[2], simple_loss(*args), args[3])) or seen[-1][1])

@@ -28,6 +28,7 @@ import fid
 
 T = 1000
 SAMPLERS = ("ddpm", "ddim", "dpm")
+FAST_BFLOAT16 = common.fast_bfloat16  # in the tests, another function takes its place (conftest.py)
 Normal, kl_divergence = torch.distributions.Normal, torch.distributions.kl_divergence
 
 
@@ -167,7 +168,7 @@ def test_bfloat16_is_used_where_it_is_faster(has, ratio, fast, monkeypatch, caps
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr(F, "conv2d", convolve)
-    measure = cache(common.fast_bfloat16.__wrapped__)  # with nothing remembered
+    measure = cache(FAST_BFLOAT16.__wrapped__)  # with nothing remembered
     assert measure(CPU) == measure(CPU) == fast and common.has_bfloat16(CPU) == has
     assert {*dtypes} == ({torch.float32, torch.bfloat16} if has else set())
     lines = capsys.readouterr().err.splitlines()
@@ -181,7 +182,6 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     unet, decode = common.build_unet(train, 3), nn.Conv2d(3, 3, 3)
     nn.init.normal_(unet.out.weight, std=0.1)
     model = dataclasses.replace(tiny, denoiser_for=lambda x_hat, z, clean: unet, decode=decode)
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     common.choose_precision(model)
     assert not model.reduced
     monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)

@@ -51,7 +51,6 @@ def recorded(monkeypatch):
             record.losses.append(loss.detach())
             super().step(loss, terms, watch)
 
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(common, "Training", Recorded)
     return record
 
@@ -257,7 +256,6 @@ def test_augmentation_is_for_training_alone(trained, tmp_path, monkeypatch):
                        common.generate(form1, 4, "gmm", "dpm", 2, 0, 4)[1])
 
     shown = []
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(common.VAE, "forward", lambda vae, x0, noise: (torch.zeros_like(x0), None, None))
     monkeypatch.setattr(stage1, "denoiser", lambda unet, x_hat, variant: shown.append(x_hat) or 1 / 0)
     for variant in ("augmented", "form1"):

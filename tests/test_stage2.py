@@ -24,11 +24,6 @@ def joint(**changes):
     return settings(**rates | own | changes)
 
 
-@pytest.fixture
-def in_float32(monkeypatch):
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
-
-
 @pytest.mark.parametrize("changes,elbo_weight,weight", [  # the factors of E and of D M in the loss of the VAE
     ({"diffusion_weight": 7.0}, 1, 7),
     ({"diffusion_weight": 7.0, "gradient": "decoder"}, 1, 7),
@@ -43,7 +38,7 @@ def in_float32(monkeypatch):
     ({"loss": "bound", "gradient": "none"}, 1, 0),
     ({"loss": "bound", "start": 1000}, 1, 1),
 ])
-def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch, in_float32):
+def test_one_backward_pass_is_two(changes, elbo_weight, weight, tmp_path, monkeypatch):
     """The U-Net gets the gradient of M with x_hat detached, whatever the weight. The VAE gets the gradient of E and, as
     far as `--gradient` says, that of lambda D M. In M each image's error is divided by the mean of its noise level. The
     log holds the undivided one. Under `bound` nothing is divided, and E is the KL and the nats of the process's start.
@@ -186,7 +181,7 @@ def test_the_refiners_settings_say_how_long_and_whether_images_are_mirrored(tmp_
     assert asked == [(6, False), (6, True)]  # (8 + 5) / 2, rounded down
 
 
-def test_the_vae_may_come_from_stage_1(tmp_path, monkeypatch, in_float32):
+def test_the_vae_may_come_from_stage_1(tmp_path, monkeypatch):
     """Its weights are those of stage 1 when the first step begins, and the refiner's are the same as without. The
     seconds of stage 1 count as seconds before."""
     begun, step, data = [], common.Training.step, images_of(60)

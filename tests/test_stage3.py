@@ -17,11 +17,6 @@ import stage1_baseline as stage1
 import stage3_adaptive as stage3
 
 
-@pytest.fixture
-def in_float32(monkeypatch):
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
-
-
 def shaken(network, std=0.3, seed=0):
     """A network with random weights in place of its zeros."""
     torch.manual_seed(seed)
@@ -450,7 +445,7 @@ def test_vae_and_refiner_have_their_own_steps_and_mirroring(tmp_path, monkeypatc
     assert asked == [(5, False), (7, True), (5, True), (7, False)]
 
 
-def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, in_float32):
+def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch):
     """The first step's loss is vae_loss with the settings' beta. The log holds the terms of the loss."""
     (train, _), calls, loss = joint(vae_steps=10, unet_steps=3, every=1, beta=0.3), [], stage3.vae_loss
     monkeypatch.setattr(stage3, "vae_loss", lambda *args, flow_is_prior: (
@@ -464,7 +459,7 @@ def test_the_flow_joins_after_three_fifths_of_the_steps(tmp_path, monkeypatch, i
     assert log[0] == pytest.approx({"step": 1} | {name: float(term.detach().mean()) for name, term in terms.items()})
 
 
-def test_what_is_fitted_ex_post(tmp_path, in_float32):
+def test_what_is_fitted_ex_post(tmp_path):
     """The mixture and the flow are fitted to the codes of the training images; the flow goes on from the one that was
     trained with the VAE. The uncertainty is fitted to their errors, in the order of a seeded permutation."""
     train, data = joint(seed=4, flow_steps=3)[0], images_of(60)
@@ -504,7 +499,7 @@ def test_the_command_ranks_held_out_errors(tmp_path, monkeypatch, capsys):
         capsys.readouterr().out)
 
 
-def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path, in_float32):
+def test_the_bound_has_the_kl_to_the_prior_that_its_row_names(tmp_path):
     """It is the KL of one sample z, log q(z|x) - log p(z)."""
     data, unit, (vae_train, train) = images_of(60), 3072 * math.log(2), joint()
     vae_state = stage3.train_vae(tmp_path / "vae", vae_train, data, CPU)
@@ -539,7 +534,7 @@ def test_fixed_is_stage_1(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["regressed", "variance", "posterior"])
-def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch, in_float32):
+def test_same_s_in_training_and_sampling(source, tmp_path, monkeypatch):
     """s is the same function of z in both, whatever noise x_hat has. `posterior` is trained with q(z|x)'s variance."""
     vae_train, train = joint()
     train |= {"uncertainty": source}

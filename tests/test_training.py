@@ -583,7 +583,6 @@ def test_whose_losses_are_divided(name, flags, evened, few, tmp_path, monkeypatc
         drawn.append((loss, how[0], how[3]))
         return loss
 
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(common.Training, "even_levels", even_levels)
     monkeypatch.setattr(common.Training, "step", check)
     monkeypatch.setattr(common.Diffusion, "simple_loss", record)
