@@ -249,8 +249,6 @@ TABLES = {
                  "fd; is; hf_energy; evaluations; seconds"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
-    "stage 2": ("stage1-form1 stage2-anneal stage2-anneal-grad-none stage2-kendall",
-                "fd before; fd; is; psnr, dB; kl_nats; fd of real codes"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd, flow; fd, mixture; fd, mixture against stage3-flow-fixed; is; spread, unsure; noise fd"),

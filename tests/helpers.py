@@ -83,17 +83,17 @@ def oracle(diffusion, x0):
     return denoise
 
 
-def plant_wrong_bfloat16(monkeypatch, network=None):
-    """Plant a fault such as some processors have: in bfloat16 every convolution (of `network`, if given) returns its
-    channels in reverse order. On every machine the project then believes that bfloat16 is fast."""
-    layers, right = None if network is None else set(network.modules()), torch.nn.Conv2d._conv_forward
+def plant_wrong_bfloat16(patch, is_wrong=lambda conv: True):
+    """Plant a fault such as some processors have: in bfloat16, convolutions for which `is_wrong(conv)` return their
+    channels in reverse order. (Weights that are zero hide this.) The project then believes that bfloat16 is fast."""
+    right = torch.nn.Conv2d._conv_forward
 
-    def wrong(self, *arguments):
-        y = right(self, *arguments)
-        return y.flip(1) if y.dtype == torch.bfloat16 and (layers is None or self in layers) else y
+    def wrong(conv, *arguments):
+        y = right(conv, *arguments)
+        return y.flip(1) if y.dtype == torch.bfloat16 and is_wrong(conv) else y
 
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", wrong)
-    monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)
+    patch.setattr(torch.nn.Conv2d, "_conv_forward", wrong)
+    patch.setattr(common, "fast_bfloat16", lambda device: True)
 
 
 def flags(*argv):

@@ -186,7 +186,8 @@ def test_a_model_with_a_wrong_kernel_samples_in_float32(wrong, tiny, monkeypatch
     assert not model.reduced
     monkeypatch.setattr(common, "fast_bfloat16", lambda device: True)
     if wrong:
-        plant_wrong_bfloat16(monkeypatch, {"vae": model.vae.decoder, "unet": unet, "decode": decode}[wrong])
+        layers = {*{"vae": model.vae.decoder, "unet": unet, "decode": decode}[wrong].modules()}
+        plant_wrong_bfloat16(monkeypatch, layers.__contains__)
     common.choose_precision(model)
     lines = capsys.readouterr().err.splitlines()
     assert model.reduced == (wrong is None) and len(lines) == (wrong is not None)

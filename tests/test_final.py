@@ -414,15 +414,6 @@ def test_claims(tmp_path):
         assert note in table and table.endswith(f"{final.SETTINGS}*")
 
 
-def test_guiding_questions():
-    """What the four questions compare. The first side is what the question asks about."""
-    assert {question.split("**")[1]: sides for question, *sides in final.PRIMARY_CLAIMS} == {
-        "Quality": [("fd", "stage2-anneal"), ("fd", "stage1-form1")],
-        "Efficiency": [("seconds with s", "stage3-flow-film"), ("seconds without s", "stage3-flow-film")],
-        "Robustness": [("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")],
-        "Latent space": [("path length", "stage2-anneal"), ("path length", "stage1-form1")]}
-
-
 def test_claims_pair_by_seed(tmp_path):
     """Seeds 1, 2 and 3 are common. Each ratio is 0.5 and no interval is left; another pairing would have one."""
     many = [metrics(seed=s, distance=10.0 * 2**s) for s in (3, 1, 2, 0)]

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, draw_all, expect_error, images_of, same, settings, small_shapes
+from helpers import CPU, draw_all, expect_error, images_of, plant_wrong_bfloat16, same, settings, small_shapes
 from torch import distributed, nn
 
 import bonus_latent as bonus
@@ -190,18 +190,6 @@ def test_memory_stays_flat(tmp_path, monkeypatch, request):
 
 # --- Reduced precision ------------------------------------------------------------------------------------------------
 
-def plant_fault(patch, is_wrong):
-    """From here on, convolutions for which `is_wrong(conv)` return their channels in reverse order if the CPU computes
-    in bfloat16. Weights that are zero hide this."""
-    right = nn.Conv2d._conv_forward
-
-    def convolve(conv, *args):
-        y = right(conv, *args)
-        return y.flip(1) if torch.is_autocast_enabled("cpu") and is_wrong(conv) else y
-
-    patch.setattr(nn.Conv2d, "_conv_forward", convolve)
-
-
 def reported(capsys):
     """The names in the lines which say that float32 is used instead of bfloat16."""
     return re.findall(r"(\S+): bfloat16 .* differ from float32's by \d+%, .* float32 is used", capsys.readouterr().err)
@@ -218,7 +206,7 @@ def train_in(name, folder, native, monkeypatch, capsys, wrong=False):
     with monkeypatch.context() as patch:
         patch.setattr(common, "fast_bfloat16", lambda device: native)
         if wrong:
-            plant_fault(patch, lambda conv: True)
+            plant_wrong_bfloat16(patch)
         return run(name, folder, "--steps", "3"), reported(capsys)
 
 
@@ -249,7 +237,7 @@ def test_a_wrong_kernel_behind_zero_weights_is_found(tmp_path, monkeypatch, caps
         monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
         return stage1.train_refiner(tmp_path / folder, settings(steps=2), "uncond", {}, images_of(40), CPU)
 
-    plant_fault(monkeypatch, lambda conv: (conv.in_channels, conv.out_channels, *conv.kernel_size) == (8, 16, 3, 3))
+    plant_wrong_bfloat16(monkeypatch, lambda conv: conv.weight.shape == (16, 8, 3, 3))
     float32 = train("float32", native=False)
     assert same(train("tried", native=True), float32) and reported(capsys) == ["tried"]
 
