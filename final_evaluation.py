@@ -708,7 +708,12 @@ def cell_of_comparison(results, variant, column):
     name, other_variant = column.split(" against ")
     if variant == other_variant:
         return ""
-    change = compare_sides(results, (name, variant), (name, other_variant))
+    sides = [(name, variant), (name, other_variant)]
+    questions = [[*both] for _, *both in PRIMARY_CLAIMS]
+    if sides in questions:  # then it is tested together with the other ones
+        change = test_together(results, PRIMARY_CLAIMS)[questions.index(sides)]
+    else:
+        change = compare_sides(results, *sides)
     if change is None:  # no seed has both
         return ""
     seeds = "1 seed" if change["seeds"] == 1 else f"{change['seeds']} seeds"
@@ -920,7 +925,8 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant)")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; of one "
+                     "of the four questions, after adjustment)")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
