@@ -11,9 +11,8 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
     diffusion     The DDPM process on z', with z drawn anew from q(z|x0) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first; then it and the scale stay fixed. Were the encoder trained by the
-                  diffusion loss, too, this loss could fall without any learning. Since the scale is fixed, the encoder
-                  could shrink the latent. The noisy latent would be almost pure noise, and the U-Net could read the
-                  noise off it.
+                  diffusion loss, too, it could lower this loss by shrinking the latent, since the scale is fixed: the
+                  noisy latent would be almost pure noise, and the U-Net could read the noise off it.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
@@ -99,8 +98,8 @@ def latent_shape(train):
 
 
 def build_latent_unet(train):
-    """The U-Net on latents, with attention at their full resolution, which is as small as that of a level with
-    attention in pixels. (So the setting `attention`, which is for pixels, is not used.)"""
+    """The U-Net on latents, with attention at their full resolution (image size / 4), which is small enough for it.
+    (The setting `attention` is for pixels, and not used.)"""
     size = train["image_size"] // FACTOR
     table = [(size // shrink, width, down, up) for shrink, width, down, up in train["latent_unet"]]
     return common.UNet(table, in_channels=CHANNELS, out_channels=CHANNELS, attention=[size], heads=train["heads"],
@@ -111,8 +110,8 @@ def build_latent_unet(train):
 
 @torch.no_grad()
 def encode_all(autoencoder, images, device):
-    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device. (What
-    common.encode is for a VAE.)"""
+    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the device. (Like
+    common.encode, but with the standard deviation, and on the device.)"""
     parts = [autoencoder.encode(to_float(chunk.to(device))) for chunk in images.split(500)]
     mu, logvar = torch.cat([mu for mu, _ in parts]), torch.cat([logvar for _, logvar in parts])
     return mu, (0.5 * logvar).exp()

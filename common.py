@@ -16,15 +16,15 @@ Conventions, used by every file:
     Networks and training batches have the memory format channels_last, in which convolutions are faster (see
     `memory_format`). Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
-    Losses have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse` is the squared error
-    of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the squared error of what the
-    U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
-    Every random draw that decides a result comes from an explicit generator. In most cases its seed is --seed plus a
+    Losses that Training takes have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse`
+    is the squared error of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the
+    squared error of what the U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
+    Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
     number that depends on the purpose (SEEDS, section 11). Where all runs should draw alike, it is a constant. Initial
     weights and dropout masks are the exceptions: they use torch's global generator, which is seeded before a network is
     built and before every step with dropout.
-    In training and in sampling, networks run in bfloat16 where that is fast (`autocast`). What leaves a network is
-    float32 again.
+    Training steps, `generate` and `refine` run networks in bfloat16 where that is fast (`autocast`). What leaves a VAE
+    or a U-Net is float32 again.
 """
 
 import atexit
@@ -247,7 +247,7 @@ class BottleneckBlock(nn.Module):
 
     Four convolutions (1x1, 3x3, 3x3, 1x1) with a GELU before each, half as many channels in between, and no
     normalisation. At resolution 1 all of a 3x3 window but its centre is padding, so the convolutions are 1x1. (The
-    autoencoder of bonus_latent.py, whose resolution never falls to 1, gives none.)"""
+    autoencoder of bonus_latent.py, whose resolution never falls to 1, passes no resolution.)"""
 
     def __init__(self, width, resolution=None):
         super().__init__()
@@ -280,8 +280,8 @@ class Encoder(nn.Module):
     64 channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as
     published, by average pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a
     weight for every position in its window. An average does not tell positions apart, and the published network
-    averages all the way down to 1x1. So it can learn where things are from the zero padding at the border only, and not
-    in a short training.
+    averages all the way down to 1x1. So only the zero padding at the border can tell it where things are, and it does
+    not learn this in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -313,8 +313,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, d) -> x_hat (B, 3, H, W) in [-1, 1].
 
-    `table` lists (resolution, width, blocks) from resolution 1 up to the image. (Here each level has `blocks` blocks,
-    none in addition as in the encoder.) Between two levels there is nearest upsampling and a 1x1 convolution as
+    `table` lists (resolution, width, blocks) from resolution 1 up to the image. (Here each level has `blocks` blocks;
+    the encoder's `blocks + 1` does not apply.) Between two levels there is nearest upsampling and a 1x1 convolution as
     published (`pool`), or a transposed convolution (see Encoder)."""
 
     def __init__(self, table, pool):
@@ -383,11 +383,11 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32, with 32 groups as published. Our small widths have fewer: the largest power of two that
-    divides a quarter of the width. So a group has at least four channels.
+    """GroupNorm in float32, with 32 groups as published. Widths that are no multiple of 128 have fewer: the largest
+    power of two that divides a quarter of the width. So a group has at least four channels.
 
-    Autocast, too, uses float32 here on a GPU. On a CPU it would use bfloat16, which is coarser and was four times as
-    slow."""
+    Autocast, too, uses float32 here on a GPU. On a CPU it would keep its input's bfloat16, which is coarser and was
+    four times as slow."""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)  # widths 128, 96 and 48: 32, 8 and 4 groups
@@ -608,18 +608,18 @@ class GaussianMixture:
 
     def em_round(self, z, tied):
         """One round of EM on z (N, d): the mixture that follows this one. (tests/test_common.py: test_em_by_hand)"""
-        count, d = self.means.shape
+        K, d = self.means.shape
         # E step: the sums over all z that the M step needs, each z weighted by how much it belongs to a component.
-        mass = torch.full((count,), 1e-9)  # (K,), positive so that it can be divided by
-        sums = torch.zeros(count, d)  # of z
-        products = torch.zeros(1 if tied else count, d, d)  # of z z^T
+        mass = torch.full((K,), 1e-9)  # positive so that it can be divided by
+        sums = torch.zeros(K, d)  # of z
+        products = torch.zeros(1 if tied else K, d, d)  # of z z^T
         for chunk, log_joint in self.log_joints(z):
             belongs = log_joint.softmax(1)  # (n, K), rows add up to 1
             mass, sums = mass + belongs.sum(0), sums + belongs.T @ chunk
             if tied:  # summed over all components: sum_k belongs_k z z^T = z z^T, since each row adds up to 1
                 products[0] += chunk.T @ chunk
             else:
-                for k in range(count):
+                for k in range(K):
                     own = belongs[:, k] > 0  # in high dimensions most of these are exactly 0 in float32: skip them
                     products[k] += (belongs[own, k, None] * chunk[own]).T @ chunk[own]
         # M step: new weights, means and covariances. A covariance is E[z z^T] - mean mean^T. If it is shared, it is
@@ -636,18 +636,18 @@ class GaussianMixture:
         logarithms, (n, K). How it does so is arranged for speed, and can be skipped on first reading.
 
         With a covariance's Cholesky factor L, a logarithm is
-            log weight - log |L| - 1/2 |L^-1 z - L^-1 mean|^2 - d/2 log(2 pi)
+            log weight - log det L - 1/2 |L^-1 z - L^-1 mean|^2 - d/2 log(2 pi)
         The square is multiplied out, so that all distances to all components come from one matrix product."""
-        count, d = self.means.shape
+        K, d = self.means.shape
         groups = len(self.factors)  # number of covariances: K or, if they share one, 1
         centre = self.means.mean(0)  # subtracted from both sides, since large numbers would lose digits
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
         # L^-1 mean: (K, 1, d) or, with one covariance, (1, K, d)
-        white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, count // groups, d)
+        white_means = (inverse @ (self.means - centre)[:, :, None]).view(groups, K // groups, d)
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # of L, (groups,)
         log_scale = (self.weights.log() - log_det).view(groups, 1, -1)  # (K, 1, 1) or (1, 1, K)
         constant = log_scale - 0.5 * white_means.square().sum(2)[:, None] - 0.5 * d * math.log(2 * math.pi)
-        rows = max(100, min(2000, 750_000 // count))  # so that a chunk and its logarithms stay in a processor's cache
+        rows = max(100, min(2000, 750_000 // K))  # so that a chunk and its logarithms stay in a processor's cache
         for chunk in z.cpu().split(rows):
             white = (chunk - centre) @ inverse.mT  # L^-1 z, (groups, n, d)
             # log_scale - 1/2 |white - white_means|^2 - d/2 log(2 pi), multiplied out: (groups, n, K / groups). It is
@@ -723,8 +723,8 @@ def fit_mixture(vae, images, train, device):
 
 @torch.no_grad()
 def refine(model, x_hat, z, gen, sampler, steps, clean=None, trajectory=None):
-    """Refine x_hat (B, 3, H, W) with its code z (B, d): images in [-1, 1]. Of a VAE alone, x_hat itself comes back. If
-    noise was added to x_hat, `clean` is x_hat without it.
+    """Refine x_hat (B, C, H, W) with its code z (B, d): images in [-1, 1], or latents. Of a VAE alone, x_hat itself
+    comes back. If noise was added to x_hat, `clean` is x_hat without it.
 
     The noise of x_start is drawn from `gen`, a CPU generator, so that it is the same on every device. Of the samplers,
     only `ddpm` draws noise in its steps. It comes from a new generator on the device, for speed, whose seed is that of
@@ -789,7 +789,7 @@ def headline(model, evaluation):
 
 # The variational bound of a diffusion model, in nats per image (DDPM eq. 5):
 #     -log p(x0) <= KL(q(x_start | x0) || p(x_start)) + sum over t = 2..start of KL_t + L_0
-# The next four functions compute its three parts, `diffusion_nats` all of them for given images.
+# The next functions compute its terms, and `diffusion_nats` its three parts for given images.
 
 def kl_step(diffusion, x0, x0_predicted, t):
     """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
@@ -821,7 +821,8 @@ def data_nats(diffusion, x0, x0_predicted):
     sd = math.sqrt(diffusion.posterior(2, 1).small_variance)
     x, mean = x0.cpu().double(), x0_predicted.cpu().double()
     ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
-    below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)  # of the value 255: up to infinity
+    # 1 for the value 255, whose bin has no upper edge; 0 for the value 0, whose bin has no lower one
+    below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)
     below_lower = torch.where(x > -0.999, ndtr((x - 1 / 255 - mean) / sd), 0.0)
     return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
 
@@ -880,18 +881,18 @@ def draw_shapes(count, seed):
     pure_hue = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
     colour = pure_hue * 0.75 + 0.2
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W): bands change along rows, columns, diagonals
+    band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W): for horizontal, vertical, diagonal bands
 
     def render(label, colour, direction, *numbers):
         """P images (P, 3, H, W), in [0, 1] or a little outside, from factors (P,) and colours (P, 3)."""
-        # Every number becomes (P, 1, 1), to meet the pixels (H, W).
+        # Every number (in the order of `numbers` below) becomes (P, 1, 1), to meet the pixels (H, W).
         radius, cx, cy, tilt, lightness, lighter_side, detail, period = (values[:, None, None] for values in numbers)
         x, y = columns + 0.5 - cx, rows + 0.5 - cy  # (P, H, W)
         u = (x * tilt.cos() + y * tilt.sin()) / radius  # the shape's own frame, in which it has radius 1
         v = (y * tilt.cos() - x * tilt.sin()) / radius
         rho = torch.hypot(u, v)
-        fifth = math.pi / 5
-        to_tip = ((torch.atan2(u, -v) + fifth) % (2 * fifth) - fifth).abs()  # angle to the star's nearest tip
+        half = math.pi / 5  # half the angle between two tips of the star
+        to_tip = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()  # angle to the star's nearest tip
         arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
         distances = torch.stack([  # signed distance to each outline, negative inside, nearly exact close to it
             rho - 0.9,  # disc

@@ -4,6 +4,9 @@ The claim: a VAE draws an image in one pass from a compact code, but the image i
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
 model decides *how it looks*.
 
+Words in `backticks` are names of settings, scores, variants (chosen by --variant) and budgets (sets of settings, chosen
+by --budget).
+
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
                       As published, beta is 1. The budgets `cpu` and `gpu` have 0.04 on shapes and 0.25 on real images
@@ -12,13 +15,14 @@ model decides *how it looks*.
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      where abar_t falls from nearly 1 at t = 1 to nearly 0 at t = T (common.Diffusion).
+                      where abar_t (`alpha_bar` in common.Diffusion) falls from nearly 1 at t = 1 to nearly 0 at t = T.
                       The target is eps as published (--budget paper). With all other budgets it is
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0,
                       and the loss of each noise level is divided by its running mean, so that all levels count alike
                       (train_refiner says why).
                       There are two ways to show x_hat to the U-Net. Its input is, with concatenation as [.., ..],
-                          [x_t, x_hat] in Formulation 1,    [x_t + x_hat, x_hat] in Formulation 2 (see denoiser).
+                          [x_t, x_hat] in Formulation 1 (`form1`),
+                          [x_t + x_hat, x_hat] in Formulation 2 (`form2`; see denoiser).
 
     3. Sampling       Draw z from a prior, decode it to x_hat, and run the reverse process. The prior is N(0, I), or a
                       Gaussian mixture that is fitted to the codes of the training images after training ("ex post"),
@@ -39,9 +43,6 @@ model decides *how it looks*.
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
                       it (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 3; here the strength of
                       the noise is no input of the U-Net).
-
-Words in `backticks` are names of settings, scores, variants (chosen by --variant) and budgets (sets of settings, chosen
-by --budget).
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
                                                          (with a GPU the default is `--budget gpu`: larger networks)
@@ -146,7 +147,7 @@ def guided_denoiser(refiner, guide, guidance):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def train_vae(folder, train, data, device):
-    """Train the VAE, then fit the Gaussian mixture to the codes of its training images. Returns the finished
+    """Train the VAE on data.images (uint8), then fit the Gaussian mixture to their codes. Returns the finished
     checkpoint: a dictionary of weights, settings and log.
 
     A common.Training moves the given networks to the device, sets up their optimizers and moving averages, and hands
@@ -310,7 +311,7 @@ def main(argv=None):
             networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
             for variant in args.variant:
                 if variant != "vae":
-                    networks[f"unet of {variant}"] = common.build_unet(train, CHANNELS[variant])
+                    networks[f"unet of {variant}"] = common.build_unet(train, CHANNELS[variant])  # of guided: the guide
         return common.print_settings(train, evaluation, networks)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)

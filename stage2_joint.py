@@ -20,18 +20,18 @@ The loss has two terms.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115;
                     this is twice their loss, and a and b are their two log sigma^2). The loss is lowest where exp(-a) =
-                    1 / E and exp(-b) = 1 / (D M), which is 1 / D where M is near 1. The second of these over the first,
-                    exp(a - b), plays the part of lambda. It tends to E / D: the smaller the VAE's error, the smaller
-                    the weight.
+                    1 / E and exp(-b) = 1 / (D M), which is 1 / D where M is near 1. Their ratio exp(-b) / exp(-a) =
+                    exp(a - b) plays the part of lambda. It tends to E / D: the smaller the VAE's error, the smaller the
+                    weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
                         -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + D M
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
                     with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). In this loss, E
                     stands for the sum of the two KLs (beta is not used), and D M for the terms of the U-Net's steps
                     from x_start to x0, in nats (bound_loss). On shapes the VAE collapses: the code stays empty, and
-                    images are useless. With `--gradient none` it does not, so the collapse is due to the U-Net's
-                    gradient. (One run each. It is the opposite of what can go wrong with the other losses, see below;
-                    we did not find out why.) The bound is as low without the collapse.
+                    images are useless. With `--gradient none` (see below) it does not, and the bound is as low. So the
+                    collapse is due to the U-Net's gradient. (One run each. A collapse is the opposite of what can go
+                    wrong with the other losses; we did not find out why.)
 
 How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
 networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
@@ -155,8 +155,8 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 
     The U-Net's part has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and,
     for t = 1, the nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so these times
-    are drawn more often, which lowers the variance (importance sampling). From a uniform u in [0, 1) comes, with a
-    power that was found by trying,
+    are drawn more often, which lowers the variance (importance sampling). A uniform u in [0, 1) gives (the power was
+    found by trying)
         t = floor(start u^4) + 1
         P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
         P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
@@ -240,8 +240,8 @@ def train_joint(folder, train, data, device, vae_state=None):
 
             # The x_hat that the U-Net sees. Decoded again from a detached z, it passes no gradient to the encoder.
             x_hat_for_unet = vae.decoder(z.detach()) if train["gradient"] == "decoder" else x_hat
-            # The same values, but gradients that pass back are multiplied by the term's weight times D.
             w_E, w_M = loss_weights(train, training.steps_taken, balance)
+            # The same values, but gradients that pass back through x_hat_seen are multiplied by w_M D.
             x_hat_seen = scale_gradient(x_hat_for_unet, w_M * D)
 
             # M: what the U-Net learns from and, through `x_hat_seen`, the VAE.
@@ -316,7 +316,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`, so that the seeds of two parts always differ by 2: `refine` may use this seed and the next one.
+    # Twice `first`, so that the seeds of two parts differ by at least 2: `refine` may use this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}

@@ -30,19 +30,19 @@ Uncertainty
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
                standard deviation 1 (but see `posterior`).
-    `--uncertainty` says where w and b come from, and of which image s_vec is made:
-                   w and b                              s_vec in training    in sampling
-        regressed  ridge regression of                  of Enc(x_hat)        of Enc(x_hat)
-                   log |x_hat - x0|^2 on phi,
-                   over training images
-        variance   the mean of s_vec over the           of Enc(x_hat)        of Enc(x_hat)
-                   dimensions in use, with the sign
-                   for which a high s means a large
-                   error
-        posterior  those of `variance`                  of Enc(x)            of Enc(x_hat)
+    `--uncertainty` says where w comes from (it is then scaled, and b chosen, so that s is standardised), and of which
+    image s_vec is made:
+                   w                                    s_vec in training    in sampling
+        regressed  that of a ridge regression of        of Enc(x_hat)        of Enc(x_hat)
+                   log |x_hat - x0|^2 on phi, over
+                   training images
+        variance   averages s_vec over the dimensions   of Enc(x_hat)        of Enc(x_hat)
+                   in use, with the sign for which a
+                   high s means a large error
+        posterior  that of `variance`                   of Enc(x)            of Enc(x_hat)
     `posterior` is the obvious measure, the variance of q(z|x). But it needs x, so it exists in training only. In
     sampling the refiner meets an s of another kind. (In training this s does not have mean 0 and standard deviation 1,
-    since what standardises it is that of `variance`.) One may expect that to hurt; REPORT.md (stage 3) has what was
+    since it is standardised as that of `variance`.) One may expect that to hurt; REPORT.md (stage 3) has what was
     found.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
@@ -67,8 +67,8 @@ Expect  one and a half to two times the minutes of stage 1 on shapes, and about 
         than the mixture, so the scores are worse than stage 1's. The command says whether s ranks the errors of
         held-out images at all; if it does not, conditioning on it can hardly help. On shapes `regressed` does, with a
         rank correlation of 0.6 (`variance` and `posterior` have 0.1 to 0.2). Even so, `film` is not shown to lower the
-        Frechet distance. But on shapes, with codes of the mixture, s can tell which images need more of few steps
-        (REPORT.md).
+        Frechet distance. But on shapes, with codes of the mixture and two steps on average, s can tell which images
+        need more (REPORT.md).
 """
 
 import argparse
@@ -160,9 +160,9 @@ class RealNVP(nn.Module):
 
 
 def fit_flow(weights, mu, logvar, seed, steps, batch=256):
-    """Fit a RealNVP, beginning with these weights, to codes z ~ N(mu, exp(logvar)), both (N, d), by maximum likelihood.
-    The codes are drawn anew in each step, so that the flow cannot learn the noise of one draw. All this happens on the
-    CPU, where the codes are. Returns the flow in evaluation mode."""
+    """Fit a RealNVP, beginning with these weights, to codes z ~ N(mu, exp(logvar)), with mu and logvar (N, d), by
+    maximum likelihood. The codes are drawn anew in each step, so that the flow cannot learn the noise of one draw. All
+    this happens on the CPU, where the codes are. Returns the flow in evaluation mode."""
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
     flow.load_state_dict(weights)
     optimizer = torch.optim.Adam(flow.parameters())  # its default learning rate is 1e-3
@@ -173,7 +173,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the gradient's usual norm
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -204,7 +204,7 @@ def round_trip(vae, images, seed, device):
 
 
 def standardise(logvar, stats):
-    """Log-variances (B, d) -> s_vec (B, d)."""
+    """Log-variances (B, d) -> s_vec (B, d), with the `stats` that fit_uncertainty returns."""
     return ((logvar - stats["mean"]) / stats["sd"]).clamp(-3, 3) * stats["active"]
 
 
@@ -427,6 +427,7 @@ def load_model(state, device):
                          # those whose parameters are counted; of the two flows only the one that was fitted ex post
                          networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
+        # state["unet"] is the whole refiner: U-Net and conditioner
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["unet"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
