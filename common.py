@@ -793,7 +793,8 @@ def headline(model, evaluation):
 
 def kl_step(diffusion, x0, x0_predicted, t):
     """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
-    predicted x0 in place of x0, and large_variance: the means differ by x0_factor * (x0 - x0_predicted)."""
+    predicted x0 in place of x0, and large_variance (see Posterior). The means differ by
+    x0_factor * (x0 - x0_predicted)."""
     posteriors = [diffusion.posterior(time, time - 1) for time in t.tolist()]
     x0_factor = torch.tensor([p.x0_factor for p in posteriors], device=x0.device)  # (B,)
     small = torch.tensor([p.small_variance for p in posteriors], device=x0.device)  # (B,)
@@ -904,7 +905,7 @@ def draw_shapes(count, seed):
             torch.minimum(arm, bar),  # cross, of two rectangles
         ], dim=1)  # (P, 6, H, W)
         distance = distances[torch.arange(len(label)), label]  # (P, H, W)
-        cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # share of the pixel inside the outline
+        cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # in pixels; share of the pixel inside the outline
         along = band_axes[direction]  # (P, H, W)
         light = (detail == 0) | (along % period < period // 2)  # which of the two tones
         ground = lightness + 0.3 * ((columns - 16) * lighter_side.cos() + (rows - 16) * lighter_side.sin()) / size
@@ -1033,9 +1034,9 @@ def read_image(path):
 
 # ---- 8. Budgets ------------------------------------------------------------------------------------------------------
 
-# (resolution, width, blocks with falling resolution, blocks with rising resolution). A VAE's decoder uses the latter
-# number of blocks, and its encoder the former, with one more where the resolution changes (see Encoder). A U-Net uses
-# both. `smoke` is a budget that only checks that everything runs.
+# (resolution, width, blocks down, blocks up). A VAE's encoder uses the blocks down, with one more where the resolution
+# changes (see Encoder), and its decoder the blocks up. A U-Net uses both. `smoke` is a budget that only checks that
+# everything runs.
 VAE_TABLES = {
     "smoke 32": [(32, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
     "smoke 64": [(64, 8, 0, 0), (16, 16, 0, 0), (4, 32, 1, 1), (1, 8, 0, 0)],
@@ -1065,7 +1066,8 @@ TRAIN = {
     "batch": 32,  # images per step
     # Learning rate of the optimizer Muon (Jordan et al. 2024; section 12), for matrices and convolutions; 0: Adam for
     # all. Muon replaces the averaged gradient of a matrix by one with the same singular vectors, whose singular values
-    # are all about 1. So the size of a step depends on this rate alone, and the rate cannot be compared with Adam's.
+    # are all about 1. So the size of a step depends on this rate and the matrix's shape alone, and the rate cannot be
+    # compared with Adam's.
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 0.05,  # how long the rates rise from 0: below 1 a share of all steps, otherwise a number of steps
@@ -1093,7 +1095,7 @@ EVAL = {
     "count": 1000,  # images of the headline
     "batch": 100,  # images sampled at a time
     "temperature": 1.0,  # factor of the noise in x_start
-    # Samplers and steps of further rows. (dpm with 10 steps is among them, so that all have grid_count images.)
+    # Samplers and steps of further rows. (dpm 10 is the headline's, but with grid_count images.)
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
@@ -1113,7 +1115,7 @@ def budget(name, dataset, size):
         train |= {"vae_steps": 8, "unet_steps": 8, "attention": [16], "components": 2, "flow_steps": 8, "every": 4}
         evaluation |= {"sample_steps": 4, "count": 64, "batch": 64, "grid": [["dpm", 2], ["dpm", 4]], "grid_count": 64,
                        "probe_steps": 2, "bits_images": 8, "bits_draws": 4}
-    elif tables == "shapes":
+    elif tables == "shapes":  # the budget `cpu` on shapes
         train |= {"vae_steps": 900, "unet_steps": 600, "unet_muon_lr": 0.02} | shapes_code
         evaluation |= {"grid_count": 200}
     elif name == "cpu":
@@ -1164,8 +1166,9 @@ class ImageData:
 
 
 def decode_file(path, size, crop):
-    """One image file -> uint8 array (size, size, 3). `crop`: `none` and `centre` take the centred square, `celeba-148`
-    the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as NVAE crops)."""
+    """One image file -> uint8 array (size, size, 3). `crop`: `none` (they are square) and `centre` take the centred
+    square, `celeba-148` the 148x148 box at (15, 40) of the 178x218 aligned image, in proportion for smaller copies (as
+    NVAE crops)."""
     image = read_image(path)
     if crop != "celeba-148":
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))  # anti-aliased when it shrinks
@@ -1185,7 +1188,8 @@ def list_split(dataset, split, folder):
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
         files = [p for p in files if p.parent.name in classes]
         return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else "lossless"
-    edge = len(files) - len(files) // 10  # the last tenth by name is the test split, unless a partition file says more
+    # The last tenth by name is the test split, unless a partition file says otherwise.
+    edge = len(files) - len(files) // 10
     chosen = files[:edge] if split == "train" else files[edge:]
     if dataset == "folder":
         return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
@@ -1242,7 +1246,7 @@ def load_images(dataset, split, data_dir="data", image_size=None):
     images = torch.from_numpy(decode_files(files, size, crop, cache))
     if split == "test":  # files come class by class; in random order the first N images stand for all
         order = torch.randperm(len(images), generator=generator(0))
-        images, labels = images[order], labels and torch.tensor(labels)[order]
+        images, labels = images[order], labels and torch.tensor(labels)[order]  # None stays None
     elif labels:
         labels = torch.tensor(labels)
     return ImageData(images, labels, None, name, crop, note)
@@ -1368,8 +1372,8 @@ def keep_freed_memory():
 # ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
 
 # What is added to --seed for each purpose, so that the purposes of a run draw different random numbers. (Runs with
-# different --seed may share some; that does no harm, since they have different networks. Where 1,000 times --seed is
-# added, two purposes of one run may share some, too, for other networks or codes.)
+# different --seed may share some, and so may two purposes where 1,000 times --seed is added. It does no harm: their
+# networks or codes differ.)
 SEEDS = {
     "training": 1,  # batches, mirroring, noise and times of a training
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
@@ -1383,7 +1387,7 @@ SEEDS = {
     "terciles": 80_000,  # stage 3: noise with which sure and unsure images are refined; 1,000 times --seed is added
     "adaptive_codes": 85_000,  # stage 3: codes that are refined in different numbers of steps
     "adaptive_noise": 86_000,  # and their noise; 1,000 times --seed is added
-    "interpolation": 91_000,  # noise that stays the same along a path through the latent space (stage 2)
+    "interpolation": 91_000,  # noise with which stage 2 refines codes; the same along a path
 }
 # `generate` draws batch by batch and uses 1,000,000 * (seed + 1) + the number of the batch's first image.
 # Wherever images are refined, `refine` adds 1 for the noise of the sampling steps, and `generate` adds 2 for damage.
@@ -1409,8 +1413,8 @@ def fast_bfloat16(device):
     """Whether the device computes in bfloat16 natively and, if it is a CPU, clearly faster than in float32.
 
     With native bfloat16, `make demo` took 5 minutes in place of 8 on an AMD EPYC. But on an Intel Xeon whose matrix
-    unit (AMX) was switched off, convolutions took 1.4 to 2 times as long as in float32. So one is timed in both, with
-    its gradients. Other work on the machine can only slow it, so the fastest of several turns counts."""
+    unit (AMX) was switched off, convolutions took 1.4 to 2 times as long as in float32. So a convolution is timed in
+    both, with its gradients. Other work on the machine can only slow it, so the fastest of several turns counts."""
     if device.type != "cpu" or not has_bfloat16(device):
         return has_bfloat16(device)
     x = torch.ones(8, 64, 16, 16).contiguous(memory_format=memory_format(device)).requires_grad_()
@@ -1439,7 +1443,7 @@ def relative_errors(exact, reduced):
     has values that are not finite. It is nan if `exact` has such values, or if both are zero."""
     errors = []
     for a, b in zip(exact, reduced, strict=True):
-        difference = (a.float() - b.float()).nan_to_num(nan=math.inf)
+        difference = (a.float() - b.float()).nan_to_num(nan=math.inf)  # nan in `reduced` alone is infinitely wrong
         errors.append(difference.norm() / a.float().norm())
     return torch.stack(errors)
 
@@ -1583,9 +1587,9 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])  # average = momentum average + (1 - momentum) gradient
                 update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov: one more step of averaging
-                # Jordan's factor: more outputs than inputs make the step larger, so that each single output changes as
-                # much. (Of a transposed convolution shape[0] are the inputs; there it makes no difference, since the
-                # factor is 1.)
+                # Jordan's factor: more outputs than inputs make the step larger, so that a single output changes as
+                # much as under a square matrix. (Of a transposed convolution shape[0] are the inputs; there it makes no
+                # difference, since the factor is 1.)
                 scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
 
@@ -1610,7 +1614,7 @@ def lock(folder):
 
 
 # Training.even_levels divides the times into so many noise levels: enough for the loss to be about the same within a
-# level, and few enough for a batch of 32 to have images at most levels.
+# level, and few enough for a batch of 32 to have images in most of the levels.
 NOISE_LEVELS = 20
 
 
@@ -1657,7 +1661,7 @@ class Training:
         self.reduced, self.trial = fast_bfloat16(device), None  # see try_reduced_precision
         path = self.folder / "checkpoint.pt"
         state = load_checkpoint(path) if path.is_file() else None
-        if state is not None and not state["finished"]:  # that it may go on was checked by finished_state
+        if state is not None and not state["finished"]:  # finished_state has checked that it may go on
             self.load(state)
 
     def load(self, state):
@@ -1759,6 +1763,7 @@ class Training:
         count = one_hot.sum(0).float()  # how many of the batch's images are at each level, (levels,)
         total = (one_hot * loss.detach()[:, None]).sum(0)  # the sum of their losses, (levels,)
         average_over_processes([count, total])
+        # (Averaged over processes, a count may be below 1.)
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was
             self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
@@ -1872,7 +1877,7 @@ class Training:
         weights, gen = [p.detach().clone() for p in matrices], generator(0)
         with torch.no_grad():
             for p in matrices:
-                sd = (3 * p[0].numel()) ** -0.5  # torch's initial weights are uniform in +-1/sqrt(inputs)
+                sd = (3 * p[0].numel()) ** -0.5  # of torch's initial weights, uniform in +-1/sqrt(inputs)
                 p.copy_(sd * torch.randn(p.shape, generator=gen))
         self.trial = []  # `step` appends to it, and does nothing else
         for reduced in (False, True):
@@ -1976,7 +1981,7 @@ OF_UNET = ("unet", "objective", "even_levels", "start", "dropout", "heads", "att
 
 def parse_changes(texts, train):
     """--set KEY=VALUE ... -> {key: value}. Exits if there is no such train setting, or if the value is of another type
-    or out of range. What the shapes of the networks consist of (lists, and `heads`) cannot be set."""
+    or out of range. Lists, such as the tables of the networks, and `heads` cannot be set."""
     changes = {}
     settable = {key: value for key, value in train.items()
                 if not isinstance(value, list) and key != "heads"}
@@ -1989,7 +1994,7 @@ def parse_changes(texts, train):
         old = settable[key]
         if isinstance(old, bool):
             allowed, value = "true or false", {"true": True, "false": False}.get(word.lower())
-        elif isinstance(old, str):
+        elif isinstance(old, str):  # `objective` is the only text
             allowed, value = "eps or v", word if word in ("eps", "v") else None
         else:
             low, high = (1 if isinstance(old, int) else 0), 10**9

@@ -19,7 +19,8 @@ Three habits keep the scores honest.
                     tells how much it depends on the draw of these images. (A bootstrap would repeat images. A set with
                     repeated images has a higher FD, so its interval would lie above the score.)
 
-    python fid.py --train-local FOLDER    makes a local feature network: on two CPU cores 5 to 25 minutes
+    python fid.py --train-local NAME      makes a local feature network for a folder or a data set: on two CPU cores
+                                          5 to 25 minutes
     python fid.py REAL GENERATED          REAL is shapes, cifar10 or celeba64, or a folder for which the first command
                                           was run (with --features inception: any folder)
     python fid.py cifar10 samples --features inception --count 10000 --json
@@ -302,7 +303,7 @@ def extract(extractor, images, batch_size=None, progress=False):
     device = next(extractor.eval().parameters()).device
     batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
     outputs = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # it would round features coarsely
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would round features coarsely
         for batch in tqdm(batches, desc=f"features ({extractor.name})", unit="batch", disable=not progress):
             outputs.append([output.cpu() for output in extractor(batch.to(device))])  # [features, logits]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -357,8 +358,8 @@ def frechet_distance(a, b):
 
 def inception_score(logits, splits=10, seed=2020):
     """The Inception Score (Salimans et al. 2016), exp(mean KL(p(y|x) || p(y))), of logits (N, K): mean and standard
-    deviation (divided by their number) over `splits` parts. The images are shuffled first, since sorted ones would give
-    parts of one class each, with the seed that torch-fidelity has; seed=None keeps their order."""
+    deviation (of the population) over `splits` parts. The images are shuffled first, with torch-fidelity's seed, since
+    sorted ones would give parts of one class each; seed=None keeps their order."""
     logits = logits if seed is None else shuffle(logits, seed)
     count, splits, values = len(logits), min(splits, len(logits)), []
     for i in range(splits):
@@ -458,9 +459,8 @@ def jackknife(score, x):
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
     two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
-    rows. Without image i, row i is gone, and so is its entry in every other row, that is, column i. The first moves the
-    score by the change of the mean of the image_means. By symmetry, the second moves it by as much again. So, to first
-    order,
+    rows. Without image i, row i is gone, which moves the score by the change of the mean of the image_means. So is
+    column i, which by symmetry moves it by as much again. So, to first order,
         score without a group = value + 2 (mean of the image_means that remain - mean of all)"""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
@@ -517,10 +517,11 @@ def kid_with_interval(real, generated):
 
     Let b_i be the mean kernel of generated image i with the other generated ones, and c_i with the real ones. Then
         KID = mean kernel of real images + mean_i b_i - 2 mean_i c_i
-    The first mean over i is one over pairs of generated images. If a group is left out, it changes by 2 (change of the
-    plain mean of the b_i), as jackknife_pairs explains. The last term changes by -2 (change of the plain mean of the
-    c_i). So KID changes as jackknife_pairs says for the image_means b_i - c_i. For the interval these need to be known
-    only roughly: b_i from a block of 2,000 to 4,000 images (or all, if there are fewer), c_i from at most 5,000."""
+    The first mean over i is one over pairs of generated images. If a group is left out, it changes by twice the change
+    of the mean of the b_i, as jackknife_pairs explains. The last term changes by minus twice the change of the mean of
+    the c_i. So KID changes as jackknife_pairs says for the image_means b_i - c_i. For the interval these need to be
+    known only roughly: b_i from a block of 2,000 to 4,000 images (or all, if there are fewer), c_i from at most
+    5,000."""
     if min(len(real), len(generated)) >= 2000:
         subset_size = 1000
     else:
@@ -576,8 +577,8 @@ def scores(extractor, generated, ref, progress=False):
 #
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
-# of steps in measurements such as `robustness`. Without a VAE, the prior is called "none"; without diffusion, the
-# sampler is. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time diffusion.start,
+# of steps in measurements such as `robustness`. Without a VAE the prior is called "none", and without diffusion the
+# sampler. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time diffusion.start,
 # with x_start: x_hat and noise or, without an x_hat, noise alone.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
@@ -615,9 +616,9 @@ class Setup:
                                 for split in ("train", "test"))
         if common.RANK == 0:
             common.wait_for_all()  # now the others go on
-        # What is kept of a user's own folder does not go into that folder. (Shapes have none.)
+        # What is kept of a user's own folder does not go into that folder. (Shapes have no folder.)
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
-        # What the data are is among the settings: how they were cropped, how many they are, and a note such as "JPEG
+        # The settings also say what the data are: how they were cropped, how many they are, and a note such as "JPEG
         # copies". A checkpoint holds its settings, and common.finished_state refuses one that has others.
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
         if args.dataset == "folder":  # another folder of the same name is other data
@@ -633,7 +634,7 @@ class Setup:
 
     @cached_property
     def reference(self):
-        """What the scores compare with: the features of the training images, kept beside the data."""
+        """What the scores compare with: the features of the training images, kept in self.cache."""
         return cached_reference(self.extractor, self.data, self.test, self.cache)
 
     def score(self, images):
@@ -708,7 +709,7 @@ def evaluate(folder, setup, state, model):
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
         for table in (tables["latent"], tables.get("start")):  # "start" comes from check_start, if there is a refiner
-            if table and train["budget"] != "smoke":  # which trains for a few steps: there is nothing to conclude
+            if table and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
                 print(f"{folder.name}: {table['conclusion']}")
     if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
@@ -742,8 +743,8 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # The row without noise in `robustness` is also in the grid, if there is one. So that it is not drawn twice, the
-    # last eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
+    # `robustness` asks again for one row of the grid, the one without noise. So that it is not drawn twice, the last
+    # eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
     remember_eight = functools.lru_cache(8)
     draw_and_score = remember_eight(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
@@ -799,9 +800,9 @@ def robustness(folder, draw_and_score, prior, setup, has_diffusion):
 
 
 def nearest_rows(views, rows):
-    """For each of N images: the distance to the nearest of `rows` (M, d), and its index. `views` has one tensor (N, d),
-    the images, or two, with their mirror images; then the smaller distance counts. It takes some rows at a time, since
-    all N M distances may not fit into memory."""
+    """For each of N images: the distance to the nearest of `rows` (M, d), and its index. `views` are the images
+    (N, d) and, if these count, too, their mirror images (N, d): then the smaller distance is taken. It takes some rows
+    at a time, since all N M distances may not fit into memory."""
     distance, index = torch.full((len(views[0]),), math.inf, dtype=torch.float64), torch.zeros(len(views[0])).long()
     for view in views:
         for first in range(0, len(rows), 2000):
@@ -929,9 +930,8 @@ def draw_trajectory(folder, model, prior, setup):
 def diagnose(mu, logvar, sharpness):
     """Why the VAE's images are smooth, if they are: its latent is unused (few active units); or most units carry little
     (a posterior variance near 1); or z does not hold the detail, and a Gaussian decoder gives the mean of all images
-    that fit z. mu, logvar (N, d) of held-out images;
-    `sharpness`: hf_energy of their x_hat. The thresholds are rules of thumb: 5% of the units, a posterior variance of
-    0.9 (the prior's is 1), half the sharpness of real images."""
+    that fit z. mu, logvar (N, d) of held-out images; `sharpness`: hf_energy of their x_hat. The thresholds are rules of
+    thumb: 5% of the units, a posterior variance of 0.9 (the prior's is 1), half the sharpness of real images."""
     active = int(common.active_units(mu).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
@@ -1102,7 +1102,8 @@ def train_network(data, batch=256):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
 
     def loss_of(networks, x, index, reduced):
-        """The loss of a batch x (B, 3, S, S) of the images `index` (B,), or of two views of each (2B, 3, S, S)."""
+        """The loss of `networks` (or of their copy, below) on a batch x (B, 3, S, S) of the images `index` (B,), or on
+        two views of each (2B, 3, S, S)."""
         net, extra_head = networks
         with common.autocast(cpu, reduced):
             features = net.body(x.contiguous(memory_format=common.memory_format(cpu)))

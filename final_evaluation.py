@@ -52,8 +52,8 @@ FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "co
 # is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
 # columns, if it has some. TITLES says how many pixels high these are.
 SHEETS = {
-    # samples.png has six rows: three times the VAE's images and, below them, the refined ones (without an x_hat, three
-    # rows). 0 to 1/3 is the first pair (or row), and 1/6 to 1/3 the refined row of the first pair.
+    # samples.png has six rows: VAE, refined, VAE, refined, VAE, refined (without an x_hat, three rows). 0 to 1/3 is the
+    # first pair (or row), and 1/6 to 1/3 the refined row of the first pair.
     "sheet": [(variant, "samples", 1 / 6 if variant in SAME_X_HAT else 0, 1 / 3) for variant in MAIN_VARIANTS],
     # The rows of these pictures are: real images, the VAE's, refined ones. The first two are the same for all variants
     # of stage 3, so only the first strip shows them.
@@ -103,7 +103,7 @@ VARIANTS = {
 
 # The numbers of a run. Before the colon is the name that tables use. Behind it is the number's place in the metrics:
 # "tables/ceiling/fd" is metrics["tables"]["ceiling"]["fd"]. `load_all` removes the name of the feature network from
-# metrics.json (`fd_local` and `fid` become `fd`), and adds three entries and the minutes of training:
+# the names that it reads (`fd_local` and `fid` become `fd`), and adds three entries and the minutes of training:
 #   headline   the scores of the run's samples, from its own prior, sampler and number of steps
 #   steps      scores of samples with other samplers and steps, by their names: "dpm 6" is DPM-Solver++ with 6 steps
 #   priors     scores of samples whose codes come from other priors, by the prior's name
@@ -198,8 +198,8 @@ NUMBERS = {
     "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
     "steps by s": "tables/adaptivity/adaptive_refinement/flow/adaptive_steps/fd",
     "steps by other s": "tables/adaptivity/adaptive_refinement/flow/shuffled_steps/fd",
-    # The fd of samples if all of them are refined; if only the third with the highest s is; and if only a third is that
-    # is chosen by the s of other images. Images that are not refined stay x_hat.
+    # The fd of samples if all of them are refined; if only the third with the highest s is; and if a third is, chosen
+    # by the s of other images. Images that are not refined stay x_hat.
     "all refined": "tables/adaptivity/adaptive_refinement/flow/all/fd",
     "unsure third": "tables/adaptivity/adaptive_refinement/flow/unsure_third/fd",
     "other third": "tables/adaptivity/adaptive_refinement/flow/shuffled_third/fd",
@@ -241,9 +241,8 @@ NUMBERS = {
 # The tables: after the name of a table come patterns for its lines, and the names of its columns. A variant has a line
 # if its name matches one of the patterns, in which * stands for anything. A run with a changed setting, whose name has
 # a =, fits only a pattern with a =. Two examples: "stage2-*" are all variants of stage 2 without a changed setting;
-# "stage2-*=*" are those with one. A column may also be "NAME against
-# VARIANT": by how many percent the number differs from that of VARIANT with the same seeds. REPORT.md shows some of the
-# tables, TABLES.md all of them.
+# "stage2-*=*" are those with one. A column may also be "NAME against VARIANT": by how many percent the number differs
+# from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
                  "fd; is; hf_energy; evaluations; seconds"),
@@ -527,10 +526,9 @@ def name_rows(metrics):
             steps[f"{row['sampler']} {row['steps']}"] = row
         else:
             priors[row["prior"]] = row
-    # Priors are compared with each other, so their rows must rest on equally many images. Rows of other priors have
-    # fewer images than the headline. So the headline's prior is represented not by the headline, but by the row with
-    # fewer images that has its sampler and its number of steps. Of a VAE alone, all rows have equally many images, so
-    # there it is the headline. Without such a row, the headline's prior is left out.
+    # Priors must be compared on equally many images, and the rows of other priors have fewer than the headline. So the
+    # headline's prior is represented by the row of the grid with its sampler and steps. Without one it is left out,
+    # except for a VAE alone, whose rows all have equally many images.
     same_steps = f"{headline['sampler']} {headline['steps']}"
     if same_steps in steps:
         priors[headline["prior"]] = steps[same_steps]
@@ -582,8 +580,8 @@ def shared_settings(metrics):
         "budget": run["budget"],
     }
     # Settings of the evaluation: the feature network, the number of images behind the headline, and others. Variants
-    # may have different priors. The list of further rows (`grid`) changes no score of the headline. "batch" is also the
-    # name of a setting of the training, which follows.
+    # may have different priors. The list of further rows (`grid`) changes no score of the headline. The "batch" of
+    # the evaluation is left out, since a setting of the training, below, has the same name.
     for key, value in run["eval"].items():
         if key not in ("prior", "grid", "batch"):
             settings[key] = value
@@ -661,7 +659,7 @@ def is_of_first_seed(name):
 
 
 def values_by_seed(seeds, name):
-    """{seed: value} of a number in {seed: metrics}: of those seeds that have it and count."""
+    """{seed: value} of a number in {seed: metrics}: of the seeds that have it or, of some times, of the first alone."""
     if is_of_first_seed(name):
         seeds = {seed: seeds[seed] for seed in sorted(seeds)[:1]}
     values = {}
@@ -709,7 +707,7 @@ def cell_of_comparison(results, variant, column):
     if variant == other_variant:
         return ""
     sides = [(name, variant), (name, other_variant)]
-    questions = [[*both] for _, *both in PRIMARY_CLAIMS]
+    questions = [both for _, *both in PRIMARY_CLAIMS]
     if sides in questions:  # then it is tested together with the other ones
         change = test_together(results, PRIMARY_CLAIMS)[questions.index(sides)]
     else:
@@ -956,7 +954,7 @@ def table_of(everything, patterns, columns):
 
 
 def direction(name):
-    """Whether higher (↑) or lower (↓) is better for a number of this name; or "", if it is no score and no cost."""
+    """Whether higher (↑) or lower (↓) is better for a number of this name; or "" if neither is."""
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return "↑"
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
@@ -1119,8 +1117,8 @@ def with_legend(figure, axes, columns=4):
 # if there is nothing to show.
 
 def chart_claims(everything):
-    """A forest plot: for each claim and data set, the ratio of the first number to the second, with its 95% interval
-    over seeds. A filled marker means significant, a cross fewer than three runs."""
+    """A forest plot: for each of PRIMARY_CLAIMS and CLAIMS and each data set, the ratio of the first number to the
+    second, with its 95% interval over seeds. A filled marker means significant, a cross fewer than three runs."""
     other_claims = sum(CLAIMS.values(), [])
     claims = PRIMARY_CLAIMS + other_claims
     changes = {}  # {dataset: the comparison of each claim}
@@ -1268,7 +1266,7 @@ def chart_thirds(everything):
     shown = [("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0])]
     for variant in CONDITIONINGS:
         shown.append(("refined", variant, f"refined by {variant.rsplit('-', 1)[1]}", LOOKS[variant][0]))
-    thirds, width = ("sure", "middle", "unsure"), 0.17  # of a bar; five of them are centred on a third's place
+    thirds, width = ("sure", "middle", "unsure"), 0.17  # width: of a bar; five of them are centred on a third's place
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for k, (kind, variant, label, colour) in enumerate(shown):
             for x, third in enumerate(thirds):
@@ -1370,10 +1368,11 @@ def fill(text, tables):
     """The text, with its marked tables replaced by those of {name: table}. (It may have blocks of another kind, which
     stay as they are: what stands between <!-- cited --> and <!-- end --> comes from other publications.) Exits if a
     table is not known, or if a marker is damaged or lacks its end: what follows it would be lost."""
-    marks = re.findall(r"<!-- (\w+)", text)  # what begins a block, and what ends it, in turn
+    marks = re.findall(r"<!-- (\w+)", text)  # the first word of each marker, in turn: table (or cited), then end
     begins, ends = marks[::2], marks[1::2]
     in_turn = len(begins) == len(ends) and "end" not in begins and set(ends) <= {"end"}
-    have_names = marks.count("table") == len(re.findall("<!-- table .+? -->\n", text))  # on lines of their own
+    # Each marker of a table has a NAME and ends its line.
+    have_names = marks.count("table") == len(re.findall("<!-- table .+? -->\n", text))
     if not in_turn or not have_names:
         common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
                     "<!-- table NAME --> and <!-- end -->; nothing was written")
@@ -1422,7 +1421,7 @@ def draw_sheet(path, runs, strips):
 def choose_runs(runs, folder):
     """Check run folders that are to be collected, before anything is written. Returns {the file that metrics will be
     copied to: (run folder, facts about the run)}. Folders without scores are left out, and so are runs on a user's own
-    images. Exits if another one must not be collected."""
+    images. Exits if one of the rest must not be collected."""
     chosen = {}
     for run in map(Path, runs):
         if run.is_dir() and not (run / "metrics.json").is_file():  # such as that of the bonus's autoencoder
@@ -1533,7 +1532,7 @@ def main(argv=None):
             changed.append(path)
     if args.check:
         print(f"would change: {', '.join(map(str, changed))}" if changed else "texts agree with the results")
-        raise SystemExit(bool(changed))
+        raise SystemExit(bool(changed))  # True is status 1
     for path in changed:
         common.write(path, texts[path].encode())
     written = list(changed)
