@@ -1082,20 +1082,6 @@ def test_where_training_begins(tmp_path, capsys):
         expect_error(capsys, lambda r=resume: common.finished_state(folder, train, r), str(checkpoint), "remove")
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
-    """The lock is free again when its file is closed. While it is held, the message gives no advice that would harm the
-    run that holds it."""
-    train, folder = {"unet_steps": 8}, tmp_path / "run"
-    common.save_state(folder / "checkpoint.pt", {"train": train, "finished": False})
-    held = common.lock(folder)
-    for call in (lambda: common.lock(folder), lambda: common.finished_state(folder, train, False),
-                 lambda: common.finished_state(folder, train, True)):
-        expect_error(capsys, call, str(folder), "another process is training there", "wait for it")
-    held.close()
-    common.lock(folder).close()
-    assert common.finished_state(folder, train, True) is None
-
-
 def test_first_difference():
     """What the user has set comes before what follows from it: a size before the network's tables."""
     old = {"a": 1, "decoder": [[1, 8, 0]], "encoder": [[32, 8, 0]], "image_size": 32, "seed": 0, "n_train": 7}

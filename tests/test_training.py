@@ -780,16 +780,6 @@ def test_several_processes_cannot_use_one_device(device, tmp_path, monkeypatch, 
     expect_error(capsys, lambda: run("stage1", tmp_path, "--device", device), f"--device {device}", "several processes")
 
 
-def test_what_was_made_in_turn_comes_back_in_order(monkeypatch):
-    def everyone(lists, mine):
-        lists[:] = "ace", mine
-
-    assert common.gather(["a"]) == ["a"]
-    act_as(monkeypatch, 1)
-    monkeypatch.setattr(distributed, "all_gather_object", everyone)
-    assert common.gather("bd") == list("abcde")
-
-
 def test_noise_levels_of_all_processes(tmp_path, monkeypatch):
     """The means of two processes are those of one that has the images of both. Here the first process has two images of
     level 0 and one of level 2, and the second one of level 0 and two of level 1."""
