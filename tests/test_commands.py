@@ -475,7 +475,8 @@ def test_pretrained_refuses(pretrained, monkeypatch, capsys):
     flags of training and of scores, no images, several processes."""
     for flags, words in (("--dataset cifar10", ["0 files", "cifar10", "form1-*.pt"]),
                          ("--export 0", ["--export 0"]),
-                         ("--dataset folder --data-dir x", ["0 files", "folder", "--dataset"]),
+                         ("--dataset folder", ["0 files", "folder", "--dataset"]),
+                         ("--data-dir x", ["--data-dir", "leave"]),
                          ("--variant form1", ["--variant", "guided", "leave"]),
                          ("--variant vae form1", ["--variant", "guided", "leave"]),
                          ("--image-size 64", ["--image-size", "leave"]), ("--budget gpu", ["--budget", "cpu"]),
