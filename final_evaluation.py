@@ -124,9 +124,9 @@ NUMBERS = {
     "recall": "headline/recall",  # share of real images that samples look like
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
-    "seconds": "headline/seconds_per_image",  # the time of sampling one image
-    "seconds, 2 steps": "steps/dpm 2/seconds_per_image",
-    "seconds, 4 steps": "steps/dpm 4/seconds_per_image",
+    "ms": "headline/ms_per_image",  # the time of sampling one image, in milliseconds
+    "ms, 2 steps": "steps/dpm 2/ms_per_image",
+    "ms, 4 steps": "steps/dpm 4/ms_per_image",
     "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
     "fd, 2 steps": "steps/dpm 2/fd",
     "fd, 4 steps": "steps/dpm 4/fd",
@@ -245,19 +245,20 @@ NUMBERS = {
 # from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
-                 "fd; is; hf_energy; evaluations; seconds"),
-    "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
-               "fd before; fd; fd against stage1-form1; is; kl_nats"),
+                 "fd; is; hf_energy; evaluations; ms"),
+    "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall stage2-bound",
+               "fd before; fd; fd against stage1-form1; is; bits/dim; kl_nats"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd, flow; fd, mixture; fd, mixture against stage3-flow-fixed; is; spread, unsure; noise fd"),
     "savings": ("bonus-latent",
-                "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %"),
-    "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; seconds; train minutes"),
+                "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %; "
+                "fd against stage1-form1; diversity"),
+    "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; ms; train minutes"),
     "steps": ("stage1-vae stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed "
               "bonus-latent",
               "fd, 2 steps; fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
-              "hf_energy, ddim 6; evaluations; seconds, 2 steps; seconds, 4 steps; seconds"),
+              "hf_energy, ddim 6; evaluations; ms, 2 steps; ms, 4 steps; ms"),
     "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
                "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
     "codes": ("stage1-form1 stage2-anneal stage3-vae-flow",
@@ -364,6 +365,7 @@ FURTHER_CLAIMS = {
          ("fd", f"stage1-augmented{TWICE}"), ("fd before", f"stage1-augmented{TWICE}")),
         ("What does refinement do to the Inception Score?", ("is", "stage1-form1"), ("is", "stage1-vae")),
         ("What does refinement do to precision?", ("precision", "stage1-form1"), ("precision", "stage1-vae")),
+        ("What does refinement do to recall?", ("recall", "stage1-form1"), ("recall", "stage1-vae")),
         ("Does it help to begin from `x_hat` and noise, not from pure noise?",
          ("fd", "stage1-form1"), ("fd", "stage1-form1-start=1000")),
         ("Does it help to divide the loss by its mean at each noise level?",
@@ -393,6 +395,10 @@ FURTHER_CLAIMS = {
         ("With the codes of real images, does the gradient help?",
          ("fd of real codes", "stage2-anneal"), ("fd of real codes", "stage2-anneal-grad-none")),
         ("What does joint training do to precision?", ("precision", "stage2-anneal"), ("precision", "stage1-form1")),
+        ("Does joint training lower the bound on the code length?",
+         ("bits/dim", "stage2-anneal"), ("bits/dim", "stage1-form1")),
+        ("Does joint training without the gradient lower this bound?",
+         ("bits/dim", "stage2-anneal-grad-none"), ("bits/dim", "stage1-form1")),
         ("What does joint training do to diversity?", ("diversity", "stage2-anneal"), ("diversity", "stage1-form1")),
         ("Do learned weights also lower KID?", ("kid", "stage2-kendall"), ("kid", "stage1-form1")),
         ("Do learned weights help, against joint training without the gradient?",
@@ -517,8 +523,8 @@ def plain_names(part):
 
 
 def name_rows(metrics):
-    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors`, and the minutes of training (see
-    NUMBERS)."""
+    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors`, their milliseconds, and the
+    minutes of training (see NUMBERS)."""
     headline, *others = metrics["rows"]
     steps, priors = {}, {}
     for row in reversed(others):  # if two rows have the same name, the first one stays
@@ -535,6 +541,8 @@ def name_rows(metrics):
     elif headline["sampler"] == "none":
         priors[headline["prior"]] = headline
     metrics |= {"headline": headline, "steps": steps, "priors": priors}
+    for row in metrics["rows"]:
+        row["ms_per_image"] = 1000 * row["seconds_per_image"]
     metrics["run"]["train_minutes"] = metrics["run"]["train_seconds"] / 60
 
 
@@ -653,7 +661,7 @@ def is_of_first_seed(name):
     """Whether a number is a time of which only the first seed counts, because the other seeds may have shared the
     machine with other work. Where two times were taken in turn, all seeds count: other work slowed both."""
     place = place_of(name)
-    is_time = "seconds" in place or "minutes" in place
+    is_time = "ms_per_image" in place or "seconds" in place or "minutes" in place
     taken_in_turn = "/cost/" in place or "/savings/" in place
     return is_time and not taken_in_turn
 
@@ -923,12 +931,11 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; of one "
-                     "of the four questions, after adjustment)")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant)")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
-        kinds.append("times: first seed (seconds: for one image)")
+        kinds.append("times: first seed (ms: for one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
     return f"{table}\n\n*{note}*"
 
@@ -958,8 +965,8 @@ def direction(name):
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return "↑"
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
-                        "reconstruction fd", "steps", "noise", "path length", "bits/dim", "seconds", "evaluations",
-                        "gflops", "train minutes", "memory")):
+                        "reconstruction fd", "steps", "noise", "path length", "bits/dim", "ms", "seconds",
+                        "evaluations", "gflops", "train minutes", "memory")):
         return "↓"
     return ""
 

@@ -141,8 +141,8 @@ def measured(seed=0):
 EXPECTED = {
     "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "kid": (103, 1000),
     "precision": (104, 1000),
-    "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "seconds": (100.5, 1000),
-    "seconds, 2 steps": (190.5, 200), "seconds, 4 steps": (180.5, 200),
+    "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "ms": (100500, 1000),
+    "ms, 2 steps": (190500, 200), "ms, 4 steps": (180500, 200),
     "evaluations": (20, 1000),
     "fd, 2 steps": (190, 200), "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
     "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
@@ -238,8 +238,8 @@ def test_times_are_those_of_the_first_seed(tmp_path):
     seeds = load(tmp_path, measured(10), measured(2))["shapes"]["stage2-anneal"]  # files are read in this order
     counted = {name: [*final.values_by_seed(seeds, name)] for name in final.NUMBERS}
     assert {name for name, found in counted.items() if found == [2]} == {
-        "seconds", "seconds, 2 steps", "seconds, 4 steps", "train minutes"}
-    assert final.cell(seeds, "seconds, 4 steps") == "180" and "(200)" in final.cell(seeds, "fd, 4 steps")
+        "ms", "ms, 2 steps", "ms, 4 steps", "train minutes"}
+    assert final.cell(seeds, "ms, 4 steps") == "180,500" and "(200)" in final.cell(seeds, "fd, 4 steps")
     assert {tuple(found) for found in counted.values()} == {(2,), (10, 2)}
 
 
@@ -279,19 +279,19 @@ def test_cells(tmp_path):
     slow["tables"]["components"] = {"images": 1500, "30": {"fd_local": score(7)}}
     del slow["tables"]["bits_per_dim"]
     seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
-    names = ("fd", "is", "seconds", "evaluations", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
+    names = ("fd", "is", "ms", "evaluations", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
              "noise fd", "fd, noise 0.4", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
     cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
         (): [""] * len(names),
-        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10.5", "50", "1.50", "30.0 [29.0, 31.0] (50)",
+        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10,500", "50", "1.50", "30.0 [29.0, 31.0] (50)",
                "12.0 [11.0, 13.0] (50)", "3.00 [2.00, 4.00] (128)", "20.0 (50)",
                "40.0 [39.0, 41.0] (50)", "", "", "20.0 [19.0, 21.0] (50)"],
-        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13.5", "50", "10.0", "39.0 [38.0, 40.0] (50)",
+        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13,500", "50", "10.0", "39.0 [38.0, 40.0] (50)",
                "15.0 [14.0, 16.0] (50)", "", "26.0 (50)", "52.0 [51.0, 53.0] (50)",
                "7.00 [6.00, 8.00] (1,500)", "", "23.0 [22.0, 24.0] (50)"],
-        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10.5", "50", "1.50", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
+        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10,500", "50", "1.50", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
                  "3.00 [2.00, 4.00] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)",
                  "7.00 [6.00, 8.00] (1,500)", "", "21.5 ± 2.1 (50)"]}
 
@@ -582,14 +582,14 @@ def test_the_note_explains_the_cells(tmp_path):
     """Each of its parts stands there only if the table has such cells."""
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
-    images, times = "(n): measured on n images", "times: first seed (seconds: for one image)"
+    images, times = "(n): measured on n images", "times: first seed (ms: for one image)"
     shapes, cifar10 = {"shapes": everything["shapes"]}, {"cifar10": everything["cifar10"]}
     for results, columns, note in (
             (cifar10, "fd", interval),
             (shapes, "fd", spread),
             (cifar10, "fd, N(0, I)", f"{interval}; {images}"),
-            (cifar10, "seconds", times),
-            (everything, "fd; seconds; noise fd", f"{spread}; {interval}; {images}; {times}")):
+            (cifar10, "ms", times),
+            (everything, "fd; ms; noise fd", f"{spread}; {interval}; {images}; {times}")):
         assert final.table_of(results, "*", columns).splitlines()[-1] == f"*{final.SETTINGS} {note}.*"
     plain = "| shapes stage3-flow-film | 1.5 |"
     assert final.with_note(plain, ["seconds with s"]) == f"{plain}\n\n*{final.SETTINGS}*"  # taken in turn
