@@ -2007,7 +2007,8 @@ def parse_changes(texts, train):
                 value = type(old)(word)
             value = value if value is not None and low <= value <= high else None
         if value is None:
-            fail(f"--set {text}: must be {allowed}")
+            several = "; write a space between several settings" if "=" in word else ""
+            fail(f"--set {text}: must be {allowed}{several}")
         changes[key] = value
     return changes
 

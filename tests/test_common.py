@@ -1006,6 +1006,7 @@ SET_ERRORS = [
      ["must be a number from 0 to 1,000,000,000"]),
     (["vae_steps=1.5", "vae_steps=1e3", "batch=-1", "components=many"],
      ["must be a whole number from", "to 1,000,000,000"]),
+    (["vae_steps=1800-unet_steps=1200", "vae_steps=9,beta=1"], ["write a space between several settings"]),
     (["start=1", "start=1001", "start=12.5"], ["must be a whole number from 2 to 1,000"]),
     (["vae_ema=1.5", "unet_ema=-1", "dropout=2"], ["must be a number from 0 to 1"]),
     (["tied=1", "even_levels=yes", "pool="], ["must be true or false"]),
