@@ -87,6 +87,7 @@ VARIANTS = {
     "stage2-bound": "VAE and refiner trained together by the exact variational bound",
     "stage2-bound-grad-none": "`stage2-bound`, but the refiner's part of the bound does not reach the VAE",
     "stage2-anneal-grad-none": "`stage2-anneal`, but the refiner's loss does not reach the VAE",
+    "stage2-anneal-grad-decoder": "`stage2-anneal`, but of the VAE the refiner's loss reaches only the decoder",
     "stage2-anneal-from-vae": "`stage2-anneal`, but it begins with the finished VAE of stage 1",
     "stage3-vae-flow": "a VAE trained together with a flow, which is the prior over its codes",
     "stage3-flow-fixed": "`form1`, but its codes come from a flow that was trained together with the VAE",

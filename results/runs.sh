@@ -76,6 +76,7 @@ if [ "$dataset" = shapes ] && [ "$seed" = 0 ]; then
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
+    run stage2_joint.py --gradient decoder
     run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
