@@ -72,6 +72,14 @@ celeba64)
     fi ;;
 esac
 
+if [ "$seed" = 0 ] && [ "$dataset" != celeba64 ]; then
+    if [ "$dataset" = shapes ]; then betas="0.02 0.08"; else betas="0.125 0.5"; fi  # half and twice the budget's
+    for beta in $betas; do
+        run stage1_baseline.py --variant form1 --set beta=$beta
+        run stage2_joint.py --set beta=$beta
+    done
+fi
+
 if [ "$dataset" = shapes ] && [ "$seed" = 0 ]; then
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
