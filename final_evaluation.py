@@ -245,13 +245,14 @@ NUMBERS = {
 # "stage2-*=*" are those with one. A column may also be "NAME against VARIANT": by how many percent the number differs
 # from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
-    "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
+    "baseline": ("stage1-vae stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided",
                  "fd; is; hf_energy; evaluations; ms"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall stage2-bound",
-               "fd before; fd; fd against stage1-form1; is; bits/dim; kl_nats"),
+               "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
-                     "fd, flow; fd, mixture; fd, mixture against stage3-flow-fixed; is; spread, unsure; noise fd"),
+                     "fd; fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; spread, unsure; "
+                     "noise fd"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %; "
                 "fd against stage1-form1; diversity"),
@@ -275,7 +276,7 @@ TABLES = {
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
     "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                    "fd against stage3-flow-fixed; rank, regressed; rank, variance; rank, posterior; spread, sure"),
+                    "fd, flow; fd, mixture; rank, regressed; rank, variance; rank, posterior; spread, sure"),
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
     "conditioning, more": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
@@ -499,7 +500,7 @@ LOOKS = {
 DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
 PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 # This stands below most tables. It says which table has the settings that all numbers of a data set share.
-SETTINGS = "Settings: table **data**."
+SETTINGS = "Settings: table **data** (appendix of REPORT.md)."
 
 
 # --- Reading results -------------------------------------------------------------------------------------------------
