@@ -1448,13 +1448,13 @@ def relative_errors(exact, reduced):
     return torch.stack(errors)
 
 
-def rounding_explains(errors, name, limit=0.3):
+def rounding_explains(errors, name):
     """Whether relative errors between float32 and bfloat16 are small enough to be rounding; prints a line if not.
 
     Rounding changes outputs and gradients of the networks here by less than 10%, a wrong kernel by 50% or more. An
     error that is nan says nothing against bfloat16, since float32 fails as well."""
     error = float(errors.nan_to_num(nan=0.0, posinf=math.inf).max())
-    if error <= limit:
+    if error <= 0.3:
         return True
     print(f"{name}: bfloat16 gives results that differ from float32's by {error:.0%}, which is a fault of this "
           "processor or of torch; float32 is used instead", file=sys.stderr)

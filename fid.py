@@ -33,9 +33,7 @@ sections 3 and 4, and `scores` in 5; the rest is to be looked up. "Stages" are t
 
 import argparse
 import contextlib
-import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -727,7 +725,7 @@ def evaluate(folder, setup, state, model):
     return metrics
 
 
-def measure(model, setup, prior, sampler, steps, count, damage):
+def measure(model, setup, prior, sampler, steps, count, damage=0.0):
     """Generate `count` images and score them. `damage` is the standard deviation of the noise that `robustness` adds to
     x_hat or to a latent. Returns one row of the metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, count, prior, sampler, steps, setup.train["seed"],
@@ -743,12 +741,8 @@ def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
     scores before refinement, and under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
-    # `robustness` asks again for one row of the grid, the one without noise. So that it is not drawn twice, the last
-    # eight results of `measure` are kept, by its arguments prior, sampler, steps, count and damage.
-    remember_eight = functools.lru_cache(8)
-    draw_and_score = remember_eight(partial(measure, model, setup))
     prior, sampler, steps = common.headline(model, evaluation)
-    row, x_hat, images_of_headline = draw_and_score(prior, sampler, steps, evaluation["count"], 0.0)
+    row, x_hat, images_of_headline = measure(model, setup, prior, sampler, steps, evaluation["count"])
     both = model.vae is not None and model.denoiser_for is not None
     common.draw_samples(folder, {"VAE": x_hat, "refined": images_of_headline} if both else
                         {model.name: images_of_headline})
@@ -759,7 +753,7 @@ def measure_samples(folder, model, setup):
     for other in model.priors:
         if other != prior:
             key = "count" if model.denoiser_for is None else "grid_count"  # a VAE alone is fast
-            row, _, images = draw_and_score(other, sampler, steps, evaluation[key], 0.0)
+            row, _, images = measure(model, setup, other, sampler, steps, evaluation[key])
             rows.append(row)
             by_prior[other] = images[:12]
     if len(by_prior) > 1:
@@ -767,26 +761,26 @@ def measure_samples(folder, model, setup):
     if model.denoiser_for is not None:
         pictures = {}
         for name, n in evaluation["grid"]:
-            row, _, images = draw_and_score(prior, name, n, evaluation["grid_count"], 0.0)
+            row, _, images = measure(model, setup, prior, name, n, evaluation["grid_count"])
             rows.append(row)
             pictures[f"{name} {n}"] = images[:12]
         common.save_grid(folder / "steps.png", pictures)
         tables["copies"] = copies(folder, images_of_headline[: evaluation["grid_count"]], setup)
     if model.vae is not None or model.decode is not None:
-        tables["robustness"] = robustness(folder, draw_and_score, prior, setup, model.denoiser_for is not None)
+        tables["robustness"] = robustness(folder, model, prior, setup)
     return rows, tables
 
 
-def robustness(folder, draw_and_score, prior, setup, has_diffusion):
+def robustness(folder, model, prior, setup):
     """Scores with noise on x_hat, before a refiner sees it, or on a latent, before it is decoded. The codes z, and the
     noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over the three
-    strengths above 0, `rise` is by how much that is higher than without noise. draw_and_score(prior, sampler, steps,
-    count, damage) is `measure` for a model. Writes robustness.png."""
+    strengths above 0, `rise` is by how much that is higher than without noise. Writes robustness.png."""
     evaluation, fd_key = setup.evaluation, setup.fd_key
+    has_diffusion = model.denoiser_for is not None
     sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
     scores_by_noise, pictures = {}, {}
     for name, sd in NOISE.items():
-        row, x_hat, images = draw_and_score(prior, sampler, steps, evaluation["grid_count"], sd)
+        row, x_hat, images = measure(model, setup, prior, sampler, steps, evaluation["grid_count"], sd)
         scores_by_noise[name] = {fd_key: row[fd_key], "hf_energy": row["hf_energy"]}
         if prior != "none":  # latent diffusion has no prior over z, and no x_hat
             pictures[name] = x_hat[:12]
@@ -1083,7 +1077,6 @@ def train_network(data, batch=256):
         extra_head = nn.Linear(net.dim, factors.shape[1])
     else:
         extra_head = nn.Sequential(nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
-    networks = nn.ModuleList([net, extra_head])
     batch = min(batch, len(images))
     images_seen = min(IMAGES_SEEN.get(data.name, IMAGES_SEEN_OF_OTHERS), 100 * len(images))
     steps = math.ceil(images_seen / batch)
@@ -1098,42 +1091,24 @@ def train_network(data, batch=256):
     else:
         peak_rate = 0.1  # regressions diverge above it
     # The schedule overwrites rate and momentum in every step.
-    optimiser = torch.optim.SGD(networks.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    parameters = [*net.parameters(), *extra_head.parameters()]
+    optimiser = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, steps)
 
-    def loss_of(networks, x, index, reduced):
-        """The loss of `networks` (or of their copy, below) on a batch x (B, 3, S, S) of the images `index` (B,), or on
-        two views of each (2B, 3, S, S)."""
-        net, extra_head = networks
-        with common.autocast(cpu, reduced):
-            features = net.body(x.contiguous(memory_format=common.memory_format(cpu)))
-            logits, outputs = net.head(features).float(), extra_head(features).float()
-        if labels is None:
-            return contrastive_loss(*outputs.chunk(2))
-        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
-        return loss if factors is None else loss + F.mse_loss(outputs, factors[index])
-
-    reduced = common.fast_bfloat16(cpu)
-    # A safety net, to be skipped on first reading. As in common.Training, bfloat16 must give the gradient that float32
-    # gives, on a first batch.
-    if reduced:
-        index, gradients = batches[0], []
-        x = to_float(images[index if labels is not None else index.repeat(2)])
-        for precision in (False, True):
-            trial = copy.deepcopy(networks)
-            loss_of(trial, x, index, precision).backward()
-            gradients.append([torch.cat([p.grad.flatten() for p in trial[0].body.parameters()])])  # one tensor
-        # The gradients of faulty bfloat16 kernels differed by 100% or more here. Rounding alone, which batch norm
-        # amplifies, makes up to 26%. The limit of 50% lies between. (Without batch norm both are smaller, see
-        # common.rounding_explains.)
-        reduced = common.rounding_explains(common.relative_errors(*gradients), f"local features of {data.name}", 0.5)
     for index in tqdm(batches, desc=f"local features of {data.name}", unit="step"):
         x = to_float(images[index])  # (B, 3, S, S)
         if labels is None:
             x = torch.cat([augment(x, gen, crop=True), augment(x, gen, crop=True)])  # (2B, 3, S, S)
         elif factors is None:  # where factors are known, a shift or a flip would change them
             x = augment(x, gen)
-        loss = loss_of(networks, x, index, reduced)
+        features = net.body(x.contiguous(memory_format=common.memory_format(cpu)))  # (B, d), or (2B, d) of two views
+        outputs = extra_head(features)
+        if labels is None:
+            loss = contrastive_loss(*outputs.chunk(2))
+        else:
+            loss = F.cross_entropy(net.head(features), labels[index], label_smoothing=0.1)
+            if factors is not None:
+                loss = loss + F.mse_loss(outputs, factors[index])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

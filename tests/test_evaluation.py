@@ -284,10 +284,10 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     the number of its images and their grey level. `draw_trajectory` is left out."""
     drawn = []
 
-    def measure(model, setup, *how):
-        drawn.append(how)
-        return {"fd": score(float(len(drawn))), "hf_energy": score(0.5), "how": how}, *(
-            dotted(how[3], level) for level in (len(drawn), 100 + len(drawn)))
+    def measure(model, setup, prior, sampler, steps, count, damage=0.0):
+        drawn.append((prior, sampler, steps, count, damage))
+        return {"fd": score(float(len(drawn))), "hf_energy": score(0.5)}, *(
+            dotted(count, level) for level in (len(drawn), 100 + len(drawn)))
 
     monkeypatch.setattr(fid, "measure", measure)
     monkeypatch.setattr(fid, "draw_trajectory", lambda *how: None)
@@ -298,18 +298,6 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
     setup = SimpleNamespace(evaluation=common.EVAL | {"prior": "gmm", "count": 40, "grid_count": 40} | evaluation,
                             extractor=None, fd_key="fd", score=brightness, test=images_of(10))
     return dataclasses.replace(model, **changes), setup, drawn
-
-
-def test_no_row_is_drawn_twice(monkeypatch, tmp_path):
-    """The clean row of the noise probe is a row of the grid, and the headline may be. Each is drawn and scored once."""
-    model, setup, drawn = stub_samples(monkeypatch, {})
-    rows, tables = fid.measure_samples(tmp_path, model, setup)
-    grid, noise = setup.evaluation["grid"], [sd for sd in fid.NOISE.values() if sd > 0]
-    assert drawn == [("gmm", "dpm", 10, 40, 0.0), ("gaussian", "dpm", 10, 40, 0.0),
-                     *(("gmm", *how, 40, 0.0) for how in grid if how != ["dpm", 10]),
-                     *(("gmm", "dpm", 10, 40, sd) for sd in noise)]
-    assert [row["how"][1:3] for row in rows[2:]] == [tuple(how) for how in grid]
-    assert tables["robustness"]["scores"]["clean"]["fd"] == rows[0]["fd"]
 
 
 def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
@@ -337,7 +325,7 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
     assert pictures.pop("priors.png") == {"gmm": 101, "gaussian": 102}
     model, setup, drawn = stub_samples(monkeypatch, changes, vae=None, priors={})  # diffusion alone
     rows, tables = fid.measure_samples(tmp_path, model, setup)
-    assert [how[:4] for how in drawn] == [("none", "ddim", 8, 50), ("none", "dpm", 2, 20)]
+    assert drawn == [("none", "ddim", 8, 50, 0.0), ("none", "dpm", 2, 20, 0.0)]
     assert tables == {"copies": (20, 101)} and "priors.png" not in pictures
     model, setup, drawn = stub_samples(monkeypatch, changes, vae=None, priors={}, decode=len)  # of a latent
     assert fid.measure_samples(tmp_path, model, setup)[1].keys() == {"robustness", "copies"}
@@ -348,14 +336,16 @@ def test_robustness_by_hand(refined, tmp_path, monkeypatch):
     """Scores 10, 12, 20, 50 at noise sd 0, 0.1, 0.2, 0.4: with noise they are 82 / 3 on average, and without it 10."""
     values, sds, asked = [10.0, 12.0, 20.0, 50.0], [], set()
 
-    def draw(prior, sampler, steps, count, damage):
+    def measure(model, setup, prior, sampler, steps, count, damage):
         sds.append(damage)
         asked.add((prior, sampler, steps, count))
         image = torch.full((2, 3, 32, 32), len(sds), dtype=torch.uint8)
         return {"fid": {"value": values[len(sds) - 1]}, "hf_energy": {"value": 1.0 - damage}}, image, 10 * image
 
+    monkeypatch.setattr(fid, "measure", measure)
     setup = SimpleNamespace(evaluation={"probe_steps": 7, "grid_count": 2}, fd_key="fid")
-    table = fid.robustness(tmp_path, draw, "gmm", setup, refined)
+    model = SimpleNamespace(denoiser_for=object() if refined else None)
+    table = fid.robustness(tmp_path, model, "gmm", setup)
     assert table["mean"] == pytest.approx(82 / 3) and table["rise"] == pytest.approx(52 / 3)
     assert sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03) and (table["steps"], table["images"]) == (7 * refined, 2)
     assert asked == {("gmm", "dpm", 7, 2) if refined else ("gmm", "none", 0, 2)}

@@ -14,7 +14,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from helpers import draw_all, expect_error, plant_wrong_bfloat16, same
+from helpers import draw_all, expect_error, same
 from PIL import Image
 
 import common
@@ -493,25 +493,6 @@ def test_what_is_augmented(monkeypatch):
         views.clear()
         fid.train_network(image_data(smooth_images(24), **more), batch=12)
         assert views == expected
-
-
-def test_a_wrong_kernel_costs_the_local_network_only_speed(monkeypatch, capsys):
-    """With a wrong kernel for bfloat16 the weights are those of float32, bit by bit. With a right one bfloat16 is used,
-    with labels and without."""
-    monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 64})
-    images, factors = smooth_images(64), gaussian(64, 9).float()
-    for more in ({"labels": torch.arange(64) % 2, "factors": factors}, {"labels": torch.arange(64) % 2}, {}):
-        def train(native, more=more):
-            if native is not None:
-                monkeypatch.setattr(common, "fast_bfloat16", lambda device: native)
-            return fid.train_network(image_data(images, **more), batch=32).body.state_dict()
-
-        exact, reduced = train(False), train(True)
-        assert "bfloat16" not in capsys.readouterr().err and not same(exact, reduced)
-        with monkeypatch.context() as planted:
-            plant_wrong_bfloat16(planted)
-            assert same(train(None), exact)
-        assert "local features of toy: bfloat16" in capsys.readouterr().err
 
 
 def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
