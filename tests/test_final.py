@@ -1340,6 +1340,21 @@ def test_sizes():
     assert max(line.replace(r"\|", "").count("|") - 1 for line in lines) <= 7
 
 
+def test_runs_have_the_settings_of_the_code():
+    """The committed runs were trained and scored with what the budget `cpu` says today, apart from the settings that
+    their names give. (Some runs of shapes have fewer rows in the grid.)"""
+    for path in sorted(final.ROOT.glob(f"results/{RESULTS}")):
+        run = final.load_metrics(path)["run"]
+        train, evaluation = common.budget("cpu", run["dataset"], run["train"]["image_size"])
+        changed = {name for name in train if f"-{name}=" in path.name}
+        assert {name: run["train"][name] for name in train if name not in changed} == {
+            name: value for name, value in train.items() if name not in changed}, path.name
+        if run["dataset"] == "shapes":
+            assert all(row in evaluation["grid"] for row in run["eval"]["grid"])
+            evaluation["grid"] = run["eval"]["grid"]
+        assert evaluation.items() <= run["eval"].items(), path.name
+
+
 def test_every_claim_and_column_has_numbers():
     """A misspelt variant or column would show as "not measured" or as an empty column."""
     everything = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))
