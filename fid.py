@@ -962,7 +962,7 @@ def bits_per_dim(model, latent_prior, setup):
                     which sampling begins; p is pure noise if sampling begins with that
         diffusion   the sum of the KLs of all steps, estimated from a few of them
         data        -log of the probability of the pixels after the last step
-    The last three are those of common.diffusion_nats."""
+    The last three are those of common.diffusion_nats. --temperature has no influence: p(x_start) has a factor of 1."""
     evaluation = setup.evaluation
     gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
     images = setup.test.images[: evaluation["bits_images"]].to(model.device)

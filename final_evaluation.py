@@ -1332,6 +1332,7 @@ def chart_priors(everything):
             if xs:
                 axis.plot(xs, ys, marker, color=colour, label=prior)
         log_scale(axis, "y")
+        axis.locator_params("x", nbins=5, integer=True)  # the labels of more ticks would overlap
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
     return with_legend(figure, axes, 3)
 
