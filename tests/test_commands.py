@@ -470,6 +470,13 @@ def test_pretrained_draws_what_the_run_draws(pretrained, tmp_path, monkeypatch, 
     assert [len(common.find_images(place)) for place in places] == [5, 5]
 
 
+def test_pretrained_in_a_process_of_its_own(tmp_path):
+    """The committed weights, and nothing that the tests replace everywhere, such as the timing of bfloat16."""
+    flags = ["--pretrained", "--device", "cpu", "--sample-steps", "2", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "stage1_baseline.py", *flags], cwd=final.ROOT, check=True)
+    assert (tmp_path / "shapes-pretrained" / "samples.png").is_file()
+
+
 def test_pretrained_refuses(pretrained, monkeypatch, capsys):
     """One line for each of: a damaged file, two files or none for the data set, another variant, budget or image size,
     flags of training and of scores, no images, several processes."""
