@@ -190,8 +190,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     small steps end where one long step does.)
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
-    the line through the two latest predictions is extended by half a step. Positions are measured in
-    lambda = log(a / sigma), which grows along the path. With h = lambda_next - lambda_t and
+    the line through the two latest predictions is extended by half a step. Positions on the path are measured in
+    lambda = log(a / sigma), since along it d(x / sigma) = x0 exp(lambda) d lambda. With h = lambda_next - lambda_t and
     h_before = lambda_t - lambda_before,
         x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -212,8 +212,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
 
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
-               large_variance if every time is visited. With skipped times it is small_variance: in long steps the large
-               one leaves x_next with far more noise than belongs to time t_next, which is all that the network sees.
+               large_variance if every time is visited. With skipped times it is small_variance: after a long step with
+               the large one, x_next has far more noise than the network expects at time t_next.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
@@ -275,8 +275,8 @@ class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32,
-    0), (16, 64, 1), ..., (1, 128, 1)]. Each level but the last has blocks + 1 blocks: the published number `blocks`
-    leaves out the one right before the resolution changes. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with
+    0), (16, 64, 1), ..., (1, 128, 1)]. Before the resolution changes there is one more block, which the published
+    number `blocks` does not count. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with
     64 channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as
     published, by average pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a
     weight for every position in its window. An average does not tell positions apart, and the published network
@@ -1147,7 +1147,8 @@ def budget(name, dataset, size):
                   {"vae_steps": 1_246_000, "unet_steps": 2_535_000})
         grid = [[sampler, steps] for sampler in ("ddim", "dpm") for steps in (5, 10, 25, 50, 100)] + [["ddpm", 1000]]
         evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": grid,
-                       "grid_count": 10_000, "probe_steps": 25, "bits_images": 256, "bits_draws": 999}
+                       "grid_count": 10_000, "probe_steps": 25, "bits_images": 256,
+                       "bits_draws": 999}  # each t from 2 to 1000 once
     vae = VAE_TABLES[f"{'cpu' if name == 'gpu' else tables} {size}"]  # a GPU's time is spent on the refiner
     train |= {"encoder": [[resolution, width, falling] for resolution, width, falling, _ in vae],
               "decoder": [[resolution, width, rising] for resolution, width, _, rising in reversed(vae)],
@@ -1569,8 +1570,9 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
 def orthogonalise(matrix, rounds=5):
     """A matrix (m, n) -> one with the same singular vectors, whose singular values are all about 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration with the coefficients of Jordan et al. 2024: each round applies the polynomial
-    3.4445 s - 4.7750 s^3 + 2.0315 s^5 to every singular value s, by matrix products alone."""
+    Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x has the singular vectors of x, and
+    the cubes of its singular values s. So matrix products alone can turn every s into 3.4445 s - 4.7750 s^3 +
+    2.0315 s^5, which each round does."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)  # singular values between 0 and 1
     for _ in range(rounds):
@@ -1597,10 +1599,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])  # average = momentum average + (1 - momentum) gradient
-                update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov: one more step of averaging
-                # Jordan's factor: more outputs than inputs make the step larger, so that a single output changes as
-                # much as under a square matrix. (Of a transposed convolution shape[0] are the inputs; there it makes no
-                # difference, since the factor is 1.)
+                update = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov momentum
+                # Jordan's factor: the root of outputs / inputs, if that is above 1. It lets a single output change as
+                # much as under a square matrix. (A transposed convolution's shape begins with its inputs. Ours have at
+                # least as many columns as rows, so the factor is 1.)
                 scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
 
@@ -1689,7 +1691,7 @@ class Training:
         self.level_means = state["level_means"].to(self.device)
         self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
-        self.reduced = state["reduced"] and has_bfloat16(self.device)  # as it began, whatever a clock says now
+        self.reduced = state["reduced"] and has_bfloat16(self.device)  # as it began; it is not timed again
 
     def autocast(self):
         """The precision in which the stage computes its loss: bfloat16 where that is fast and right, else float32."""
@@ -1774,7 +1776,7 @@ class Training:
         count = one_hot.sum(0).float()  # how many of the batch's images are at each level, (levels,)
         total = (one_hot * loss.detach()[:, None]).sum(0)  # the sum of their losses, (levels,)
         average_over_processes([count, total])
-        # (Averaged over processes, a count may be below 1.)
+        # (Both were averaged over the processes, which keeps their ratio. So a count may be below 1.)
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was
             self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so

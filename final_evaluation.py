@@ -357,6 +357,8 @@ FURTHER_CLAIMS = {
     "refinement": [
         ("Does `x_hat` help, against a model without a VAE that is trained for as many minutes in all?",
          ("fd", "stage1-form1"), ("fd", "stage1-uncond-unet_steps=1600")),
+        ("Is a VAE alone that is trained for as many minutes better than VAE and refiner?",
+         ("fd before", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
         ("Does a longer training of the VAE help?",
          ("fd", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1")),
         ("Does refinement improve the samples of this VAE?",

@@ -9,29 +9,27 @@ The loss has two terms.
     VAE term        E = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I)), exactly as in stage 1
     diffusion term  D M, where D is the number of pixel values. M is the squared error of the U-Net's prediction (v, see
                     stage 1), averaged over the pixel values and divided, as in stage 1, by the running mean of this
-                    error at similar t (common.Training.even_levels). This mean counts as a constant, so M stays near 1
-                    but still has a gradient. The factor D puts M on the scale of a sum over pixel values, as SSE is
-                    one. (The `paper` budget does not divide; there M is the plain error.)
+                    error at similar t (common.Training.even_levels). So M stays near 1. (The mean is a constant to
+                    autograd, so M still has a gradient.) The factor D puts M on the scale of a sum over pixel values,
+                    as SSE is one. (The `paper` budget does not divide; there M is the plain error.)
 
 `--loss` says how they are balanced. The default is `anneal`.
 
     sum             E + lambda D M, with one fixed weight lambda.
     anneal          The same, but lambda rises log-linearly from a tenth of its final value over the first 60% of steps.
                     (This and the final value, 0.03, were found by trying, on shapes.)
-    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115;
-                    this is twice their loss, and a and b are their two log sigma^2). The loss is lowest where exp(-a) =
-                    1 / E and exp(-b) = 1 / (D M), which is 1 / D where M is near 1. Their ratio exp(-b) / exp(-a) =
-                    exp(a - b) plays the part of lambda. It tends to E / D: the smaller the VAE's error, the smaller the
-                    weight.
+    kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115).
+                    The ratio of the weights, exp(-b) / exp(-a) = exp(a - b), plays the part of lambda. The loss is
+                    lowest where exp(a) = E and exp(b) = D M. As M stays near 1, lambda tends to E / D: the smaller the
+                    VAE's error, the smaller the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
-                        -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + D M
+                        -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + U
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
-                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). In this loss, E
-                    stands for the sum of the two KLs (beta is not used), and D M for the terms of the U-Net's steps
-                    from x_start to x0, in nats (bound_loss). On shapes the VAE collapses: the code stays empty, and
-                    images are useless. With `--gradient none` (see below) it does not, and the bound is as low. So the
-                    collapse is due to the U-Net's gradient. (One run each. A collapse is the opposite of what can go
-                    wrong with the other losses; we did not find out why.)
+                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). U has the terms
+                    of the U-Net's steps from x_start to x0, in nats (bound_loss). In this loss, E is the sum of the two
+                    KLs (beta is not used), and D M is U. On shapes the VAE collapses: the code stays empty, and images
+                    are useless. With `--gradient none` (see below) it does not collapse, and the bound is no worse. So
+                    it is the U-Net's gradient that makes the VAE collapse; we did not find out how. (One run each.)
 
 How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
 networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
@@ -316,7 +314,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`, so that the seeds of two parts differ by at least 2: `refine` may use this seed and the next one.
+    # Twice `first`: `refine` may use this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}

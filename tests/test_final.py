@@ -1284,6 +1284,12 @@ def test_comparisons_with_the_repeated_baseline():
     assert (f"Four guided steps have an fd that is {-math.expm1(on_cifar10['log_ratio']):.0%} lower on CIFAR-10 "
             f"(significant) and {math.expm1(on_faces['log_ratio']):.0%} higher on faces (not significant)") in text
     assert on_cifar10["p"] < 0.05 < on_faces["p"]
+    lower = []
+    for name in ("cifar10", "celeba64"):
+        change = final.compare_sides(all_results[name], ("fd, 10 steps", "stage1-guided"), ("fd, 25 steps", "repeated"))
+        assert change["p"] < 0.05
+        lower.append(f"{-math.expm1(change['log_ratio']):.0%}")
+    assert "Ten guided steps have a {} and {} lower fd on CIFAR-10 and faces than 25 steps".format(*lower) in text
     fd, noise_fd = compared("fd", "stage1-augmented"), compared("noise fd", "stage1-augmented")
     assert f"is {math.expm1(fd['log_ratio']):.0%} higher (not significant)" in text and fd["p"] > 0.05
     assert f"noise fd {-math.expm1(noise_fd['log_ratio']):.0%} lower (significant)" in text and noise_fd["p"] < 0.05
