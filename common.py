@@ -1691,7 +1691,7 @@ class Training:
         self.level_means = state["level_means"].to(self.device)
         self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
         self.run_id = state["run_id"]
-        self.reduced = state["reduced"] and has_bfloat16(self.device)  # as it began; it is not timed again
+        self.reduced = state["reduced"] and has_bfloat16(self.device)  # as it began; a new timing does not count
 
     def autocast(self):
         """The precision in which the stage computes its loss: bfloat16 where that is fast and right, else float32."""

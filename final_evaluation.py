@@ -143,7 +143,7 @@ NUMBERS = {
     "train minutes": "run/train_minutes",  # training of all networks that the run needs, and fitting priors
     # An upper bound on -log2 p(image), per pixel value. Compare equal seeds: they share most of the error.
     "bits/dim": "tables/bits_per_dim/bound",
-    "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL term: how much information the code holds
+    "kl_nats": "tables/reconstruction/kl_nats",  # the VAE's KL: an upper bound of the information in z
     "psnr, dB": "tables/reconstruction/psnr_db",  # of x_hat, against the image that it reconstructs; higher is better
     "weight": "tables/training/weight",  # lambda at the end of joint training; of `kendall`: exp(a - b)
     "posterior variance": "tables/latent/posterior_variance",  # mean variance of q(z|x); that of the prior is 1

@@ -58,7 +58,7 @@ What can go wrong: the refiner profits from any information about x0 in x_hat. S
 details into z in a hidden form: the KL rises, and x_hat stops looking like an image. Or the refiner may ignore x_hat.
 The log shows both, and lambda:
 
-    kl_nats, active_units       how much information is in z: the KL, and how many of its dimensions vary with the image
+    kl_nats, active_units       the KL, an upper bound of the information in z; how many of its dimensions are used
     weight                      w_M / w_E: lambda or, under `kendall`, exp(a - b)
     v_mse                       the U-Net's squared error, not divided (eps_mse, if it predicts eps). In its place
                                 `bound` logs bound_per_dim: M, in nats per pixel value
