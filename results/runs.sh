@@ -52,6 +52,7 @@ shapes)
         done
         run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
         run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
+        run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
         run stage2_joint.py --set vae_clip=0  # as kendall, whose gradients are too small to be clipped
     fi
     if [ "$seed" = 1 ] || [ "$seed" = 2 ]; then
@@ -85,7 +86,6 @@ if [ "$dataset" = shapes ] && [ "$seed" = 0 ]; then
         run stage2_joint.py --diffusion-weight $weight
     done
     run stage2_joint.py --gradient decoder
-    run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
