@@ -55,10 +55,20 @@ shapes)
         run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
         run stage2_joint.py --set vae_clip=0  # as kendall, whose gradients are too small to be clipped
     fi
+    if [ "$seed" -lt 2 ]; then  # the best beta of each: half and twice the budget's
+        run stage1_baseline.py --variant form1 --set beta=0.02
+        run stage2_joint.py --set beta=0.08
+    fi
     if [ "$seed" = 1 ] || [ "$seed" = 2 ]; then
         for uncertainty in variance posterior; do
             run stage3_adaptive.py --conditioning film --uncertainty $uncertainty
         done
+    fi ;;
+cifar10)
+    if [ "$seed" = 0 ]; then  # half and twice the budget's beta
+        run stage1_baseline.py --variant form1 --set beta=0.125
+        run stage2_joint.py --set beta=0.125
+        run stage2_joint.py --set beta=0.5
     fi ;;
 celeba64)
     if [ "$seed" = 0 ]; then
@@ -73,18 +83,12 @@ celeba64)
     fi ;;
 esac
 
-if [ "$seed" = 0 ] && [ "$dataset" != celeba64 ]; then
-    if [ "$dataset" = shapes ]; then betas="0.02 0.08"; else betas="0.125 0.5"; fi  # half and twice the budget's
-    for beta in $betas; do
-        run stage1_baseline.py --variant form1 --set beta=$beta
-        run stage2_joint.py --set beta=$beta
-    done
-fi
-
 if [ "$dataset" = shapes ] && [ "$seed" = 0 ]; then
     for weight in 0.001 0.01 0.1 1; do
         run stage2_joint.py --diffusion-weight $weight
     done
+    run stage1_baseline.py --variant form1 --set beta=0.08
+    run stage2_joint.py --set beta=0.02
     run stage2_joint.py --gradient decoder
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
