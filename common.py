@@ -276,12 +276,11 @@ class Encoder(nn.Module):
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32,
     0), (16, 64, 1), ..., (1, 128, 1)]. Before the resolution changes there is one more block, which the published
-    number `blocks` does not count. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with
-    64 channels, then a layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as
-    published, by average pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a
-    weight for every position in its window. An average does not tell positions apart, and the published network
-    averages all the way down to 1x1. So only the zero padding at the border can tell it where things are, and it does
-    not learn this in a short training.
+    number `blocks` does not count. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64 channels, then a
+    layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as published, by average
+    pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a weight for every position
+    in its window. An average does not tell positions apart, and the published network averages all the way down to 1x1.
+    So only the zero padding at the border can tell it where things are, and it does not learn this in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""

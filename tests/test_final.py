@@ -1317,6 +1317,32 @@ def test_twice_the_steps():
     assert f"its fd is {lower} lower than stage 1's (five runs) on shapes" in readme
 
 
+def test_the_gradient_with_twice_the_steps():
+    """The three numbers of the control, and that neither of its differences is significant."""
+    shapes = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["shapes"]
+    control = ("fd", f"stage2-anneal-grad-none{final.TWICE}")
+    joint, stage1 = (final.compare_sides(shapes, control, ("fd", f"{name}{final.TWICE}"))
+                     for name in ("stage2-anneal", "stage1-form1"))
+    text = " ".join(REPORT.split())
+    assert "`{:.2f}`, `{:.2f}` and `{:.2f}`†, where joint training has".format(*joint["ours"]) in text
+    assert "joint training has `{:.2f}`, `{:.2f}` and `{:.2f}`, and stage 1".format(*joint["theirs"]) in text
+    assert "stage 1 `{:.2f}`, `{:.2f}` and `{:.2f}`.".format(*stage1["theirs"]) in text
+    assert (f"is {math.expm1(joint['log_ratio']):.0%} above joint training and {-math.expm1(stage1['log_ratio']):.0%} "
+            "below stage 1, both not significant") in text
+    assert f"`grad-none` has a {math.expm1(joint['log_ratio']):.0%} higher fd (three runs, not significant†)" in text
+    assert min(joint["p"], stage1["p"]) > 0.05 and joint["seeds"] == stage1["seeds"] == 3
+
+
+def test_a_vae_alone_of_equal_minutes():
+    """On shapes it is better than VAE and refiner. The texts say so three times."""
+    shapes = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["shapes"]
+    change = final.compare_sides(shapes, ("fd before", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1"))
+    lower = f"has a {-math.expm1(change['log_ratio']):.0%} lower fd"
+    assert change["p"] < 0.05 and change["seeds"] == 5
+    assert " ".join(REPORT.split()).count(f"{lower}† than the pair") == 2
+    assert f"{lower} than the pair" in " ".join(README.split())
+
+
 def test_twice_the_steps_on_faces():
     """What the texts say of the runs with twice the steps there, against those with the usual steps and equal seeds."""
     faces = final.load_all(final.ROOT.glob(f"results/{RESULTS}"))["celeba64"]
