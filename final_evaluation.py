@@ -247,7 +247,7 @@ NUMBERS = {
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided",
                  "fd; is; hf_energy; evaluations; ms"),
-    "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall stage2-bound",
+    "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
