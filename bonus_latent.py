@@ -6,8 +6,8 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
     autoencoder   z = Enc(x0), (B, 4, H/4, W/4);   loss = SSE(x0, Dec(z)) + beta KL(q(z|x0) || N(0, I))
                   with a small beta. (Rombach et al. add perceptual and adversarial losses.)
     scaling       z' = (z - mean) / sd per channel, over the training set. The noise schedule is made for data of about
-                  unit variance: it would add too much noise to a smaller latent, and too little to a larger one. The
-                  scaling is undone before decoding.
+                  unit variance: it would add too much noise to a latent of small values, and too little to one of large
+                  values. The scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x0) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
     frozen        The autoencoder is trained first; then it and the scale stay fixed. Were the encoder trained by the

@@ -16,9 +16,7 @@ Conventions, used by every file:
     Networks and training batches have the memory format channels_last, in which convolutions are faster (see
     `memory_format`). Shapes stay the same.
     Times `t` run from 1 to T. Time 0 is the clean image, so `alpha_bar[0] = 1`.
-    Losses that Training takes have the shape (B,), one value per image. A KL or a bound is in nats. In the log, `sse`
-    is the squared error of x_hat, summed over pixel values, with images in [0, 1]. `eps_mse` and `v_mse` are the
-    squared error of what the U-Net predicts (see Diffusion), a mean over all values, with images in [-1, 1].
+    Losses have the shape (B,), one value per image. A KL or a bound is in nats.
     Every random draw that decides a result comes from an explicit generator. Its seed is --seed, in most cases plus a
     number that depends on the purpose (SEEDS, section 11). Where all runs should draw alike, it is a constant. Initial
     weights and dropout masks are the exceptions: they use torch's global generator, which is seeded before a network is
@@ -191,7 +189,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
     the line through the two latest predictions is extended by half a step. Positions on the path are measured in
-    lambda = log(a / sigma), since along it d(x / sigma) = x0 exp(lambda) d lambda. With h = lambda_next - lambda_t and
+    lambda = log(a / sigma). (The reason: x / sigma = exp(lambda) x0 + eps. On the curve, the changes of the predicted
+    x0 and eps cancel in this sum, so d(x / sigma) = x0 exp(lambda) d lambda.) With h = lambda_next - lambda_t and
     h_before = lambda_t - lambda_before,
         x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
@@ -212,8 +211,9 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
 
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
-               large_variance if every time is visited. With skipped times it is small_variance: after a long step with
-               the large one, x_next has far more noise than the network expects at time t_next.
+               large_variance if every time is visited (the two variances are nearly equal then). With skipped times it
+               is small_variance: after a long step with the large one, x_next has far more noise than the network
+               expects at time t_next.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
@@ -274,13 +274,13 @@ def init_keeping_variance(conv, fan_in):
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> mean and log-variance of q(z | x), each (B, d).
 
-    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32,
-    0), (16, 64, 1), ..., (1, 128, 1)]. Before the resolution changes there is one more block, which the published
-    number `blocks` does not count. (So (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64 channels, then a
-    layer from 16x16 to 8x8 and from 64 channels to 96.) If `pool`, the resolution changes as published, by average
-    pooling and a 1x1 convolution. Otherwise it changes by a strided convolution, which has a weight for every position
-    in its window. An average does not tell positions apart, and the published network averages all the way down to 1x1.
-    So only the zero padding at the border can tell it where things are, and it does not learn this in a short training.
+    `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
+    (16, 64, 1), ..., (1, 128, 1)]. (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64 channels, then a layer
+    from 16x16 to 8x8 and from 64 channels to 96: there are blocks + 1 blocks before the resolution changes, since the
+    published numbers do not count one of them. If `pool`, the resolution changes as published, by average pooling and a
+    1x1 convolution. Otherwise it changes by a strided convolution, which has a weight for every position in its window.
+    An average does not tell positions apart, and the published network averages all the way down to 1x1. So only the
+    zero padding at the border can tell it where things are, and it does not learn this in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -385,8 +385,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in float32, with 32 groups as published. Widths that are no multiple of 128 have fewer: the largest
     power of two that divides a quarter of the width. So a group has at least four channels.
 
-    Autocast, too, uses float32 here on a GPU. On a CPU it would keep its input's bfloat16, which is coarser and was
-    four times as slow."""
+    (Where networks run in bfloat16, by torch.autocast, torch itself takes float32 for this layer on a GPU. On a CPU it
+    would not, which is coarser and was four times as slow.)"""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)  # widths 128, 96 and 48: 32, 8 and 4 groups
@@ -442,21 +442,22 @@ class UNet(nn.Module):
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up) from the image's resolution down:
     [(32, 128, 2, 3), (16, 256, 2, 3), ...]. On the way down every level makes a stack of feature maps: the one that
-    enters the level, and the output of each of its blocks. On the way up each block of the level takes the topmost map
-    from the stack, and sees it beside its input (a skip connection).
+    enters the level, and the output of each of its blocks. On the way up each block of the level takes the map from the
+    stack that was put there last, and sees it beside its input (a skip connection).
         In DDPM every level has one more block on the way up than on the way down, and all maps are taken: (32, 128, 2,
         3) puts three maps on the stack and takes three.
-        Most levels of our small networks have as many blocks up as down. Then the lowest map, the one that entered the
-        level, is never used: (32, 32, 1, 1) puts two maps on the stack and takes one.
+        Most levels of our small networks have only as many blocks up as down, to save time. Then the first map, the one
+        that entered the level, is never used: (32, 32, 1, 1) puts two maps on the stack and takes one.
     As an example, [(32, 32, 1, 1), (16, 64, 1, 1)] makes skip_widths [[32, 32], [32, 64]]. On the way up, the block at
-    resolution 16 takes the map with 64 channels, and the block at 32 the upper one of its two maps with 32.
+    resolution 16 takes the map with 64 channels, and the block at 32 the second of its two maps with 32.
     `attention` lists the resolutions that have self-attention; the middle of the network always has it. `extra` (B, 4 *
     first width), if given, is added to the time embedding. Stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
         width = table[0][1]  # from here on: the number of channels at the place that we have reached
-        self.frequencies = width // 2  # of the embedding of t: a sine and a cosine for each make `width` numbers
+        # The embedding of t has a sine and a cosine for each frequency, `width` numbers in all.
+        self.frequencies = width // 2
         emb_dim = 4 * width  # as in DDPM
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -571,8 +572,9 @@ class GaussianMixture:
 
         It begins with the cluster means of k-means, and one covariance, that of the codes about the mean of their
         cluster. (If it began with random codes, a few rounds of EM would end in a worse mixture: on faces refined
-        samples became clearly worse.) If `tied`, there may be thousands of components, and k-means would take minutes.
-        So then it does begin with random codes, and with the covariance of all codes.
+        samples became clearly worse.) If `tied`, there may be thousands of components, for which k-means would take
+        minutes. As there are only a few codes for each of so many, it then begins with random codes, and with the
+        covariance of all codes.
 
         This first mixture is improved by `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
         each component if that is more), and by two rounds on all codes."""
@@ -654,7 +656,7 @@ class GaussianMixture:
             joint = (white @ white_means.mT).add_(constant).sub_(0.5 * white.square().sum(2, keepdim=True))
             yield chunk, joint.movedim(0, 1).flatten(1)  # (n, groups, K / groups), then (n, K)
 
-    @torch.autocast("cpu", enabled=False)  # in bfloat16 the density would be wrong by nats
+    @torch.autocast("cpu", enabled=False)  # (fid.bits_per_dim calls it in bfloat16, which would be wrong by nats)
     def log_prob(self, z):
         """Log density: (N, d) -> (N,) nats."""
         return torch.cat([log_joint.logsumexp(1) for _, log_joint in self.log_joints(z)])
@@ -681,13 +683,14 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion  # a VAE alone has one, too, but does not sample with it
+    diffusion: Diffusion  # a VAE alone has one, too, so that nothing has to ask, but does not sample with it
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`
     # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z), which differs from
-    # x_hat if evaluation added noise. Only stage 3 uses z and clean. A VAE alone has no denoiser_for.
+    # x_hat if noise is added to it, to test the refiner (`damage` in `generate`). Only stage 3 uses z and clean. A VAE
+    # alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step
@@ -1066,19 +1069,20 @@ UNET_TABLES = {  # widths of `cpu`: as wide as 30 to 60 minutes allow; those of 
     "paper 64": [(64, 128, 2, 3), (32, 256, 2, 3), (16, 256, 2, 3), (8, 256, 2, 3), (4, 512, 2, 3)],
 }
 
-# What every budget trains with unless `budget` below changes it. `paper` changes most of it. The values were found by
+# What every budget trains with unless `budget` below changes it. `paper` changes most of it. Most values were found by
 # short sweeps on the built-in data.
 TRAIN = {
     "batch": 32,  # images per step
     # Learning rate of the optimizer Muon (Jordan et al. 2024; section 12), for matrices and convolutions; 0: Adam for
-    # all. Muon replaces the averaged gradient of a matrix by one with the same singular vectors, whose singular values
-    # are all about 1. So the size of a step depends on this rate and the matrix's shape alone, and the rate cannot be
-    # compared with Adam's.
+    # all. Muon replaces the averaged gradient of a matrix by a matrix with the same singular vectors, whose singular
+    # values are all about 1. So directions that are rare in the gradients move as far as common ones. The size of a
+    # step depends on this rate and the matrix's shape alone, so the rate cannot be compared with Adam's.
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 0.05,  # how long the rates rise from 0: below 1 a share of all steps, otherwise a number of steps
     "decay": True,  # then they fall linearly to 0; False: they stay
-    # Largest norm of a network's gradient; 0: no limit. The VAE's loss is a sum over 3,072 pixel values or more, so its
+    # Largest norm of a network's gradient; 0: no limit. It keeps a single odd batch from counting too much in the
+    # averages of gradients that Adam and Muon keep. The VAE's loss is a sum over 3,072 pixel values or more, so its
     # gradients are large; the refiner's loss is a mean.
     "vae_clip": 200.0, "unet_clip": 1.0,
     "vae_steps": 0, "unet_steps": 0,  # optimisation steps; see `budget`
@@ -1101,7 +1105,8 @@ EVAL = {
     "count": 1000,  # images of the headline
     "batch": 100,  # images sampled at a time
     "temperature": 1.0,  # factor of the noise in x_start
-    # Samplers and steps of further rows. (dpm 10 is the headline's, but with grid_count images.)
+    # Samplers and steps of further rows. (dpm 10 is that of the headline, if `budget` does not change it, but with
+    # grid_count images.)
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
@@ -1141,18 +1146,20 @@ def budget(name, dataset, size):
                   "vae_flip": False, "every": 100}
         train |= ({"dropout": 0.3, "components": 50} if size == 32 else
                   {"dropout": 0.1, "components": 75, "batch": 32})
-        # The VAE for 500 and 245 epochs, the refiner for 2,850 and 500, as in the authors' scripts and checkpoints
+        # The VAE for 500 and 245 epochs (the numbers in the names of the authors' checkpoints), the refiner for 2,850
+        # and 500 (their scripts), with the 50,000 and 162,770 training images of CIFAR-10 and CelebA
         train |= ({"vae_steps": 195_000, "unet_steps": 1_110_000} if size == 32 else
-                  {"vae_steps": 1_246_000, "unet_steps": 2_535_000})
+                  {"vae_steps": 1_246_000, "unet_steps": 2_543_000})
         grid = [[sampler, steps] for sampler in ("ddim", "dpm") for steps in (5, 10, 25, 50, 100)] + [["ddpm", 1000]]
         evaluation |= {"sampler": "ddpm", "sample_steps": 1000, "count": 50_000, "batch": 500, "grid": grid,
                        "grid_count": 10_000, "probe_steps": 25, "bits_images": 256,
                        "bits_draws": 999}  # each t from 2 to 1000 once
-    vae = VAE_TABLES[f"{'cpu' if name == 'gpu' else tables} {size}"]  # a GPU's time is spent on the refiner
+    # `gpu` has the VAE of `cpu`: its time is spent on the refiner.
+    vae = VAE_TABLES[f"{'cpu' if name == 'gpu' else tables} {size}"]
     train |= {"encoder": [[resolution, width, falling] for resolution, width, falling, _ in vae],
               "decoder": [[resolution, width, rising] for resolution, width, _, rising in reversed(vae)],
               "unet": [list(row) for row in UNET_TABLES[f"{tables} {size}"]]}
-    if dataset == "shapes":  # the bands of a mirrored shape would run the other way
+    if dataset == "shapes":  # the slanted bands of a mirrored shape would run the other way, as in no image of the data
         train |= {"vae_flip": False, "unet_flip": False}
     return train, evaluation
 
@@ -1567,7 +1574,8 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
 # ---- 12. Training ----------------------------------------------------------------------------------------------------
 
 def orthogonalise(matrix, rounds=5):
-    """A matrix (m, n) -> one with the same singular vectors, whose singular values are all about 1 (0.7 to 1.2).
+    """A matrix (m, n) -> one with the same singular vectors, whose singular values are about 1 (0.7 to 1.2, except for
+    those that were tiny).
 
     Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x has the singular vectors of x, and
     the cubes of its singular values s. So matrix products alone can turn every s into 3.4445 s - 4.7750 s^3 +
@@ -1646,6 +1654,10 @@ class Training:
     moving average of the weights. A checkpoint is written every minute, on SIGTERM and on Ctrl-C. If the folder has an
     unfinished one, training goes on from there. On a CPU it ends with the same bits as if it had never been stopped
     (tests/test_training.py).
+
+    In the log of all stages, `sse` is the squared error of x_hat, summed over pixel values, with images in [0, 1].
+    `eps_mse` and `v_mse` are the squared error of what the U-Net predicts (see Diffusion), a mean over all values, with
+    images in [-1, 1]. A KL is in nats.
     """
 
     def __init__(self, folder, train, device, images, steps, flip, **networks):
@@ -1670,7 +1682,9 @@ class Training:
         self.every = min(train["every"], steps)
         self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
-        self.reduced, self.trial = fast_bfloat16(device), None  # see try_reduced_precision
+        # self.trial is None except while bfloat16 is tried, before the first step (try_reduced_precision): then
+        # even_levels and `step` change nothing. It can be ignored on a first reading.
+        self.reduced, self.trial = fast_bfloat16(device), None
         path = self.folder / "checkpoint.pt"
         state = load_checkpoint(path) if path.is_file() else None
         if state is not None and not state["finished"]:  # finished_state has checked that it may go on
@@ -1764,10 +1778,10 @@ class Training:
         """Divide every image's loss (B,) by the running mean of the losses at its noise level: (B,). `t` (B,) are the
         times; NOISE_LEVELS intervals of equal length share 1..start. With the setting even_levels off, `loss` itself.
 
-        A plain MSE is far larger at the lowest noise levels, where only grain is decided (weak noise looks much like
-        fine texture), than at the highest, where shapes are decided. After the division all levels have a mean loss of
-        about 1, and so an equal say. Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach the same by learning
-        each level's loss with a small network."""
+        A plain MSE is far larger at the lowest noise levels, where the network has to tell weak noise from fine
+        texture, than at the highest, where shapes are decided. After the division all levels have a mean loss of about
+        1, and so an equal say. Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach the same by learning each
+        level's loss with a small network."""
         if not self.train["even_levels"]:
             return loss
         level = (t - 1) * NOISE_LEVELS // diffusion.start  # (B,)
@@ -1775,7 +1789,8 @@ class Training:
         count = one_hot.sum(0).float()  # how many of the batch's images are at each level, (levels,)
         total = (one_hot * loss.detach()[:, None]).sum(0)  # the sum of their losses, (levels,)
         average_over_processes([count, total])
-        # (Both were averaged over the processes, which keeps their ratio. So a count may be below 1.)
+        # (Both were averaged over the processes, which keeps their ratio, but a count may now lie between 0 and 1. So
+        # 1e-9, which only keeps the unused quotient 0 / 0 away, must not be 1.)
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
         if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was
             self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
@@ -2051,15 +2066,16 @@ def finished_state(folder, train, resume):
         state = common.finished_state(folder, train, resume) or train_vae(folder, train, ...)
 
     Exits if the folder holds a run with other settings, an unfinished run and no --resume was given, or a run that
-    another process is training."""
+    another process is training. Where a training is going to begin, config.json is written, and the scores of weights
+    that are gone are deleted."""
     checkpoint = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
     if RANK == 0 and not (state and state["finished"]):
-        lock(folder).close()  # fails if another process is training there
+        lock(folder).close()  # only to see that no other process is training there
     if state is None:
         write_json(Path(folder) / "config.json", {"train": train})  # for people to look up
         if RANK == 0:
-            (Path(folder) / "metrics.json").unlink(missing_ok=True)  # of weights that are gone
+            (Path(folder) / "metrics.json").unlink(missing_ok=True)
         if resume:
             print(f"nothing to resume in {folder}: it starts at step 0")
         return None

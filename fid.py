@@ -83,7 +83,8 @@ def change_pool(block, pool):
     """Replace the pooling in a block of torchvision's Inception by the function `pool`. The block computes
     branch_pool(avg_pool2d(x)) in its own code, where only what branch_pool receives can be changed from outside. A hook
     that runs before a module may replace its input. So one hook puts the block's input x into the list `inputs`, and
-    another takes it out and gives pool(x) to branch_pool in place of avg_pool2d(x)."""
+    another takes it out and gives pool(x) to branch_pool in place of avg_pool2d(x). (A trick of programming. Nothing
+    else needs it.)"""
     inputs = []
 
     def remember_input(module, arguments):
@@ -283,8 +284,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
 
 def scoring_device(extractor):
     """Where scores against a data set are computed: the device of the feature network, or the CPU if that has no
-    float64. (If `fid.py` is given two folders, they are computed on the CPU, where make_reference leaves the
-    features.)"""
+    float64."""
     device = next(extractor.parameters()).device
     try:
         torch.empty(0, dtype=torch.float64, device=device)
@@ -345,8 +345,9 @@ def frechet_distance(a, b):
 
         A = R_1,  B = R_1^T R_2 R_2^T:    A B = S_1 S_2    and    B A = C C^T    with C = R_1^T R_2
 
-    The eigenvalues of C C^T are the squared singular values of C. So tr (S_1 S_2)^(1/2) is the sum of the singular
-    values of C. That is exact for N < d too, and needs no matrix square root."""
+    The eigenvalues of C C^T are the squared singular values of C. The trace of a matrix root is the sum of the roots of
+    the eigenvalues. So tr (S_1 S_2)^(1/2) is the sum of the singular values of C. That is exact for N < d too, and
+    needs no matrix square root."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
     delta = a.mean - b.mean
@@ -413,9 +414,9 @@ def kid(real, generated, subsets=100, size=1000, seed=2020):
 
 
 def precision_recall(real, generated, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d) and (M, d). Each image has a ball
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (M, d) and (N, d). Each image has a ball
     that reaches to its k-th nearest neighbour of its own kind. Precision is the share of generated images in the ball
-    of any real image, recall the share of real images in the ball of any generated one. Both depend on N and M."""
+    of any real image, recall the share of real images in the ball of any generated one. Both depend on M and N."""
     if k >= min(len(real), len(generated)):
         raise ValueError(f"precision and recall with k={k} need more than {k} images on each side")
 
@@ -449,7 +450,7 @@ def jackknife(score, x):
     scores_without = np.array([score(x[group != g]) for g in range(GROUPS)])
     # The jackknife's variance of a score (Efron 1982). Any two of these scores share most of their images, so they vary
     # much less than scores of separate draws would. That is why their squared deviations are added up (times 19/20),
-    # not averaged.
+    # not averaged. (Of a mean of N numbers, this gives what it should: their variance / N.)
     half_width = T_95 * math.sqrt((GROUPS - 1) / GROUPS * np.square(scores_without - scores_without.mean()).sum())
     return {"value": value, "low": value - half_width, "high": value + half_width}
 
@@ -457,9 +458,10 @@ def jackknife(score, x):
 def jackknife_pairs(value, image_means):
     """The jackknife of a score that is the mean of a symmetric matrix of pairs of images (such as the mean distance of
     two images), without computing the pairs again. `value` is the score, image_means (N,) has the means of the matrix's
-    rows. Without image i, row i is gone, which moves the score by the change of the mean of the image_means. So is
-    column i, which by symmetry moves it by as much again. So, to first order,
-        score without a group = value + 2 (mean of the image_means that remain - mean of all)"""
+    rows. To first order,
+        score without a group = value + 2 (mean of the image_means that remain - mean of all)
+    The factor is 2 because an image has a row and a column. Without its row alone, the score would be the mean of the
+    other rows' means; without its column, it changes by as much again, since the matrix is symmetric."""
     return jackknife(lambda kept: value + 2 * (kept.mean() - image_means.mean()).item(), image_means)
 
 
@@ -515,11 +517,10 @@ def kid_with_interval(real, generated):
 
     Let b_i be the mean kernel of generated image i with the other generated ones, and c_i with the real ones. Then
         KID = mean kernel of real images + mean_i b_i - 2 mean_i c_i
-    The first mean over i is one over pairs of generated images. If a group is left out, it changes by twice the change
-    of the mean of the b_i, as jackknife_pairs explains. The last term changes by minus twice the change of the mean of
-    the c_i. So KID changes as jackknife_pairs says for the image_means b_i - c_i. For the interval these need to be
-    known only roughly: b_i from a block of 2,000 to 4,000 images (or all, if there are fewer), c_i from at most
-    5,000."""
+    The first mean over i is one over pairs of generated images. So if a group is left out, to first order
+        change of KID = 2 (change of mean_i b_i) - 2 (change of mean_i c_i)
+    which is what jackknife_pairs computes from the image_means b_i - c_i. For the interval these need to be known only
+    roughly: b_i from a block of 2,000 to 4,000 images (or all, if there are fewer), c_i from at most 5,000."""
     if min(len(real), len(generated)) >= 2000:
         subset_size = 1000
     else:
@@ -543,8 +544,9 @@ def scores(extractor, generated, ref, progress=False):
     # such as by class.
     features, logits = (shuffle(x, seed=1).to(device) for x in extract(extractor, generated, progress=progress))
     row = {"fd" if extractor.suffix else "fid": jackknife(lambda x: frechet_distance(moments(x), ref.stats), features)}
-    # Shuffled with inception_score's own seed, as inception_score(logits) does it, but only once: if they were shuffled
-    # again whenever a group is left out, the ten parts would have other images.
+    # inception_score splits the images into ten parts after shuffling them (seed 2020). Here they are shuffled with the
+    # same seed before the jackknife, not inside it: else the parts would have other images whenever a group is left
+    # out. So the value is that of inception_score(logits).
     row["is"] = jackknife(lambda x: inception_score(x, seed=None)[0], shuffle(logits, seed=2020))
     row["kid"] = kid_with_interval(ref.features, features)
     at_most_2000 = min(count, 2000, len(ref.features))
@@ -565,7 +567,7 @@ def scores(extractor, generated, ref, progress=False):
 #
 # A VAE draws z from a prior, and decodes it to x_hat. A refiner turns noise and x_hat into an image. Three attributes
 # of a common.Model tell its kind. (denoiser_for(x_hat, z, clean) returns the network as a function of x_t and t.
-# `clean` is the undamaged x_hat. It differs from x_hat only in `robustness`, and only stage 3 uses it.)
+# `clean` is the undamaged x_hat: `robustness` adds noise to x_hat alone. Only stage 3 uses it.)
 #
 #                         vae    denoiser_for   decode
 #     VAE alone           set    None           None     its image is x_hat
@@ -576,8 +578,8 @@ def scores(extractor, generated, ref, progress=False):
 # The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
 # first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
 # of steps in measurements such as `robustness`. Without a VAE the prior is called "none", and without diffusion the
-# sampler. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time diffusion.start,
-# with x_start: x_hat and noise or, without an x_hat, noise alone.
+# sampler is called so. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time
+# diffusion.start, with x_start: x_hat and noise or, without an x_hat, noise alone.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}
@@ -675,8 +677,8 @@ def psnr_db(images, real):
 
 def read_metrics(path, evaluation=None):
     """The metrics in a file, or None if there are none, if they are damaged, if they have another schema, or if they
-    were measured with other evaluation settings than `evaluation` (if that is given; settings are numbers, texts and
-    lists, as in JSON)."""
+    were measured with other evaluation settings than `evaluation`, if that is given. (It must hold no tuples, which are
+    lists when they come back from JSON.)"""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
         complete = metrics["schema"] == 1 and len(metrics["rows"]) > 0
@@ -739,7 +741,7 @@ def measure(model, setup, prior, sampler, steps, count, damage=0.0):
 
 def measure_samples(folder, model, setup):
     """Rows of scores of samples (the headline first, then other priors, samplers and numbers of steps), and tables:
-    scores before refinement, and under noise. Writes pictures."""
+    scores before refinement, copies of training images, and scores under noise. Writes pictures."""
     evaluation, tables = setup.evaluation, {}
     prior, sampler, steps = common.headline(model, evaluation)
     row, x_hat, images_of_headline = measure(model, setup, prior, sampler, steps, evaluation["count"])
@@ -774,7 +776,8 @@ def measure_samples(folder, model, setup):
 def robustness(folder, model, prior, setup):
     """Scores with noise on x_hat, before a refiner sees it, or on a latent, before it is decoded. The codes z, and the
     noise from which sampling begins, are the same at every strength. `mean` is the mean Frechet distance over the three
-    strengths above 0, `rise` is by how much that is higher than without noise. Writes robustness.png."""
+    strengths above 0, `rise` is by how much that is higher than without noise. (Of a VAE alone, these are the scores of
+    the noisy x_hat itself, to compare with.) Writes robustness.png."""
     evaluation, fd_key = setup.evaluation, setup.fd_key
     has_diffusion = model.denoiser_for is not None
     sampler, steps = ("dpm", evaluation["probe_steps"]) if has_diffusion else ("none", 0)
@@ -794,9 +797,9 @@ def robustness(folder, model, prior, setup):
 
 
 def nearest_rows(views, rows):
-    """For each of N images: the distance to the nearest of `rows` (M, d), and its index. `views` are the images
-    (N, d) and, if these count, too, their mirror images (N, d): then the smaller distance is taken. It takes some rows
-    at a time, since all N M distances may not fit into memory."""
+    """For each of N images: the distance to the nearest of `rows` (M, d), and its index. `views` is a list: the images
+    (N, d) or, where mirror images count, too, the images and their mirror images. Of two distances the smaller one is
+    taken. It takes some rows at a time, since all N M distances may not fit into memory."""
     distance, index = torch.full((len(views[0]),), math.inf, dtype=torch.float64), torch.zeros(len(views[0])).long()
     for view in views:
         for first in range(0, len(rows), 2000):
@@ -813,8 +816,8 @@ def copies(folder, images, setup):
     levels) and in the features of the scores. Let r be the 1% quantile of the held-out images' distances. `closer` is
     the share of generated images whose distance is at most r. A share far above 0.01 would speak for copies.
 
-    If training mirrors images, the nearest of the image and its mirror image counts. Writes copies.png, the five
-    generated images that are closest in the features, with their nearest training images."""
+    If training mirrors images, an image's mirror image is searched for, too, and the smaller distance counts. Writes
+    copies.png, the five generated images that are closest in the features, with their nearest training images."""
     train = shuffle(setup.data.images)  # as make_reference does: so row i of its features belongs to image i
     count = min(len(images), len(setup.test.images))
     mirrored = (setup.train | setup.changes)["unet_flip"]
@@ -841,9 +844,9 @@ COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compare
 
 
 def by_components(model, setup):
-    """How many components the mixture needs. Mixtures of several sizes, whose components share a covariance, are fitted
-    to codes of the training images. For each: the Frechet distance of samples. Sizes above the number of training codes
-    are left out."""
+    """How many components a mixture needs. Mixtures of several sizes are fitted to codes of the training images. (Their
+    components share a covariance, as thousands cannot each have one of their own.) For each: the Frechet distance of
+    samples. Sizes above the number of training codes are left out."""
     seed = setup.train["seed"]
     z = common.draw_codes(model.vae, setup.data.images, seed, model.device)
     _, sampler, steps = common.headline(model, setup.evaluation)
@@ -854,16 +857,16 @@ def by_components(model, setup):
             break
         mixture = common.GaussianMixture.fit(z, components, seed, tied=True)
         trial = dataclasses.replace(model, priors={f"mixture of {components}": mixture})
-        row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count, damage=0.0)
+        row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count)
         table[str(components)] = {setup.fd_key: row[setup.fd_key]}
     return table
 
 
 @torch.no_grad()
 def measure_vae(folder, model, setup):
-    """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, the log-density
-    of codes under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
-    reconstructions.png."""
+    """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, whether
+    refinement begins early enough, and the log-density of codes, and of other priors' samples, under each prior.
+    Refines with DPM-Solver++ in as many steps as the headline has. Writes reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
     all_mu, all_logvar = common.encode(model.vae, test.images, model.device)  # (N, d)
     noise = randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed))
@@ -894,7 +897,7 @@ def measure_vae(folder, model, setup):
     # {judge: {source: the mean log-density that the prior `judge` gives to samples of the prior `source`}}
     tables["density_of_samples"] = {name: {} for name in model.priors}
     for source, prior in model.priors.items():
-        # z has this seed, too. That does no harm, since z and these samples are never compared.
+        # (z has this seed, too. That does no harm, since z and these samples are never compared.)
         samples = prior.sample(1000, generator(common.SEEDS["held_out_codes"] + seed))
         for judge, judging_prior in model.priors.items():
             tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))
@@ -925,7 +928,7 @@ def diagnose(mu, logvar, sharpness):
     """Why the VAE's images are smooth, if they are: its latent is unused (few active units); or most units carry little
     (a posterior variance near 1); or z does not hold the detail, and a Gaussian decoder gives the mean of all images
     that fit z. mu, logvar (N, d) of held-out images; `sharpness`: hf_energy of their x_hat. The thresholds are rules of
-    thumb: 5% of the units, a posterior variance of 0.9 (the prior's is 1), half the sharpness of real images."""
+    thumb: 5% of the units, a posterior variance of 0.9 (that of N(0, I) is 1), half the sharpness of real images."""
     active = int(common.active_units(mu).sum())
     variance = float(logvar.exp().mean())
     if active < 0.05 * mu.shape[1]:
@@ -962,7 +965,8 @@ def bits_per_dim(model, latent_prior, setup):
                     which sampling begins; p is pure noise if sampling begins with that
         diffusion   the sum of the KLs of all steps, estimated from a few of them
         data        -log of the probability of the pixels after the last step
-    The last three are those of common.diffusion_nats. --temperature has no influence: p(x_start) has a factor of 1."""
+    The last three are those of common.diffusion_nats. --temperature has no influence: here the noise of x_start is not
+    scaled."""
     evaluation = setup.evaluation
     gen = generator(common.SEEDS["bits_per_dim"] + setup.train["seed"], model.device)
     images = setup.test.images[: evaluation["bits_images"]].to(model.device)

@@ -236,8 +236,7 @@ def with_guide(form1, guide):
     """The checkpoint of `guided`, made from the checkpoints of form1 and of the guide."""
     state = dict(form1)
     state["guide"] = guide["unet"]
-    # form1's run does not depend on `guidance`, so `main` leaves a --set guidance=... out of form1's settings. So the
-    # value is that of the guide's settings.
+    # Of the two, only the guide's settings have the value of a --set guidance=... (see main).
     state["train"] = form1["train"] | {"guidance": guide["train"]["guidance"]}
     state["log"] = guide["log"]  # so the run's training.png shows the guide; that of form1 is in the folder of form1
     state["seconds"] = form1["seconds"] + guide["seconds"]
@@ -303,8 +302,7 @@ def main(argv=None):
     args = read_flags(argv)
     # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
-    # Three dictionaries of settings: `train` has those of the budget and the flags, args.changes those that --set
-    # changes, and `settings`, below, those of one run: `train`, and the changes that concern this run.
+    # `train` has the settings of the budget and the flags, args.changes those that --set changes.
     if args.dry_run:
         train |= args.changes  # to show them all
         with torch.device("meta"):  # networks without memory for their weights, just to be counted
@@ -322,9 +320,10 @@ def main(argv=None):
 
     vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
-        # With `--set beta=1`, the folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta.
-        # Changes whose name begins with one of `ignored` are left out. Here these are the refiner's (unet_steps, start,
-        # guidance and so on), so that runs with another refiner find the same VAE.
+        # `settings` are those of one run: `train`, and the changes that concern this run. With `--set beta=1`, the
+        # folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta. Changes whose name begins
+        # with one of `ignored` are left out. Here these are the refiner's (unet_steps, start, guidance and so on), so
+        # that runs with another refiner find the same VAE.
         vae_folder, settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
         # finished_state returns None if the run has to be trained: from the beginning or, with --resume, from where it
         # was left (the Training finds the unfinished checkpoint). Without --resume an unfinished run is an error.
@@ -335,7 +334,8 @@ def main(argv=None):
             folder, state = vae_folder, vae_state
         elif variant == "guided":
             # In this folder the guide is trained: form1, for a tenth of the steps (found by trying). The scores of
-            # `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another one.
+            # `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another one
+            # (where the same guide is trained again, which takes little time).
             folder, settings = setup.folder_and_settings("stage1-guided")
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)

@@ -59,6 +59,7 @@ details into z in a hidden form: the KL rises, and x_hat stops looking like an i
 The log shows both, and lambda:
 
     kl_nats, active_units       the KL, an upper bound of the information in z; how many of its dimensions are used
+    sse                         the squared error of x_hat, which rises if it looks less like the image
     weight                      w_M / w_E: lambda or, under `kendall`, exp(a - b)
     v_mse                       the U-Net's squared error, not divided (eps_mse, if it predicts eps). In its place
                                 `bound` logs bound_per_dim: M, in nats per pixel value
@@ -116,10 +117,11 @@ def joint_steps(train):
 
 
 class Balance(nn.Module):
-    """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later E
-    is divided by about E, and D M by about D M. (So the VAE's gradient is far smaller than with the other losses. This
-    does not slow its training, since the steps of Adam and Muon do not depend on the size of a gradient. But it never
-    reaches `vae_clip`, a limit for gradients of a sum over pixel values.)"""
+    """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later
+    exp(a) follows the mean of E, and exp(b) that of D M, so that both quotients stay near 1. (So the VAE's gradient is
+    far smaller than with the other losses. This hardly slows its training, since the steps of Adam and Muon do not
+    depend on a constant factor of the gradient. But it never reaches `vae_clip`, a limit for gradients of a sum over
+    pixel values.)"""
 
     def __init__(self, D):
         super().__init__()
@@ -314,7 +316,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`: `refine` may use this seed and the next one.
+    # Twice `first`, so that no two of the seeds are neighbours: `refine` may use this seed and the next one.
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -346,14 +348,14 @@ def draw_paths(picture, model, setup):
 @torch.no_grad()
 def latent_space(picture, model, setup, pairs=32, points=POINTS):
     """Measure the latent space on held-out images. Their codes are the means of q(z|x). Three things are measured:
-        posterior   the Frechet distance of images from these codes, in place of codes of a prior
+        posterior   the Frechet distance of the images that are decoded from these codes, in place of a prior's
         slerp       how straight paths of images are: `pairs` paths of `points` images, each from one code to another
         probe       how well a linear function of the code tells the image's class and, of shapes, its factors
     The first two are measured of the VAE's images and of the refined ones. All points of a path are refined with the
     same noise. The first three paths are drawn in the file `picture`, between the two real images."""
     data, test, result = setup.data, setup.test, {}
     mu, _ = common.encode(model.vae, test.images, model.device)  # (N, d)
-    # The distance is that of the first `count` images. Path i goes from image i to image count + i.
+    # The first `count` images are those of `posterior`. Path i goes from image i to image count + i.
     count = min(setup.evaluation["grid_count"], len(mu) // 2)
     pairs = min(pairs, count)
     first_codes, last_codes = mu[:pairs], mu[count : count + pairs]  # of the paths: two different images each
@@ -408,9 +410,9 @@ def read_flags(argv):
     if args.diffusion_weight is not None and not 0 <= args.diffusion_weight <= 1000:
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
     if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
-        # The diffusion term does not train the VAE then, so all its weights would make the same run (and `kendall` one
-        # that differs only in clipping). So that this run has one name, only the default is allowed. (`bound` is
-        # another run, since its E and M are others.)
+        # The diffusion term does not train the VAE then, so every lambda would make the same run (and `kendall` one
+        # that differs little, in clipping and in the size of gradients). So that this run has one name, only the
+        # default is allowed. (`bound` is another run, since its E and M are others.)
         common.fail("--gradient none: no weight reaches the VAE; leave --diffusion-weight out, and --loss (or give "
                     "--loss bound)")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
@@ -433,7 +435,8 @@ def read_flags(argv):
 
 def add_tables(folder, model, metrics, setup):
     """Measure the latent space of a run, and its Frechet distance by the number of components of the mixture, and draw
-    interpolation.png and paths.png, if this was not done yet."""
+    interpolation.png and paths.png, if this was not done yet. `metrics` (made by fid.evaluate) has three parts:
+    metrics["run"] are facts such as the settings, metrics["rows"] the scores of samples, metrics["tables"] the rest."""
     if "latent_space" not in metrics["tables"]:
         draw_paths(folder / "paths.png", model, setup)
         metrics["tables"]["latent_space"] = latent_space(folder / "interpolation.png", model, setup)

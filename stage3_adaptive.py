@@ -25,8 +25,8 @@ Uncertainty
     error: z itself, since the decoder makes worse images from rare codes; and how sure the encoder is when it is shown
     x_hat, since a blurred x_hat may fit many codes.
         s_vec  the log-variances of Enc(x_hat), standardised per dimension, limited to 3 standard deviations (so that
-               one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use, whose mean
-               hardly varies over images (common.active_units): (B, d)
+               one odd dimension cannot outweigh all others), and 0 in dimensions that are not in use: the mean of
+               q(z|x) hardly varies there over images x (common.active_units). (B, d)
         phi    [z, z^2, s_vec]: (B, 3d). With z^2, s can be high for rare codes, which lie far from the mean.
         s      w . phi + b: (B,). High means a large error. s is standardised: over training images it has mean 0 and
                standard deviation 1 (but see `posterior`).
@@ -165,7 +165,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
     this happens on the CPU, where the codes are. Returns the flow in evaluation mode."""
     flow, gen = RealNVP(mu.shape[1]), common.generator(seed + common.SEEDS["flow"])
     flow.load_state_dict(weights)
-    optimizer = torch.optim.Adam(flow.parameters())  # its default learning rate is 1e-3
+    optimizer = torch.optim.Adam(flow.parameters())
     for step in tqdm(range(steps), desc="flow ex post", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, warmup=0.05, decay=True)
         index = torch.randint(len(mu), (batch,), generator=gen)
@@ -173,7 +173,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the gradient's usual norm
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm: no batch counts for much more
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -339,10 +339,11 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     """The loss of the VAE and its flow, (B,), and its terms for the log. `flow_is_prior` is False in the first part of
     the training and True in the second (see the top of this file).
 
-    The flow learns from -log p(z). This term has the weight 1 in the first part, and the weight beta in the second,
-    where it is a part of the KL. The flow's matrices do not notice: only this term trains them, and a step of Muon does
-    not depend on the size of the gradient. The flow's biases are trained by Adam, which does notice a sudden change:
-    their steps become smaller, and recover over a thousand steps or so (on shapes, the training ends before that)."""
+    The flow learns from -log p(z). This term has the weight 1 in the first part, where it trains the flow alone, and
+    the weight beta in the second, where it is a part of the KL. The flow's matrices hardly notice the jump: only this
+    term trains them, and a step of Muon does not depend on the size of the gradients, once those of some thirty steps
+    before the jump are forgotten. The flow's biases are trained by Adam, which does notice: their steps become smaller,
+    and recover over a thousand steps or so (on shapes, the training ends before that)."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -487,9 +488,10 @@ def adaptivity(folder, state, model, setup):
     def s_of(z, x_hat):
         return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
 
-    # The codes are means of q(z|x). The regression of s and the refiner were fitted to samples of q(z|x), whose z^2 is
-    # larger by the variance. So here s is shifted against training: its mean is not 0. For the thirds, only the order
-    # of s counts.
+    # The codes are means of q(z|x), as in all reconstructions that are measured. The regression of s and the refiner
+    # were fitted to samples of q(z|x), whose z^2 is larger by the variance. So here s is shifted against training: its
+    # mean is not 0. This does not change the thirds, which depend on the order of s alone, but the refiner is shown the
+    # shifted s.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, s_of, mu, steps, seed)
     # The same codes with two other noises. (seed + 1000 and + 2000 are also the seeds of runs with the next two --seed.

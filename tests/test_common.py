@@ -555,7 +555,7 @@ def test_published_networks(dataset, size, blocks, millions):
                  "vae_steps": 195_000, "unet_steps": 1_110_000, "even_levels": False, "dropout": 0.3,
                  "components": 50, "tied": False, "attention": [16], "flow_steps": 5000}
     if size == 64:
-        published |= {"batch": 32, "vae_steps": 1_246_000, "unet_steps": 2_535_000, "dropout": 0.1, "components": 75}
+        published |= {"batch": 32, "vae_steps": 1_246_000, "unet_steps": 2_543_000, "dropout": 0.1, "components": 75}
     assert {key: train[key] for key in published} == published
     assert set(train) - set(published) == {"encoder", "decoder", "unet", "every", "guidance"}
 
