@@ -126,7 +126,6 @@ NUMBERS = {
     "diversity": "headline/diversity",  # mean feature distance of two samples, over that of two real images
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
     "ms": "headline/ms_per_image",  # the time of sampling one image, in milliseconds
-    "ms, 2 steps": "steps/dpm 2/ms_per_image",
     "ms, 4 steps": "steps/dpm 4/ms_per_image",
     "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
     "fd, 2 steps": "steps/dpm 2/fd",
@@ -211,15 +210,12 @@ NUMBERS = {
     "all refined, mixture": "tables/adaptivity/adaptive_refinement/gmm/all/fd",
     "unsure third, mixture": "tables/adaptivity/adaptive_refinement/gmm/unsure_third/fd",
     "other third, mixture": "tables/adaptivity/adaptive_refinement/gmm/shuffled_third/fd",
-    # The seconds and GFLOPs of refining one image with a run's U-Net, with its conditioning on s and without it. They
-    # were timed in turn, so that other work on the machine slowed both.
+    # The seconds of refining one image with a run's U-Net, with its conditioning on s and without it. The two were
+    # timed in turn, so that other work on the machine slowed both.
     "seconds with s": "tables/adaptivity/cost/this/seconds_per_image",
     "seconds without s": "tables/adaptivity/cost/fixed/seconds_per_image",
-    "gflops with s": "tables/adaptivity/cost/this/gflops",
-    "gflops without s": "tables/adaptivity/cost/fixed/gflops",
     # Each code is refined three times, from different noise. The spread is the mean distance, in features, of these
-    # refinements to their mean: for the third of the codes with the lowest s, and for the third with the highest.
-    "spread, sure": "tables/adaptivity/terciles/sure/spread",
+    # refinements to their mean, for the third of the codes with the highest s.
     "spread, unsure": "tables/adaptivity/terciles/unsure/spread",
     # The mean distance, in features, of generated images and of held-out ones to the nearest training image. Let r be
     # the 1% quantile of the held-out images' distances. `closer` is the share of the generated images whose distance is
@@ -256,11 +252,10 @@ TABLES = {
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %; "
                 "fd against stage1-form1; diversity"),
-    "all variants": ("*", "fd; floor; kid; is; precision; recall; diversity; hf_energy; ms; train minutes"),
-    "steps": ("stage1-vae stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed "
-              "bonus-latent",
+    "all variants": ("*", "fd; kid; is; precision; recall; diversity; hf_energy; ms; train minutes"),
+    "steps": ("stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided stage2-anneal stage3-flow-fixed bonus-latent",
               "fd, 2 steps; fd, 4 steps; fd, 6 steps; fd, 10 steps; fd, 25 steps; fd, ddim 25; hf_energy, 6 steps; "
-              "hf_energy, ddim 6; evaluations; ms, 2 steps; ms, 4 steps; ms"),
+              "hf_energy, ddim 6; ms, 4 steps; ms"),
     "recipe": ("stage1-vae stage1-form1 stage1-*=* stage1-guided",
                "fd before; fd; hf_energy; precision; recall; kl_nats; psnr, dB; train minutes"),
     "codes": ("stage1-form1 stage2-anneal stage3-vae-flow",
@@ -275,13 +270,12 @@ TABLES = {
                      "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
-    "uncertainty": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                    "fd, flow; fd, mixture; rank, regressed; rank, variance; rank, posterior; spread, sure"),
+    # Ranks depend on the VAE alone, which all conditionings with the same seed share, so one of them stands for all.
+    "uncertainty": ("stage3-flow-fixed", "rank, regressed; rank, variance; rank, posterior"),
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
     "conditioning, more": (" ".join((*CONDITIONINGS, "stage3-flow-fade-*", "stage3-flow-film-*")),
-                           "reconstruction fd; reconstruction fd, other s; seconds with s; seconds without s; "
-                           "gflops with s; gflops without s"),
+                           "reconstruction fd; reconstruction fd, other s; seconds with s; seconds without s"),
     "steps by s": (" ".join(CONDITIONINGS),
                    "steps evenly; steps by s; steps by other s; steps evenly, mixture; steps by s, mixture; "
                    "steps by other s, mixture"),
@@ -970,7 +964,7 @@ def direction(name):
         return "↑"
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
                         "reconstruction fd", "steps", "noise", "path length", "bits/dim", "ms", "seconds",
-                        "evaluations", "gflops", "train minutes", "memory")):
+                        "evaluations", "train minutes", "memory")):
         return "↓"
     return ""
 
