@@ -652,7 +652,6 @@ def test_long_tables(tmp_path):
     questions = final.table_claims(everything, final.PRIMARY_CLAIMS, adjust=True)
     assert f"## questions\n\n{questions}\n\n" in text
     assert f"## overview\n\n{final.table_overview(everything)}\n\n" in text
-    assert "| Does `fade` help? | fd: stage3-flow-fade / stage3-flow-fixed | not measured | not measured |" in text
 
 
 def test_reproduced(tmp_path):
