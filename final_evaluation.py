@@ -293,9 +293,6 @@ CAPTIONS = {
     "recipe": "What one changed setting does to fd (left) and to fine detail (right), on shapes with seed 0, one run "
               "each. Orange is the unchanged run; black dots are unchanged runs of all seeds. With `start=1000`, "
               "refinement begins with pure noise; with `unet_steps=450`, the refiner has 450 training steps, not 600."}
-# The variants in README.md, in a table with a line for each and a column for each data set. Below them is a line for
-# real images.
-OVERVIEW = ("stage1-vae", *MAIN_VARIANTS)
 # The variants whose fd is shown against noise on x_hat.
 ROBUSTNESS = ("stage1-vae", "stage1-form1", "stage1-guided", "stage1-augmented", "stage2-anneal", "stage2-kendall",
               "stage2-anneal-grad-none", "stage2-anneal-from-vae", "stage3-flow-fixed", "stage3-flow-film")
@@ -845,19 +842,13 @@ def floor_of(results):
     return cell({metrics["run"]["seed"]: metrics}, "floor")
 
 
-def start_noise_of(run):
-    """The standard deviation of the noise from which refinement began, as text, if it was not 1."""
-    temperature = run["eval"]["temperature"]
-    return "" if temperature == 1 else f" from noise of sd {temperature:g}"
-
-
 def describe_data(dataset, results):
     """What all numbers of a data set share, in a sentence. `table_data` says more."""
     metrics = a_run_of(results)
     run = metrics["run"]
     network = re.sub("-[0-9a-f]{8}$", "", run["features"])  # without the hash
-    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {metrics['rows'][0]['n_generated']:,} samples"
-            f"{start_noise_of(run)}, features `{network}`.")
+    return (f"{dataset}: {run['data_note']}, budget `{run['budget']}`, {metrics['headline']['n_generated']:,} samples, "
+            f"features `{network}`.")
 
 
 def table_data(everything):
@@ -869,8 +860,8 @@ def table_data(everything):
         train = run["train"]
         steps = (f"`{run['budget']}`: {train['vae_steps']:,} and {train['unet_steps']:,} steps of "
                  f"{train['batch']} images")
-        samples = f"{metrics['rows'][0]['n_generated']:,}{start_noise_of(run)}"
-        rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps, samples, str(run["eval"]["grid_count"]),
+        rows.append([dataset, f"{run['n_real']:,}, {run['data_note']}", steps,
+                     f"{metrics['headline']['n_generated']:,}", str(run["eval"]["grid_count"]),
                      f"`{run['features']}`", floor_of(results)])
     return markdown(["data set", "training images", "budget: training of VAE and refiner", "samples",
                      "samples, side measurements", "feature network", with_arrow("floor")], rows)
@@ -952,16 +943,16 @@ def with_arrow(name):
 
 
 def table_overview(everything):
-    """A line for each variant in OVERVIEW, with what it is, and its fd on each data set; then one for real images.
-    README.md does not show the table of the data, so the settings stand below this one."""
+    """The table of README.md: a line for the VAE and for each of MAIN_VARIANTS, with what it is, and its fd on each
+    data set; then one for real images. README.md does not show the table of the data, so the settings stand below."""
     rows = []
-    for variant in OVERVIEW:
+    for variant in ("stage1-vae", *MAIN_VARIANTS):
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
     rows.append(["real images", "held-out ones: about the best that a model can reach",
                  *map(floor_of, everything.values())])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)
-    settings = [describe_data(*item) for item in everything.items()]
+    settings = [describe_data(dataset, results) for dataset, results in everything.items()]
     return with_note(table, ["fd"], " ".join(settings))
 
 
