@@ -12,7 +12,6 @@ Run     python final_evaluation.py                     results/ -> README.md, RE
 """
 
 import argparse
-import itertools
 import math
 import re
 import statistics
@@ -1016,13 +1015,13 @@ def long_tables(everything, tables):
 
 # --- Charts, texts and collecting ------------------------------------------------------------------------------------
 
-def new_chart(count, height, columns=3):
-    """A figure that is 10 inches wide, and a list of its `count` axes, each `height` inches high, in rows of `columns`.
-    It is saved with 1,500 pixels in its width, which REPORT.md and TABLES.md show at about half of that."""
-    rows = math.ceil(count / columns)
+def new_chart(rows, columns, height, **shared):
+    """A figure that is 10 inches wide, and an array of its axes, (rows, columns), each `height` inches high. `shared`:
+    sharex=True or sharey=True gives all axes the same range of x or y. It is saved with 1,500 pixels in its width,
+    which REPORT.md and TABLES.md show at about half of that."""
     figure = Figure(figsize=(10, height * rows), layout="constrained")
-    axes = [figure.add_subplot(rows, min(columns, count), k + 1) for k in range(count)]
-    for axis in axes:
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axis in axes.flat:
         axis.grid(color="#e4e4e4", linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, axes
@@ -1030,24 +1029,12 @@ def new_chart(count, height, columns=3):
 
 def log_scale(axis, names):
     """Make the axes in `names` ("x", "y" or "xy") logarithmic, with plain numbers in place of powers of ten."""
-    scales = []
-    if "x" in names:
-        axis.set_xscale("log")
-        scales.append(axis.xaxis)
-    if "y" in names:
-        axis.set_yscale("log")
-        scales.append(axis.yaxis)
-    for scale in scales:
+    for name in names:
+        axis.set(**{f"{name}scale": "log"})
+        scale = axis.xaxis if name == "x" else axis.yaxis
         scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
         scale.set_major_formatter("{x:g}")
         scale.set_minor_formatter(NullFormatter())
-
-
-def share_limits(axes, name):
-    """Give all axes the same range of x or y: the smallest that shows everything."""
-    lows, highs = zip(*(getattr(axis, f"get_{name}lim")() for axis in axes), strict=True)
-    for axis in axes:
-        axis.set(**{f"{name}lim": (min(lows), max(highs))})
 
 
 def sd_for_bar(values):
@@ -1072,11 +1059,11 @@ def draw_line(axis, variant, points):
                       label=variant)
 
 
-def with_legend(figure, axes, columns=4):
+def with_legend(figure, columns=4):
     """The figure with one legend below all axes, in which what occurs on several axes is listed once. None if nothing
     was drawn that has a label."""
     handles = {}
-    for axis in axes:
+    for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if not handles:
@@ -1102,7 +1089,8 @@ def chart_claims(everything):
             changes[dataset] = found
     if not changes:
         return None
-    figure, (axis,) = new_chart(1, 0.45 * len(claims) + 1.6)
+    figure, axes = new_chart(1, 1, 0.45 * len(claims) + 1.6)
+    axis = axes[0, 0]
     for dataset, found in changes.items():
         colour, marker, shift = DATASET_LOOKS[dataset]
         for row, change in enumerate(found):
@@ -1129,7 +1117,7 @@ def chart_claims(everything):
     axis.plot([], [], "ko", label="significant")
     axis.plot([], [], "ko", markerfacecolor="white", label="not significant")
     axis.plot([], [], "kx", label="fewer than three runs")
-    return with_legend(figure, [axis], 6)
+    return with_legend(figure, 6)
 
 
 def chart_summary(everything):
@@ -1140,8 +1128,8 @@ def chart_summary(everything):
     everything = {dataset: results for dataset, results in everything.items() if "stage1-form1" in results}
     if not everything:
         return None
-    figure, axes = new_chart(len(everything), 0.28 * (len(COMPARED) + 2), columns=1)
-    for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
+    figure, axes = new_chart(len(everything), 1, 0.28 * (len(COMPARED) + 2))
+    for axis, (dataset, results) in zip(axes.flat, everything.items(), strict=True):
         variants = [variant for variant in COMPARED if variant in results]
         better = [[0.0] * len(SUMMARY) for _ in variants]  # 1: better by a factor of two or more; -1: worse by as much
         for y, variant in enumerate(variants):
@@ -1167,25 +1155,26 @@ def chart_summary(everything):
 def chart_cost(everything):
     """fd against what sampling costs, with DPM-Solver++ of up to 25 steps: above, by evaluations of the network,
     below, by seconds per image (of the first seed)."""
-    figure, axes = new_chart(2 * len(everything), 3, columns=len(everything))
-    # The axes come row by row: first all data sets by evaluations, then all by seconds.
-    panels = itertools.product(("nfe", "seconds_per_image"), everything.items())
-    for axis, (cost, (dataset, results)) in zip(axes, panels, strict=True):
-        for variant in COSTS:
-            seeds, points = results.get(variant, {}), {}
-            for steps in (2, 4, 6, 10, 25):
-                costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())
-                if costs:  # evaluations are the same for all seeds, and of seconds only the first seed counts
-                    points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd")
-            draw_line(axis, variant, points)
-        log_scale(axis, "xy")
-        axis.set(title=dataset, xlabel="evaluations" if cost == "nfe" else "seconds per image", ylabel="fd")
-    return with_legend(figure, axes, 3)
+    figure, axes = new_chart(2, len(everything), 3)
+    labels = {"nfe": "evaluations", "seconds_per_image": "seconds per image"}
+    for row, cost in zip(axes, labels, strict=True):
+        for axis, (dataset, results) in zip(row, everything.items(), strict=True):
+            for variant in COSTS:
+                seeds, points = results.get(variant, {}), {}
+                for steps in (2, 4, 6, 10, 25):
+                    costs = list(values_by_seed(seeds, f"steps/dpm {steps}/{cost}").values())
+                    if costs:
+                        # The first cost is that of all seeds: evaluations are equal, and of seconds there is only one.
+                        points[costs[0]] = values_by_seed(seeds, f"steps/dpm {steps}/fd")
+                draw_line(axis, variant, points)
+            log_scale(axis, "xy")
+            axis.set(title=dataset, xlabel=labels[cost], ylabel="fd")
+    return with_legend(figure, 3)
 
 
 def chart_noise(everything):
     """fd against the standard deviation of noise on x_hat."""
-    figure, axes = new_chart(len(everything), 3.6)
+    figure, (axes,) = new_chart(1, len(everything), 3.6)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for variant in ROBUSTNESS:
             seeds, points = results.get(variant, {}), {}
@@ -1194,14 +1183,14 @@ def chart_noise(everything):
             draw_line(axis, variant, points)
         log_scale(axis, "y")
         axis.set(title=dataset, xlabel="sd of the noise on x_hat", ylabel="fd")
-    return with_legend(figure, axes)
+    return with_legend(figure)
 
 
 def chart_weights(everything):
     """fd of joint training by the final weight of the refiner's loss, divided by that of stage 1 with the same seed:
     before refinement and after it. Lines join the weights of `anneal`; a cross is `kendall`, at the weight that it has
     learned. Points: means over seeds; bars: one sd."""
-    figure, axes = new_chart(len(everything), 3.4)
+    figure, (axes,) = new_chart(1, len(everything), 3.4, sharex=True, sharey=True)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         for name, label, colour in (("fd before", "before refinement", "#999999"), ("fd", "refined", "#D55E00")):
             points = {"anneal": {}, "kendall": {}}  # {weight: ratios}
@@ -1226,15 +1215,13 @@ def chart_weights(everything):
         log_scale(axis, "xy")
         axis.xaxis.set_major_locator(LogLocator())  # the labels of more ticks would overlap
         axis.set(title=dataset, xlabel="final weight of the refiner's loss", ylabel="fd / fd of stage 1")
-    share_limits(axes, "x")
-    share_limits(axes, "y")
-    return with_legend(figure, axes)
+    return with_legend(figure)
 
 
 def chart_thirds(everything):
     """The fd between reconstructions of held-out images and these images, by thirds of s: of the VAE's images, and of
     those refined with each conditioning. Bars: means over seeds; lines: one sd."""
-    figure, axes = new_chart(len(everything), 3)
+    figure, (axes,) = new_chart(1, len(everything), 3)
     # x_hat is the same for all conditionings; that in the run of `fixed` is taken.
     shown = [("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0])]
     for variant in CONDITIONINGS:
@@ -1249,7 +1236,7 @@ def chart_thirds(everything):
                              yerr=sd_for_bar(values))
         axis.set_xticks(range(len(thirds)), thirds)
         axis.set(title=dataset, ylabel="fd to the real images")
-    return with_legend(figure, axes, 5)
+    return with_legend(figure, 5)
 
 
 def chart_steps(everything):
@@ -1257,7 +1244,7 @@ def chart_steps(everything):
     `fixed`, against two for all: with codes of the flow and of the mixture. Blue: by the image's own s; orange: by that
     of another image. Bars: means over seeds; lines: one sd."""
     priors = {"flow": "", "mixture": ", mixture"}  # how the names of their numbers end
-    figure, axes = new_chart(len(everything), 3)
+    figure, (axes,) = new_chart(1, len(everything), 3, sharey=True)  # so that small changes look small
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         seeds = results.get("stage3-flow-fixed", {})
         for x, ending in enumerate(priors.values()):
@@ -1272,14 +1259,13 @@ def chart_steps(everything):
         axis.set_xticks(range(len(priors)), list(priors))
         axis.set_xlim(-0.5, len(priors) - 0.5)
         axis.set(title=dataset, xlabel="codes of the", ylabel="change of fd in percent")
-    share_limits(axes, "y")  # so that small changes look small
-    return with_legend(figure, axes)
+    return with_legend(figure)
 
 
 def chart_priors(everything):
     """What a prior's density says about its samples: fd of unrefined samples against the log-density of held-out codes.
     One marker for each prior and run of the VAE of stage 3. A line joins the mixture and the flow of the same VAE."""
-    figure, axes = new_chart(len(everything), 3.4)
+    figure, (axes,) = new_chart(1, len(everything), 3.4)
     for axis, (dataset, results) in zip(axes, everything.items(), strict=True):
         seeds = results.get("stage3-vae-flow", {})
         points = {}  # {prior: {seed: (density, fd)}} of the runs that have both
@@ -1298,7 +1284,7 @@ def chart_priors(everything):
         log_scale(axis, "y")
         axis.locator_params("x", nbins=5, integer=True)  # the labels of more ticks would overlap
         axis.set(title=dataset, xlabel="log-density of held-out codes, nats", ylabel="fd of the VAE's samples")
-    return with_legend(figure, axes, 3)
+    return with_legend(figure, 3)
 
 
 def chart_recipe(everything):
@@ -1312,7 +1298,7 @@ def chart_recipe(everything):
             variants.append(variant)
     if not unchanged or len(variants) == 1:
         return None
-    figure, axes = new_chart(2, 0.24 * len(variants) + 1)
+    figure, (axes,) = new_chart(1, 2, 0.24 * len(variants) + 1)
     for axis, name in zip(axes, ("fd", "hf_energy"), strict=True):
         for y, variant in enumerate(variants):
             values = values_by_seed(results[variant], name)
