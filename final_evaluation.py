@@ -1327,15 +1327,7 @@ def texts_beside(folder):
 def fill(text, tables):
     """The text, with its marked tables replaced by those of {name: table}. (It may have blocks of another kind, which
     stay as they are: what stands between <!-- cited --> and <!-- end --> comes from other publications.) Exits if a
-    table is not known, or if a marker is damaged or lacks its end: what follows it would be lost."""
-    marks = re.findall(r"<!-- (\w+)", text)  # the first word of each marker, in turn: table (or cited), then end
-    begins, ends = marks[::2], marks[1::2]
-    in_turn = len(begins) == len(ends) and "end" not in begins and set(ends) <= {"end"}
-    # Each marker of a table has a NAME and ends its line.
-    have_names = marks.count("table") == len(re.findall("<!-- table .+? -->\n", text))
-    if not in_turn or not have_names:
-        common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
-                    "<!-- table NAME --> and <!-- end -->; nothing was written")
+    table is not known, or if its marker is damaged or lacks its end."""
 
     def replace(match):
         marker, name, end = match.groups()
@@ -1343,7 +1335,13 @@ def fill(text, tables):
             common.fail(f"table '{name}' is not known; known are {', '.join(tables)}")
         return f"{marker}{tables[name]}\n{end}"
 
-    return re.sub("(<!-- table (.+?) -->\n).*?(<!-- end -->)", replace, text, flags=re.DOTALL)
+    # (?:(?!<!--).)* is text without a marker: the next marker after that of a table must be its end.
+    marked_table = "(<!-- table ([^\n]+) -->\n)(?:(?!<!--).)*(<!-- end -->)"
+    filled, found = re.subn(marked_table, replace, text, flags=re.DOTALL)
+    if found != text.count("<!-- table"):
+        common.fail("the marker of a table is damaged or lacks its end; each table stands between the lines "
+                    "<!-- table NAME --> and <!-- end -->; nothing was written")
+    return filled
 
 
 def draw_sheet(path, runs, strips):

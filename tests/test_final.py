@@ -1177,8 +1177,8 @@ def test_fill(capsys):
     assert once == "a\n<!-- table t -->\n| new |\n<!-- end -->\nb" == final.fill(once, {"t": "| new |"})
     cited = "<!-- cited -->\nx\n<!-- end -->\n"
     assert final.fill(cited + once, {"t": "| new |"}) == cited + once
-    for damaged in ("<!-- table t -->\nold\nprose\n" + once, "<!-- table t-->\n<!-- end -->", once + "<!-- end -->",
-                    "<!-- table t -->\n", "<!-- table t --><!-- end -->"):
+    for damaged in ("<!-- table t -->\nold\nprose\n" + once, "<!-- table t-->\n<!-- end -->", "<!-- table t -->\n",
+                    "<!-- table t -->\nold\n" + cited, "<!-- table t --><!-- end -->"):
         expect_error(capsys, lambda damaged=damaged: final.fill(damaged, {"t": ""}), "damaged or lacks its end")
     expect_error(capsys, lambda: final.fill("<!-- table u -->\n<!-- end -->", {"t": ""}),
                  "table 'u' is not known; known are t")
