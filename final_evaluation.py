@@ -493,16 +493,17 @@ def plain_names(part):
     return {"fd" if key == "fid" else key.removesuffix("_local"): plain_names(value) for key, value in part.items()}
 
 
-def name_rows(metrics):
-    """Add the rows of scores to metrics by name, as `headline`, `steps` and `priors`, their milliseconds, and the
-    minutes of training (see NUMBERS)."""
-    headline, *others = metrics["rows"]
+def with_named_rows(metrics):
+    """The same metrics with the rows of scores by name, as `headline`, `steps` and `priors`, with their milliseconds,
+    and with the minutes of training (see NUMBERS)."""
+    rows = [row | {"ms_per_image": 1000 * row["seconds_per_image"]} for row in metrics["rows"]]
+    headline, *others = rows
     steps, priors = {}, {}
-    for row in reversed(others):  # if two rows have the same name, the first one stays
+    for row in others:  # if two rows have the same name, the first one counts
         if row["prior"] == headline["prior"]:
-            steps[f"{row['sampler']} {row['steps']}"] = row
+            steps.setdefault(f"{row['sampler']} {row['steps']}", row)
         else:
-            priors[row["prior"]] = row
+            priors.setdefault(row["prior"], row)
     # Priors must be compared on equally many images, and the rows of other priors have fewer than the headline. So the
     # headline's prior is represented by the row of the grid with its sampler and steps. Without one it is left out,
     # except for a VAE alone, whose rows all have equally many images.
@@ -511,10 +512,8 @@ def name_rows(metrics):
         priors[headline["prior"]] = steps[same_steps]
     elif headline["sampler"] == "none":
         priors[headline["prior"]] = headline
-    metrics |= {"headline": headline, "steps": steps, "priors": priors}
-    for row in metrics["rows"]:
-        row["ms_per_image"] = 1000 * row["seconds_per_image"]
-    metrics["run"]["train_minutes"] = metrics["run"]["train_seconds"] / 60
+    run = metrics["run"] | {"train_minutes": metrics["run"]["train_seconds"] / 60}
+    return metrics | {"run": run, "rows": rows, "headline": headline, "steps": steps, "priors": priors}
 
 
 def at_place(part, place):
@@ -544,8 +543,9 @@ def images_behind(metrics, name):
             images = part.get("images", images)
             images = part.get("n_generated", images)
             part = part.get(key)
-    if "/latent_space/" in place_of(name) and not isinstance(part, dict):
-        return None  # in latent_space, scores rest on `images`, but plain numbers (path length, probes) on others
+    is_plain_number = not isinstance(part, dict)
+    if is_plain_number and "/latent_space/" in place_of(name):
+        return None  # path lengths and probes rest on other images; `images` says on how many the scores there rest
     return images
 
 
@@ -609,9 +609,8 @@ def load_all(paths):
     cannot be compared, if seeds of a variant differ in a setting, or if two files hold the same seed of a variant."""
     found, first, path_of = {}, {}, {}
     for path in sorted(map(Path, paths)):
-        metrics = plain_names(load_metrics(path))
+        metrics = with_named_rows(plain_names(load_metrics(path)))
         check_comparable(path, metrics, first)
-        name_rows(metrics)
         run = metrics["run"]
         key = run["dataset"], run["variant"], run["seed"]
         if key in path_of:
@@ -685,10 +684,10 @@ def cell_of_comparison(results, variant, column):
     name, other_variant = column.split(" against ")
     if variant == other_variant:
         return ""
-    sides = [(name, variant), (name, other_variant)]
-    questions = [both for _, *both in PRIMARY_CLAIMS]
-    if sides in questions:  # then it is tested together with the other ones
-        change = test_together(results, PRIMARY_CLAIMS)[questions.index(sides)]
+    sides = (name, variant), (name, other_variant)
+    questions = [(our_side, their_side) for _, our_side, their_side in PRIMARY_CLAIMS]  # pairs of sides
+    if sides in questions:  # then this question is tested together with the others
+        change = compare_together(results, PRIMARY_CLAIMS)[questions.index(sides)]
     else:
         change = compare_sides(results, *sides)
     if change is None:  # no seed has both
@@ -783,7 +782,7 @@ def describe_sides(claim):
     return f"{variant} ({name}) / {other_variant} ({other_name})"
 
 
-def test_together(results, claims):
+def compare_together(results, claims):
     """Compare the sides of each claim on a data set, as `compare_sides` does, and adjust their p-values for being
     tested together."""
     changes = [compare_sides(results, *sides) for _, *sides in claims]
@@ -800,7 +799,7 @@ def table_claims(everything, claims, adjust=False):
     rows = [[claim[0], describe_sides(claim)] for claim in claims]
     for results in everything.values():
         if adjust:
-            changes = test_together(results, claims)
+            changes = compare_together(results, claims)
         else:
             changes = [compare_sides(results, *sides) for _, *sides in claims]
         for row, change in zip(rows, changes, strict=True):
@@ -878,9 +877,10 @@ def table_variants(everything):
 
 def fits(variant, patterns):
     """Whether the name of a variant matches one of the patterns of a table (see TABLES)."""
+    changed = "=" in variant  # a run with a changed setting, such as stage1-form1-start=300
     for pattern in patterns.split():
-        # `stage1-*` must not match `stage1-form1-start=300`, which is a run with a changed setting.
-        if ("=" in pattern) == ("=" in variant) and fnmatch(variant, pattern):
+        for_changed = "=" in pattern  # such a run fits only a pattern with a =, and all others only one without
+        if changed == for_changed and fnmatch(variant, pattern):
             return True
     return False
 
@@ -927,8 +927,12 @@ def table_of(everything, patterns, columns):
 
 def direction(name):
     """Whether higher (↑) or lower (↓) is better for a number of this name; or "" if neither is."""
+    # What is "saved" is asked first, since "seconds saved" and "memory saved" begin like seconds and memory, of which
+    # less is better.
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return "↑"
+    # Some of these names do not say that they are an fd: "sure, VAE", "middle, refined" and the like; "unsure third",
+    # "other third" and "all refined"; and "steps evenly", "steps by s" and "steps by other s".
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
                         "reconstruction fd", "steps", "noise", "path length", "bits/dim", "ms", "seconds",
                         "evaluations", "train minutes", "memory")):
@@ -1083,7 +1087,7 @@ def chart_claims(everything):
     claims = PRIMARY_CLAIMS + other_claims
     changes = {}  # {dataset: the comparison of each claim}
     for dataset, results in everything.items():
-        found = test_together(results, PRIMARY_CLAIMS)
+        found = compare_together(results, PRIMARY_CLAIMS)
         found += [compare_sides(results, *sides) for _, *sides in other_claims]
         if any(found):
             changes[dataset] = found
@@ -1469,7 +1473,8 @@ def main(argv=None):
     committed_paths = []
     for dataset in common.DATASETS:
         committed_paths += Path(args.results).glob(f"{dataset}/*-s[0-9]*.json")
-    everything = committed = load_all(committed_paths)
+    committed = load_all(committed_paths)
+    everything = committed
     if args.runs:  # RUNS/DATASET-BUDGET/RUN/metrics.json
         new_paths = source.glob("*/*/metrics.json")
         everything = load_all(path for path in new_paths if not path.parent.parent.name.endswith("-smoke"))

@@ -815,7 +815,7 @@ def test_chart_of_claims(tmp_path):
     axis, = final.chart_claims(load(tmp_path / "weak", *(metrics(seed=seed) for seed in range(3)), *weak)).axes
     filled = [line.get_markerfacecolor() == line.get_color() for line in axis.lines
               if list(line.get_ydata()) == [-0.25]]
-    changes = final.test_together(final.load_all((tmp_path / "weak").glob(RESULTS))["shapes"], final.PRIMARY_CLAIMS)
+    changes = final.compare_together(final.load_all((tmp_path / "weak").glob(RESULTS))["shapes"], final.PRIMARY_CLAIMS)
     assert p < 0.001 and changes[0]["p"] < 0.05 < changes[0]["adjusted"] and filled == [False]
 
 
