@@ -40,16 +40,17 @@ SAME_X_HAT = ("stage1-guided", "stage3-flow-film")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
 CONDITIONINGS = ("stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-film", "stage3-flow-coupling")
 # The runs whose weights `--collect` keeps, for `stage1_baseline.py --pretrained`: the name of the run, the name of its
-# file of weights, and the parts of the checkpoint that this file holds. (What is trained in the run of `guided` is its
-# guide; the rest is that of form1.)
+# file of weights, and the parts of the checkpoint that this file holds. (In the run of `guided`, the key `unet` holds
+# the guide, the only network that this run trains. Its VAE and refiner are those of form1.)
 WEIGHTS = {"stage1-form1-s0": ("form1", ["vae", "unet", "gmm"]), "stage1-guided-s0": ("guide", ["unet"])}
 # The names of runs on shapes that take twice the training steps of the budget `cpu` end in this.
 TWICE = "-vae_steps=1800-unet_steps=1200"
 # Figures of these names show real images. `--collect` only copies them for shapes, which the program draws itself.
 FIGURES_OF_REAL_IMAGES = ("reconstructions", "uncertainty", "interpolation", "copies")
 # Pictures results/figures/DATASET-NAME.png are put together from strips of the pictures of runs with seed 0. A strip
-# is (variant, picture, top, bottom): the band between these fractions of the picture's height, below the titles of its
-# columns, if it has some. TITLES says how many pixels high these are.
+# is (variant, picture, top, bottom): the band between these fractions of the picture's height, which is measured
+# without the titles of its columns, if it has some. A strip with a top of 0 shows these titles, too. TITLES says how
+# many pixels high they are.
 SHEETS = {
     # samples.png has six rows: VAE, refined, VAE, refined, VAE, refined (without an x_hat, three rows). 0 to 1/3 is the
     # first pair (or row), and 1/6 to 1/3 the refined row of the first pair.
@@ -76,12 +77,12 @@ VARIANTS = {
     "stage1-vae": "the VAE alone: its coarse image `x_hat`",
     "stage1-uncond": "a diffusion model of the same size, without a VAE",
     "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model; codes come from a fitted Gaussian mixture",
-    "stage1-form2": "the same in the other formulation of DiffuseVAE",
+    "stage1-form2": "`form1`, but in the other formulation of DiffuseVAE",
     "stage1-guided": "`form1`; each prediction is moved away from that of a worse refiner, which was trained for a "
                      "tenth of the steps",
     "stage1-augmented": "`form1`, but its refiner was trained with noise on `x_hat`",
     "stage2-anneal": "VAE and refiner trained together; the weight of the refiner's loss grows meanwhile",
-    "stage2-sum": "the same with a constant weight",
+    "stage2-sum": "`stage2-anneal`, but the weight of the refiner's loss is constant",
     "stage2-kendall": "VAE and refiner trained together; the weights of both losses are learned",
     "stage2-bound": "VAE and refiner trained together by the exact variational bound",
     "stage2-bound-grad-none": "`stage2-bound`, but the refiner's part of the bound does not reach the VAE",
@@ -464,9 +465,8 @@ LOOKS = {
     "stage2-anneal-grad-none": ("#E69F00", "^"),
     "stage3-flow-fixed": ("#009E73", "s"), "stage3-flow-film": ("#882255", "D"),
     "stage3-flow-fade": ("#F0E442", "v"), "stage3-flow-coupling": ("#44AA99", "^"), "bonus-latent": ("#DDCC77", "*")}
-# Colour and marker of a data set, and of a prior, in charts that show several of them on the same axes. The last number
-# of a data set says how far above (-) or below (+) its line the chart of claims draws its markers.
-DATASET_LOOKS = {"shapes": ("#0072B2", "o", -0.25), "cifar10": ("#D55E00", "s", 0), "celeba64": ("#009E73", "D", 0.25)}
+# Colour and marker of a data set, and of a prior, in charts that show several of them on the same axes.
+DATASET_LOOKS = {"shapes": ("#0072B2", "o"), "cifar10": ("#D55E00", "s"), "celeba64": ("#009E73", "D")}
 PRIOR_LOOKS = {"N(0, I)": ("#999999", "s"), "mixture": ("#0072B2", "o"), "flow": ("#D55E00", "D")}
 # This stands below most tables. It says which table has the settings that all numbers of a data set share.
 SETTINGS = "Settings: table **data** (appendix of REPORT.md)."
@@ -1095,8 +1095,10 @@ def chart_claims(everything):
         return None
     figure, axes = new_chart(1, 1, 0.45 * len(claims) + 1.6)
     axis = axes[0, 0]
+    shifts = {"shapes": -0.25, "cifar10": 0, "celeba64": 0.25}  # a claim has a row, and each data set a line in it
     for dataset, found in changes.items():
-        colour, marker, shift = DATASET_LOOKS[dataset]
+        colour, marker = DATASET_LOOKS[dataset]
+        shift = shifts[dataset]
         for row, change in enumerate(found):
             if change is None:
                 continue
@@ -1107,7 +1109,7 @@ def chart_claims(everything):
             axis.plot([math.exp(change["low"]), math.exp(change["high"])], [row + shift] * 2, colour, linewidth=1.5)
             axis.plot(ratio, row + shift, marker, color=colour, markersize=5,
                       markerfacecolor=colour if is_significant(change) else "white")
-        axis.plot([], [], marker=marker, color=colour, label=dataset, linewidth=1.5)  # an entry of the legend
+        axis.plot([], [], marker=marker, color=colour, label=dataset, linewidth=1.5)  # only an entry of the legend
     axis.axvline(1, color="black", linewidth=1)
     axis.axhspan(-0.6, len(PRIMARY_CLAIMS) - 0.5, color="#f3ecd8", zorder=0)  # the four guiding questions
     labels = []
@@ -1118,6 +1120,7 @@ def chart_claims(everything):
     axis.set_ylim(len(claims) - 0.4, -0.6)  # the first claim is at the top
     log_scale(axis, "x")
     axis.set_xlabel("first number / second number; lower is better")
+    # These three, too, are only entries of the legend.
     axis.plot([], [], "ko", label="significant")
     axis.plot([], [], "ko", markerfacecolor="white", label="not significant")
     axis.plot([], [], "kx", label="fewer than three runs")
@@ -1353,28 +1356,28 @@ def draw_sheet(path, runs, strips):
     `runs`, below the variant's name. A picture that is there already is not replaced by a smaller one, which would show
     fewer variants. Returns whether a picture was written."""
     found = {}
-    for variant, picture, start, end in strips:
+    for variant, picture, top, bottom in strips:
         file = runs / f"{variant}-s0" / f"{picture}.png"
         if file.is_file():
             image, titles = Image.open(file), TITLES.get(picture, 0)
-            rows = image.height - titles
-            top = (titles + round(start * rows)) if start else 0  # a strip that begins with the first row keeps titles
-            found[variant] = image.crop((0, top, image.width, titles + round(end * rows)))
+            height = image.height - titles
+            first_pixel = 0 if top == 0 else titles + round(top * height)  # 0: with the titles
+            found[variant] = image.crop((0, first_pixel, image.width, titles + round(bottom * height)))
     if not found:
         return False
     name_height = 20  # pixels
-    width = max(strip.width for strip in found.values())
-    height = sum(name_height + strip.height for strip in found.values())
-    if path.is_file() and Image.open(path).height > height:
+    page_width = max(strip.width for strip in found.values())
+    page_height = sum(name_height + strip.height for strip in found.values())
+    if path.is_file() and Image.open(path).height > page_height:
         print(f"kept: {path}; from the pictures in {runs} it would become smaller")
         return False
-    page = Image.new("RGB", (width, height), "white")
+    page = Image.new("RGB", (page_width, page_height), "white")
     y = 0
     for variant, strip in found.items():
         ImageDraw.Draw(page).text((4, y + 4), variant, fill="black")
         # On the left of a picture are labels of its rows, wider ones where there are two kinds of rows. The pictures
         # end at the right edge of the page, so that the images of all variants stand in the same columns.
-        page.paste(strip, (width - strip.width, y + name_height))
+        page.paste(strip, (page_width - strip.width, y + name_height))
         y += name_height + strip.height
     common.write_with(path, page.save, format="png")
     return True
@@ -1408,6 +1411,11 @@ def choose_runs(runs, folder):
     return chosen
 
 
+def may_be_kept(dataset, pictures):
+    """Whether pictures with these names may be kept in results/. Those of real images may not, except of shapes."""
+    return dataset == "shapes" or not any(picture in FIGURES_OF_REAL_IMAGES for picture in pictures)
+
+
 def collect(runs, folder):
     """Copy metrics, and the figures that README.md or REPORT.md shows, from run folders into FOLDER/DATASET. Of the
     runs in WEIGHTS, at the cpu budget, also keep the weights."""
@@ -1422,17 +1430,17 @@ def collect(runs, folder):
         if name in WEIGHTS and facts["budget"] == "cpu" and (run / "checkpoint.pt").is_file():
             written.append(collect_weights(run / "checkpoint.pt", home, *WEIGHTS[name]))
         for figure in run.glob("*.png"):
-            public = facts["dataset"] == "shapes" or figure.stem not in FIGURES_OF_REAL_IMAGES
-            if public and f"(results/{facts['dataset']}/{name}-{figure.name})" in texts:
-                path = home / f"{name}-{figure.name}"
+            path = home / f"{name}-{figure.name}"
+            is_in_text = f"(results/{facts['dataset']}/{path.name})" in texts
+            if is_in_text and may_be_kept(facts["dataset"], [figure.stem]):
                 common.write(path, figure.read_bytes())
                 written.append(path)
         for sheet, strips in SHEETS.items():
             path = Path(folder) / "figures" / f"{facts['dataset']}-{sheet}.png"
-            is_on_sheet = run.name in [f"{variant}-s0" for variant, *_ in strips]
-            shows_real = any(picture in FIGURES_OF_REAL_IMAGES for _, picture, *_ in strips)
-            public = facts["dataset"] == "shapes" or not shows_real
-            if is_on_sheet and public and f"(results/figures/{path.name})" in texts:
+            pictures = [picture for _, picture, *_ in strips]
+            has_this_run = run.name in [f"{variant}-s0" for variant, *_ in strips]
+            is_in_text = f"(results/figures/{path.name})" in texts
+            if has_this_run and is_in_text and may_be_kept(facts["dataset"], pictures):
                 sheets[path] = run.parent, strips
     for path, (parent, strips) in sheets.items():
         if draw_sheet(path, parent, strips):
