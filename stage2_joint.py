@@ -458,8 +458,12 @@ def results_of_stage1(setup):
 
 def main(argv=None):
     args, own, name = read_flags(argv)
-    # Settings of stage 3 and of stage 1's `guided`: to change them by --set is an error here.
-    train, evaluation, device = common.read_settings(args, unused=("flow_steps", "guidance"))
+    # To change these by --set is an error here: settings of stage 3 and of stage 1's `guided` and, where no VAE of
+    # stage 1 is used, vae_flip (joint training mirrors images as `unet_flip` says) and, of `bound`, beta.
+    unused = ["flow_steps", "guidance"]
+    if not args.from_vae:
+        unused += ["vae_flip", "beta"] if args.loss == "bound" else ["vae_flip"]
+    train, evaluation, device = common.read_settings(args, unused)
     if args.dry_run:
         train |= own | args.changes
         with torch.device("meta"):  # networks without memory for their weights, just to be counted

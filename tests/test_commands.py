@@ -570,6 +570,8 @@ def test_committed_weights(dataset, size):
         ("guidance=much", "number"), ("start=1001", "from 2 to 1,000"), ("steps=5", "no such setting"))),
     *((name, f"--set {key}=1", [f"--set {key}: nothing in this stage depends on it"]) for name, key in (
         ("stage1", "flow_steps"), ("stage2", "flow_steps"), ("stage2", "guidance"), ("stage3", "guidance"))),
+    ("stage2", "--set vae_flip=false", ["--set vae_flip: nothing in this stage depends on it"]),
+    ("stage2", "--loss bound --set beta=1", ["--set beta: nothing in this stage depends on it"]),
     ("stage2", "--from-vae", ["stage1-vae-s0", "holds no finished VAE"]),
     ("stage2", "--gradient none --loss kendall", ["--gradient none", "--loss"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
