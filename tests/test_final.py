@@ -1318,11 +1318,11 @@ def test_twice_the_steps_on_faces(committed):
     higher, runs = f"{math.expm1(change['log_ratio']):.0%} higher", {1: "one run", 2: "two runs"}[len(seeds)]
     stage1, joint = ([mean(variant + end, name) for name in ("fd", "fd before") for end in ("", ending)]
                      for variant in ("stage1-form1", "stage2-anneal"))
-    assert (f"falls from `{stage1[0]:.2f}` to `{stage1[1]:.2f}`, and that of joint training from `{joint[0]:.2f}` to "
-            f"`{joint[1]:.2f}`.") in report
-    assert (f"falls from {stage1[2]:.0f} to `{stage1[3]:.1f}`, though the images hardly look better, and that of joint "
-            f"training stays at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
-    assert f"the fd of joint training is {higher}." in report and f"it is {higher} than stage 1's ({runs})" in report
+    assert f"its fd is `{stage1[1]:.2f}`, and that of joint training is `{joint[1]:.2f}`, {higher}." in report
+    assert f"the same two seeds have `{stage1[0]:.2f}` and `{joint[0]:.2f}`" in report
+    assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`, though the images hardly look better, and "
+            f"leave that of joint training at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
+    assert f"it is {higher} than stage 1's ({runs})" in report
     assert f"and a {higher} one on faces ({runs})" in readme
 
 
