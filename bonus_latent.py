@@ -310,10 +310,7 @@ def main(argv=None):
     width, table = SIZES[train["budget"]]
     own = {"ae_width": width, "latent_unet": table}
     if args.dry_run:
-        train |= own | args.changes
-        with torch.device("meta"):  # networks without memory for their weights, just to be counted
-            networks = {"autoencoder": Autoencoder(width), "unet": build_latent_unet(train)}
-        return common.print_settings(train, evaluation, networks)
+        return common.print_settings(train | own | args.changes, evaluation)
     setup = fid.Setup(args, train, evaluation, device)
     ae_folder, ae_settings = setup.folder_and_settings("bonus-ae", ignored=common.OF_UNET)
     ae_settings |= own

@@ -1958,7 +1958,7 @@ def add_flags(parser, priors=(), default_prior=None):
     add("--features", choices=("auto", "inception", "local"), default="auto",
         help="feature network of the scores; auto, the default: inception for gpu and paper on real images, else local")
     add("--weights", help="file of the feature network: Inception weights, or NAME-<hash8>.pt")
-    add("--dry-run", action="store_true", help="print settings and the networks' sizes as JSON, and stop")
+    add("--dry-run", action="store_true", help="print all settings as JSON, and stop")
     if priors:
         add("--prior", choices=priors, default=default_prior, help="over z, of the headline (default: %(default)s)")
 
@@ -2045,10 +2045,9 @@ def name_changes(changes):
     return "".join(f"-{key}={value:g}" if type(value) is float else f"-{key}={value}" for key, value in changes.items())
 
 
-def print_settings(train, evaluation, networks):
-    """What --dry-run shows: settings, and the numbers of parameters of {name: network}, as one JSON object."""
-    sizes = {name: count_parameters(network) for name, network in networks.items()}
-    print(json.dumps({"settings": {"train": train, "eval": evaluation}, "parameters": sizes}, indent=1))
+def print_settings(train, evaluation):
+    """What --dry-run shows: all settings, as one JSON object."""
+    print(json.dumps({"train": train, "eval": evaluation}, indent=1))
 
 
 def first_difference(old, new):

@@ -304,13 +304,7 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
     # `train` has the settings of the budget and the flags, args.changes those that --set changes.
     if args.dry_run:
-        train |= args.changes  # to show them all
-        with torch.device("meta"):  # networks without memory for their weights, just to be counted
-            networks = {} if args.variant == ["uncond"] else {"vae": common.build_vae(train)}
-            for variant in args.variant:
-                if variant != "vae":
-                    networks[f"unet of {variant}"] = common.build_unet(train, CHANNELS[variant])  # of guided: the guide
-        return common.print_settings(train, evaluation, networks)
+        return common.print_settings(train | args.changes, evaluation)
     if args.pretrained:
         return draw_pretrained(args, evaluation, device)
     # The setup loads the data and the feature network of the scores. setup.train and setup.evaluation are copies of the

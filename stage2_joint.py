@@ -465,10 +465,7 @@ def main(argv=None):
         unused += ["vae_flip", "beta"] if args.loss == "bound" else ["vae_flip"]
     train, evaluation, device = common.read_settings(args, unused)
     if args.dry_run:
-        train |= own | args.changes
-        with torch.device("meta"):  # networks without memory for their weights, just to be counted
-            networks = {"vae": common.build_vae(train), "unet": common.build_unet(train, 6)}
-        return common.print_settings(train, evaluation, networks)
+        return common.print_settings(train | own | args.changes, evaluation)
     setup = fid.Setup(args, train, evaluation, device)
     folder, settings = setup.folder_and_settings(name)
     settings |= own

@@ -615,11 +615,7 @@ def main(argv=None):
     train, evaluation, device = common.read_settings(args, unused=("guidance",))
     own = {"conditioning": args.conditioning, "uncertainty": args.uncertainty}
     if args.dry_run:
-        train |= own | args.changes
-        with torch.device("meta"):  # networks without memory for their weights, just to be counted
-            vae = build_vae(train)
-            refiner = build_refiner(train, vae.latent_dim)
-        return common.print_settings(train, evaluation, {"vae": vae} | dict(refiner))
+        return common.print_settings(train | own | args.changes, evaluation)
     setup = fid.Setup(args, train, evaluation, device)
 
     # The VAE with its priors and its uncertainty.

@@ -1,6 +1,5 @@
 """Stage 1: the losses, the formulations, training and its log, augmentation, guidance, checkpoints, sampling."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -299,15 +298,3 @@ def test_same_z_and_noise_for_every_sampler_count_and_damage(first, trained):
     ("--variant all", "vae uncond form1 form2 guided augmented")])
 def test_variants_and_what_they_build_on(flags, variants):
     assert stage1.read_flags(flags.split()).variant == variants.split()
-
-
-def test_dry_run_lists_the_networks_of_all_variants(capsys):
-    """With their numbers of parameters; the input of a U-Net has 3 channels more if it is shown x_hat."""
-    for variants, names in (("uncond", "unet of uncond"), ("vae uncond", "vae,unet of uncond"),
-                            ("guided", "vae,unet of form1,unet of guided")):
-        stage1.main(["--dry-run", "--budget", "smoke", "--variant", *variants.split()])
-        sizes = json.loads(capsys.readouterr().out)["parameters"]
-        assert set(sizes) == set(names.split(","))
-        for name, channels in (("uncond", 3), ("form1", 6)):
-            expected = common.count_parameters(common.build_unet(settings(), channels))
-            assert sizes.get(f"unet of {name}", expected) == expected
