@@ -65,14 +65,18 @@ shapes)
         done
     fi ;;
 cifar10)
-    if [ "$seed" = 0 ]; then  # half and twice the budget's beta
-        run stage1_baseline.py --variant form1 --set beta=0.125
-        run stage2_joint.py --set beta=0.125
-        run stage2_joint.py --set beta=0.5
+    if [ "$seed" = 0 ]; then
+        for beta in 0.125 0.5; do  # half and twice the budget's
+            run stage1_baseline.py --variant form1 --set beta=$beta
+            run stage2_joint.py --set beta=$beta
+        done
+        run stage1_baseline.py --variant vae --set vae_steps=12000  # about as long as VAE and refiner together
+        run stage1_baseline.py --variant uncond --set unet_steps=8000  # and this
     fi ;;
 celeba64)
     if [ "$seed" = 0 ]; then
         run stage2_joint.py --from-vae
+        run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
     fi
