@@ -58,9 +58,6 @@ from common import DATASETS, fail, find_images, generator, load_hashed, randn, r
 
 FEATURES_DIR = Path(__file__).resolve().parent / "results" / "features"  # networks of the three data sets
 OWN_FEATURES_DIR = Path("data") / "features"  # networks of a user's own folders, which stay with the user
-# A network that was trained on a user's folder is used only if at least this share of its files has not changed since
-# then. (A few files more or less should not cost another training.)
-LEAST_SHARE_UNCHANGED = 0.9
 
 
 def require_uint8(images):
@@ -210,70 +207,49 @@ class LocalNet(nn.Module):
         return features, self.head(features)
 
 
-def file_marks(folder):
-    """A mark of eight hexadecimal digits for each image file in a folder and below it: a hash of its path there and its
-    size. They are stored with a feature network and tell which files it was trained on, without naming these."""
-    marks = []
-    for path in find_images(folder):
-        text = f"{path.relative_to(folder)} {path.stat().st_size}"
-        # A file's name need not be valid UTF-8. Python has surrogate characters in place of the bytes that are not, and
-        # this encoding accepts them.
-        marks.append(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8])
-    return marks
+def own_name(folder):
+    """The name of the network of a user's own folder: the last part of the folder's path, and a hash of the whole path.
+    So two folders of one name have two networks. When files of a folder change, its network stays, since it is only the
+    measuring rod: scores before and after can be compared. (After a folder was moved, --weights names its network.)"""
+    path = Path(folder).resolve()
+    last_part = path.name.replace("*", "_")  # save_state would put a hash in the place of a *
+    # A path need not be valid UTF-8, but fsencode gives back its bytes.
+    return f"{last_part}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
-def folder_mark(folder):
-    """A mark of eight hexadecimal digits for a folder: a hash of its path. It is stored with a network that was trained
-    on it, and tells two folders of one name apart."""
-    return hashlib.sha256(str(Path(folder).resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+def save_local(net, home, name):
+    """Write a LocalNet to HOME/<name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return the path."""
+    state = {"classes": net.classes, "size": net.size, "state": common.half(net.state_dict())}
+    return common.save_state(home / f"{name}-*.pt", state)  # fills in the *
 
 
-def save_local(net, name, folder=None):
-    """Write a LocalNet to <name>-<hash8>.pt, with matrices in half precision (1.4 MB), and return the path. A network
-    that was trained on a user's own `folder` of images goes to OWN_FEATURES_DIR, any other to FEATURES_DIR."""
-    state = {"classes": net.classes, "size": net.size, "files": file_marks(folder) if folder else None,
-             "folder": folder_mark(folder) if folder else None, "state": common.half(net.state_dict())}
-    return common.save_state((OWN_FEATURES_DIR if folder else FEATURES_DIR) / f"{name}-*.pt", state)  # fills in the *
-
-
-def share_of_same_files(stored, folder):
-    """How well the files on which a network was trained agree with those in `folder` now, from 0 to 1: the number of
-    files that are in both, over the larger of the two numbers of files. `stored` is what save_local wrote."""
-    marks, known = set(file_marks(folder)), set(stored.get("files") or ())
-    return len(marks & known) / max(len(marks), len(known))
+def place_of_local(dataset, data_dir):
+    """The folder in which the local network of a data set lies, and the network's name, without its hash. `dataset` may
+    be "folder": then it is that of the user's own folder `data_dir`."""
+    return (OWN_FEATURES_DIR, own_name(data_dir)) if dataset == "folder" else (FEATURES_DIR, dataset)
 
 
 def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     """The feature network of `kind` "inception" or "local", in eval mode: uint8 images (B, 3, H, W) -> features (B,
     dim), logits (B, classes). It has the attributes name, suffix, batch, dim and classes. A local network is found by
-    the name of its data set or, if `dataset` is "folder", by that of the user's own folder `data_dir`; `weights` names
-    another file. The program ends with an error if there is none, or if the folder has changed much since its training
-    (and no `weights` are named)."""
+    the name of its data set or, if `dataset` is "folder", by the path of the user's own folder `data_dir`; `weights`
+    names another file. The program ends with an error if there is none."""
     if kind == "inception":
         return load_inception(weights).to(device, memory_format=common.memory_format(torch.device(device)))
     if dataset == "folder":
         if not find_images(data_dir):
             problem = "found 0 images there" if Path(data_dir).is_dir() else "no such folder"
             fail(f"{data_dir}: {problem}; name the folder of your images (of a stage: --data-dir)")
-        home, name = OWN_FEATURES_DIR, Path(data_dir).resolve().name  # place and name of the network
-        train_argument = data_dir  # what --train-local is given to make it
-    else:
-        home, name, train_argument = FEATURES_DIR, dataset, dataset
+    home, name = place_of_local(dataset, data_dir)
     found = [Path(weights)] if weights else common.find_hashed(home, name)
     what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # how errors begin
     all_networks = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(all_networks) or 'none'}), or make it: "
-              f"python fid.py --train-local {train_argument}")
+              f"python fid.py --train-local {data_dir if dataset == 'folder' else dataset}")
     # This ends the program unless exactly one file is found and its bytes have the hash that is in its name.
     stored = load_hashed(found, what, advice)
     if "classes" not in stored:
         fail(f"{what}: {found[0]} is not a local feature network; {advice}")
-    if dataset == "folder" and not weights:
-        share = share_of_same_files(stored, data_dir)
-        if share < LEAST_SHARE_UNCHANGED:
-            fail(f"--features local: {found[0]} was trained on other files than {data_dir} has now ({share:.0%} "
-                 f"agree); make another: python fid.py --train-local {data_dir}, or name it with --weights to use it "
-                 "all the same")
     net = LocalNet(stored["classes"], stored["size"])
     net.load_state_dict(stored["state"])
     net.name = f"local-{found[0].stem}"
@@ -1167,37 +1143,19 @@ def examine(extractor, train, test):
 
 def train_local(name, data_dir="data"):
     """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
-    weights. A network that exists is kept and only examined, because results depend on it. It is replaced only if many
-    of the files in the user's folder have changed. The network of another folder of this name is never replaced: the
-    program ends with an error."""
+    weights. A network that exists is kept and only examined, because results depend on it."""
     own = name not in DATASETS  # name is the path of a user's own folder
     if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
     dataset, data_dir = ("folder", name) if own else (name, data_dir)
     train, test = (common.load_images(dataset, split, data_dir) for split in ("train", "test"))
-    home = OWN_FEATURES_DIR if own else FEATURES_DIR
-    found = common.find_hashed(home, train.name)
-    # A network of this name is kept if nine tenths of the files are unchanged. Else it is replaced if it was trained on
-    # this folder, and it is an error if it was trained on another one.
-    outdated, current = [], []
-    for path in found:
-        stored = load_hashed([path], what=f"--train-local {name}:", advice="remove this file")
-        if not own or share_of_same_files(stored, data_dir) >= LEAST_SHARE_UNCHANGED:
-            current.append(path)
-        elif stored.get("folder") == folder_mark(data_dir):
-            outdated.append(path)
-        else:
-            fail(f"--train-local {name}: {path} was trained on another folder of this name; rename your folder, or "
-                 "remove that file")
-    if len(current) > 1:
-        fail(f"--train-local {name}: there are {len(current)} networks of this name, {', '.join(map(str, current))}; "
-             "remove all but one")
-    if not current:
-        save_local(train_network(train), train.name, data_dir if own else None)
-    for path in outdated:
-        print(f"removed: {path}, which was trained before the files in {name} changed")
-        path.unlink()
-        path.with_suffix(".json").unlink(missing_ok=True)
+    home, network_name = place_of_local(dataset, data_dir)
+    found = common.find_hashed(home, network_name)
+    if found:
+        print(f"{name} has a network, {', '.join(map(str, found))}, which is kept and examined; remove it to have "
+              "another one trained")
+    else:
+        save_local(train_network(train), home, network_name)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
     path = home / extractor.name.removeprefix("local-")  # without .pt or .json
     report = json.dumps(examine(extractor, train, test), indent=1)
@@ -1232,11 +1190,6 @@ def read_folder(folder, flag, count=None, largest=None):
         images = torch.stack(images)
     jpeg = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in files) > len(files) / 2
     return images, sizes, jpeg
-
-
-def contents(folder):
-    """The hashes of all image files in a folder and below it, sorted."""
-    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in find_images(folder))
 
 
 def main(arguments=None):
@@ -1302,9 +1255,6 @@ def main(arguments=None):
         [(height, width)] = sizes
         print(f"warning: images of {args.real} have {real_height}x{real_width} pixels, those of {args.generated} "
               f"{height}x{width}; resizing them moves the distance", file=sys.stderr)
-    same_names_and_sizes = real_is_folder and file_marks(args.real) == file_marks(args.generated)
-    if same_names_and_sizes and contents(args.real) == contents(args.generated):
-        print("warning: both folders hold the same files; their scores say nothing", file=sys.stderr)
     if real_jpeg != jpeg:
         print(f"warning: only {args.generated if jpeg else args.real} is JPEG, which moves the distance",
               file=sys.stderr)

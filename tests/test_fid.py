@@ -323,9 +323,9 @@ def test_local_files_are_pinned_by_hash(features_dir, local, capsys, tmp_path):
     two, or one of another kind is refused."""
     load = partial(fid.load_extractor, "local", "shapes")
     expect_error(capsys, load, "--features local", "0 files", "shapes-<hash8>.pt", "--weights", "--train-local shapes")
-    path = fid.save_local(local, "shapes")
+    path = fid.save_local(local, features_dir, "shapes")
     assert path.stem == "shapes-" + hashlib.sha256(path.read_bytes()).hexdigest()[:8] and path.stat().st_size < 2e6
-    assert fid.save_local(local, "shapes") == path  # the same weights give the same bytes
+    assert fid.save_local(local, features_dir, "shapes") == path  # the same weights give the same bytes
     loaded = load()
     assert (loaded.name, loaded.suffix, loaded.classes, loaded.dim) == (f"local-{path.stem}", "_local", 6, 64)
     torch.testing.assert_close(loaded(random_images(4))[0], local(random_images(4))[0], atol=0.02, rtol=0)
@@ -496,7 +496,7 @@ def test_what_is_augmented(monkeypatch):
 
 
 def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
-    """The network of an own folder stays below data/. It is trained once, and anew when the folder's files change."""
+    """The network of an own folder stays below data/. It is trained once, and kept when the folder's files change."""
     monkeypatch.setitem(fid.IMAGES_SEEN, "mine.v1 [new]", 200)
     folder = save_folder(smooth_images(80, 40), tmp_path / "mine.v1 [new]")  # nothing in a name means anything
     own = tmp_path / "data" / "features"
@@ -507,51 +507,40 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     assert report["classes"] == 20 and 0 <= report["retrieval"] <= 1 and report["n_test"] == 8
     assert {"extractor", "note", "floor", "noise", "blur", "sample_size", "half_the_classes",
             "real_recall", "real_is"} <= set(report)
-    fid.main(["--train-local", folder])  # it is there already, so it is only examined
-    assert path.read_bytes() == before and [*own.glob("*.pt")] == [path]
-    assert json.loads(path.with_suffix(".json").read_text()) == report
     out = capsys.readouterr().out
-    assert f"{path.relative_to(tmp_path)} has the weights" in out
+    assert f"{path.relative_to(tmp_path)} has the weights" in out and "which is kept" not in out
     assert f"--dataset folder --data-dir {folder} --image-size 64" in out  # as large as the images it was trained on
-    fid.main([folder, folder])  # found by the folder's name, but not for other files in a folder of that name
-    other = save_folder(smooth_images(4), tmp_path / "elsewhere" / "mine.v1 [new]")
-    expect_error(capsys, lambda: fid.main([other, other]), "was trained on other files", other, "(0% agree)")
-    third = save_folder(smooth_images(60, 40, seed=3), tmp_path / "third" / "mine.v1 [new]")
-    shutil.copy(f"{folder}/0000.png", third)  # one file is the same
-    expect_error(capsys, lambda: fid.main(["--train-local", third]), "another folder of this name", path.name, "rename")
-    assert path.read_bytes() == before  # the network of the first folder is not lost
-    fid.main([other, other, "--weights", str(path)])
-    named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
-    fid.save_local(fid.LocalNet(2), "shapes")
-    expect_error(capsys, lambda: fid.main([named, named]), "0 files, one is needed", "--train-local")
-    expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
-
-    save_folder(smooth_images(8, 48), tmp_path / "mine.v1 [new]" / "few")  # 80 of 88 files are known
-    fid.main([folder, other])
-    save_folder(smooth_images(9, 48), tmp_path / "mine.v1 [new]" / "few")  # 80 of 89
-    expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(90% agree)",
-                 f"--train-local {folder}")
-    capsys.readouterr()
+    monkeypatch.setattr(fid, "train_network", None)  # no second training
+    save_folder(smooth_images(90, 48), tmp_path / "mine.v1 [new]" / "more")
     fid.main(["--train-local", folder])
-    assert f"removed: {path.relative_to(tmp_path)}" in capsys.readouterr().out
-    new, = own.glob("*.pt")
-    assert new != path and {file.name for file in own.iterdir()} == {new.name, f"{new.stem}.json"}
-    path.write_bytes(before)  # as if the command had been killed before it removed the outdated network
-    with monkeypatch.context() as again:
-        again.setattr(fid, "train_network", None)
-        fid.main(["--train-local", folder])
-    assert [*own.glob("*.pt")] == [new]
-    second = fid.save_local(fid.LocalNet(20), new.stem[:-9], folder)
-    expect_error(capsys, lambda: fid.main(["--train-local", folder]), "2 networks", new.name, second.name, "remove all")
-    second.unlink()
-    whole = new.read_bytes()
-    new.write_bytes(whole[:5000])
-    expect_error(capsys, lambda: fid.main(["--train-local", folder]), "--train-local", new.name, "remove this file")
-    new.write_bytes(whole)
-    fid.main([folder, other])
-    for i in range(10):  # known files that are gone count, too
-        (tmp_path / "mine.v1 [new]" / f"{i:04}.png").unlink()
-    expect_error(capsys, lambda: fid.main([folder, other]), "was trained on other files", "(89% agree)")
+    assert path.read_bytes() == before and [*own.glob("*.pt")] == [path]
+    assert f"{path.relative_to(tmp_path)}, which is kept and examined; remove it" in capsys.readouterr().out
+    other = save_folder(smooth_images(60, 40, seed=3), tmp_path / "elsewhere" / "mine.v1 [new]")
+    fid.main([folder, other, "--json"])
+    assert json.loads(capsys.readouterr().out)["features"] == f"local-{path.stem}"
+    expect_error(capsys, lambda: fid.main([other, folder]), "0 files, one is needed", f"--train-local {other}")
+    fid.main([other, folder, "--weights", str(path)])
+    named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
+    fid.save_local(fid.LocalNet(2), features_dir, "shapes")
+    expect_error(capsys, lambda: fid.main([named, folder]), "0 files, one is needed", "--train-local")
+    expect_error(capsys, lambda: fid.main(["--train-local", "nowhere"]), "--train-local nowhere: no such folder")
+    path.write_bytes(before[:5000])
+    expect_error(capsys, lambda: fid.main(["--train-local", folder]), path.name, "wrong sha256")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
+def test_every_folder_has_a_network_of_its_own(tmp_path, features_dir, local):
+    """None is found by the name of another folder that is alike, whatever characters are in the names. A folder may be
+    named by a relative path, too."""
+    names = ["photos", "photos-2", "photos-12345678", "photos?", "photos*", "photos+", "[p]hotos", "one/photos"]
+    own = [fid.own_name(tmp_path / name) for name in names]
+    paths = [fid.save_local(local, fid.OWN_FEATURES_DIR, name) for name in own]
+    assert len(set(paths)) == len(names)
+    for name, path in zip(own, paths, strict=True):
+        assert common.find_hashed(fid.OWN_FEATURES_DIR, name) == [path]
+    assert own[0] == fid.own_name("photos") == fid.own_name("one/../photos/") and own[0].startswith("photos-")
+    save_folder(smooth_images(2), tmp_path / "photos*")
+    assert fid.load_extractor("local", "folder", data_dir="photos*").name == f"local-{paths[4].stem}"
 
 
 def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_dir, local):
@@ -559,7 +548,7 @@ def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_
     data = {split: image_data(smooth_images(60, seed=i), name="shapes") for i, split in enumerate(("train", "test"))}
     monkeypatch.setattr(common, "load_images", lambda name, split, data_dir: data[split])
     monkeypatch.setattr(fid, "train_network", None)
-    path = fid.save_local(local, "shapes")
+    path = fid.save_local(local, features_dir, "shapes")
     fid.main(["--train-local", "shapes"])
     assert sorted(features_dir.iterdir()) == [path.with_suffix(".json"), path]
 
@@ -608,7 +597,8 @@ def test_committed_extractors_keep_their_promises(name):
 def folders(tmp_path, features_dir, local):
     """Two folders of images, and the flags that name a local network."""
     save_folder(smooth_images(60), tmp_path / "real" / "deep" / "down")
-    return SimpleNamespace(weights=["--weights", str(fid.save_local(local, "toy"))], real=str(tmp_path / "real"),
+    weights = ["--weights", str(fid.save_local(local, features_dir, "toy"))]
+    return SimpleNamespace(weights=weights, real=str(tmp_path / "real"),
                            good=save_folder(smooth_images(50, seed=1), tmp_path / "good"))
 
 
@@ -638,7 +628,7 @@ def test_command_on_folders_and_on_a_data_set(folders, capsys, tmp_path, monkeyp
 
 
 def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
-    """Warnings name the folder whose images differ in size, the one that is JPEG, and folders with the same files."""
+    """Warnings name the folder whose images differ in size, and the one that is JPEG."""
     mixed = save_folder(smooth_images(20), tmp_path / "mixed")
     Image.new("L", (40, 20), 90).save(tmp_path / "mixed" / "grey.JPG")
     Image.new("RGBA", (33, 32), (1, 2, 3, 4)).save(tmp_path / "mixed" / "deeper.png")
@@ -648,7 +638,7 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     fid.main([folders.real, mixed, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert json.loads(captured.out)["n_generated"] == 22 and captured.err.count("differ in size") == 1
-    assert f"warning: images of {mixed} differ in size" in captured.err and "same files" not in captured.err
+    assert f"warning: images of {mixed} differ in size" in captured.err
     fid.main([mixed, folders.real, *folders.weights, "--json"])  # those of REAL, too
     assert f"warning: images of {mixed} differ in size" in capsys.readouterr().err
     jpegs = save_folder(smooth_images(20), tmp_path / "jpegs", "jpg")
@@ -660,12 +650,7 @@ def test_command_reads_any_size_colour_and_suffix(folders, capsys, tmp_path):
     fid.main([jpegs, copies, *folders.weights, "--json"])
     captured = capsys.readouterr()
     assert "JPEG" not in captured.err and json.loads(captured.out)["scores"]["fd_local"]["value"] < 1e-9
-    assert "warning: both folders hold the same files" in captured.err and "differ in size" not in captured.err
-    # Files of equal names and sizes, but with other images.
-    one, other = (save_folder(smooth_images(20, seed=seed), tmp_path / f"bmp{seed}", "bmp") for seed in (1, 2))
-    fid.main([one, other, *folders.weights, "--json"])
-    error = capsys.readouterr().err
-    assert "same files" not in error and "pixels" not in error
+    assert "differ in size" not in captured.err and "pixels" not in captured.err
     large = save_folder(smooth_images(20).repeat_interleave(2, 2).repeat_interleave(2, 3), tmp_path / "large")
     fid.main([folders.real, large, *folders.weights, "--json"])
     assert (f"warning: images of {folders.real} have 32x32 pixels, those of {large} 64x64; resizing them moves the "
@@ -693,7 +678,7 @@ def test_names_need_not_be_utf8(folders, tmp_path):
     os.rename(strange + b"/0000.png", strange + b"/caf\xe9.png")
     os.mkdir(strange + b"/holiday.jpg")
     folder = os.fsdecode(strange)
-    assert len(set(fid.file_marks(folder))) == 50 and len(fid.folder_mark(folder)) == 8
+    assert len(os.fsencode(fid.own_name(folder))) == len("strange-01234567") + 1
     assert len(common.decode_files(common.find_images(folder), 32, "centre", tmp_path / "cache.npz")) == 50
     fid.main([folders.real, folder, *folders.weights, "--json"])
 
