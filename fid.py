@@ -1143,7 +1143,8 @@ def examine(extractor, train, test):
 
 def train_local(name, data_dir="data"):
     """Make the local network of a data set or a user's own folder, examine it, print the report and store it beside the
-    weights. A network that exists is kept and only examined, because results depend on it."""
+    weights. A network that exists is kept, because results depend on it. Then the report is only printed: the stored
+    one stays as it was made (another machine's numbers differ a little)."""
     own = name not in DATASETS  # name is the path of a user's own folder
     if own and not Path(name).is_dir():
         fail(f"--train-local {name}: no such folder; give one, or {', '.join(DATASETS)}")
@@ -1157,12 +1158,14 @@ def train_local(name, data_dir="data"):
     else:
         save_local(train_network(train), home, network_name)
     extractor = load_extractor("local", dataset, data_dir=data_dir)
-    path = home / extractor.name.removeprefix("local-")  # without .pt or .json
     report = json.dumps(examine(extractor, train, test), indent=1)
-    common.write(Path(f"{path}.json"), (report + "\n").encode())
+    print(report)
+    if not found:
+        path = home / extractor.name.removeprefix("local-")  # without .pt or .json
+        common.write(Path(f"{path}.json"), (report + "\n").encode())
+        print(f"{path}.pt has the weights, {path.name}.json the report above")
     flags = f"folder --data-dir {data_dir} --image-size {extractor.size}" if own else dataset
-    print(f"{report}\n{path}.pt has the weights, {path.name}.json the report above\n"
-          f"next: python stage1_baseline.py --features local --dataset {flags}")
+    print(f"next: python stage1_baseline.py --features local --dataset {flags}")
 
 
 # ---- 8. The command --------------------------------------------------------------------------------------------------

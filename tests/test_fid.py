@@ -514,6 +514,7 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     save_folder(smooth_images(90, 48), tmp_path / "mine.v1 [new]" / "more")
     fid.main(["--train-local", folder])
     assert path.read_bytes() == before and [*own.glob("*.pt")] == [path]
+    assert json.loads(path.with_suffix(".json").read_text()) == report  # that of the training
     assert f"{path.relative_to(tmp_path)}, which is kept and examined; remove it" in capsys.readouterr().out
     other = save_folder(smooth_images(60, 40, seed=3), tmp_path / "elsewhere" / "mine.v1 [new]")
     fid.main([folder, other, "--json"])
@@ -543,14 +544,20 @@ def test_every_folder_has_a_network_of_its_own(tmp_path, features_dir, local):
     assert fid.load_extractor("local", "folder", data_dir="photos*").name == f"local-{paths[4].stem}"
 
 
-def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_dir, local):
-    """Results are pinned to it: it is only examined, though nothing is known of the files it was trained on."""
+def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_dir, local, capsys):
+    """Results are pinned to it: it is only examined. The report that was committed beside it stays, since another
+    machine rounds otherwise."""
     data = {split: image_data(smooth_images(60, seed=i), name="shapes") for i, split in enumerate(("train", "test"))}
     monkeypatch.setattr(common, "load_images", lambda name, split, data_dir: data[split])
     monkeypatch.setattr(fid, "train_network", None)
     path = fid.save_local(local, features_dir, "shapes")
+    path.with_suffix(".json").write_text("committed")
     fid.main(["--train-local", "shapes"])
     assert sorted(features_dir.iterdir()) == [path.with_suffix(".json"), path]
+    assert path.with_suffix(".json").read_text() == "committed"
+    out = capsys.readouterr().out
+    assert '"real_recall"' in out and "which is kept" in out and "the report above" not in out
+    assert "next: python stage1_baseline.py --features local --dataset shapes\n" in out
 
 
 def test_few_images_are_seen_a_hundred_times(monkeypatch):
