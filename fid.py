@@ -695,6 +695,7 @@ def evaluate(folder, setup, state, model):
            "variant": folder.name.removesuffix(f"-s{train['seed']}"), "budget": train["budget"], "seed": train["seed"],
            "run_id": state["run_id"], "features": setup.extractor.name, "n_real": len(data.images),
            "parameters": sum(map(common.count_parameters, model.networks)),
+           "bfloat16": model.reduced,  # whether it sampled in bfloat16, which rounds coarsely
            "train_seconds": state["seconds"] + state["seconds_before"],  # before: that of the VAE that it builds on
            "device": f"{model.device.type} ({hardware}, {torch.get_num_threads()} threads)",
            "commit": setup.commit, "torch": torch.__version__, "train": train, "eval": setup.evaluation}

@@ -149,6 +149,7 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "draw_training", lambda folder, log: {"last": log[-1]})
     folder, data = tmp_path / "form1-s3", images_of(30)
     tiny.networks = (torch.nn.Linear(3, 4), torch.nn.Linear(2, 3))  # 16 and 9 parameters
+    tiny.reduced = True
     train = {"budget": "cpu", "seed": 3, "vae_steps": 7, "unet_steps": 20, "batch": 5}
     state = {"train": train, "run_id": "a", "seconds": 12.5, "seconds_before": 30.25,
              "log": [{"step": 1}, {"step": 20}]}
@@ -157,7 +158,7 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
     metrics = fid.evaluate(folder, setup, state, tiny)
     run = metrics["run"]
     expected = {"dataset": "toy", "crop": "box", "data_note": "JPEG copies", "variant": "form1", "budget": "cpu",
-                "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 25,
+                "seed": 3, "run_id": "a", "features": "stub", "n_real": 30, "parameters": 25, "bfloat16": True,
                 "train_seconds": 42.75, "commit": "0a1b2c3", "torch": torch.__version__, "train": train,
                 "eval": {"count": 50}}
     assert {key: run[key] for key in expected} == expected and set(run) - set(expected) == {"device"}
@@ -175,6 +176,8 @@ def test_what_evaluate_writes(tiny, tmp_path, monkeypatch, capsys):
         fid.evaluate(folder, setup, other_state, tiny)
         assert measured
         measured.clear()
+    state |= {"run_id": "b2"}
+    assert fid.evaluate(folder, setup, state, dataclasses.replace(tiny, reduced=False))["run"]["bfloat16"] is False
     state["train"]["budget"] = "smoke"
     capsys.readouterr()
     for changes, names in (({"denoiser_for": None}, ["measure_samples", "measure_vae"]),  # a VAE alone
