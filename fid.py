@@ -985,10 +985,9 @@ def print_results(finished, setup):
     table = [["variant", "prior", "sampler", "images", "sec/image", *names]]
     for metrics in finished.values():
         for row in metrics["rows"]:
-            line = [metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['steps']}",
-                    str(row["n_generated"]), f"{row['seconds_per_image']:.3g}", *(show(row[name]) for name in names)]
-            if line not in table:  # the headline may be a row of the grid, too
-                table.append(line)
+            table.append([metrics["run"]["variant"], row["prior"], f"{row['sampler']} {row['steps']}",
+                          str(row["n_generated"]), f"{row['seconds_per_image']:.3g}",
+                          *(show(row[name]) for name in names)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
     for line in table:

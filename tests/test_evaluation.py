@@ -664,8 +664,8 @@ def test_bits_per_dim_by_hand(with_vae, tiny, monkeypatch):
 
 # ---- What is printed -------------------------------------------------------------------------------------------------
 
-def test_no_row_is_printed_twice(tmp_path, capsys):
-    """The headline may be a row of the grid, too. Every column has its own number; paths and notes follow."""
+def test_what_is_printed(tmp_path, capsys):
+    """Every row, and every column has its own number; paths and notes follow."""
     def row(steps, fd):
         return {"prior": "gmm", "sampler": "dpm", "steps": steps, "nfe": 2 * steps, "n_generated": 60 + steps,
                 "seconds_per_image": 0.125, "fd_local": score(fd),
@@ -679,7 +679,7 @@ def test_no_row_is_printed_twice(tmp_path, capsys):
     for folder in folders:
         common.write(folder / "b.png", b"")
         common.write(folder / "a.png", b"")
-    fid.print_results({folder: {"run": {"variant": folder.name[:5]}, "rows": [row(10, 3.0), row(6, 4.0), row(10, 3.0)]}
+    fid.print_results({folder: {"run": {"variant": folder.name[:5]}, "rows": [row(10, 3.0), row(6, 4.0)]}
                        for folder in folders}, setup)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "" and lines[1].split() == [
