@@ -542,8 +542,7 @@ def scores(extractor, generated, ref, progress=False):
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
 #
 # A VAE draws z from a prior, and decodes it to x_hat. A refiner turns noise and x_hat into an image. Three attributes
-# of a common.Model tell its kind. (denoiser_for(x_hat, z, clean) returns the network as a function of x_t and t.
-# `clean` is the undamaged x_hat: `robustness` adds noise to x_hat alone. Only stage 3 uses it.)
+# of a common.Model (section 4 there) tell its kind:
 #
 #                         vae    denoiser_for   decode
 #     VAE alone           set    None           None     its image is x_hat
@@ -551,11 +550,8 @@ def scores(extractor, generated, ref, progress=False):
 #     VAE and refiner     set    set            None     turns noise and x_hat into an image
 #     latent diffusion    None   set            set      turns noise into a latent, and decodes it; it has no x_hat
 #
-# The settings in `evaluation`: `count` images are generated for the headline, the scores by which a model is judged
-# first. `grid` lists further samplers and numbers of steps, with `grid_count` images each. `probe_steps` is the number
-# of steps in measurements such as `robustness`. Without a VAE the prior is called "none", and without diffusion the
-# sampler is called so. `model.diffusion` is always there; a VAE alone ignores it. Sampling begins at the time
-# diffusion.start, with x_start: x_hat and noise or, without an x_hat, noise alone.
+# The settings in `evaluation` are those of common.EVAL. The first row of scores, by which a model is judged, is called
+# the headline. Without a VAE the prior is called "none", and without diffusion the sampler is called so.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}
@@ -577,9 +573,7 @@ class Setup:
 
     def __init__(self, args, train, evaluation, device):
         common.keep_freed_memory()  # which is faster on a CPU
-        # The settings that --set changes. They are kept apart from `train`, since folder_and_settings gives a run only
-        # those on which it depends.
-        self.changes = args.changes
+        self.changes = args.changes  # by --set; folder_and_settings gives each run those on which it depends
         # If torchrun has started several processes, each takes a share of the batch.
         common.join_processes(device, (train | self.changes)["batch"])
         if common.RANK > 0:
