@@ -270,12 +270,11 @@ def scoring_device(extractor):
 
 
 @torch.no_grad()
-def extract(extractor, images, batch_size=None, progress=False):
+def extract(extractor, images, progress=False):
     """The features (N, d) and logits (N, K) of uint8 images (N, 3, H, W), float32 on the CPU. The images may also be a
-    list of (3, H, W) of several sizes, which are passed one by one. The batch size changes only the speed, and
-    rounding."""
+    list of (3, H, W) of several sizes, which are passed one by one."""
     device = next(extractor.eval().parameters()).device
-    batches = [x[None] for x in images] if isinstance(images, list) else images.split(batch_size or extractor.batch)
+    batches = [x[None] for x in images] if isinstance(images, list) else images.split(extractor.batch)
     outputs = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would round features coarsely
         for batch in tqdm(batches, desc=f"features ({extractor.name})", unit="batch", disable=not progress):
@@ -1036,7 +1035,7 @@ def contrastive_loss(u, v, temperature=0.2):
     return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(u)))  # view i must find view i + B or i - B
 
 
-def train_network(data, batch=256):
+def train_network(data):
     """Train a LocalNet on a common.ImageData and return it, in eval mode. With labels the loss is cross-entropy, plus
     the squared error of a regression of the true factors where these are known (shapes), so that features hold more
     than the class. Without labels the loss is contrastive, and clusters of features become the classes."""
@@ -1051,7 +1050,7 @@ def train_network(data, batch=256):
         extra_head = nn.Linear(net.dim, factors.shape[1])
     else:
         extra_head = nn.Sequential(nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
-    batch = min(batch, len(images))
+    batch = min(256, len(images))
     images_seen = min(IMAGES_SEEN.get(data.name, IMAGES_SEEN_OF_OTHERS), 100 * len(images))
     steps = math.ceil(images_seen / batch)
     # Random orders of all images, one after another, are cut into batches.

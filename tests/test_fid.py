@@ -215,20 +215,23 @@ def local():
     return net.eval()
 
 
-def test_batch_size_changes_nothing(local, net):
+def test_batch_size_changes_nothing(local, net, monkeypatch):
     """Nor does a list in place of a tensor. Images of other sizes are cut to their central square and resized."""
     images = random_images(23)
-    whole = fid.extract(local, images, batch_size=23)
-    for other in (fid.extract(local, images, 1), fid.extract(local, images, 7), fid.extract(local, list(images))):
-        torch.testing.assert_close(other, whole, atol=1e-5, rtol=1e-4)
+    whole = fid.extract(local, images)
+    torch.testing.assert_close(fid.extract(local, list(images)), whole, atol=1e-5, rtol=1e-4)
+    for batch in (1, 7):
+        monkeypatch.setattr(local, "batch", batch)
+        torch.testing.assert_close(fid.extract(local, images), whole, atol=1e-5, rtol=1e-4)
+    monkeypatch.undo()
     assert whole[0].shape == (23, 64) and whole[1].shape == (23, 6) and whole[0].dtype == torch.float32
     torch.testing.assert_close(fid.extract(local.train(), images)[0], whole[0])  # it is put into eval mode
     mixed = [images[0], random_images(1, 48)[0]]  # other sizes are resized
     torch.testing.assert_close(fid.extract(local, mixed)[0][1:], fid.extract(local, mixed[1][None])[0])
     wide = torch.cat([images.flip(0)[..., :8], images, images.flip(0)[..., :8]], 3)  # and cut to the centred square
     torch.testing.assert_close(fid.extract(local, wide)[0], whole[0])
-    two = fid.extract(net, images[:2], batch_size=2)[0]
-    torch.testing.assert_close(fid.extract(net, images[:2], batch_size=1)[0], two, atol=1e-4, rtol=1e-4)
+    two = fid.extract(net, images[:2])[0]
+    torch.testing.assert_close(fid.extract(net, list(images[:2]))[0], two, atol=1e-4, rtol=1e-4)
 
 
 def test_only_uint8_enters(local, net):
@@ -478,20 +481,20 @@ def test_training_learns_with_labels(monkeypatch):
     monkeypatch.setitem(fid.IMAGES_SEEN, "toy", 1500)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
-    net = fid.train_network(image_data(images, labels=labels, factors=gaussian(300, 9).float()), batch=50)
+    net = fid.train_network(image_data(images[:50], labels=labels[:50], factors=gaussian(50, 9).float()))
     assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
 
 
 def test_what_is_augmented(monkeypatch):
     """Labelled images are shifted and mirrored, unless their factors are known. Others are shown in two views each."""
-    monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 24})
+    monkeypatch.setattr(fid, "IMAGES_SEEN", {"toy": 48})  # two steps
     views, augment, labels = [], fid.augment, torch.arange(24) % 2
     monkeypatch.setattr(fid, "augment", lambda x, gen, crop=False: (
         views.append((len(x), crop)) or augment(x, gen, crop)))
-    for more, expected in (({"labels": labels}, [(12, False)] * 2), ({}, [(12, True)] * 4),
+    for more, expected in (({"labels": labels}, [(24, False)] * 2), ({}, [(24, True)] * 4),
                            ({"labels": labels, "factors": gaussian(24, 9).float()}, [])):
         views.clear()
-        fid.train_network(image_data(smooth_images(24), **more), batch=12)
+        fid.train_network(image_data(smooth_images(24), **more))
         assert views == expected
 
 
@@ -564,7 +567,7 @@ def test_few_images_are_seen_a_hundred_times(monkeypatch):
     """A network for a few hundred photos takes minutes, since it does not see 200,000 images in all."""
     bars = []
     monkeypatch.setattr(fid, "tqdm", lambda batches, **_: bars.append(len(batches)) or batches)
-    fid.train_network(image_data(smooth_images(6), labels=torch.arange(6) % 2), batch=50)
+    fid.train_network(image_data(smooth_images(6), labels=torch.arange(6) % 2))
     assert bars == [100]  # batches of all six
 
 
