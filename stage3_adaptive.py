@@ -526,8 +526,8 @@ def adaptivity(folder, state, model, setup):
 
 
 def cost(model, setup):
-    """What the conditioning costs in sampling: seconds and GFLOPs of refining an image with it and without it
-    (`fixed`), with the same U-Net. The two are timed in turn, on this machine."""
+    """What the conditioning costs in sampling: seconds of refining an image with it and without it (`fixed`), with the
+    same U-Net. The two are timed in turn, on this machine."""
     unet = model.networks[-1]["unet"]  # the last network is the refiner; see load_model
     steps = setup.evaluation["sample_steps"]
 
@@ -539,12 +539,11 @@ def cost(model, setup):
     z = common.randn((count, model.vae.latent_dim), common.generator(0)).to(model.device)
     x_hat = model.vae.decoder(z)
 
-    def refine(name, n):
-        common.refine(models[name], x_hat[:n], z[:n], common.generator(0), "dpm", steps)
+    def refine(name):
+        common.refine(models[name], x_hat, z, common.generator(0), "dpm", steps)
 
-    seconds = common.time_in_turn({name: partial(refine, name, count) for name in models}, model.device)
-    return {name: {"seconds_per_image": seconds[name] / count, "gflops": common.count_gflops(partial(refine, name, 1))}
-            for name in models}
+    seconds = common.time_in_turn({name: partial(refine, name) for name in models}, model.device)
+    return {name: {"seconds_per_image": seconds[name] / count} for name in models}
 
 
 def adaptive_refinement(model, s_of, prior, setup):
