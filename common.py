@@ -1675,6 +1675,7 @@ class Training:
                 self.optimizers[f"{name}_muon_lr"] = Muon(matrices)
             # `step` sets the learning rates.
             self.optimizers[f"{name}_lr"] = torch.optim.Adam(others, fused=device.type in ("cpu", "cuda"))
+        self.parameters = [p for network in networks.values() for p in network.parameters()]
         self.gen = generator(train["seed"] + SEEDS["training"], device)
         self.run_id = secrets.token_hex(8)  # tells this training from every other one
         self.all_steps = steps
@@ -1682,8 +1683,8 @@ class Training:
         self.every = min(train["every"], steps)
         self.level_means = torch.ones(NOISE_LEVELS, device=device)  # see even_levels
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
-        # self.trial is None except while bfloat16 is tried, before the first step (try_reduced_precision): then
-        # even_levels and `step` change nothing. It can be ignored on a first reading.
+        # self.trial is None except while bfloat16 is tried, before the first step (try_reduced_precision): then `step`
+        # changes nothing. It can be ignored on a first reading.
         self.reduced, self.trial = fast_bfloat16(device), None
         path = self.folder / "checkpoint.pt"
         state = load_checkpoint(path) if path.is_file() else None
@@ -1792,8 +1793,7 @@ class Training:
         # (Both were averaged over the processes, which keeps their ratio, but a count may now lie between 0 and 1. So
         # 1e-9, which only keeps the unused quotient 0 / 0 away, must not be 1.)
         mean = torch.where(count > 0, total / count.clamp(min=1e-9), self.level_means)
-        if self.trial is None:  # a trial of bfloat16 (try_reduced_precision) leaves everything as it was
-            self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
+        self.level_means = self.level_means.lerp(mean, 0.05)  # a mean over the last 20 steps or so
         return loss / self.level_means[level]
 
     def step(self, loss, terms, watch=None):
@@ -1806,13 +1806,9 @@ class Training:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss.mean().backward()
-        for network in self.networks.values():
-            average_over_processes([p.grad for p in network.parameters()])
+        average_over_processes([p.grad for p in self.parameters])
         if self.trial is not None:  # a trial of bfloat16 (try_reduced_precision): keep the gradients, change nothing
-            gradients = []
-            for network in self.networks.values():
-                gradients += [p.grad.clone() for p in network.parameters()]
-            self.trial.append([loss.detach(), *gradients])
+            self.trial.append([loss.detach(), *(p.grad.clone() for p in self.parameters)])
             return
         # Clip them and update the weights.
         for name, network in self.networks.items():
@@ -1889,8 +1885,8 @@ class Training:
 
     def try_reduced_precision(self):
         """A safety net, to be skipped on first reading. Before training in bfloat16, compute loss and gradients of one
-        batch in float32 and in bfloat16. If they differ by more than rounding, train in float32. Afterwards weights and
-        random numbers are as they were.
+        batch in float32 and in bfloat16. If they differ by more than rounding, train in float32. Afterwards weights,
+        random numbers and the means of even_levels are as they were.
 
         What is tested is whether this machine's bfloat16 routines compute correctly, not the weights. So all matrices
         have random weights meanwhile. With the true weights, a fault could be hidden or imitated: in a new run some are
@@ -1899,8 +1895,8 @@ class Training:
         self.reduced = same_in_all_processes(self.reduced, self.device)
         if not self.reduced:
             return
-        random_numbers = self.gen.get_state()
-        matrices = [p for network in self.networks.values() for p in network.parameters() if p.dim() > 1]
+        random_numbers, level_means = self.gen.get_state(), self.level_means
+        matrices = [p for p in self.parameters if p.dim() > 1]
         weights, gen = [p.detach().clone() for p in matrices], generator(0)
         with torch.no_grad():
             for p in matrices:
@@ -1909,15 +1905,15 @@ class Training:
         self.trial = []  # `step` appends to it, and does nothing else
         for reduced in (False, True):
             self.reduced = reduced
-            self.gen.set_state(random_numbers)
             yield self.batch()
+            self.gen.set_state(random_numbers)
+            self.level_means = level_means
         errors = relative_errors(*self.trial)
         average_over_processes([errors])  # so that all of them decide alike
         self.trial, self.reduced = None, rounding_explains(errors, self.folder.name)
         with torch.no_grad():
             for p, value in zip(matrices, weights, strict=True):
                 p.copy_(value)
-        self.gen.set_state(random_numbers)
 
 
 def learning_rate(base, step, steps, warmup, decay):
