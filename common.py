@@ -1362,13 +1362,6 @@ def average_over_processes(tensors):
             x.copy_(total.view_as(x) / RANKS)
 
 
-def same_in_all_processes(yes, device):
-    """Whether all processes say yes."""
-    said = torch.tensor(float(yes), device=device)
-    average_over_processes([said])
-    return bool(said == 1)
-
-
 def gather(parts):
     """Process r has made the batches r, r + RANKS, r + 2 RANKS, ... Returns the list of all batches, in order."""
     if RANKS == 1:
@@ -1482,7 +1475,7 @@ def rounding_explains(errors, name):
 @torch.no_grad()
 def choose_precision(model):
     """Let a model sample in bfloat16 if it is fast, and if its networks give the same images as in float32."""
-    if not same_in_all_processes(fast_bfloat16(model.device), model.device):
+    if not from_first(fast_bfloat16(model.device)):  # clocks differ, so one process decides
         return
     gen, outputs = generator(0), {}
     z = None if model.vae is None else torch.randn(4, model.vae.latent_dim, generator=gen).to(model.device)
@@ -1892,7 +1885,7 @@ class Training:
         have random weights meanwhile. With the true weights, a fault could be hidden or imitated: in a new run some are
         zero and let no gradient through; in a resumed run the gradients nearly cancel, so that rounding alone changes
         them by up to a half."""
-        self.reduced = same_in_all_processes(self.reduced, self.device)
+        self.reduced = from_first(self.reduced)  # clocks differ, so one process decides
         if not self.reduced:
             return
         random_numbers, level_means = self.gen.get_state(), self.level_means

@@ -756,10 +756,11 @@ def test_two_processes_do_what_one_does(name, tmp_path):
 # --- Several processes, one at a time ---------------------------------------------------------------------------------
 
 def act_as(patch, rank, ranks=2):
-    """From here on this process is number `rank` of several. A sum over all processes is what it would be if all had
-    the same numbers as this one."""
+    """From here on this process is number `rank` of several. Sums over all processes, and what the first one
+    says, are what they would be if all had the same numbers as this one."""
     for place, name, value in ((common, "RANK", rank), (common, "RANKS", ranks),
                                (distributed, "all_reduce", lambda tensor: tensor.mul_(ranks)),
+                               (distributed, "broadcast_object_list", lambda values: None),
                                (distributed, "barrier", lambda: None)):
         patch.setattr(place, name, value)
 
