@@ -30,7 +30,6 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno
 import functools
 import glob
 import hashlib
@@ -967,8 +966,8 @@ def write(path, data, optional=False):
         if optional:
             print(f"warning: cannot write {path}: {error.strerror}; going on without it", file=sys.stderr)
             return
-        remedy = "free some space there or" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "allow writing there or"
-        fail(f"cannot write {path}: {error.strerror}; {remedy} choose another --out / --data-dir")
+        fail(f"cannot write {path}: {error.strerror}; free some space or allow writing there, or choose another --out "
+             "/ --data-dir")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -891,18 +891,13 @@ def test_write(tmp_path, monkeypatch, capsys):
     assert path.read_bytes() == b"new"
     write_bytes = type(path).write_bytes
 
-    for number, message, remedy in ((28, "No space left on device", "free some space"),
-                                    (30, "Read-only file system", "allow writing"),
-                                    (13, "Permission denied", "allow writing")):
-        def fail_half_way(self, data, number=number, message=message):
-            write_bytes(self, data[:1])
-            raise OSError(number, message)
+    def fail_half_way(self, data):
+        write_bytes(self, data[:1])
+        raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(type(path), "write_bytes", fail_half_way)
-        expect_error(capsys, lambda: common.write(path, b"newer"), str(path), message, remedy, "--out")
-        with pytest.raises(SystemExit):
-            common.write(path, b"newer")
-        assert ("free" in capsys.readouterr().err) == (number == 28)
+    monkeypatch.setattr(type(path), "write_bytes", fail_half_way)
+    expect_error(capsys, lambda: common.write(path, b"newer"), str(path), "No space left on device", "free some space",
+                 "--out")
     monkeypatch.undo()
     monkeypatch.setattr(os, "replace", lambda *a: 1 / 0)  # whatever happens, the temporary file goes
     with pytest.raises(ZeroDivisionError):
