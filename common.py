@@ -1249,12 +1249,8 @@ def load_images(dataset, split, data_dir="data", image_size=None):
             reason = str(error).split("\n")[0][:100]
             layout = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
                       "celeba64": "celeba/img_align_celeba/*.jpg"}[dataset]
-            names = {"cifar10", "cifar-10-batches-py", "celeba", "img_align_celeba"}
-            inside = [part for part in folder.resolve().parts if part in names]
-            remedy = (f"give the folder that holds {inside[0]}" if inside else
-                      f"put {layout} there or name the folder that holds it")
-            fail(f"no images of {dataset} in --data-dir {folder.resolve()} and no download ({reason}); {remedy}, or "
-                 "use shapes, which need no data")
+            fail(f"no images of {dataset} in --data-dir {folder.resolve()} and no download ({reason}); name the folder "
+                 f"in which {layout} lies, or use shapes, which need no data")
         files, labels, crop, note = list_split(dataset, split, folder)
     name = folder.resolve().name if dataset == "folder" else dataset
     cache = (Path("data") if dataset == "folder" else folder) / "cache" / f"{name}-{split}-{crop}-{size}.npz"

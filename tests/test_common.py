@@ -451,19 +451,17 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
 
 
 def test_missing_data_say_what_to_do(tmp_path, monkeypatch, capsys):
-    """The message names --data-dir and its whole path. To a folder one level too deep it says which folder to give."""
+    """The message names --data-dir, its whole path, and what the folder must hold."""
     monkeypatch.chdir(tmp_path)
     for kind in ("CIFAR10", "CelebA"):
         def no_network(*arguments, **options):
             raise RuntimeError("no network\nsecond line")
 
         monkeypatch.setattr(f"torchvision.datasets.{kind}", no_network)
-    for dataset, folder, remedy in (("cifar10", "data", "put cifar-10-batches-py/ or cifar10/{train,test}/"),
-                                    ("cifar10", "data/cifar10", "give the folder that holds cifar10,"),
-                                    ("celeba64", "data", "put celeba/img_align_celeba/"),
-                                    ("celeba64", "data/celeba/img_align_celeba", "give the folder that holds celeba,")):
+    for dataset, folder, layout in (("cifar10", "data", "cifar-10-batches-py/ or cifar10/{train,test}/"),
+                                    ("celeba64", "data/celeba", "celeba/img_align_celeba/")):
         expect_error(capsys, lambda d=dataset, f=folder: common.load_images(d, "train", f), f"no images of {dataset}",
-                     f"--data-dir {tmp_path / folder} ", "(no network)", remedy, "use shapes")
+                     f"--data-dir {tmp_path / folder} ", "(no network)", f"the folder in which {layout}", "use shapes")
     expect_error(capsys, lambda: common.load_images("folder", "train", "nowhere"), "nowhere: found 0 images",
                  "--data-dir")
 
