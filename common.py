@@ -1210,11 +1210,9 @@ def list_split(dataset, split, folder):
         return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
-        part = {}  # by the name of a file, without its suffix: copies may have another one than the file lists
-        for line in partition.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                name, number = line.split()[:2]
-                part[Path(name).stem] = number
+        fields = partition.read_text(encoding="utf-8").split()  # name, number, name, number, ...
+        # By the name of a file, without its suffix: copies may have another one than the file lists.
+        part = {Path(name).stem: number for name, number in zip(fields[::2], fields[1::2], strict=False)}
         chosen = [p for p in files if part.get(p.stem) == {"train": "0", "test": "2"}[split]]
         if files and not chosen:
             fail(f"{partition}: none of the {len(files):,} images is in its {split} part; remove this file to hold out "
