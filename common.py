@@ -1986,6 +1986,8 @@ def read_settings(args, unused=()):
 
 # The train settings that matter to the U-Net alone begin with one of these. The VAE of a run does not depend on them.
 OF_UNET = ("unet", "objective", "even_levels", "start", "dropout", "heads", "attention", "guidance")
+# And those that matter to the VAE alone. A diffusion model without a VAE does not depend on them.
+OF_VAE = ("vae", "encoder", "decoder", "pool", "beta", "components", "tied")
 
 
 def parse_changes(texts, train):

@@ -336,7 +336,10 @@ def main(argv=None):
                            or train_refiner(folder, settings, "form1", vae_state, setup.data, device))
             state = with_guide(form1_state, guide_state)
         else:
-            folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=("guidance",))
+            ignored = ("guidance",)
+            if variant == "uncond":  # it has no VAE, and begins at T whatever `start` is
+                ignored = ("guidance", "start", *common.OF_VAE)
+            folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=ignored)
             state = (common.finished_state(folder, settings, args.resume)
                      or train_refiner(folder, settings, variant, vae_state, setup.data, device))
             if variant == "form1":

@@ -318,6 +318,9 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
     assert runs("stage1", "--set", "beta=0.5", "unet_steps=3", "vae_steps=1") == {
         "stage1-vae-beta=0.5-vae_steps=1-s0": 1, "stage1-form1-beta=0.5-unet_steps=3-vae_steps=1-s0": 3}
     assert train_of("stage1-vae-beta=0.5-vae_steps=1-s0") == train_of("stage1-vae-s0") | {"beta": 0.5, "vae_steps": 1}
+    assert runs("stage1", "--variant", "uncond", "--set", "start=300", "beta=0.5", "unet_steps=3", "vae_lr=0.1") == {
+        "stage1-uncond-unet_steps=3-s0": 3}
+    assert train_of("stage1-uncond-unet_steps=3-s0") == train_of("stage1-vae-s0") | {"unet_steps": 3}
     assert runs("stage1", "--variant", "guided", "--set", "guidance=0.9", "unet_steps=15") == {
         "stage1-form1-unet_steps=15-s0": 15, "stage1-guided-guidance=0.9-unet_steps=15-s0": 2}
     assert runs("stage1", "--variant", "guided", "--set", "unet_steps=15") == {"stage1-guided-unet_steps=15-s0": 2}
@@ -350,6 +353,18 @@ def test_what_matters_to_the_unet_alone_changes_no_bit_of_the_vae(train_vae, tmp
     a, b = (train_vae(tmp_path / str(len(train)), train, images_of(60), CPU)
             for train in (plain, plain | others | {"another": 0}))
     assert same(a | {"train": None}, b | {"train": None}) and a["train"] == plain
+
+
+def test_what_matters_to_the_vae_alone_changes_no_bit_of_uncond(tmp_path):
+    """All settings that count as such are changed, and `start`."""
+    others = {"vae_muon_lr": 0.0, "vae_lr": 1.0, "vae_clip": 9.0, "vae_steps": 2, "vae_ema": 0.0, "vae_flip": True,
+              "encoder": [], "decoder": [], "pool": True, "beta": 3.0, "components": 5, "tied": True}
+    plain = settings(unet_steps=3)
+    assert others.keys() == {key for key in plain if key.startswith(common.OF_VAE)}
+    assert all(plain[key] != value for key, value in others.items())
+    a, b = (stage1.train_refiner(tmp_path / str(len(train)), train, "uncond", None, images_of(60), CPU)
+            for train in (plain, plain | others | {"start": 9, "another": 0}))
+    assert same(a | {"train": None}, b | {"train": None})
 
 
 # --- The loop by hand -------------------------------------------------------------------------------------------------
