@@ -1203,11 +1203,16 @@ def list_split(dataset, split, folder):
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
         files = [p for p in files if p.parent.name in classes]
         return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else "lossless"
-    # The last tenth by name is the test split, unless a partition file says otherwise.
+    if dataset == "folder":
+        # Every tenth file by path is in the test split. So if there is a folder for each person or class, both splits
+        # have images of all.
+        held_out = files[9::10]
+        chosen = held_out if split == "test" else sorted({*files} - {*held_out})
+        return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
+    # CelebA: the last tenth by name is the test split, unless a partition file says otherwise. (The numbers in
+    # results/ rest on this split, so it is not made like that of a folder.)
     edge = len(files) - len(files) // 10
     chosen = files[:edge] if split == "train" else files[edge:]
-    if dataset == "folder":
-        return chosen, None, "centre", "JPEG files" if jpeg else "lossless"
     partition = folder / "celeba" / "list_eval_partition.txt"
     if partition.is_file():
         fields = partition.read_text(encoding="utf-8").split()  # name, number, name, number, ...

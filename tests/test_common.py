@@ -395,8 +395,8 @@ def test_celeba_splits(tmp_path, capsys):
 
 
 def test_folder_of_odd_images(tmp_path, monkeypatch):
-    """Images of any size, mode and suffix, in nested folders, become RGB squares from their centres. The last tenth is
-    the test split."""
+    """Images of any size, mode and suffix, in nested folders, become RGB squares from their centres. Every tenth one
+    by path is in the test split, so that a folder for each person or class is in both splits."""
     monkeypatch.chdir(tmp_path)
     home, column = tmp_path / "photos", torch.arange(64.0).expand(64, 64)
     for i in range(57):
@@ -410,6 +410,11 @@ def test_folder_of_odd_images(tmp_path, monkeypatch):
     assert torch.equal(train.images[0, 0].float(), column + 32) and torch.equal(train.images[0, 1].float(), column.T)
     assert torch.equal(train.images[1, 0].float(), column) and torch.equal(train.images[1, 1].float(), column.T + 32)
     assert (train.images[2] == 77).all()
+    names = [path.name for path in common.find_images(home)]
+    train_names, test_names = ([path.name for path in common.list_split("folder", split, home)[0]]
+                               for split in ("train", "test"))
+    assert test_names == [names[i] for i in (9, 19, 29, 39, 49, 59)] and train_names == [
+        name for name in names if name not in test_names]
 
 
 def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, capsys):
