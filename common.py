@@ -1202,6 +1202,9 @@ def list_split(dataset, split, folder):
     if dataset == "cifar10":
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
         files = [p for p in files if p.parent.name in classes]
+        here, other = (folder / "cifar10" / part for part in (split, "test" if split == "train" else "train"))
+        if not files and find_images(other):  # this split must not come from torchvision, in another quality
+            fail(f"{here}: no images in folders of classes, but {other} has some; add them, or remove {other}")
         return files, [classes.index(p.parent.name) for p in files], "none", "JPEG copies" if jpeg else "lossless"
     if dataset == "folder":
         # Every tenth file by path is in the test split. So if there is a folder for each person or class, both splits

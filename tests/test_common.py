@@ -333,6 +333,14 @@ def test_cifar10_class_folders(tmp_path):
     assert len(common.load_images("cifar10", "train", tmp_path).images) == 33
 
 
+@pytest.mark.parametrize("split,other", [("train", "test"), ("test", "train")])
+def test_cifar10_with_one_split_missing(split, other, tmp_path, capsys):
+    """It must not come from elsewhere, since copies and published files are two data sets."""
+    save(tmp_path / "cifar10" / other / "cat" / "0.png", noise_image(0))
+    expect_error(capsys, lambda: common.load_images("cifar10", split, tmp_path),
+                 f"{tmp_path / 'cifar10' / split}: no images")
+
+
 def test_cifar10_torchvision_layout(tmp_path, monkeypatch):
     """torchvision's pickled batches are read. They are written here, so their checksums are not compared."""
     from torchvision.datasets import CIFAR10
