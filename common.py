@@ -1140,7 +1140,7 @@ def budget(name, dataset, size):
                        "bits_images": 256, "bits_draws": 100}
     else:  # paper: the published settings of DiffuseVAE
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
-                  "warmup": 5000, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
+                  "warmup": 5000.0, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
                   "objective": "eps", "even_levels": False, "start": 1000, "heads": 8, "attention": [16],
                   "vae_flip": False, "every": 100}
         train |= ({"dropout": 0.3, "components": 50} if size == 32 else

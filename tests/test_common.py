@@ -1011,6 +1011,13 @@ def test_settings_that_are_changed(capsys):
     assert common.name_changes({}) == "" and common.name_changes({"beta": 0.25}) == "-beta=0.25"
 
 
+def test_warmup_may_be_a_share_with_every_budget():
+    for budget in ("smoke", "cpu", "gpu", "paper"):
+        given = flags("--device", "cpu", "--budget", budget, "--set", "warmup=0.1")
+        common.read_settings(given)
+        assert given.changes == {"warmup": 0.1}
+
+
 SET_ERRORS = [
     (["steps=5", "unet=[]", "attention=16", "heads=3", "encoder=1", "seed=1", "image_size=64", "dataset=cifar10", "=3",
       "Beta=1"],
