@@ -1003,14 +1003,16 @@ def find_hashed(folder, name):
 
 def load_hashed(found, what, advice, sha256=None):
     """Load the one file in the list `found`, on the CPU. Fails, saying `what` is loaded and giving `advice`, if there
-    is not exactly one, if it cannot be read, or if the sha256 of its bytes is wrong: it must begin with the eight
-    digits in the file's name, or equal `sha256` if that is given."""
+    is not exactly one, if it cannot be read, or if the sha256 of its bytes is wrong: it must equal `sha256` or, if
+    that is not given, begin with the eight digits at the end of the file's name."""
     if len(found) != 1:
         fail(f"{what}: {len(found)} files, one is needed; {advice}")
     try:
         data = found[0].read_bytes()
     except OSError as error:
         fail(f"{what} {found[0]}: {error.strerror}; {advice}")
+    if sha256 is None and not found[0].match(f"*-{'[0-9a-f]' * 8}.pt"):
+        fail(f"{what} {found[0]}: the name must end in -<8 hexadecimal digits>.pt, the first of its sha256; {advice}")
     if not hashlib.sha256(data).hexdigest().startswith(sha256 or found[0].stem[-8:]):
         fail(f"{what} {found[0]}: {len(data):,} bytes, wrong sha256 (cut off, or another file); {advice}")
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")

@@ -3,6 +3,7 @@
 import ast
 import colorsys
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -920,6 +921,20 @@ def test_write(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(common, "RANK", rank)
         common.write(path.with_name(f"rank{rank}"), b"")
     assert {p.name for p in path.parent.iterdir()} == {"file.bin", "rank0"}
+
+
+def test_load_hashed(tmp_path, capsys):
+    """The hash must stand whole in the file's name, unless it is given: a name that has only its first digit, or none,
+    proves nothing. (The published Inception weights have other names, and their hash is given.)"""
+    path = common.save_state(tmp_path / "net-*.pt", {"w": 1})
+    digits = path.stem[-8:]
+    assert common.load_hashed([path], "what", "advice") == {"w": 1}
+    for name in (f"{digits[0]}.pt", f"{digits}.pt", f"net-{digits}.pth", f"net{digits}.pt"):
+        other = shutil.copy(path, tmp_path / name)
+        expect_error(capsys, lambda other=other: common.load_hashed([other], "what", "advice"), name, "must end in",
+                     "advice")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert common.load_hashed([tmp_path / f"net-{digits}.pth"], "what", "advice", sha256) == {"w": 1}
 
 
 def test_find_images(tmp_path):
