@@ -1275,7 +1275,7 @@ def decode_files(files, size, crop, cache):
     """Image files -> uint8 array (N, 3, size, size), kept in `cache` until a file's path, size or time changes."""
     listing = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
     text = f"{crop} {size}\n{listing}"
-    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # a file's name need not be valid UTF-8
+    key = hashlib.sha256(os.fsencode(text)).hexdigest()  # a file's name need not be valid UTF-8
     with contextlib.suppress(Exception):  # there is no cache, or it is damaged: decode again
         with np.load(cache) as stored:
             if str(stored["key"]) == key:
