@@ -75,7 +75,7 @@ TITLES = {"uncertainty": 16}
 # --diffusion-weight 0.003.
 VARIANTS = {
     "stage1-vae": "the VAE alone: its coarse image `x_hat`",
-    "stage1-uncond": "a diffusion model of the same size, without a VAE",
+    "stage1-uncond": "a diffusion model of the same size, without a VAE, trained for as many steps as the refiner",
     "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model; codes come from a fitted Gaussian mixture",
     "stage1-form2": "`form1`, but in the other formulation of DiffuseVAE",
     "stage1-guided": "`form1`; each prediction is moved away from that of a worse refiner, which was trained for a "

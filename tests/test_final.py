@@ -1305,6 +1305,25 @@ def test_a_vae_alone_of_equal_minutes(committed):
     assert f"{lower} than the pair" in " ".join(README.split())
 
 
+def test_a_diffusion_model_alone_of_equal_minutes(committed):
+    """What REPORT.md says of form1 and of latent diffusion against it, with one run each on faces and CIFAR-10."""
+    text = " ".join(REPORT.split())
+    lower, in_six_steps, latent = [], [], []  # of faces, then of CIFAR-10
+    for dataset, rival in (("celeba64", "stage1-uncond-unet_steps=4000"), ("cifar10", "stage1-uncond-unet_steps=8000")):
+        fd, fewer_steps, of_latent = (
+            final.compare_sides(committed[dataset], (name, variant), (name, rival)) for name, variant in (
+                ("fd", "stage1-form1"), ("fd, 6 steps", "stage1-form1"), ("fd", "bonus-latent")))
+        assert fd["seeds"] == fewer_steps["seeds"] == of_latent["seeds"] == 1
+        lower.append(f"{-math.expm1(fd['log_ratio']):.0%}")
+        in_six_steps.append(f"{-math.expm1(fewer_steps['log_ratio']):.0%}")
+        latent.append(math.expm1(of_latent["log_ratio"]))
+    assert "On faces that of `form1` is {} lower†, on CIFAR-10 only {}† (one run each, seed 0)".format(*lower) in text
+    assert "fd is {} lower on faces† and {} on CIFAR-10†".format(*in_six_steps) in text
+    assert "{1} on CIFAR-10† and {0} on faces† (one run each)".format(*in_six_steps) in text
+    assert f"it is {latent[1]:.0%} higher, and with" in text and abs(latent[0]) < 0.01
+    assert f"nearly as good ({math.exp(-fd['log_ratio']) - 1:.0%} higher fd†, one run)" in text
+
+
 def test_twice_the_steps_on_faces(committed):
     """What the texts say of the runs with twice the steps there, against those with the usual steps and equal seeds."""
     faces = committed["celeba64"]
