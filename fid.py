@@ -39,6 +39,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections import OrderedDict
@@ -245,7 +246,7 @@ def load_extractor(kind, dataset, weights=None, device="cpu", data_dir="data"):
     what = "--weights" if weights else f"--features local, {home / name}-<hash8>.pt"  # how errors begin
     all_networks = [str(path) for place in (FEATURES_DIR, OWN_FEATURES_DIR) for path in sorted(place.glob("*.pt"))]
     advice = (f"name one with --weights (there are {', '.join(all_networks) or 'none'}), or make it: "
-              f"python fid.py --train-local {data_dir if dataset == 'folder' else dataset}")
+              f"python fid.py --train-local {shlex.quote(str(data_dir)) if dataset == 'folder' else dataset}")
     # This ends the program unless exactly one file is found and its bytes have the hash that is in its name.
     stored = load_hashed(found, what, advice)
     if "classes" not in stored:
@@ -1157,7 +1158,7 @@ def train_local(name, data_dir="data"):
         path = home / extractor.name.removeprefix("local-")  # without .pt or .json
         common.write(Path(f"{path}.json"), (report + "\n").encode())
         print(f"{path}.pt has the weights, {path.name}.json the report above")
-    flags = f"folder --data-dir {data_dir} --image-size {extractor.size}" if own else dataset
+    flags = f"folder --data-dir {shlex.quote(str(data_dir))} --image-size {extractor.size}" if own else dataset
     print(f"next: python stage1_baseline.py --features local --dataset {flags}")
 
 

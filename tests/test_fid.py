@@ -533,9 +533,9 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
-def test_every_folder_has_a_network_of_its_own(tmp_path, features_dir, local):
+def test_every_folder_has_a_network_of_its_own(tmp_path, features_dir, local, capsys):
     """None is found by the name of another folder that is alike, whatever characters are in the names. A folder may be
-    named by a relative path, too."""
+    named by a relative path, too. Where there is none, the command that makes one can be pasted into a shell."""
     names = ["photos", "photos-2", "photos-12345678", "photos?", "photos*", "photos+", "[p]hotos", "one/photos"]
     own = [fid.own_name(tmp_path / name) for name in names]
     paths = [fid.save_local(local, fid.OWN_FEATURES_DIR, name) for name in own]
@@ -545,6 +545,10 @@ def test_every_folder_has_a_network_of_its_own(tmp_path, features_dir, local):
     assert own[0] == fid.own_name("photos") == fid.own_name("one/../photos/") and own[0].startswith("photos-")
     save_folder(smooth_images(2), tmp_path / "photos*")
     assert fid.load_extractor("local", "folder", data_dir="photos*").name == f"local-{paths[4].stem}"
+    save_folder(smooth_images(2), tmp_path / "my photos")
+    with pytest.raises(SystemExit) as stopped:
+        fid.load_extractor("local", "folder", data_dir="my photos")
+    assert "python fid.py --train-local 'my photos'" in f"{stopped.value}{capsys.readouterr().err}"
 
 
 def test_the_network_of_a_data_set_is_never_trained_again(monkeypatch, features_dir, local, capsys):
