@@ -512,7 +512,7 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
             "real_recall", "real_is"} <= set(report)
     out = capsys.readouterr().out
     assert f"{path.relative_to(tmp_path)} has the weights" in out and "which is kept" not in out
-    assert f"--dataset folder --data-dir {folder} --image-size 64" in out  # as large as the images it was trained on
+    assert f"--dataset folder --data-dir '{folder}' --image-size 64" in out  # as large as the images it was trained on
     monkeypatch.setattr(fid, "train_network", None)  # no second training
     save_folder(smooth_images(90, 48), tmp_path / "mine.v1 [new]" / "more")
     fid.main(["--train-local", folder])
