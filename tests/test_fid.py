@@ -522,7 +522,7 @@ def test_train_local_on_a_folder(monkeypatch, tmp_path, features_dir, capsys):
     other = save_folder(smooth_images(60, 40, seed=3), tmp_path / "elsewhere" / "mine.v1 [new]")
     fid.main([folder, other, "--json"])
     assert json.loads(capsys.readouterr().out)["features"] == f"local-{path.stem}"
-    expect_error(capsys, lambda: fid.main([other, folder]), "0 files, one is needed", f"--train-local {other}")
+    expect_error(capsys, lambda: fid.main([other, folder]), "0 files, one is needed", f"--train-local '{other}'")
     fid.main([other, folder, "--weights", str(path)])
     named = save_folder(smooth_images(4), tmp_path / "shapes")  # not the data set
     fid.save_local(fid.LocalNet(2), features_dir, "shapes")
