@@ -682,7 +682,7 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion  # a VAE alone has one, too, so that nothing has to ask, but does not sample with it
+    diffusion: Diffusion  # a VAE alone has one, too, but does not sample with it
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)

@@ -68,8 +68,9 @@ cifar10)
             run stage1_baseline.py --variant form1 --set beta=$beta
             run stage2_joint.py --set beta=$beta
         done
-        run stage1_baseline.py --variant vae --set vae_steps=12000  # about as long as VAE and refiner together
-        run stage1_baseline.py --variant uncond --set unet_steps=8000  # and this
+        # The VAE alone and the diffusion model alone, each trained about as long as VAE and refiner together
+        run stage1_baseline.py --variant vae --set vae_steps=12000
+        run stage1_baseline.py --variant uncond --set unet_steps=8000
     fi ;;
 celeba64)
     if [ "$seed" = 0 ]; then

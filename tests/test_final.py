@@ -1337,6 +1337,30 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     assert f"{higher}† (one run, against three of the pair)" in report and f"{higher} on CIFAR-10" in readme
 
 
+def test_kid(committed):
+    """What REPORT.md says of KID beside fd, and what of it is significant."""
+    report = " ".join(REPORT.split())
+
+    def compared(dataset, *sides):
+        return final.compare_sides(committed[dataset], *(("kid", side) for side in sides))
+
+    refined = [compared(dataset, "stage1-form1", "stage1-vae") for dataset in ("shapes", "cifar10", "celeba64")]
+    flow = compared("shapes", "stage3-flow-fixed", "stage1-form1")
+    assert all(change["p"] < 0.05 for change in (*refined, flow))
+    lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in refined]
+    assert "lowers it by {} on shapes, {} on CIFAR-10 and {} on faces".format(*lower) in report
+    assert f"that of the flow is {math.exp(flow['log_ratio']):.0f} times as high as stage 1's on shapes" in report
+    joint, twice = "stage2-anneal", final.TWICE
+    for words, ours, theirs in (
+            ("{} lower for `kendall` than for stage 1", "stage2-kendall", "stage1-form1"),
+            ("{} lower for `anneal` than for `augmented`", joint, "stage1-augmented"),
+            ("{} lower for joint training than for stage 1 (p is 6%)", f"{joint}{twice}", f"stage1-form1{twice}"),
+            ("{} lower than for `augmented` (all not significant)", f"{joint}{twice}", f"stage1-augmented{twice}"),
+            ("For `from-vae` it is {} higher than for stage 1", f"{joint}-from-vae", "stage1-form1")):
+        change = compared("shapes", ours, theirs)
+        assert words.format(f"{abs(math.expm1(change['log_ratio'])):.0%}") in report and change["p"] > 0.05, words
+
+
 def test_the_best_beta_of_each(committed):
     """Joint training against stage 1, each with the best beta of its sweep."""
     shapes = final.compare_sides(committed["shapes"], ("fd", "stage2-anneal-beta=0.08"),
