@@ -127,7 +127,6 @@ NUMBERS = {
     "hf_energy": "headline/hf_energy",  # fine detail relative to real images; 1 is as sharp as real
     "ms": "headline/ms_per_image",  # the time of sampling one image, in milliseconds
     "ms, 4 steps": "steps/dpm 4/ms_per_image",
-    "evaluations": "headline/nfe",  # how often a U-Net runs for one image; a guided step runs two
     "fd, 2 steps": "steps/dpm 2/fd",
     "fd, 4 steps": "steps/dpm 4/fd",
     "fd, 6 steps": "steps/dpm 6/fd",
@@ -242,13 +241,17 @@ NUMBERS = {
 # from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
     "baseline": ("stage1-vae stage1-vae-vae_steps=* stage1-uncond stage1-uncond-*=* stage1-form1 stage1-guided",
-                 "fd; is; hf_energy; evaluations; ms"),
+                 "fd; fd against stage1-form1; fd, 6 steps against stage1-form1; is; hf_energy; ms"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd; fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; spread, unsure; "
                      "noise fd"),
+    "robustness": ("stage1-form1 stage1-guided stage1-augmented stage2-anneal stage2-anneal-w0.003 "
+                   "stage2-anneal-grad-none stage2-anneal-from-vae",
+                   "noise fd; noise fd against stage1-form1; fd, noise 0.4 against stage1-form1; "
+                   "fd against stage1-form1"),
     "savings": ("bonus-latent",
                 "seconds saved, %; seconds saved, %, batch 1; GFLOPs saved, %; memory saved, %; "
                 "fd against stage1-form1; diversity"),
@@ -655,7 +658,7 @@ def mean_and_sd(values):
     mean = statistics.mean(values)
     sd = statistics.stdev(values) if len(values) > 1 else 0
     if sd <= 1e-9 * abs(mean):  # they differ by rounding alone, or there is only one
-        return f"{mean:,}" if isinstance(mean, int) else fid.rounded(mean, 3)  # evaluations are whole numbers
+        return fid.rounded(mean, 3)
     return f"{fid.rounded(mean, 3)} ± {fid.rounded(sd, 2)}"
 
 
@@ -693,8 +696,7 @@ def cell_of_comparison(results, variant, column):
     if change is None:  # no seed has both
         return ""
     seeds = "1 seed" if change["seeds"] == 1 else f"{change['seeds']} seeds"
-    text = percent(change["log_ratio"])
-    return f"**{text}**, {seeds}" if is_significant(change) else f"{text}, {seeds}"
+    return f"{change_in_percent(change)}, {seeds}"
 
 
 # --- Comparisons -----------------------------------------------------------------------------------------------------
@@ -739,25 +741,39 @@ def is_significant(change):
     return p is not None and p < 0.05
 
 
-def describe_change(change):
-    """A comparison as text, in bold if it is significant. Of questions that are tested together, the p-value is the
-    adjusted one; the interval is never adjusted."""
+def change_in_percent(change):
+    """A comparison of two sides as text: -20%. It is in bold if it is significant, and a dagger follows if processors
+    differ."""
     text = percent(change["log_ratio"])
+    if is_significant(change):
+        text = f"**{text}**"
+    return text + ("†" if change["across_processors"] else "")
+
+
+def describe_change(change):
+    """The same with its interval and its p-value or, of one or two runs, with their number. Of questions that are
+    tested together, the p-value is the adjusted one; the interval is never adjusted."""
+    text = change_in_percent(change)
     if change["seeds"] == 1:
         return f"{text} (one run)"
     if change["seeds"] == 2:
         return f"{text} (two runs)"
-    if is_significant(change):
-        text = f"**{text}**"
     p = change.get("adjusted", change["p"])
     p = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
     return f"{text} ({percent(change['low'])} to {percent(change['high'])}), {p}"
 
 
+def processor(metrics):
+    """The kind of processor on which a run was trained: of "cpu (AMD EPYC, 1 threads)", what stands before the
+    threads."""
+    return metrics["run"]["device"].rpartition(",")[0]
+
+
 def compare_sides(results, our_side, their_side):
     """The two sides of a claim, each (name of a number, variant), on a data set, over the seeds that both have: their
-    numbers, `ours` and `theirs`, and what `compare` says of them. A seed is left out if one of its numbers is 0, as
-    precision may be after a few steps: it has no ratio. None if no seed remains."""
+    numbers, `ours` and `theirs`, what `compare` says of them, and whether the two runs of any of these seeds were
+    trained on different processors. A seed is left out if one of its numbers is 0, as precision may be after a few
+    steps: it has no ratio. None if no seed remains."""
     (name, variant), (other_name, other_variant) = our_side, their_side
     our_values = values_by_seed(results.get(variant, {}), name)
     their_values = values_by_seed(results.get(other_variant, {}), other_name)
@@ -769,7 +785,9 @@ def compare_sides(results, our_side, their_side):
         return None
     ours = [our_values[seed] for seed in shared_seeds]
     theirs = [their_values[seed] for seed in shared_seeds]
-    return {"ours": ours, "theirs": theirs} | compare(ours, theirs)
+    across_processors = any(processor(results[variant][seed]) != processor(results[other_variant][seed])
+                            for seed in shared_seeds)
+    return {"ours": ours, "theirs": theirs, "across_processors": across_processors} | compare(ours, theirs)
 
 
 def describe_sides(claim):
@@ -810,7 +828,7 @@ def table_claims(everything, claims, adjust=False):
             row.append(means + describe_change(change))
     note = "" if adjust else "The means of both sides ± their sd over seeds; then the change. "
     note += ("A change is the geometric mean of the ratios of runs with the same seed, in percent. In brackets stands "
-             "its 95% interval over seeds. **Bold**: significant. ")
+             "its 95% interval over seeds. **Bold**: significant. †: trained on different processors. ")
     if adjust:
         note += ("The p-values of a data set's questions are adjusted together (Holm), so several can be equal. The "
                  "intervals are not adjusted: one that excludes 0 need not be significant.")
@@ -897,6 +915,8 @@ def with_note(table, names, settings=SETTINGS):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
         kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant)")
+    if "†" in table:
+        kinds.append("†: trained on different processors")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
@@ -935,7 +955,7 @@ def direction(name):
     # "other third" and "all refined"; and "steps evenly", "steps by s" and "steps by other s".
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
                         "reconstruction fd", "steps", "noise", "path length", "bits/dim", "ms", "seconds",
-                        "evaluations", "train minutes", "memory")):
+                        "train minutes", "memory")):
         return "↓"
     return ""
 

@@ -146,7 +146,7 @@ EXPECTED = {
     "fd": (100, 1000), "fd before": (200, None), "floor": (101, 1000), "is": (102, 1000), "kid": (103, 1000),
     "precision": (104, 1000),
     "recall": (105, 1000), "diversity": (106, 1000), "hf_energy": (107, 1000), "ms": (100500, 1000),
-    "ms, 4 steps": (180500, 200), "evaluations": (20, 1000),
+    "ms, 4 steps": (180500, 200),
     "fd, 2 steps": (190, 200), "fd, 4 steps": (180, 200), "fd, 6 steps": (150, 200),
     "fd, 10 steps": (160, 200), "fd, 25 steps": (170, 200), "fd, ddim 25": (140, 200),
     "hf_energy, 6 steps": (157, 200), "hf_energy, ddim 6": (137, 200),
@@ -258,7 +258,7 @@ def test_numbers_as_text():
     """Three digits and, from a thousand on, all before the point. The standard deviation is that of a sample, with two
     significant digits. It is left out where nothing differs by more than rounding. Whole numbers, which are counts,
     stay as they are; no zero of others is dropped."""
-    texts = {(2.0,): "2.00", (10, 10): "10", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123",
+    texts = {(2.0,): "2.00", (10, 10): "10.0", (1000.0,): "1,000", (1234.5,): "1,234", (0.012345,): "0.0123",
              (999.4,): "999", (999.9,): "1,000", (-1234.5,): "-1,234", (1.0, 2.0, 3.0): "2.00 ± 1.0",
              (1.0, 1.0, 4.0): "2.00 ± 1.7", (1.0, 1.2, 1.4): "1.20 ± 0.20", (10.0, 20.0, 30.0): "20.0 ± 10",
              (10.0, 10.0, 40.0): "20.0 ± 17", (100.0, 300.0, 500.0): "300 ± 200", (1000.0, 3000.0): "2,000 ± 1,414",
@@ -274,19 +274,19 @@ def test_cells(tmp_path):
     slow["tables"]["components"] = {"images": 1500, "30": {"fd_local": score(7)}}
     del slow["tables"]["bits_per_dim"]
     seeds = load(tmp_path, metrics(), slow)["shapes"]["stage1-form1"]
-    names = ("fd", "is", "ms", "evaluations", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
+    names = ("fd", "is", "ms", "train minutes", "fd, N(0, I)", "fd, mixture", "bits/dim",
              "noise fd", "fd, noise 0.4", "fd, 30 components", "memory saved, %", "steps/dpm 5/fd")
     cells = {tuple(chosen): [final.cell(chosen, name) for name in names]
              for chosen in ({}, {0: seeds[0]}, {1: seeds[1]}, seeds)}
     assert cells == {
         (): [""] * len(names),
-        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10,500", "50", "1.50", "30.0 [29.0, 31.0] (50)",
+        (0,): ["10.0 [9.00, 11.0]", "12.0 [11.0, 13.0]", "10,500", "1.50", "30.0 [29.0, 31.0] (50)",
                "12.0 [11.0, 13.0] (50)", "3.00 [2.00, 4.00] (128)", "20.0 (50)",
                "40.0 [39.0, 41.0] (50)", "", "", "20.0 [19.0, 21.0] (50)"],
-        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13,500", "50", "10.0", "39.0 [38.0, 40.0] (50)",
+        (1,): ["13.0 [12.0, 14.0]", "15.0 [14.0, 16.0]", "13,500", "10.0", "39.0 [38.0, 40.0] (50)",
                "15.0 [14.0, 16.0] (50)", "", "26.0 (50)", "52.0 [51.0, 53.0] (50)",
                "7.00 [6.00, 8.00] (1,500)", "", "23.0 [22.0, 24.0] (50)"],
-        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10,500", "50", "1.50", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
+        (0, 1): ["11.5 ± 2.1", "13.5 ± 2.1", "10,500", "1.50", "34.5 ± 6.4 (50)", "13.5 ± 2.1 (50)",
                  "3.00 [2.00, 4.00] (128)", "23.0 ± 4.2 (50)", "46.0 ± 8.5 (50)",
                  "7.00 [6.00, 8.00] (1,500)", "", "21.5 ± 2.1 (50)"]}
 
@@ -312,12 +312,29 @@ def test_compare_is_students_paired_test():
 def test_a_score_of_zero_has_no_ratio():
     """Its seed is left out of a comparison."""
     def runs(*values):
-        return {seed: {"headline": {"precision": score(value)}} for seed, value in enumerate(values)}
+        return {seed: {"headline": {"precision": score(value)}, "run": {"device": "cpu"}}
+                for seed, value in enumerate(values)}
 
     sides = ("precision", "a"), ("precision", "b")
     found = final.compare_sides({"a": runs(2, 0, 4), "b": runs(1, 3, 0)}, *sides)
     assert (found["ours"], found["theirs"], found["seeds"]) == ([2], [1], 1)
     assert final.compare_sides({"a": runs(0), "b": runs(3)}, *sides) is None
+
+
+def test_a_dagger_marks_different_processors():
+    """The number of threads does not count. One seed of several is enough."""
+    def runs(*devices):
+        return {seed: {"headline": {"fd": score(1.0)}, "run": {"device": device}}
+                for seed, device in enumerate(devices)}
+
+    def change(ours, theirs):
+        results = {"a": runs(*ours), "b": runs(*theirs)}
+        return final.cell_of_comparison(results, "a", "fd against b")
+
+    amd, one, two = "cpu (AMD, 1 threads)", "cpu (Intel, 1 threads)", "cpu (Intel, 2 threads)"
+    assert change([one], [two]) == "+0.0%, 1 seed"
+    assert change([one, amd], [two, two]) == "+0.0%†, 2 seeds"
+    assert change([one, amd], [two]) == "+0.0%, 1 seed"  # only the seeds that both have
 
 
 def test_compare_equal_ratios():
@@ -340,7 +357,7 @@ def test_changes_as_text():
     base = [10.0, 11.0, 12.0]
 
     def describe(ours, theirs):
-        return final.describe_change(final.compare(ours, theirs))
+        return final.describe_change(final.compare(ours, theirs) | {"across_processors": False})
 
     # ratios 0.5, 0.5 and 0.55; then 2, 2 and 2.2; then 1.2, 0.864 and 1.042
     assert describe([5.0, 5.5, 6.6], base).startswith("**-48%** (-55% to -41%), p = 0.00")
@@ -350,7 +367,7 @@ def test_changes_as_text():
     assert describe([8.0], [10.0]) == "-20% (one run)"
     assert describe([11.0, 12.1], [10.0, 11.0]) == "+10% (two runs)"
     # ratios 0.8, 0.8, 0.9 and 0.9: their geometric mean is the root of 0.72, their interval 0.761 to 0.945
-    change = final.compare([8.0, 8.0, 9.0, 9.0], [10.0] * 4)
+    change = final.compare([8.0, 8.0, 9.0, 9.0], [10.0] * 4) | {"across_processors": False}
     assert final.describe_change(change) == "**-15%** (-24% to -5.5%), p = 0.017"
     assert final.describe_change(change | {"adjusted": 0.0499}) == (
         "**-15%** (-24% to -5.5%), p = 0.05")
@@ -1275,8 +1292,8 @@ def test_twice_the_steps(committed):
             f"{lower} below stage 1, and {below} below `augmented`") in report
     assert f"the fd of `augmented` is {less} below that of `form1`" in report
     assert f"(`{before}` before refinement)" in report
-    assert f"its fd is {lower} lower than stage 1's (five runs)" in report
-    assert f"joint training has a {lower} lower fd on shapes (five runs)" in readme
+    assert f"the fd of joint training is {lower} lower on shapes (five runs)" in report
+    assert f"the fd of joint training is {lower} lower than that of stage 1 on shapes (five runs)" in readme
 
 
 def test_the_gradient_with_twice_the_steps(committed):
@@ -1299,10 +1316,10 @@ def test_a_vae_alone_of_equal_minutes(committed):
     """On shapes it is better than VAE and refiner. The texts say so three times. On photographs it is worse."""
     shapes = committed["shapes"]
     change = final.compare_sides(shapes, ("fd before", "stage1-form1-vae_steps=1650"), ("fd", "stage1-form1"))
-    lower = f"has a {-math.expm1(change['log_ratio']):.0%} lower fd"
+    lower = f"{-math.expm1(change['log_ratio']):.0%} lower"
     assert change["p"] < 0.05 and change["seeds"] == 5
-    assert " ".join(REPORT.split()).count(f"{lower}† than the pair") == 2
-    assert f"{lower} than the pair" in " ".join(README.split())
+    assert " ".join(REPORT.split()).count(f"has a {lower} fd† than the pair") == 2
+    assert f"the fd of the VAE alone is {lower}." in " ".join(README.split())
     cifar10 = final.compare_sides(committed["cifar10"], ("fd", "stage1-vae-vae_steps=12000"), ("fd", "stage1-form1"))
     above = f"its fd is {math.expm1(cifar10['log_ratio']):.0%} above that of the pair† (one run)"
     assert above in " ".join(REPORT.split())
@@ -1326,15 +1343,15 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
         of_mean.append(f"{fd['ours'][0] / statistics.mean(of_form1) - 1:.0%}")
         in_six_steps.append(math.expm1(fewer_steps["log_ratio"]))
         latent.append(math.expm1(of_latent["log_ratio"]))
-    assert "Its fd there is {} and {} higher than that of `form1` with the same seed".format(*same_seed) in report
-    assert "and {} and {} higher than the mean of three seeds".format(*of_mean) in report
-    assert "In six steps in place of ten it is {:.0%} and {:.0%} higher".format(*in_six_steps) in report
+    assert "On faces† it is {} higher, and on CIFAR-10† only {} (one run each;".format(*same_seed) in report
+    assert "{} and {} higher than the mean of three pairs)".format(*of_mean) in report
     lower = [1 - 1 / (1 + higher) for higher in in_six_steps]
     assert "{1:.0%} on CIFAR-10† and {0:.0%} on faces† (one run each)".format(*lower) in report
-    assert f"it is {latent[1]:.0%} higher, and with" in report and abs(latent[0]) < 0.01
+    assert f"{latent[1]:.0%} higher on CIFAR-10† and equal on faces†" in report and abs(latent[0]) < 0.01
     least, most = fd["ours"][0] / max(of_form1) - 1, fd["ours"][0] / min(of_form1) - 1  # of CIFAR-10
     higher = f"only {least:.0%} to {most:.0%} higher"
-    assert f"{higher}† (one run, against three of the pair)" in report and f"{higher} on CIFAR-10" in readme
+    assert f"{higher}† (one run, against three of the pair)" in report
+    assert f"On CIFAR-10, that of the diffusion model alone is {higher}, one run." in readme
 
 
 def test_kid(committed):
@@ -1393,8 +1410,8 @@ def test_twice_the_steps_on_faces(committed):
     assert f"the same two seeds have `{stage1[0]:.2f}` and `{joint[0]:.2f}`" in report
     assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`, though the images hardly look better. That "
             f"of joint training stays at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
-    assert f"it is {higher} than stage 1's ({runs})" in report
-    assert f"and a {higher} one on faces ({runs})" in readme
+    assert f"(five runs), and {higher} on faces ({runs})" in report
+    assert f"(five runs), and {higher} on faces ({runs})" in readme
 
 
 def test_sizes():
