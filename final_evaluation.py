@@ -74,7 +74,7 @@ TITLES = {"uncertainty": 16}
 # ends in -KEY=VALUE: it is the same variant, except for this setting. A name with w0.003 is that of a run with
 # --diffusion-weight 0.003.
 VARIANTS = {
-    "stage1-vae": "the VAE alone: its coarse image `x_hat`",
+    "stage1-vae": "the VAE of `form1`: its coarse image `x_hat`, before refinement",
     "stage1-uncond": "a diffusion model of the same size, without a VAE, trained for as many steps as the refiner",
     "stage1-form1": "the baseline: `x_hat`, refined by a diffusion model; codes come from a fitted Gaussian mixture",
     "stage1-form2": "`form1`, but in the other formulation of DiffuseVAE",
@@ -248,7 +248,7 @@ TABLES = {
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd; fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; spread, unsure; "
                      "noise fd"),
-    "robustness": ("stage1-form1 stage1-guided stage1-augmented stage2-anneal stage2-anneal-w0.003 "
+    "robustness": ("stage1-form1 stage1-augmented stage2-anneal stage2-anneal-w0.003 "
                    "stage2-anneal-grad-none stage2-anneal-from-vae",
                    "noise fd; noise fd against stage1-form1; fd, noise 0.4 against stage1-form1; "
                    "fd against stage1-form1"),
@@ -942,7 +942,10 @@ def table_of(everything, patterns, columns):
                     cells.append(cell(seeds, column))
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
-    return with_note(markdown(["variant", *map(with_arrow, columns)], rows), columns)
+    # "fd, mixture against stage3-flow-fixed" is shown as "against stage3-flow-fixed: fd, mixture".
+    titles = [re.sub("(.*) against (.*)", r"against \2: \1", column) for column in columns]
+    titles = [f"{title} {direction(column)}".rstrip() for title, column in zip(titles, columns, strict=True)]
+    return with_note(markdown(["variant", *titles], rows), columns)
 
 
 def direction(name):

@@ -38,7 +38,8 @@ fi
 
 case $dataset in
 shapes)
-    run stage1_baseline.py --variant form1 --set vae_steps=1650  # its VAE is trained as long as that of --from-vae
+    # This VAE is trained as long as that of --from-vae, and as long as VAE and refiner together.
+    run stage1_baseline.py --variant vae form1 --set vae_steps=1650
     run stage1_baseline.py --variant form1 augmented --set vae_steps=1800 unet_steps=1200  # twice as many
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200
     if [ "$seed" -lt 3 ]; then
@@ -68,18 +69,18 @@ cifar10)
             run stage1_baseline.py --variant form1 --set beta=$beta
             run stage2_joint.py --set beta=$beta
         done
-        # The VAE alone and the diffusion model alone, each trained about as long as VAE and refiner together
-        run stage1_baseline.py --variant vae --set vae_steps=12000
-        run stage1_baseline.py --variant uncond --set unet_steps=8000
-    fi ;;
+        run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
+    fi
+    run stage1_baseline.py --variant uncond --set unet_steps=8000 ;;  # as long as both
 celeba64)
     if [ "$seed" = 0 ]; then
         run stage2_joint.py --from-vae
-        run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together
+        run stage1_baseline.py --variant vae --set vae_steps=8000  # about as long as VAE and refiner together
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
     fi
     if [ "$seed" -lt 2 ]; then
+        run stage1_baseline.py --variant uncond --set unet_steps=4000  # as long as both
         run stage1_baseline.py --variant form1 --set even_levels=false
         run stage1_baseline.py --variant form1 --set vae_steps=4600 unet_steps=4600  # twice as many
         run stage2_joint.py --set vae_steps=4600 unet_steps=4600

@@ -566,7 +566,7 @@ def test_a_column_compares_with_another_variant(tmp_path):
     many += [metrics("stage2-bound", seed, 5.0 + seed / 100) for seed in range(3)]
     many += [metrics("stage2-anneal", 7, 99.0), metrics("stage2-kendall", 7), metrics("stage2-sum", dataset="cifar10")]
     header, _, *lines, _, note = final.table_of(load(tmp_path, *many), "*", "fd; fd against stage1-form1").splitlines()
-    assert header == "| variant | fd ↓ | fd against stage1-form1 ↓ |" and "against: the change in percent" in note
+    assert header == "| variant | fd ↓ | against stage1-form1: fd ↓ |" and "against: the change in percent" in note
     assert {line.split(" | ")[0]: line.split(" | ")[2].strip(" |") for line in lines} == {
         "| shapes stage1-form1": "", "| shapes stage2-anneal": "-37%, 2 seeds", "| shapes stage2-kendall": "",
         "| shapes stage2-bound": "**-50%**, 3 seeds", "| shapes stage2-sum": "+10%, 1 seed", "| cifar10 stage2-sum": ""}
