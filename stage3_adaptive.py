@@ -471,12 +471,13 @@ def fd_to_originals(images, real_features, setup):
 
 
 def adaptivity(folder, state, model, setup):
-    """Does the refiner profit from s? Four tables, and uncertainty.png, with images from sure to unsure.
+    """Does the refiner profit from s? Five tables, and uncertainty.png, with images from sure to unsure.
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
         adaptive_refinement  generated images, whose number of steps depends on s (0 for some); for codes of the flow
                              and for codes of the mixture
+        noise_seen           noise on x_hat of which s is told
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if
@@ -522,12 +523,30 @@ def adaptivity(folder, state, model, setup):
     controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
                 "shuffled": fd_to_originals(refined_control, real_features, setup)}
     by_prior = {prior: adaptive_refinement(model, s_of, prior, setup) for prior in ("flow", "gmm")}
-    return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior, "cost": cost(model, setup)}
+    return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior,
+            "noise_seen": noise_seen(model, setup), "cost": cost(model, setup)}
+
+
+def noise_seen(model, setup):
+    """The mean Frechet distance under noise on x_hat, as in fid.robustness, but with an s that is computed from the
+    noisy x_hat. (In fid.robustness it is computed before the noise is added: it describes the VAE alone.)"""
+    def denoiser_for(x_hat, z, clean):
+        return model.denoiser_for(x_hat, z, clean=x_hat)
+
+    evaluation = setup.evaluation
+    prior, _, _ = common.headline(model, evaluation)
+    distances = []
+    for sd in fid.NOISE.values():
+        if sd > 0:
+            row, _, _ = fid.measure(dataclasses.replace(model, denoiser_for=denoiser_for), setup, prior, "dpm",
+                                    evaluation["probe_steps"], evaluation["grid_count"], sd)
+            distances.append(row[setup.fd_key]["value"])
+    return {"images": evaluation["grid_count"], "mean": sum(distances) / len(distances)}
 
 
 def cost(model, setup):
-    """What the conditioning costs in sampling: seconds of refining an image with it and without it (`fixed`), with the
-    same U-Net. The two are timed in turn, on this machine."""
+    """What the conditioning costs in sampling: seconds and operations of refining an image with it and without it
+    (`fixed`), with the same U-Net. The two are timed in turn, on this machine."""
     unet = model.networks[-1]["unet"]  # the last network is the refiner; see load_model
     steps = setup.evaluation["sample_steps"]
 
@@ -542,18 +561,21 @@ def cost(model, setup):
     def refine(name):
         common.refine(models[name], x_hat, z, common.generator(0), "dpm", steps)
 
-    seconds = common.time_in_turn({name: partial(refine, name) for name in models}, model.device)
-    return {name: {"seconds_per_image": seconds[name] / count} for name in models}
+    runs = {name: partial(refine, name) for name in models}
+    seconds = common.time_in_turn(runs, model.device)
+    return {name: {"seconds_per_image": seconds[name] / count, "gflops_per_image": common.count_gflops(run) / count}
+            for name, run in runs.items()}
 
 
 def adaptive_refinement(model, s_of, prior, setup):
-    """Does it pay to let s decide how much an image is refined? Scores of six sets of generated images, whose codes the
-    prior of this name draws. In the first three sets an image gets two steps on average, so few that one more or less
-    can be seen in the scores:
+    """Does it pay to let s decide how much an image is refined? Scores of seven sets of generated images, whose codes
+    the prior of this name draws. In the first three sets an image gets two steps on average, so few that one more or
+    less can be seen in the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
         shuffled_steps    the same, by the s of another image: a control
+        three             three steps for every image: a rival that spends more on steps, and nothing on s
 
     In the last three, an image that is refined gets `probe_steps` steps, as in other measurements. In the last two,
     only a third of the images is refined at all, which saves two thirds of the time of refinement:
@@ -582,7 +604,7 @@ def adaptive_refinement(model, s_of, prior, setup):
 
     other_s = s.roll(1)
     sets = {"even": refined[2], "adaptive_steps": by_thirds(s, (1, 2, 3)),
-            "shuffled_steps": by_thirds(other_s, (1, 2, 3)), "all": refined[full],
+            "shuffled_steps": by_thirds(other_s, (1, 2, 3)), "three": refined[3], "all": refined[full],
             "unsure_third": by_thirds(s, (0, 0, full)), "shuffled_third": by_thirds(other_s, (0, 0, full))}
     result = {"images": count}
     for name, images in sets.items():

@@ -306,10 +306,13 @@ def test_stage3_strategies(smoke, tmp_path, monkeypatch, capsys):
         assert set(tables["adaptivity"]["terciles"]) == {"images", "sure", "middle", "unsure"}
         by_prior = tables["adaptivity"]["adaptive_refinement"]
         assert list(by_prior) == ["flow", "gmm"] and by_prior["flow"] != by_prior["gmm"]
-        assert all(set(table) == {"images", "even", "adaptive_steps", "shuffled_steps", "all", "unsure_third",
-                                  "shuffled_third"} for table in by_prior.values())
+        assert all(set(table) == {"images", "even", "adaptive_steps", "shuffled_steps", "three", "all",
+                                  "unsure_third", "shuffled_third"} for table in by_prior.values())
         assert tables["bits_per_dim"]["bound"]["value"] > 0
         assert set(costs) == {"fixed", "this"} and costs["fixed"]["seconds_per_image"] > 0
+        # Only `fixed` does without s, and so without another pass through the encoder.
+        costs_more = costs["this"]["gflops_per_image"] > costs["fixed"]["gflops_per_image"]
+        assert costs_more == ("fixed" not in variant)
         if variant == "stage3-flow-fixed":
             assert controls["shuffled"] == controls["true"]
 

@@ -322,6 +322,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
         z, z[:, 0] * stats["mean"] if (vae, kind) == (PLANTED, "variance") else None))
     monkeypatch.setattr(stage3, "adaptive_refinement", lambda *args: args)
     monkeypatch.setattr(stage3, "cost", lambda *args: ("cost", *args))
+    monkeypatch.setattr(stage3, "noise_seen", lambda *args: ("noise", *args))
     tables = stage3.adaptivity(tmp_path, state, model, setup)
 
     real = test.images[:66]  # 3 (44 // 2)
@@ -348,7 +349,7 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
     assert 0 < 2 * error[:22].mean() < error[22:44].mean() < error[44:].mean()  # so their order is that of their errors
     everything = torch.arange(66)
     assert tables["terciles"]["images"] == 22 and tables["controls"]["images"] == 66
-    assert tables["cost"] == ("cost", model, setup)
+    assert tables["cost"] == ("cost", model, setup) and tables["noise_seen"] == ("noise", model, setup)
     assert tables["controls"]["true"] == pytest.approx(against_originals(refined, everything))
     assert tables["controls"]["shuffled"] == pytest.approx(
         against_originals(refined_by(dataclasses.replace(model, denoiser_for=denoiser_with_other_s), 82_000),
@@ -385,7 +386,8 @@ def test_adaptive_refinement(full, monkeypatch):
         refined[steps] = common.to_uint8(torch.cat(parts))
     own, other = rank // 83 + 1, rank.roll(1) // 83 + 1  # thirds have 83 images
     ways = {"even": torch.full((249,), 2), "adaptive_steps": own, "shuffled_steps": other,
-            "all": torch.full((249,), full), "unsure_third": full * (own == 3), "shuffled_third": full * (other == 3)}
+            "three": torch.full((249,), 3), "all": torch.full((249,), full), "unsure_third": full * (own == 3),
+            "shuffled_third": full * (other == 3)}
     assert list(table) == ["images", *ways]
     for images, (name, steps) in zip(scored, ways.items(), strict=True):
         assert torch.equal(images, torch.stack([refined[n][k] for k, n in enumerate(steps.tolist())]))
@@ -393,9 +395,26 @@ def test_adaptive_refinement(full, monkeypatch):
     assert full == 2 or not any(torch.equal(one, other) for one, other in itertools.combinations(scored, 2))
 
 
+def test_noise_seen(monkeypatch):
+    """A refiner whose s sees the noise is measured at each strength of fid.robustness: there, the x_hat from which s is
+    computed is the noisy one. The result is the mean of the three distances."""
+    asked = []
+
+    def planted_measure(model, setup, prior, sampler, steps, count, sd):
+        asked.append((model.denoiser_for("noisy", "z", clean="clean"), prior, sampler, steps, count, sd))
+        return {"fd": {"value": 30 * sd}}, None, None
+
+    monkeypatch.setattr(fid, "measure", planted_measure)
+    model = planted_model(denoiser_for=lambda x_hat, z, clean: (x_hat, z, clean))
+    evaluation = {"prior": "flow", "sampler": "ddim", "sample_steps": 9, "probe_steps": 5, "grid_count": 44}
+    table = stage3.noise_seen(model, SimpleNamespace(evaluation=evaluation, fd_key="fd"))
+    assert table == {"images": 44, "mean": pytest.approx(7)}
+    assert asked == [(("noisy", "z", "noisy"), "flow", "dpm", 5, 44, sd) for sd in (0.1, 0.2, 0.4)]
+
+
 def test_cost_by_hand(monkeypatch):
-    """With planted seconds: those of a batch over its images, of at most 50, in as many steps as the headline has.
-    `fixed` has the same U-Net, which sees x_hat as it is."""
+    """With planted seconds and operations: those of a batch over its images, of at most 50, in as many steps as the
+    headline has. `fixed` has the same U-Net, which sees x_hat as it is."""
     class UNet(torch.nn.Conv2d):
         def forward(self, x, t, extra=None):
             seen.append(x)
@@ -415,11 +434,13 @@ def test_cost_by_hand(monkeypatch):
     model = planted_model(networks=(None, {"unet": unet}), denoiser_for=lambda x_hat, z, clean: (
         lambda x, t: unet(torch.cat([x, 0.5 * x_hat], 1), t)))
     monkeypatch.setattr(common, "time_in_turn", planted_seconds)
+    monkeypatch.setattr(common, "count_gflops", lambda run: 7.0 if refined(run)[2] else 8.0)
     for batch, count in ((80, 50), (20, 20)):
         first = first[:count]
         table = stage3.cost(model, SimpleNamespace(evaluation={"batch": batch, "sample_steps": 4}))
         assert timed.pop() == {"fixed": (count, 4, True), "this": (count, 4, False)}
-        assert table == {"fixed": {"seconds_per_image": 20 / count}, "this": {"seconds_per_image": 30 / count}}
+        assert table == {"fixed": {"seconds_per_image": 20 / count, "gflops_per_image": 7 / count},
+                         "this": {"seconds_per_image": 30 / count, "gflops_per_image": 8 / count}}
 
 
 def joint(**changes):
