@@ -75,12 +75,11 @@ cifar10)
 celeba64)
     if [ "$seed" = 0 ]; then
         run stage2_joint.py --from-vae
-        run stage1_baseline.py --variant vae --set vae_steps=8000  # about as long as VAE and refiner together
+        run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
     fi
     if [ "$seed" -lt 2 ]; then
-        run stage1_baseline.py --variant uncond --set unet_steps=4000  # as long as both
         run stage1_baseline.py --variant form1 --set even_levels=false
         run stage1_baseline.py --variant form1 --set vae_steps=4600 unet_steps=4600  # twice as many
         run stage2_joint.py --set vae_steps=4600 unet_steps=4600
@@ -97,8 +96,12 @@ if [ "$dataset" = shapes ] && [ "$seed" = 0 ]; then
     run stage2_joint.py --loss bound
     run stage2_joint.py --loss bound --gradient none
     run stage1_baseline.py --variant vae --set beta=2  # weighs squared error and KL as `bound` does
-    run stage1_baseline.py --variant form1 --set start=1000
-    # The published settings, but for the sizes, the number of steps and the sampler.
-    run stage1_baseline.py --variant form1 \
-        --set start=1000 objective=eps even_levels=false beta=1 vae_muon_lr=0 unet_muon_lr=0
+    # The published settings, but for the sizes, the number of steps and the sampler; with ten times the steps; and each
+    # of them alone (even_levels=false is run above)
+    published="start=1000 objective=eps even_levels=false beta=1 vae_muon_lr=0 unet_muon_lr=0"
+    run stage1_baseline.py --variant form1 --set $published
+    run stage1_baseline.py --variant form1 --set $published vae_steps=9000 unet_steps=6000
+    for change in start=1000 objective=eps beta=1 "vae_muon_lr=0 unet_muon_lr=0"; do
+        run stage1_baseline.py --variant form1 --set $change
+    done
 fi

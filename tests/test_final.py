@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -1472,3 +1473,41 @@ def test_pictures():
     real = re.compile(rf"results/(?!shapes|figures/shapes).*"
                       rf"({'|'.join((*final.FIGURES_OF_REAL_IMAGES, 'conditionings'))})\.png")
     assert not any(map(real.fullmatch, committed))
+
+
+def test_what_s_costs(committed):
+    """One pass of the encoder, in operations, beside a step of the refiner; and how far the timing errs, which is seen
+    from `fixed`. (The layers for s themselves have less than a thousandth of a step.)"""
+    shares, of_ten = [], []
+    for dataset, size in (("shapes", 32), ("cifar10", 32), ("celeba64", 64)):
+        train, _ = common.budget("cpu", dataset, size)
+        vae, unet = common.build_vae(train).eval(), common.build_unet(train, 6).eval()
+        images = torch.zeros(2, 6, size, size)
+        step = common.count_gflops(partial(unet, images, torch.full((2,), 100)))
+        shares.append(common.count_gflops(partial(vae.encoder, images[:, :3])) / step)
+        of_ten.append(f"{shares[-1] / 10:.0%}")
+    report = " ".join(REPORT.split())
+    assert "as {:.0%}, {:.0%} and {:.0%} of a step on shapes, CIFAR-10 and faces".format(*shares) in report
+    assert of_ten == ["2%", "1%", "1%"] and "adds 2% to those of ten steps on shapes and 1% on CIFAR-10 and" in report
+    errors = {dataset: [] for dataset in committed}
+    for dataset, results in committed.items():
+        for found in results["stage3-flow-fixed"].values():
+            cost = found["tables"]["adaptivity"]["cost"]
+            errors[dataset].append(cost["this"]["seconds_per_image"] / cost["fixed"]["seconds_per_image"] - 1)
+    real = errors["cifar10"] + errors["celeba64"]
+    assert (f"lie {min(errors['shapes']):.0%} to {max(errors['shapes']):+.0%} on shapes, and {min(real):.0%} to "
+            f"{max(real):+.0%} on CIFAR-10 and faces") in report
+
+
+def test_memory_with_weights(committed):
+    """What latent diffusion saves if the weights of all networks, in float32, are added to the peak of the profiler."""
+    saved = []
+    for results in committed.values():
+        latent, pixel = results["bonus-latent"][0], results["stage1-form1"][0]
+        savings = latent["tables"]["savings"]
+        of_latent, of_pixel = (savings[kind]["peak_memory_mb"] + 4 * found["run"]["parameters"] / 2**20
+                               for kind, found in (("latent", latent), ("pixel", pixel)))
+        saved.append(1 - of_latent / of_pixel)
+    text = f"{min(saved):.0%} to {max(saved):.0%}"
+    assert f"{text} if the weights of all networks are added" in " ".join(REPORT.split())
+    assert f"{text} of the memory of sampling (weights included)" in " ".join(README.split())
