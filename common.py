@@ -188,9 +188,9 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
     the line through the two latest predictions is extended by half a step. Positions on the path are measured in
-    lambda = log(a / sigma). (The reason: x / sigma = exp(lambda) x0 + eps. On the curve, the changes of the predicted
-    x0 and eps cancel in this sum, so d(x / sigma) = x0 exp(lambda) d lambda.) With h = lambda_next - lambda_t and
-    h_before = lambda_t - lambda_before,
+    lambda = log(a / sigma). (The reason: x / sigma = exp(lambda) x0 + eps. A step of DDIM keeps x0 and eps, so it
+    changes x / sigma by x0 times the change of exp(lambda). In the limit of small steps, d(x / sigma) = x0 exp(lambda)
+    d lambda.) With h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
         x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
@@ -265,7 +265,9 @@ class BottleneckBlock(nn.Module):
 
 
 def init_keeping_variance(conv, fan_in):
-    """Draw a layer's weights so that its output has its input's variance. `fan_in`: inputs that add up to an output."""
+    """Draw a layer's weights so that its output has its input's variance. `fan_in`: inputs that add up to an output.
+    For the strided layers: no skip connection leads around them, and with torch's weights each of them would shrink the
+    variance to a third or less."""
     nn.init.normal_(conv.weight, std=fan_in**-0.5)
     return conv
 
@@ -276,7 +278,9 @@ class Encoder(nn.Module):
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
     (16, 64, 1), ..., (1, 128, 1)]. (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64 channels, then a layer
     from 16x16 to 8x8 and from 64 channels to 96: there are blocks + 1 blocks before the resolution changes, since the
-    published numbers do not count one of them. If `pool`, the resolution changes as published, by average pooling and a
+    published numbers do not count one of them. (The last level has `blocks` of them.)
+
+    If `pool`, the resolution changes as published, by average pooling and a
     1x1 convolution. Otherwise it changes by a strided convolution, which has a weight for every position in its window.
     An average does not tell positions apart, and the published network averages all the way down to 1x1. So only the
     zero padding at the border can tell it where things are, and it does not learn this in a short training.
@@ -487,9 +491,8 @@ class UNet(nn.Module):
                 self.up[-1].append(block(width + skip_width, level_width, resolution))
                 width = level_width
             self.grow.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. They
-        # are made all the same, because the initial weights of all later layers depend on the random numbers drawn, and
-        # the committed results have those weights.
+        # Nothing lies below the lowest level or above the highest, so these two convolutions are dropped again. (They
+        # were made only to use up the random numbers that they used in the committed results.)
         self.shrink[-1] = self.grow[-1] = nn.Identity()
         self.norm, self.out = GroupNorm(width), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -593,7 +596,7 @@ class GaussianMixture:
             residuals = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
         covariance = residuals.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
-        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # shared by all components
+        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # shared by all, at first
         for _ in range(rounds):
             mixture = mixture.em_round(part, tied)
         for _ in range(2):
@@ -661,7 +664,8 @@ class GaussianMixture:
         return torch.cat([log_joint.logsumexp(1) for _, log_joint in self.log_joints(z)])
 
     def sample(self, count, gen):
-        """`count` draws (count, d) from a CPU generator. Every row has a random component, so the order is random."""
+        """`count` draws (count, d) from a CPU generator. Every row has a random component, so any part of the rows
+        is a fair sample, too."""
         components = torch.multinomial(self.weights, count, replacement=True, generator=gen)
         noise = torch.randn(count, self.means.shape[1], generator=gen)
         factors = self.factors.expand(len(self.means), -1, -1)  # (K, d, d)
@@ -682,14 +686,14 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion  # a VAE alone has one, too, but does not sample with it
+    diffusion: Diffusion  # a VAE alone has one, too, only because evaluation reads its `start`
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`
-    # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z), which differs from
-    # x_hat if noise is added to it, to test the refiner (`damage` in `generate`). Only stage 3 uses z and clean. A VAE
-    # alone has no denoiser_for.
+    # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z). x_hat is the
+    # same, unless noise was added to it to test the refiner (`damage` in `generate`). Only stage 3 uses z and clean. A
+    # VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step

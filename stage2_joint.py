@@ -20,16 +20,18 @@ The loss has two terms.
                     (This and the final value, 0.03, were found by trying, on shapes.)
     kendall         exp(-a) E + a + exp(-b) D M + b, where a and b are learned (Kendall et al. 2018, arXiv:1705.07115).
                     The ratio of the weights, exp(-b) / exp(-a) = exp(a - b), plays the part of lambda. The loss is
-                    lowest where exp(a) = E and exp(b) = D M. As M stays near 1, lambda tends to E / D: the smaller the
-                    VAE's error, the smaller the weight.
+                    lowest where exp(a) = E and exp(b) = D M. There lambda = E / (D M), which is about E / D, as M
+                    stays near 1: the smaller the VAE's error, the smaller the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
                         -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + U
                     Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
-                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). U has the terms
-                    of the U-Net's steps from x_start to x0, in nats (bound_loss). In this loss, E is the sum of the two
-                    KLs (beta is not used), and D M is U. On shapes the VAE collapses: the code stays empty, and images
-                    are useless. With `--gradient none` (see below) it does not collapse, and the bound is no worse. So
-                    it is the U-Net's gradient that makes the VAE collapse; we did not find out how. (One run each.)
+                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). (It is about 0
+                    at start = T, where x_start is noise: there only the U-Net's gradient trains the decoder.) U has the
+                    terms of the U-Net's steps from x_start to x0, in nats (bound_loss). In this loss, E is the sum of
+                    the two KLs (beta is not used), and D M is U. On shapes the VAE collapses: the code stays empty, and
+                    images are useless. With `--gradient none` (see below) it does not collapse, and the bound is no
+                    worse. So it is the U-Net's gradient that makes the VAE collapse; we did not find out how. (One run
+                    each.)
 
 How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
 networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
@@ -120,8 +122,8 @@ class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later
     exp(a) follows the mean of E, and exp(b) that of D M, so that both quotients stay near 1. (So the VAE's gradient is
     far smaller than with the other losses. This hardly slows its training, since the steps of Adam and Muon do not
-    depend on a constant factor of the gradient. But it never reaches `vae_clip`, a limit for gradients of a sum over
-    pixel values.)"""
+    depend on a constant factor of the gradient. Its one effect is that `vae_clip`, a limit for gradients of a sum over
+    pixel values, is never reached.)"""
 
     def __init__(self, D):
         super().__init__()
@@ -155,9 +157,8 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 
     The U-Net's part has a KL for each t from 2 on, constant_t + factor_t |x0 - x0_predicted|^2 (common.kl_step), and,
     for t = 1, the nats of the pixels given x_1 (common.data_nats). These terms are largest at small t, so these times
-    are drawn more often, which lowers the variance (importance sampling). A uniform u in [0, 1) gives (the power was
-    found by trying)
-        t = floor(start u^4) + 1
+    are drawn more often, which lowers the variance (importance sampling). A uniform u in [0, 1) gives
+        t = floor(start u^4) + 1    (the power 4 was found by trying)
         P(t <= k) = P(u^4 < k / start) = (k / start)^(1/4)
         P(t = k) = P(t <= k) - P(t <= k - 1) = (k / start)^(1/4) - ((k - 1) / start)^(1/4)
     Each term is divided by the probability of its time, which keeps the estimate unbiased."""
@@ -208,7 +209,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     vae = common.build_vae(train)
     if vae_state:
         vae.load_state_dict(vae_state["vae"])
-    torch.manual_seed(train["seed"])  # so that each network starts from the same weights as in stage 1
+    torch.manual_seed(train["seed"])  # stage 1 does so before each network: both begin with the same weights as there
     unet = common.build_unet(train, 6)
     D = data.images[0].numel()  # the number of pixel values
     balance = Balance(D)  # which only `kendall` uses
@@ -316,7 +317,8 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Twice `first`, so that no two of the seeds are neighbours: `refine` may use this seed and the next one.
+    # `first` comes in hundreds, since `refine` may use this seed and the next one. (Its factor 2 is of no use. It stays
+    # because the committed results have it.)
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -458,11 +460,14 @@ def results_of_stage1(setup):
 
 def main(argv=None):
     args, own, name = read_flags(argv)
-    # To change these by --set is an error here: settings of stage 3 and of stage 1's `guided` and, where no VAE of
-    # stage 1 is used, vae_flip (joint training mirrors images as `unet_flip` says) and, of `bound`, beta.
-    unused = ["flow_steps", "guidance"]
-    if not args.from_vae:
-        unused += ["vae_flip", "beta"] if args.loss == "bound" else ["vae_flip"]
+    # To change these by --set is an error here.
+    unused = ["flow_steps", "guidance"]  # settings of stage 3, and of stage 1's `guided`
+    if args.loss == "bound":
+        unused.append("even_levels")
+    if not args.from_vae:  # with --from-vae, the VAE of stage 1 depends on these two
+        unused.append("vae_flip")  # joint training mirrors images as `unet_flip` says
+        if args.loss == "bound":
+            unused.append("beta")
     train, evaluation, device = common.read_settings(args, unused)
     if args.dry_run:
         return common.print_settings(train | own | args.changes, evaluation)

@@ -11,9 +11,9 @@ The flow prior
         the first 60% of the steps   The VAE's loss has the KL to N(0, I), weighted by beta as in stage 1. The flow is
                                      fitted to its codes, but no gradient of the flow reaches the VAE, whose codes
                                      would otherwise chase a prior that is chasing them.
-        the last 40%                 The flow now follows the codes closely. The KL to the flow takes the place of the
-                                     KL to N(0, I), and trains both. It is estimated from one sample z ~ q(z|x), as
-                                     log q(z|x) - log p(z), shape (B,).
+        the last 40%                 The flow now follows the codes closely, so this chase does little harm. The KL to
+                                     the flow takes the place of the KL to N(0, I), weighted by beta, too, and trains
+                                     both. It is estimated from one sample z ~ q(z|x), as log q(z|x) - log p(z), (B,).
         afterwards ("ex post")       The VAE is finished. The flow is fitted further to its codes.
     The rival is the Gaussian mixture of stage 1, fitted to the same codes. How many components it needs to do as well
     as the flow is measured, too (fid.by_components; results/TABLES.md, *components*).
@@ -173,7 +173,7 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm: no batch counts for much more
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm, so only odd batches are cut
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -340,10 +340,10 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, where it trains the flow alone, and
-    the weight beta in the second, where it is a part of the KL. The flow's matrices hardly notice the jump: only this
-    term trains them, and a step of Muon does not depend on the size of the gradients, once those of some thirty steps
-    before the jump are forgotten. The flow's biases are trained by Adam, which does notice: their steps become smaller,
-    and recover over a thousand steps or so (on shapes, the training ends before that)."""
+    the weight beta in the second, where it is a part of the KL. The flow's matrices soon forget the jump: only this
+    term trains them, and a step of Muon does not depend on the size of the gradients, once the larger ones from before
+    the jump have left its average (about a hundred steps). The flow's biases are trained by Adam, which remembers more
+    than a thousand steps: until the training ends, their steps are smaller."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -490,13 +490,11 @@ def adaptivity(folder, state, model, setup):
         return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
 
     # The codes are means of q(z|x), as in all reconstructions that are measured. The regression of s and the refiner
-    # were fitted to samples of q(z|x), whose z^2 is larger by the variance. So here s is shifted against training: its
-    # mean is not 0. This does not change the thirds, which depend on the order of s alone, but the refiner is shown the
-    # shifted s.
+    # were fitted to samples of q(z|x), whose z^2 is larger by the variance. So here s is shifted against training, a
+    # little more for some images than for others: its mean is not 0.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, refined, s = refine_all(model, s_of, mu, steps, seed)
-    # The same codes with two other noises. (seed + 1000 and + 2000 are also the seeds of runs with the next two --seed.
-    # That does no harm, since these have other networks.)
+    # The same codes with two other noises
     refined_again = [refine_all(model, s_of, mu, steps, seed + more)[1] for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     three_times = (refined, *refined_again)
@@ -528,8 +526,8 @@ def adaptivity(folder, state, model, setup):
 
 
 def noise_seen(model, setup):
-    """The mean Frechet distance under noise on x_hat, as in fid.robustness, but with an s that is computed from the
-    noisy x_hat. (In fid.robustness it is computed before the noise is added: it describes the VAE alone.)"""
+    """The mean Frechet distance under noise on x_hat, as in fid.robustness, but with an s whose s_vec is computed from
+    the noisy x_hat. (In fid.robustness it is computed before the noise is added: it describes the VAE alone.)"""
     def denoiser_for(x_hat, z, clean):
         return model.denoiser_for(x_hat, z, clean=x_hat)
 

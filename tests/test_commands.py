@@ -573,6 +573,7 @@ def test_committed_weights(dataset, size):
         ("stage1", "flow_steps"), ("stage2", "flow_steps"), ("stage2", "guidance"), ("stage3", "guidance"))),
     ("stage2", "--set vae_flip=false", ["--set vae_flip: nothing in this stage depends on it"]),
     ("stage2", "--loss bound --set beta=1", ["--set beta: nothing in this stage depends on it"]),
+    ("stage2", "--loss bound --set even_levels=false", ["--set even_levels: nothing in this stage depends on it"]),
     ("stage2", "--from-vae", ["stage1-vae-s0", "holds no finished VAE"]),
     ("stage2", "--gradient none --loss kendall", ["--gradient none", "--loss"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
