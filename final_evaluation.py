@@ -242,8 +242,8 @@ NUMBERS = {
 TABLES = {
     "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
                  "fd; fd against stage1-form1; is; hf_energy; ms"),
-    "rivals": ("stage1-vae-vae_steps=* stage1-uncond-unet_steps=* stage1-form1",
-               "fd; fd against stage1-form1; fd, 4 steps against stage1-form1; is; hf_energy"),
+    "rivals": ("stage1-vae-vae_steps=* stage1-uncond-unet_steps=* stage1-form1 stage1-form1-vae_steps=1650",
+               "fd before; fd; fd against stage1-form1; fd, 4 steps against stage1-form1; is; hf_energy"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
