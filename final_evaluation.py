@@ -246,7 +246,8 @@ TABLES = {
                "fd before; fd; fd against stage1-form1; fd, 4 steps against stage1-form1; is; hf_energy"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
-    "twice the steps": ("*-vae_steps=*-unet_steps=*", "fd before; fd; is; hf_energy; precision; noise fd"),
+    "twice the steps": (f"*{TWICE} *-vae_steps=4600-unet_steps=4600",
+                        "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
                      "fd; fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; is; spread, unsure; "
                      "noise fd"),

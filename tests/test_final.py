@@ -1532,3 +1532,48 @@ def test_four_steps(committed):
     text = " ".join(REPORT.split())
     assert f"save {saved['cifar10']} of the time on CIFAR-10 and {saved['celeba64']} on faces (seed 0)" in text
     assert f"raise fd by {raised['cifar10']} on CIFAR-10 and by {raised['celeba64']} on faces" in text
+
+
+def test_stage_3_trained_again(committed):
+    """What REPORT.md says of the runs in results/repeated/shapes: a third step for all beside steps by s, and an s that
+    is computed from the noisy image."""
+    repeated = final.load_all(final.ROOT.glob("results/repeated/shapes/*.json"))["shapes"]
+    fixed, film = repeated["stage3-flow-fixed"].values(), repeated["stage3-flow-film"].values()
+    assert len(fixed) == len(film) == 3
+
+    def fds(steps):
+        return [final.number(run, f"tables/adaptivity/adaptive_refinement/gmm/{steps}/fd")["value"] for run in fixed]
+
+    by_s, three = final.compare(fds("adaptive_steps"), fds("even")), final.compare(fds("three"), fds("even"))
+    assert max(by_s["p"], three["p"], final.compare(fds("three"), fds("adaptive_steps"))["p"]) < 0.05
+    report = " ".join(REPORT.split())
+    lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
+    assert "steps by `s` lower fd by {}, and three steps for all by {}.".format(*lower) in report
+    noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
+                          [final.number(run, "noise fd") for run in film])
+    changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
+    assert f"changes the noise fd of `film` by {changed} only (three more runs, not significant)" in report
+    assert noise["p"] > 0.05
+    for run in film:  # the operations of s, which test_what_s_costs computes, as the runs counted them
+        cost = run["tables"]["adaptivity"]["cost"]
+        assert cost["this"]["gflops_per_image"] / cost["fixed"]["gflops_per_image"] == pytest.approx(1.021, abs=0.001)
+
+
+def test_the_published_settings(committed):
+    """On shapes, with seed 0: all at once, with ten times the steps, and each alone."""
+    def fds(changes, name="fd"):
+        return final.number(committed["shapes"][f"stage1-form1{changes}"][0], name)["value"]
+
+    published = "-start=1000-objective=eps-even_levels=False-beta=1-vae_muon_lr=0-unet_muon_lr=0"
+    longer = f"{published}-vae_steps=9000-unet_steps=6000"
+    report = " ".join(REPORT.split())
+    before, after = fds(published, "fd before"), fds(published)
+    assert (f"The fd is {before:.0f} before refinement and {after:.0f} after it; with ten times the training steps, it "
+            f"is `{fds(longer, 'fd before'):.1f}` before and `{fds(longer):.1f}` after.") in report
+    alone = [fds(changes) for changes in ("", "-beta=1", "-vae_muon_lr=0-unet_muon_lr=0", "-even_levels=False",
+                                          "-start=1000", "-objective=eps")]
+    assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
+            "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
+    minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
+    assert (f"give an fd of {fds(published):.0f} on shapes. With ten times as many ({minutes:.0f} minutes) it is "
+            f"`{fds(longer):.1f}`" in report)
