@@ -1343,7 +1343,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             in report)
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    assert f"{on_cifar10}† in ten steps (in four, {then})" in report
+    assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
     above = on_cifar10.replace("higher", "above")
     assert f"the diffusion model's is {above} it in ten steps, {then} in four." in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
@@ -1378,7 +1378,7 @@ def test_kid(committed):
             ("For `from-vae` it is {} higher than for stage 1", f"{joint}-from-vae", "stage1-form1")):
         change = compared("shapes", ours, theirs)
         assert words.format(f"{abs(math.expm1(change['log_ratio'])):.0%}") in report and change["p"] > 0.05, words
-    assert "than for stage 1, where fd is lower. (None of these is significant.)" in report
+    assert "than for stage 1†, where fd is lower. (None of these is significant.)" in report
 
 
 def test_the_best_beta_of_each(committed):
@@ -1411,8 +1411,8 @@ def test_twice_the_steps_on_faces(committed):
                      for variant in ("stage1-form1", "stage2-anneal"))
     assert f"its fd is `{stage1[1]:.2f}`, and that of joint training is `{joint[1]:.2f}`, {higher}." in report
     assert f"the same two seeds have `{stage1[0]:.2f}` and `{joint[0]:.2f}`" in report
-    assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`, though the images hardly look better. That "
-            f"of joint training stays at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
+    assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`†, though the images hardly look better. "
+            f"That of joint training stays at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
     assert f"(five runs), and {higher} on faces ({runs})" in report
     assert f"(five runs), and a {higher} one on faces ({runs})" in readme
 
@@ -1569,11 +1569,11 @@ def test_the_published_settings(committed):
     report = " ".join(REPORT.split())
     before, after = fds(published, "fd before"), fds(published)
     assert (f"The fd is {before:.0f} before refinement and {after:.0f} after it; with ten times the training steps, it "
-            f"is `{fds(longer, 'fd before'):.1f}` before and `{fds(longer):.1f}` after.") in report
+            f"is `{fds(longer, 'fd before'):.1f}` before and `{fds(longer):.1f}` after†.") in report
     alone = [fds(changes) for changes in ("", "-beta=1", "-vae_muon_lr=0-unet_muon_lr=0", "-even_levels=False",
                                           "-start=1000", "-objective=eps")]
     assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
             "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
     minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
     assert (f"give an fd of {fds(published):.0f} on shapes. With ten times as many ({minutes:.0f} minutes) it is "
-            f"`{fds(longer):.1f}`" in report)
+            f"`{fds(longer):.1f}`†" in report)
