@@ -945,10 +945,11 @@ def table_of(everything, patterns, columns):
                     cells.append(cell(seeds, column))
             if any(cells):
                 rows.append([f"{dataset} {variant}", *cells])
-    # "fd, mixture against stage3-flow-fixed" is shown as "against stage3-flow-fixed: fd, mixture".
-    titles = [re.sub("(.*) against (.*)", r"against \2: \1", column) for column in columns]
-    titles = [f"{title} {direction(column)}".rstrip() for title, column in zip(titles, columns, strict=True)]
-    return with_note(markdown(["variant", *titles], rows), columns)
+    titles = ["variant"]
+    for column in columns:  # "fd against stage1-form1" is shown as "against stage1-form1: fd"
+        title = re.sub("(.*) against (.*)", r"against \2: \1", column)
+        titles.append(f"{title} {direction(column)}".rstrip())
+    return with_note(markdown(titles, rows), columns)
 
 
 def direction(name):

@@ -477,7 +477,7 @@ def adaptivity(folder, state, model, setup):
         controls             the same images with their own s, and with that of another image
         adaptive_refinement  generated images, whose number of steps depends on s (0 for some); for codes of the flow
                              and for codes of the mixture
-        noise_seen           noise on x_hat of which s is told
+        noise_seen           noise on x_hat, with an s that is computed from the noisy x_hat
         cost                 what the conditioning costs"""
     steps, seed = setup.evaluation["probe_steps"], common.SEEDS["terciles"] + 1000 * setup.train["seed"]
     # Images per third: half as many as other measurements use, to save time. (Or a third of the held-out images, if

@@ -1251,7 +1251,8 @@ def test_comparisons_with_the_repeated_baseline(committed):
     assert (f"**The flow on faces** has, after refinement, a {-math.expm1(flow['log_ratio']):.0%} lower fd than N(0, "
             "I) (not significant)" in text) and flow["p"] > 0.05
     compared_with_noise = ("stage1-augmented", "stage2-anneal-grad-none", "stage2-anneal-w0.003")
-    noise_fd, fd = ([compared(name, variant) for variant in compared_with_noise] for name in ("noise fd", "fd"))
+    noise_fd = [compared("noise fd", variant) for variant in compared_with_noise]
+    fd = [compared("fd", variant) for variant in compared_with_noise]
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in noise_fd]
     assert ("**Noise fd on faces** is {} lower for `augmented`, {} lower for `grad-none` and {} lower for `w0.003` "
             "(all significant)".format(*lower)) in text and max(change["p"] for change in noise_fd) < 0.05
@@ -1335,8 +1336,10 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     ten = {dataset: change(dataset, "fd", alone[dataset], "stage1-form1") for dataset in alone}
     seeds["shapes"] = 1
     four = {dataset: change(dataset, "fd, 4 steps", alone[dataset], "stage1-form1") for dataset in alone}
-    in_ten, in_four = ({dataset: math.exp(found["log_ratio"]) for dataset, found in both.items()}
-                       for both in (ten, four))
+    in_ten, in_four = {}, {}
+    for dataset in alone:
+        in_ten[dataset] = math.exp(ten[dataset]["log_ratio"])
+        in_four[dataset] = math.exp(four[dataset]["log_ratio"])
     assert max(ten["shapes"]["p"], ten["cifar10"]["p"], four["cifar10"]["p"]) < 0.05 and 4.5 < in_ten["shapes"] < 5.5
     on_cifar10, then = f"only {in_ten['cifar10'] - 1:.0%} higher", f"{in_four['cifar10'] - 1:.0%}"
     assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run), and {on_cifar10} on CIFAR-10† (three runs). If"
@@ -1384,9 +1387,11 @@ def test_the_best_beta_of_each(committed):
     """Joint training against stage 1, each with the best beta of its sweep."""
     shapes = final.compare_sides(committed["shapes"], ("fd", "stage2-anneal-beta=0.08"),
                                  ("fd", "stage1-form1-beta=0.02"))
-    fds = {variant: [final.values_by_seed(committed["cifar10"][name], "fd")[0] for name in (
-        f"{variant}-beta=0.125", variant, f"{variant}-beta=0.5")] for variant in ("stage1-form1", "stage2-anneal")}
-    lower = 1 - min(fds["stage2-anneal"]) / min(fds["stage1-form1"])
+    best = {}  # the lowest fd on CIFAR-10 over three values of beta
+    for variant in ("stage1-form1", "stage2-anneal"):
+        runs = f"{variant}-beta=0.125", variant, f"{variant}-beta=0.5"
+        best[variant] = min(final.values_by_seed(committed["cifar10"][run], "fd")[0] for run in runs)
+    lower = 1 - best["stage2-anneal"] / best["stage1-form1"]
     assert shapes["seeds"] == 3 and shapes["p"] > 0.05
     assert ("**The best beta of each.** With it, the fd of joint training is "
             f"{math.expm1(shapes['log_ratio']):.0%} higher on shapes (three runs, not significant) and {lower:.0%} "
@@ -1522,7 +1527,8 @@ def test_four_steps(committed):
         runs = list(committed[dataset]["stage1-form1"].values())
         for path in sorted(final.ROOT.glob(f"results/repeated/{dataset}/stage1-form1-*.json")):
             runs += final.load_all([path])[dataset]["stage1-form1"].values()
-        four, ten = ([final.number(run, f"fd, {steps} steps")["value"] for run in runs] for steps in (4, 10))
+        four = [final.number(run, "fd, 4 steps")["value"] for run in runs]
+        ten = [final.number(run, "fd, 10 steps")["value"] for run in runs]
         change = final.compare(four, ten)
         assert change["seeds"] == 5 and change["p"] < 0.05
         raised[dataset] = f"{math.expm1(change['log_ratio']):.0%}"
