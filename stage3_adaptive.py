@@ -531,13 +531,13 @@ def noise_seen(model, setup):
     def denoiser_for(x_hat, z, clean):
         return model.denoiser_for(x_hat, z, clean=x_hat)
 
-    evaluation = setup.evaluation
+    evaluation, seeing_model = setup.evaluation, dataclasses.replace(model, denoiser_for=denoiser_for)
     prior, _, _ = common.headline(model, evaluation)
     distances = []
     for sd in fid.NOISE.values():
         if sd > 0:
-            row, _, _ = fid.measure(dataclasses.replace(model, denoiser_for=denoiser_for), setup, prior, "dpm",
-                                    evaluation["probe_steps"], evaluation["grid_count"], sd)
+            row, _, _ = fid.measure(seeing_model, setup, prior, "dpm", evaluation["probe_steps"],
+                                    evaluation["grid_count"], sd)
             distances.append(row[setup.fd_key]["value"])
     return {"images": evaluation["grid_count"], "mean": sum(distances) / len(distances)}
 
