@@ -1236,7 +1236,8 @@ def test_comparisons_with_the_repeated_baseline(committed):
         lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
         assert words + " {}, {} and {} (significant".format(*lower) + f", p is {p})" in text
         on = {"cifar10": "CIFAR-10", "celeba64": "faces"}[dataset]
-        assert re.search(f"lowers fd by .*?{-math.expm1(guided['log_ratio']):.0%} on {on}", text)
+        assert re.search(f"With guidance, the fd of the same refiner is [^.]*{-math.expm1(guided['log_ratio']):.0%} "
+                         f"lower on {on}", text)
         assert round(guided["p"], 3 if "." in p else 2) == float(p.strip("`%")) / 100
         assert final.percent(compared("noise fd", "stage1-guided")["log_ratio"]) == noise_fd
         assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == fd_without
@@ -1313,7 +1314,7 @@ def test_a_vae_alone_of_equal_minutes(committed):
     lower = f"{-math.expm1(change['log_ratio']):.0%} lower"
     assert change["p"] < 0.05 and change["seeds"] == 5
     assert " ".join(REPORT.split()).count(f"has a {lower} fd† than the pair") == 2
-    assert f"such a VAE has a {lower} fd than both." in " ".join(README.split())
+    assert f"the VAE alone has a {lower} fd than the pair." in " ".join(README.split())
     cifar10 = final.compare_sides(committed["cifar10"], ("fd", "stage1-vae-vae_steps=12000"), ("fd", "stage1-form1"))
     above = f"its fd is {math.expm1(cifar10['log_ratio']):.0%} above that of the pair† (one run)"
     assert above in " ".join(REPORT.split())
@@ -1347,7 +1348,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    assert f"such a diffusion model has one that is {on_cifar10} in ten steps, {then} in four.)" in readme
+    assert f"the fd of the diffusion model alone is {on_cifar10} in ten steps ({then} in four)." in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
             f"and {lower['celeba64']} on faces† (one run)") in report
@@ -1414,9 +1415,10 @@ def test_twice_the_steps_on_faces(committed):
     stage1, joint = ([mean(variant + end, name) for name in ("fd", "fd before") for end in ("", ending)]
                      for variant in ("stage1-form1", "stage2-anneal"))
     assert f"its fd is `{stage1[1]:.2f}`, and that of joint training is `{joint[1]:.2f}`, {higher}." in report
-    assert f"the same two seeds have `{stage1[0]:.2f}` and `{joint[0]:.2f}`" in report
+    assert f"the two seeds have an fd of `{stage1[0]:.2f}` (stage 1) and `{joint[0]:.2f}` (joint training)" in report
     assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`†, though the images hardly look better. "
-            f"That of joint training stays at {joint[3]:.0f}") in report and f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
+            f"The fd of joint training before refinement stays at {joint[3]:.0f}") in report
+    assert f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
     assert f"(five runs), and {higher} on faces ({runs})" in report
     assert f"(five runs), and a {higher} one on faces ({runs})" in readme
 
@@ -1515,8 +1517,8 @@ def test_memory_with_weights(committed):
                                for kind, found in (("latent", latent), ("pixel", pixel)))
         saved.append(1 - of_latent / of_pixel)
     text = f"{min(saved):.0%} to {max(saved):.0%}"
-    assert f"{text} if the weights of all networks are added" in " ".join(REPORT.split())
-    assert f"{text} of the memory of sampling (weights included)" in " ".join(README.split())
+    assert f"{text} of the memory, weights included" in " ".join(REPORT.split())
+    assert f"{text} of the memory (weights included)" in " ".join(README.split())
 
 
 def test_four_steps(committed):
@@ -1554,6 +1556,9 @@ def test_stage_3_trained_again(committed):
     report = " ".join(REPORT.split())
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
     assert "steps by `s` lower fd by {}, and three steps for all by {}.".format(*lower) in report
+    means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
+    assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
+    assert f"With ten steps for all, their fd is {means[-1]}" in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
@@ -1580,5 +1585,5 @@ def test_the_published_settings(committed):
     assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
             "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
     minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
-    assert (f"give an fd of {fds(published):.0f} on shapes. With ten times as many ({minutes:.0f} minutes) it is "
+    assert (f"give an fd of {fds(published):.0f} on shapes, and ten times as many ({minutes:.0f} minutes) give "
             f"`{fds(longer):.1f}`†" in report)
