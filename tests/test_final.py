@@ -1236,8 +1236,8 @@ def test_comparisons_with_the_repeated_baseline(committed):
         lower = [f"{1 - ours / theirs:.0%}" for ours, theirs in zip(guided["ours"], guided["theirs"], strict=True)]
         assert words + " {}, {} and {} (significant".format(*lower) + f", p is {p})" in text
         on = {"cifar10": "CIFAR-10", "celeba64": "faces"}[dataset]
-        assert re.search(f"With guidance, the fd of the same refiner is [^.]*{-math.expm1(guided['log_ratio']):.0%} "
-                         f"lower on {on}", text)
+        assert re.search("Switched on in one and the same refiner, it lowers fd by "
+                         f"[^.]*{-math.expm1(guided['log_ratio']):.0%} on {on}", text)
         assert round(guided["p"], 3 if "." in p else 2) == float(p.strip("`%")) / 100
         assert final.percent(compared("noise fd", "stage1-guided")["log_ratio"]) == noise_fd
         assert final.percent(compared("fd, no noise", "stage1-guided")["log_ratio"]) == fd_without
@@ -1415,7 +1415,7 @@ def test_twice_the_steps_on_faces(committed):
     stage1, joint = ([mean(variant + end, name) for name in ("fd", "fd before") for end in ("", ending)]
                      for variant in ("stage1-form1", "stage2-anneal"))
     assert f"its fd is `{stage1[1]:.2f}`, and that of joint training is `{joint[1]:.2f}`, {higher}." in report
-    assert f"the two seeds have an fd of `{stage1[0]:.2f}` (stage 1) and `{joint[0]:.2f}` (joint training)" in report
+    assert f"the same two seeds have an fd of `{stage1[0]:.2f}` (stage 1) and `{joint[0]:.2f}` (joint" in report
     assert (f"lower stage 1's fd from {stage1[2]:.0f} to `{stage1[3]:.1f}`†, though the images hardly look better. "
             f"The fd of joint training before refinement stays at {joint[3]:.0f}") in report
     assert f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
