@@ -39,7 +39,7 @@ fi
 case $dataset in
 shapes)
     # This VAE is trained as long as that of --from-vae, and as long as VAE and refiner together.
-    run stage1_baseline.py --variant form1 --set vae_steps=1650
+    run stage1_baseline.py --variant vae form1 --set vae_steps=1650
     run stage1_baseline.py --variant form1 augmented --set vae_steps=1800 unet_steps=1200  # twice as many
     run stage2_joint.py --set vae_steps=1800 unet_steps=1200
     if [ "$seed" -lt 3 ]; then
