@@ -1401,7 +1401,7 @@ def draw_sheet(path, runs, strips):
     page = Image.new("RGB", (page_width, page_height), "white")
     y = 0
     for variant, strip in found.items():
-        ImageDraw.Draw(page).text((4, y + 4), variant, fill="black")
+        ImageDraw.Draw(page).text((4, y + 4), variant.replace(TWICE, ", twice the steps"), fill="black")
         # On the left of a picture are labels of its rows, wider ones where there are two kinds of rows. The pictures
         # end at the right edge of the page, so that the images of all variants stand in the same columns.
         page.paste(strip, (page_width - strip.width, y + name_height))
