@@ -1288,7 +1288,7 @@ def test_twice_the_steps(committed):
     assert f"the fd of `augmented` is {less} below that of `form1`" in report
     assert f"(`{before}` before refinement)" in report
     assert f"the fd of joint training is {lower} lower on shapes (five runs)" in report
-    assert f"stage 2 has a {lower} lower fd on shapes (five runs)" in readme
+    assert f"the fd of stage 2 is {lower} lower on shapes (five runs)" in readme
 
 
 def test_the_gradient_with_twice_the_steps(committed):
@@ -1322,7 +1322,7 @@ def test_a_vae_alone_of_equal_minutes(committed):
             f"below that of the pair†), and refinement raises it to `{statistics.mean(refined['ours']):.2f}` "
             "(significant)") in " ".join(REPORT.split())
     assert " ".join(REPORT.split()).count(f"has a {lower} fd† than the pair") == 2
-    assert f"such a VAE has a {lower} fd than VAE and refiner." in " ".join(README.split())
+    assert f"On shapes, the VAE alone has a {lower} fd." in " ".join(README.split())
     cifar10 = final.compare_sides(committed["cifar10"], ("fd", "stage1-vae-vae_steps=12000"), ("fd", "stage1-form1"))
     above = f"its fd is {math.expm1(cifar10['log_ratio']):.0%} above that of the pair† (one run)"
     assert above in " ".join(REPORT.split())
@@ -1351,13 +1351,15 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
         in_four[dataset] = math.exp(four[dataset]["log_ratio"])
     assert max(ten["shapes"]["p"], ten["cifar10"]["p"], four["cifar10"]["p"]) < 0.05 and 4.5 < in_ten["shapes"] < 5.5
     on_cifar10, then = f"only {in_ten['cifar10'] - 1:.0%} higher", f"{in_four['cifar10'] - 1:.0%}"
-    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run), and {on_cifar10} on CIFAR-10† (three runs). If"
+    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run), and {on_cifar10} on CIFAR-10† (three runs)."
             in report)
+    ours, theirs = (statistics.mean(final.values_by_seed(committed["celeba64"][variant], "fd").values())
+                    for variant in ("stage1-uncond-unet_steps=4000", "stage1-form1"))
+    assert f"Against the mean of its runs, it is {ours / theirs - 1:.0%}.) If both" in report
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    assert (f"has only a {in_ten['cifar10'] - 1:.0%} higher one in ten steps of sampling, but a {then} higher one in "
-            "four.") in readme
+    assert f"the fd of the diffusion model alone is {on_cifar10} in ten steps of sampling ({then} in four)." in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
             f"and {lower['celeba64']} on faces† (one run)") in report
@@ -1431,7 +1433,7 @@ def test_twice_the_steps_on_faces(committed):
             f"The fd of joint training before refinement stays at {joint[3]:.0f}") in report
     assert f"{joint[2]:.0f}" == f"{joint[3]:.0f}"
     assert f"(five runs), and {higher} on faces ({runs})" in report
-    assert f"(five runs), and a {higher} one on faces ({runs})" in readme
+    assert f"(five runs), and {higher} on faces ({runs})" in readme
 
 
 def test_sizes():
@@ -1492,6 +1494,58 @@ def test_pictures():
     real = re.compile(rf"results/(?!shapes|figures/shapes).*"
                       rf"({'|'.join((*final.FIGURES_OF_REAL_IMAGES, 'conditionings'))})\.png")
     assert not any(map(real.fullmatch, committed))
+
+
+def test_numbers_that_no_table_compares(committed):
+    """Ratios in REPORT.md's main text: what it says, the data set, the two sides, and whether it is significant."""
+    report = " ".join(REPORT.split())
+    form1, joint, flow, film = "stage1-form1", "stage2-anneal", "stage3-flow-fixed", "stage3-flow-film"
+    for words, dataset, ours, theirs, significant in (
+            ("on CIFAR-10 diversity ({:.0%} higher)", "cifar10", ("diversity", form1), ("diversity", "stage1-vae"),
+             True),
+            ("Diversity is {:.0%} higher on shapes and", "shapes", ("diversity", joint), ("diversity", form1), True),
+            ("and {:.0%} lower on faces.", "celeba64", ("diversity", joint), ("diversity", form1), True),
+            ("of `anneal` is {:.0%} higher on shapes", "shapes", ("is", joint), ("is", form1), True),
+            ("shapes and {:.0%} higher on CIFAR-10. Diversity", "cifar10", ("is", joint), ("is", form1), True),
+            ("much of it grain, is {:.0%} lower", "shapes", ("hf_energy", joint), ("hf_energy", form1), True),
+            ("than with stage 1, by {:.0%} and", "cifar10", ("hf_energy", joint), ("hf_energy", form1), True),
+            ("% and {:.0%}. - **Latent", "celeba64", ("hf_energy", joint), ("hf_energy", form1), True),
+            ("refinement they are {:.0%} longer on shapes", "shapes", ("path length, VAE", joint),
+             ("path length, VAE", form1), True),
+            ("its fd is only {:.0%} above that of stage 1, in", "celeba64", ("fd, 4 steps", joint),
+             ("fd, 4 steps", form1), False),
+            ("in ten {:.0%} (300 images", "celeba64", ("fd, 10 steps", joint), ("fd, 10 steps", form1), False),
+            ("is {:.0%} lower on shapes† and", "shapes", ("is", flow), ("is", form1), True),
+            ("and {:.0%} lower on CIFAR-10†.)", "cifar10", ("is", flow), ("is", form1), True),
+            ("it is {:.0%} higher on shapes than with `fixed`", "shapes", ("reconstruction fd", film),
+             ("reconstruction fd", flow), True)):
+        change = final.compare_sides(committed[dataset], ours, theirs)
+        assert words.format(abs(math.expm1(change["log_ratio"]))) in report, words
+        assert significant == (change["p"] < 0.05), words
+    priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
+    assert f"have `{math.exp(priors[0]['log_ratio']):.1f}` times the fd of codes of the mixture on shapes" in report
+    assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
+    faces = committed["celeba64"]
+    fewer = []  # fd in four steps over that in ten, by seed
+    for variant in (joint, form1):
+        four, ten = (final.values_by_seed(faces[variant], f"fd, {steps} steps").values() for steps in (4, 10))
+        fewer.append([a / b for a, b in zip(four, ten, strict=True)])
+    assert f"(300 images, both not significant; but the change is, p is {final.compare(*fewer)['p']:.0%})" in report
+
+
+def test_latent_diffusion_at_equal_time(committed):
+    """On photographs, with seed 0: ten steps of latent diffusion, between two and four steps of stage 1."""
+    report = " ".join(REPORT.split())
+    found = {}
+    for dataset in ("cifar10", "celeba64"):
+        latent, stage1 = (committed[dataset][variant][0]["steps"] for variant in ("bonus-latent", "stage1-form1"))
+        rows = latent["dpm 10"], stage1["dpm 2"], stage1["dpm 4"]
+        found[dataset] = [(row["ms_per_image"], row["fd"]["value"]) for row in rows]
+    (time, fd), (time_of_two, fd_of_two), _ = found["cifar10"]
+    assert time == pytest.approx(time_of_two, rel=0.1) and f"their fd is {fd:.0f} and {fd_of_two:.0f}." in report
+    (time, fd), (time_of_two, fd_of_two), (time_of_four, fd_of_four) = found["celeba64"]
+    assert time_of_two < time < time_of_four
+    assert f"their fd is `{fd:.1f}`, between `{fd_of_two:.1f}` and `{fd_of_four:.1f}`." in report
 
 
 def test_what_s_costs(committed):
@@ -1567,7 +1621,7 @@ def test_stage_3_trained_again(committed):
     report = " ".join(REPORT.split())
     ten = final.compare(fds("all"), fds("even"))
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three, ten)]
-    assert "steps by `s` lower fd by {}, three steps for all by {}, and ten by {}, too.".format(*lower) in report
+    assert "steps by `s` lower fd by {} only, three steps for all by {}, and ten by {}, too.".format(*lower) in report
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
     assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
     assert f"With ten steps for all, their fd is {means[-1]}" in report
