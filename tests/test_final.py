@@ -1522,7 +1522,7 @@ def test_numbers_that_no_table_compares(committed):
             ("13% on CIFAR-10 and {:.0%} on faces", "celeba64", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("is {:.0%} lower on shapes† and", "shapes", ("is", flow), ("is", form1), True),
             ("and {:.0%} lower on CIFAR-10†.)", "cifar10", ("is", flow), ("is", form1), True),
-            ("it is {:.0%} higher on shapes than with `fixed`", "shapes", ("reconstruction fd", film),
+            ("reconstructions is {:.0%} higher on shapes than that of `fixed`", "shapes", ("reconstruction fd", film),
              ("reconstruction fd", flow), True)):
         change = final.compare_sides(committed[dataset], ours, theirs)
         assert words.format(abs(math.expm1(change["log_ratio"]))) in report, words
