@@ -1355,11 +1355,11 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             in report)
     ours, theirs = (statistics.mean(final.values_by_seed(committed["celeba64"][variant], "fd").values())
                     for variant in ("stage1-uncond-unet_steps=4000", "stage1-form1"))
-    assert f"Against the mean of its runs, it is {ours / theirs - 1:.0%}.) If both" in report
+    assert f"Against the mean of its runs, it is {ours / theirs - 1:.0%}." in report
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    assert f"the fd of the diffusion model alone is {on_cifar10} in ten steps of sampling ({then} in four)." in readme
+    assert f"the fd of the diffusion model alone is {on_cifar10}, if both draw in ten steps ({then} in four)." in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
             f"and {lower['celeba64']} on faces† (one run)") in report
@@ -1517,6 +1517,8 @@ def test_numbers_that_no_table_compares(committed):
             ("and falls by {:.0%} on faces", "celeba64", ("fd, 4 steps", joint), ("fd, 10 steps", joint), False),
             ("that of stage 1 rises by {:.0%} and", "cifar10", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
             ("% and {:.0%}. (300 images, three", "celeba64", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
+            ("Steps by `s` lower fd by {:.0%}, and steps", "shapes", ("steps by s, mixture", flow),
+             ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("{:.0%} on CIFAR-10 and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("13% on CIFAR-10 and {:.0%} on faces", "celeba64", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
@@ -1528,8 +1530,14 @@ def test_numbers_that_no_table_compares(committed):
         assert words.format(abs(math.expm1(change["log_ratio"]))) in report, words
         assert significant == (change["p"] < 0.05), words
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
-    assert f"have `{math.exp(priors[0]['log_ratio']):.1f}` times the fd of codes of the mixture on shapes" in report
+    assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
+    above = []  # the fd of latent diffusion, above the mean of stage 1's runs
+    for dataset in ("cifar10", "celeba64"):
+        ours, theirs = (statistics.mean(final.values_by_seed(committed[dataset][variant], "fd").values())
+                        for variant in ("bonus-latent", form1))
+        above.append(f"{ours / theirs - 1:.0%}")
+    assert "it is {} and {} above the mean of stage 1's runs".format(*above) in report
     p_values = []  # of how much more the fd of stage 1 rises than that of joint training, from ten steps to four
     for results in (committed["cifar10"], committed["celeba64"]):
         rises = []
@@ -1537,7 +1545,7 @@ def test_numbers_that_no_table_compares(committed):
             four, ten = (final.values_by_seed(results[variant], f"fd, {steps} steps").values() for steps in (4, 10))
             rises.append([a / b for a, b in zip(four, ten, strict=True)])
         p_values.append(f"{final.compare(*rises)['p']:.0%}")
-    assert "between the two models are significant, p is {} and {}; the".format(*p_values) in report
+    assert "but the two models differ: p is {} and {}.)".format(*p_values) in report
 
 
 def test_latent_diffusion_at_equal_time(committed):
