@@ -11,10 +11,8 @@ cd "$(dirname "$0")/.."
 run() { echo "== $*"; "${PYTHON:-python}" "$@" --dataset "$dataset" --seed "$seed" --budget cpu --resume; }
 
 # On shapes the main variants have seeds 0 to 4, on the others 0 to 2.
-if [ "$dataset" = shapes ]; then
+if [ "$dataset" = shapes ] || [ "$seed" = 0 ]; then
     run stage1_baseline.py --variant all
-elif [ "$seed" = 0 ]; then
-    run stage1_baseline.py --variant vae uncond form1 guided augmented
 else
     run stage1_baseline.py --variant vae form1 guided augmented
 fi

@@ -1518,6 +1518,8 @@ def test_numbers_that_no_table_compares(committed):
             ("and falls by {:.0%} on faces", "celeba64", ("fd, 4 steps", joint), ("fd, 10 steps", joint), False),
             ("that of stage 1 rises by {:.0%} and", "cifar10", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
             ("% and {:.0%}. (300 images, three", "celeba64", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
+            ("Its fd is {:.0%} lower than that of `form1` on shapes", "shapes", ("fd", "stage1-form2"), ("fd", form1),
+             False),
             ("Steps by `s` lower fd by {:.0%}, and steps", "shapes", ("steps by s, mixture", flow),
              ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
@@ -1530,6 +1532,10 @@ def test_numbers_that_no_table_compares(committed):
         change = final.compare_sides(committed[dataset], ours, theirs)
         assert words.format(abs(math.expm1(change["log_ratio"]))) in report, words
         assert significant == (change["p"] < 0.05), words
+    second = [final.compare_sides(committed[dataset], ("fd", "stage1-form2"), ("fd", form1))
+              for dataset in ("cifar10", "celeba64")]
+    changes = [f"{abs(math.expm1(change['log_ratio'])):.0%}" for change in second]
+    assert "significant), {} lower on CIFAR-10† and {} higher on faces† (one run each)".format(*changes) in report
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
     assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
