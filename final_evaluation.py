@@ -917,7 +917,8 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant)")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; for the "
+                     "four questions, after their correction)")
     if "†" in table:
         kinds.append("†: trained on different processors")
     if "bits/dim" in names:

@@ -1358,7 +1358,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    above = f"{in_ten['cifar10'] - 1:.0%} higher one with ten sampling steps each ({then} with four)."
+    above = f"{in_ten['cifar10'] - 1:.0%} higher one in ten steps ({then} in four)."
     assert f"the diffusion model alone has a {above}" in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
@@ -1517,6 +1517,9 @@ def test_numbers_that_no_table_compares(committed):
             ("and by {:.0%} with stage 1. On", "cifar10", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
             ("it falls by {:.0%} with joint", "celeba64", ("fd, 4 steps", joint), ("fd, 10 steps", joint), False),
             ("and rises by {:.0%} with stage 1.", "celeba64", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
+            ("On faces, noise fd is {:.0%} lower, but not", "celeba64", ("noise fd", joint), ("noise fd", form1), True),
+            ("the strongest noise is {:.0%} lower (Figure 13)", "celeba64", ("fd, noise 0.4", joint),
+             ("fd, noise 0.4", form1), True),
             ("Its fd is {:.0%} lower than that of `form1` on shapes", "shapes", ("fd", "stage1-form2"), ("fd", form1),
              False),
             ("Steps by `s` lower fd by {:.0%}. With the `s` of other images", "shapes", ("steps by s, mixture", flow),
@@ -1541,6 +1544,13 @@ def test_numbers_that_no_table_compares(committed):
     words = ("{} lower on CIFAR-10† and {} higher on faces† (one run each, against seed 0; against the mean of the "
              "runs of `form1`, it is {} and {} lower)")
     assert words.format(*of_seed_0, *of_the_mean) in report
+    # Three times the training of CIFAR-10's VAE, and half its beta, with seed 0
+    vae, longer = (final.number(committed["cifar10"][variant][0], "fd")["value"]
+                   for variant in ("stage1-vae", "stage1-vae-vae_steps=12000"))
+    assert f"hardly change it, and lower fd by {1 - longer / vae:.0%} only†" in report
+    beta, half = (final.number(committed["cifar10"][variant][0], "fd before")["value"]
+                  for variant in (form1, "stage1-form1-beta=0.125"))
+    assert f"fd before refinement falls from {beta:.0f} to {half:.0f}†" in report
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
     assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
