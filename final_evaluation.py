@@ -315,7 +315,7 @@ SUMMARY = ("fd", "is", "precision", "diversity", "hf_energy", "noise fd")
 # together on each data set, so that chance alone seldom makes any of them significant (see `holm`).
 PRIMARY_CLAIMS = [
     ("**Quality**: does joint training help?", ("fd", "stage2-anneal"), ("fd", "stage1-form1")),
-    ("**Efficiency**: does adaptive conditioning make sampling slower than the same U-Net without `s`?",
+    ("**Efficiency**: is sampling slower with adaptive conditioning than without `s`?",
      ("seconds with s", "stage3-flow-film"), ("seconds without s", "stage3-flow-film")),
     ("**Robustness**: does joint training help against noise?",
      ("noise fd", "stage2-anneal"), ("noise fd", "stage1-form1")),

@@ -1353,13 +1353,13 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     on_cifar10, then = f"only {in_ten['cifar10'] - 1:.0%} higher", f"{in_four['cifar10'] - 1:.0%}"
     ours, theirs = (statistics.mean(final.values_by_seed(committed["celeba64"][variant], "fd").values())
                     for variant in ("stage1-uncond-unet_steps=4000", "stage1-form1"))
-    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run; against the mean of the pair's runs, "
-            f"{ours / theirs - 1:.0%}), and {on_cifar10} on CIFAR-10† (three runs)." in report)
+    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run with seed 0; {ours / theirs - 1:.0%} above the mean "
+            f"of the pair's runs), and {on_cifar10} on CIFAR-10† (three runs)." in report)
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    above = f"{in_ten['cifar10'] - 1:.0%} higher one in ten steps ({then} in four)."
-    assert f"the diffusion model alone has a {above}" in readme
+    above = f"{in_ten['cifar10'] - 1:.0%} higher in ten steps ({then} in four)."
+    assert f"the fd of the diffusion model alone is {above}" in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
             f"and {lower['celeba64']} on faces† (one run)") in report
@@ -1516,7 +1516,8 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, 10 steps", joint), False),
             ("and by {:.0%} with stage 1. On", "cifar10", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
             ("it falls by {:.0%} with joint", "celeba64", ("fd, 4 steps", joint), ("fd, 10 steps", joint), False),
-            ("and rises by {:.0%} with stage 1.", "celeba64", ("fd, 4 steps", form1), ("fd, 10 steps", form1), False),
+            ("and rises by {:.0%} with stage 1 (three runs", "celeba64", ("fd, 4 steps", form1),
+             ("fd, 10 steps", form1), False),
             ("On faces, noise fd is {:.0%} lower, but not", "celeba64", ("noise fd", joint), ("noise fd", form1), True),
             ("the strongest noise is {:.0%} lower (Figure 13)", "celeba64", ("fd, noise 0.4", joint),
              ("fd, noise 0.4", form1), True),
@@ -1567,7 +1568,7 @@ def test_numbers_that_no_table_compares(committed):
             four, ten = (final.values_by_seed(results[variant], f"fd, {steps} steps").values() for steps in (4, 10))
             rises.append([a / b for a, b in zip(four, ten, strict=True)])
         p_values.append(f"{final.compare(*rises)['p']:.0%}")
-    assert "that of joint training differs from that of stage 1: p is {} and {}.)".format(*p_values) in report
+    assert "joint training and stage 1 differ (p is {} and {}; 300 images)".format(*p_values) in report
 
 
 def test_training_times_of_the_rivals(committed):
@@ -1704,5 +1705,5 @@ def test_the_published_settings(committed):
     assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
             "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
     minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
-    assert (f"then gives an fd of {fds(published):.0f}, and ten times as many ({minutes:.0f} minutes) give "
+    assert (f"training steps, fd is {fds(published):.0f}; ten times as many ({minutes:.0f} minutes) give "
             f"`{fds(longer):.1f}`†" in report)
