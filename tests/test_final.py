@@ -1353,8 +1353,8 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     on_cifar10, then = f"only {in_ten['cifar10'] - 1:.0%} higher", f"{in_four['cifar10'] - 1:.0%}"
     ours, theirs = (statistics.mean(final.values_by_seed(committed["celeba64"][variant], "fd").values())
                     for variant in ("stage1-uncond-unet_steps=4000", "stage1-form1"))
-    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run with seed 0; {ours / theirs - 1:.0%} above the mean "
-            f"of the pair's runs), and {on_cifar10} on CIFAR-10† (three runs)." in report)
+    assert (f"{in_ten['celeba64'] - 1:.0%} higher on faces† (one run with seed 0; {ours / theirs - 1:.0%} above the "
+            f"mean of the pair's runs), and {on_cifar10} on CIFAR-10† (three runs)." in report)
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
