@@ -68,6 +68,7 @@ cifar10)
             run stage2_joint.py --set beta=$beta
         done
         run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
+        run stage3_adaptive.py --conditioning coupling
     fi
     run stage1_baseline.py --variant uncond --set unet_steps=8000 ;;  # as long as both
 celeba64)

@@ -1679,6 +1679,10 @@ def test_stage_3_trained_again(committed):
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
     assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
     assert f"With ten steps for all, their fd is {means[-1]}" in report
+    steps = committed["cifar10"]["stage3-flow-coupling"][0]["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
+    on_cifar10 = [f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}"
+                  for name in ("adaptive_steps", "three")]
+    assert "On CIFAR-10, with codes of the flow, it is {} and {} (one run".format(*on_cifar10) in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
