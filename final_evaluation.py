@@ -240,10 +240,9 @@ NUMBERS = {
 # "stage2-*=*" are those with one. A column may also be "NAME against VARIANT": by how many percent the number differs
 # from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
-    "baseline": ("stage1-vae stage1-uncond stage1-form1 stage1-guided",
-                 "fd; fd against stage1-form1; is; hf_energy; ms"),
-    "rivals": ("stage1-vae-vae_steps=* stage1-uncond-unet_steps=* stage1-form1",
-               "fd; fd against stage1-form1; fd, 4 steps against stage1-form1; is; hf_energy"),
+    "baseline": ("stage1-vae stage1-vae-vae_steps=* stage1-uncond stage1-uncond-unet_steps=* stage1-form1 "
+                 "stage1-guided",
+                 "fd; fd against stage1-form1; fd, 4 steps against stage1-form1; is; hf_energy; ms"),
     "losses": ("stage1-form1 stage2-sum stage2-anneal stage2-anneal-w0.003 stage2-kendall",
                "fd before; fd; fd against stage1-form1; is; kl_nats"),
     "twice the steps": (f"*{TWICE} *-vae_steps=4600-unet_steps=4600",
@@ -684,6 +683,16 @@ def cell(seeds, name):
     return f"{text} ({images:,})"
 
 
+def cell_of_time(results, variant, name):
+    """A time, of the first seed. A dagger follows if it was taken on another processor than that of the baseline."""
+    seeds = results[variant]
+    baseline = results.get("stage1-form1", seeds)
+    text = cell(seeds, name)
+    if text and processor(seeds[min(seeds)]) != processor(baseline[min(baseline)]):
+        text += "†"
+    return text
+
+
 def cell_of_comparison(results, variant, column):
     """A cell of the column "NAME against VARIANT": by how many percent the number of `variant` differs from that of
     VARIANT, over the seeds that both have (in bold if that is significant), and how many these are."""
@@ -925,6 +934,8 @@ def with_note(table, names, settings=SETTINGS):
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
         kinds.append("times: first seed (ms: for one image)")
+        if "†" in table:
+            kinds.append("† at a time: taken on another processor than that of stage1-form1")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
     return f"{table}\n\n*{note}*"
 
@@ -942,6 +953,8 @@ def table_of(everything, patterns, columns):
             for column in columns:
                 if " against " in column:
                     cells.append(cell_of_comparison(results, variant, column))
+                elif is_of_first_seed(column):
+                    cells.append(cell_of_time(results, variant, column))
                 else:
                     cells.append(cell(seeds, column))
             if any(cells):
