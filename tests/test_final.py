@@ -1366,10 +1366,11 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     on_cifar10, then = f"only {in_ten['cifar10'] - 1:.0%} higher", f"{in_four['cifar10'] - 1:.0%}"
     ours, theirs = (statistics.mean(final.values_by_seed(committed["celeba64"][variant], "fd").values())
                     for variant in ("stage1-uncond-unet_steps=4000", "stage1-form1"))
+    above_the_mean = f"{ours / theirs - 1:.0%} above the mean of the pair's runs"
     on_faces = f"{in_ten['celeba64'] - 1:.0%} higher on faces†"
-    assert f"{on_faces} (one run), and {on_cifar10} on CIFAR-10† (three runs)." in report
+    assert f"{on_faces} (one run; {above_the_mean}), and {on_cifar10} on CIFAR-10† (three runs)." in report
     assert (f"its fd is {on_faces} than that of seed 0 of the pair, which is the pair's best run; it is "
-            f"{ours / theirs - 1:.0%} above the mean of the pair's runs." in report)
+            f"{above_the_mean}." in report)
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
@@ -1518,8 +1519,20 @@ def test_numbers_that_no_table_compares(committed):
     for words, dataset, ours, theirs, significant in (
             ("on CIFAR-10 diversity ({:.0%} higher)", "cifar10", ("diversity", form1), ("diversity", "stage1-vae"),
              True),
-            ("**Diversity** is {:.0%} higher on shapes and", "shapes", ("diversity", joint), ("diversity", form1), True),
+            ("**Diversity,** compared with stage 1, is {:.0%} higher on shapes", "shapes", ("diversity", joint),
+             ("diversity", form1), True),
             ("and {:.0%} lower on faces.", "celeba64", ("diversity", joint), ("diversity", form1), True),
+            ("The Inception Score rises by {:.0%} on CIFAR-10", "cifar10", ("is", form1), ("is", "stage1-vae"), True),
+            ("and {:.0%} on faces, and falls by", "celeba64", ("is", form1), ("is", "stage1-vae"), True),
+            ("and falls by {:.0%} on shapes.", "shapes", ("is", form1), ("is", "stage1-vae"), True),
+            ("of `anneal` is {:.0%} lower than that of `augmented` (p is 2%)", "shapes", ("fd", joint),
+             ("fd", "stage1-augmented"), True),
+            ("the flow's fd is lower, too: by {:.0%} on shapes†", "shapes", ("fd", "stage3-vae-flow"),
+             ("fd, N(0, I)", "stage1-vae"), True),
+            ("on shapes†, {:.0%} on CIFAR-10† and", "cifar10", ("fd", "stage3-vae-flow"),
+             ("fd, N(0, I)", "stage1-vae"), True),
+            ("on CIFAR-10† and {:.0%} on faces†.", "celeba64", ("fd", "stage3-vae-flow"),
+             ("fd, N(0, I)", "stage1-vae"), True),
             ("of `anneal` is {:.0%} higher than that of stage 1", "shapes", ("is", joint), ("is", form1), True),
             ("on shapes, and {:.0%} higher on CIFAR-10.", "cifar10", ("is", joint), ("is", form1), True),
             ("much of it grain, is {:.0%} lower", "shapes", ("hf_energy", joint), ("hf_energy", form1), True),
@@ -1538,8 +1551,8 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, noise 0.4", form1), True),
             ("Its fd is {:.0%} lower than that of `form1` on shapes", "shapes", ("fd", "stage1-form2"), ("fd", form1),
              False),
-            ("Steps by `s` lower fd by {:.0%}. With the `s` of other images", "shapes", ("steps by s, mixture", flow),
-             ("steps evenly, mixture", flow), True),
+            ("Steps by `s` lower fd by {:.0%}. Steps by the `s` of *other* images", "shapes",
+             ("steps by s, mixture", flow), ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("{:.0%} on CIFAR-10 (barely significant) and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow),
              True),
@@ -1563,10 +1576,15 @@ def test_numbers_that_no_table_compares(committed):
     # Three times the training of CIFAR-10's VAE, and half its beta, with seed 0
     vae, longer = (final.number(committed["cifar10"][variant][0], "fd")["value"]
                    for variant in ("stage1-vae", "stage1-vae-vae_steps=12000"))
-    assert f"hardly change it, and lower fd by {1 - longer / vae:.0%} only†" in report
+    assert f"three times the training steps hardly change it, and lower fd by {1 - longer / vae:.0%} only†" in report
     beta, half = (final.number(committed["cifar10"][variant][0], "fd before")["value"]
                   for variant in (form1, "stage1-form1-beta=0.125"))
     assert f"fd before refinement falls from {beta:.0f} to {half:.0f}†" in report
+    learned = (statistics.mean(final.values_by_seed(results["stage2-kendall"], "weight").values())
+               for results in committed.values())
+    assert "weights of `{:.3f}` on shapes, `{:.3f}` on CIFAR-10 and `{:.3f}` on faces".format(*learned) in report
+    fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
+    assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05  # "With `fade` fd there is twice that of"
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
     assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
@@ -1652,7 +1670,7 @@ def test_memory_with_weights(committed):
                                for kind, found in (("latent", latent), ("pixel", pixel)))
         saved.append(1 - of_latent / of_pixel)
     text = f"{min(saved):.0%} to {max(saved):.0%}"
-    assert f"{text} of the memory, weights included" in " ".join(REPORT.split())
+    assert f"{text} of the memory (by the PyTorch profiler, weights included)" in " ".join(REPORT.split())
     assert f"{text} less memory (weights included)" in " ".join(README.split())
 
 
@@ -1697,7 +1715,8 @@ def test_stage_3_trained_again(committed):
     steps = committed["cifar10"]["stage3-flow-coupling"][0]["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
     on_cifar10 = [f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}"
                   for name in ("adaptive_steps", "three")]
-    assert "On CIFAR-10, with codes of the flow, it is {} and {} (one run".format(*on_cifar10) in report
+    words = "On CIFAR-10, steps by `s` lower fd by {}, and three steps for all by {} (codes of the flow; one run, "
+    assert words.format(*on_cifar10) in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
