@@ -684,13 +684,13 @@ def cell(seeds, name):
 
 
 def cell_of_time(results, variant, name):
-    """A time, of the first seed. A dagger follows if it was taken on another processor than that of the baseline."""
+    """A time, of the first seed; or "" if it was taken on another processor than that of the baseline, since the two
+    cannot be compared."""
     seeds = results[variant]
     baseline = results.get("stage1-form1", seeds)
-    text = cell(seeds, name)
-    if text and processor(seeds[min(seeds)]) != processor(baseline[min(baseline)]):
-        text += "†"
-    return text
+    if processor(seeds[min(seeds)]) != processor(baseline[min(baseline)]):
+        return ""
+    return cell(seeds, name)
 
 
 def cell_of_comparison(results, variant, column):
@@ -933,9 +933,7 @@ def with_note(table, names, settings=SETTINGS):
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
-        kinds.append("times: first seed (ms: for one image)")
-        if "†" in table:
-            kinds.append("† at a time: taken on another processor than that of stage1-form1")
+        kinds.append("times: first seed, if on the processor of stage1-form1 (ms: for one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
     return f"{table}\n\n*{note}*"
 
