@@ -1375,8 +1375,8 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
     assert f"`uncond` is then {then} higher on CIFAR-10† (three runs), and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
     assert f"{on_cifar10}† in ten steps (in four, {then}†)" in report
-    above = f"{in_ten['cifar10'] - 1:.0%} higher in ten steps ({then} in four)."
-    assert f"the fd of the diffusion model alone is {above}" in readme
+    above = f"{in_ten['cifar10'] - 1:.0%} higher fd in ten steps, {then} in four."
+    assert f"the diffusion model alone has a {above}" in readme
     lower = {dataset: f"{1 - 1 / ratio:.0%} lower" for dataset, ratio in in_four.items()}
     assert (f"In four steps, fd is {lower['shapes']} on shapes (one run), {lower['cifar10']} on CIFAR-10† (three runs) "
             f"and {lower['celeba64']} on faces† (one run)") in report
@@ -1528,7 +1528,7 @@ def test_numbers_that_no_table_compares(committed):
             ("and falls by {:.0%} on shapes.", "shapes", ("is", form1), ("is", "stage1-vae"), True),
             ("of `anneal` is {:.0%} lower than that of `augmented` (p is 2%)", "shapes", ("fd", joint),
              ("fd", "stage1-augmented"), True),
-            ("the flow has a lower fd than it: by {:.0%} on shapes†", "shapes", ("fd", "stage3-vae-flow"),
+            ("the flow has a lower fd, too: by {:.0%} on shapes†", "shapes", ("fd", "stage3-vae-flow"),
              ("fd, N(0, I)", "stage1-vae"), True),
             ("on shapes†, {:.0%} on CIFAR-10† and", "cifar10", ("fd", "stage3-vae-flow"),
              ("fd, N(0, I)", "stage1-vae"), True),
@@ -1583,7 +1583,7 @@ def test_numbers_that_no_table_compares(committed):
     assert f"fd before refinement falls from {beta:.0f} to {half:.0f}†" in report
     learned = (statistics.mean(final.values_by_seed(results["stage2-kendall"], "weight").values())
                for results in committed.values())
-    assert "weights of `{:.3f}` on shapes, `{:.3f}` on CIFAR-10 and `{:.3f}` on faces".format(*learned) in report
+    assert "a lambda of `{:.3f}` on shapes, `{:.3f}` on CIFAR-10 and `{:.3f}` on faces".format(*learned) in report
     fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
     assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05  # "With `fade` fd there is twice that of"
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
