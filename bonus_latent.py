@@ -19,10 +19,10 @@ Run     python bonus_latent.py                        shapes, on a laptop
 Expect  fewer minutes of training than stage 1 (about a tenth fewer on shapes, a third on faces, half on CIFAR-10), and
         a table of scores. The scores of the autoencoder's own reconstructions, which latent diffusion can hardly
         surpass, are in metrics.json, at ["tables"]["ceiling"].
-        The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on this machine
-        (a negative number: it costs more). FLOPs are counted. Seconds are medians. Peak memory is what the GPU reports;
-        on a CPU it is summed up from torch.profiler's list of allocations. torch.profiler also writes the costliest
-        operators (profile-*.txt).
+        The last line says what latent diffusion saves against stage 1's refiner, in percent, measured on the machine of
+        the run (a negative number: it costs more). FLOPs are counted. Seconds are medians. Peak memory is what the GPU
+        reports; on a CPU it is summed up from torch.profiler's list of allocations. torch.profiler also writes the
+        costliest operators (profile-*.txt).
         On shapes, in batches, latent diffusion takes less than half of the seconds of stage 1's refiner; one image at a
         time, it takes more. Its Frechet distance is over seven times that of stage 1's images. Those begin with an
         x_hat; here everything is drawn from noise.

@@ -190,7 +190,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     the line through the two latest predictions is extended by half a step. Positions on the path are measured in
     lambda = log(a / sigma). (The reason: x / sigma = exp(lambda) x0 + eps. A step of DDIM keeps x0 and eps, so it
     changes x / sigma by x0 times the change of exp(lambda). In the limit of small steps, d(x / sigma) = x0 exp(lambda)
-    d lambda.) With h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
+    d lambda. exp(lambda) is integrated exactly, which gives the formula above. Only x0 is taken at the middle.) With
+    h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
         x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
@@ -210,7 +211,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
 
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
-               large_variance if every time is visited (the two variances are nearly equal then). With skipped times it
+               large_variance if every time is visited (the two variances are nearly equal then, except at the smallest
+               times). With skipped times it
                is small_variance: after a long step with the large one, x_next has far more noise than the network
                expects at time t_next.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
@@ -277,13 +279,13 @@ class Encoder(nn.Module):
 
     `table` lists (resolution, width, blocks) from the image down to resolution 1, whose width is d, as in [(32, 32, 0),
     (16, 64, 1), ..., (1, 128, 1)]. (16, 64, 1), (8, 96, 1) means two blocks at 16x16 with 64 channels, then a layer
-    from 16x16 to 8x8 and from 64 channels to 96: there are blocks + 1 blocks before the resolution changes, since the
-    published numbers do not count one of them. (The last level has `blocks` of them.)
+    from 16x16 to 8x8 and from 64 channels to 96. There are blocks + 1 blocks before the resolution changes: the
+    published tables count the last one as a part of the change. (The lowest level has `blocks` of them.)
 
-    If `pool`, the resolution changes as published, by average pooling and a
-    1x1 convolution. Otherwise it changes by a strided convolution, which has a weight for every position in its window.
-    An average does not tell positions apart, and the published network averages all the way down to 1x1. So only the
-    zero padding at the border can tell it where things are, and it does not learn this in a short training.
+    If `pool`, the resolution changes as published, by average pooling and a 1x1 convolution. Otherwise it changes by a
+    strided convolution, which has a weight for every position in its window. An average does not tell positions apart,
+    and the published network averages all the way down to 1x1. So only the zero padding at the border can tell it where
+    things are, and it does not learn this in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -575,8 +577,8 @@ class GaussianMixture:
         It begins with the cluster means of k-means, and one covariance, that of the codes about the mean of their
         cluster. (If it began with random codes, a few rounds of EM would end in a worse mixture: on faces refined
         samples became clearly worse.) If `tied`, there may be thousands of components, for which k-means would take
-        minutes. As there are only a few codes for each of so many, it then begins with random codes, and with the
-        covariance of all codes.
+        minutes. There are only a few codes for each of so many, so a random code lies about as near to them as their
+        mean. So it then begins with random codes, and with the covariance of all codes.
 
         This first mixture is improved by `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
         each component if that is more), and by two rounds on all codes."""
@@ -686,7 +688,7 @@ class Model:
     name: str
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    diffusion: Diffusion  # a VAE alone has one, too, only because evaluation reads its `start`
+    diffusion: Diffusion  # a VAE alone has one, too, only because evaluation and choose_precision read its `start`
     networks: tuple = ()  # all that it consists of, to count their parameters
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
@@ -1110,8 +1112,8 @@ EVAL = {
     "count": 1000,  # images of the headline
     "batch": 100,  # images sampled at a time
     "temperature": 1.0,  # factor of the noise in x_start
-    # Samplers and steps of further rows. (dpm 10 is that of the headline, if `budget` does not change it, but with
-    # grid_count images.)
+    # Samplers and steps of further rows. (dpm 10 is that of the headline, if `budget` does not change it. It is here
+    # once more with grid_count images, as the other rows have, so that they can be compared.)
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
     "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
@@ -1390,8 +1392,8 @@ def keep_freed_memory():
 # ---- 11. Random numbers, precision, cost -----------------------------------------------------------------------------
 
 # What is added to --seed for each purpose, so that the purposes of a run draw different random numbers. (Runs with
-# different --seed may share some, and so may two purposes where 1,000 times --seed is added. It does no harm: their
-# networks or codes differ.)
+# different --seed share some: to `terciles`, for instance, stage 3 also adds 1,000 and 2,000. So may two purposes where
+# 1,000 times --seed is added. It does no harm: their networks or codes differ.)
 SEEDS = {
     "training": 1,  # batches, mirroring, noise and times of a training
     "mixture": 2,  # the codes z that the Gaussian mixture is fitted to
@@ -2000,7 +2002,7 @@ def read_settings(args, unused=()):
 
 # The train settings that matter to the U-Net alone begin with one of these. The VAE of a run does not depend on them.
 OF_UNET = ("unet", "objective", "even_levels", "start", "dropout", "heads", "attention", "guidance")
-# And those that matter to the VAE alone. A diffusion model without a VAE does not depend on them.
+# And those that say what the VAE is. A diffusion model without a VAE does not depend on them.
 OF_VAE = ("vae", "encoder", "decoder", "pool", "beta", "components", "tied")
 
 

@@ -604,7 +604,7 @@ class Setup:
 
     @cached_property
     def reference(self):
-        """What the scores compare with: the features of the training images, kept in self.cache."""
+        """What the scores compare with: the features of training and held-out images, kept in self.cache."""
         return cached_reference(self.extractor, self.data, self.test, self.cache)
 
     def score(self, images):
@@ -836,7 +836,7 @@ def by_components(model, setup):
 @torch.no_grad()
 def measure_vae(folder, model, setup):
     """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, whether
-    refinement begins early enough, and the log-density of codes, and of other priors' samples, under each prior.
+    refinement begins early enough, and the log-density of codes, and of each prior's samples, under each prior.
     Refines with DPM-Solver++ in as many steps as the headline has. Writes reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
     all_mu, all_logvar = common.encode(model.vae, test.images, model.device)  # (N, d)

@@ -209,7 +209,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     vae = common.build_vae(train)
     if vae_state:
         vae.load_state_dict(vae_state["vae"])
-    torch.manual_seed(train["seed"])  # stage 1 does so before each network: both begin with the same weights as there
+    torch.manual_seed(train["seed"])  # as stage 1 does before each network, so that the U-Net begins with equal weights
     unet = common.build_unet(train, 6)
     D = data.images[0].numel()  # the number of pixel values
     balance = Balance(D)  # which only `kendall` uses
@@ -317,8 +317,8 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # `first` comes in hundreds, since `refine` may use this seed and the next one. (Its factor 2 is of no use. It stays
-    # because the committed results have it.)
+    # Parts of a long list are 100 codes apart, and so are their seeds. (`refine` needs two of them for each part. The
+    # factor 2 is of no use; it stays because the committed results have it.)
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -409,8 +409,9 @@ def read_flags(argv):
     args = parser.parse_args(argv)
     if args.loss in ("kendall", "bound") and args.diffusion_weight is not None:
         common.fail(f"--diffusion-weight: --loss {args.loss} has no weight to choose; leave it out")
-    if args.diffusion_weight is not None and not 0 <= args.diffusion_weight <= 1000:
-        common.fail(f"--diffusion-weight {args.diffusion_weight}: must lie between 0 and 1000")
+    if args.diffusion_weight is not None and not 0 < args.diffusion_weight <= 1000:
+        common.fail(f"--diffusion-weight {args.diffusion_weight}: must be above 0 (for 0, give --gradient none) and at "
+                    "most 1000")
     if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
         # The diffusion term does not train the VAE then, so every lambda would make the same run (and `kendall` one
         # that differs little, in clipping and in the size of gradients). So that this run has one name, only the
@@ -464,7 +465,7 @@ def main(argv=None):
     unused = ["flow_steps", "guidance"]  # settings of stage 3, and of stage 1's `guided`
     if args.loss == "bound":
         unused.append("even_levels")
-    if not args.from_vae:  # with --from-vae, the VAE of stage 1 depends on these two
+    if not args.from_vae:  # with --from-vae, the VAE of stage 1 depends on vae_flip and beta
         unused.append("vae_flip")  # joint training mirrors images as `unet_flip` says
         if args.loss == "bound":
             unused.append("beta")

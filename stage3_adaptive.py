@@ -61,7 +61,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --prior gmm                         the same networks, codes from the mixture
         python stage3_adaptive.py --uncertainty variance              s without a regression
         python stage3_adaptive.py --dataset celeba64                  on faces; uses the GPU, if there is one
-Expect  one and a half to two times the minutes of stage 1 on shapes, and about as many on real images. All
+Expect  one and a half to two times the minutes of stage 1 on shapes, and about as many as stage 1 on real images. All
         conditionings share one VAE. (With another `--prior` nothing is trained again; images are drawn and scored
         again, and metrics.json is replaced.) On shapes the flow draws far better codes than N(0, I), but worse ones
         than the mixture, so the scores are worse than stage 1's. The command says whether s ranks the errors of
@@ -173,7 +173,9 @@ def fit_flow(weights, mu, logvar, seed, steps, batch=256):
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)  # about the usual norm, so only odd batches are cut
+        # Most gradients are a little longer (14 on shapes) and are shortened to 10. To Adam this makes no difference,
+        # but an odd batch then counts no more than the others.
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
     return flow.eval().requires_grad_(False)
 
@@ -340,10 +342,11 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
     the training and True in the second (see the top of this file).
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, where it trains the flow alone, and
-    the weight beta in the second, where it is a part of the KL. The flow's matrices soon forget the jump: only this
-    term trains them, and a step of Muon does not depend on the size of the gradients, once the larger ones from before
-    the jump have left its average (about a hundred steps). The flow's biases are trained by Adam, which remembers more
-    than a thousand steps: until the training ends, their steps are smaller."""
+    the weight beta in the second, where it is a part of the KL. So at the jump from the first part to the second, the
+    flow's gradients become smaller by the factor beta. Its matrices soon forget this: they are trained by Muon, whose
+    steps do not depend on the size of the gradients, once the larger ones from before the jump have left its average
+    (about a hundred steps). The flow's biases are trained by Adam, which remembers more than a thousand steps. So after
+    the jump their steps are smaller for a while (with the budget `cpu`, until the training ends)."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -448,18 +451,27 @@ def load_model(state, device):
 # --- What it shows: what adaptive conditioning gains -----------------------------------------------------------------
 
 @torch.no_grad()
-def refine_all(model, s_of, z, steps, seed):
-    """Refine Dec(z) for codes z (N, d). Returns x_hat and the refined images (uint8) and s (N,), on the CPU. With the
-    same seed, image k has the same noise in every call. The model itself computes the s that it uses. `s_of(z, x_hat)`
-    gives it once more, since the images will be sorted by s."""
-    parts = []
-    for i, z_part in enumerate(z.to(model.device).split(100)):
+def decode_all(model, s_of, z):
+    """x_hat = Dec(z) as images (uint8), and s (N,), both on the CPU, for codes z (N, d). (A refiner computes the s that
+    it uses by itself. `s_of(z, x_hat)` gives it once more, since the images will be sorted by s.)"""
+    images, s = [], []
+    for z_part in z.to(model.device).split(100):
         x_hat = model.vae.decoder(z_part)
+        images.append(to_uint8(x_hat).cpu())
+        s.append(s_of(z_part, x_hat).cpu())
+    return torch.cat(images), torch.cat(s)
+
+
+@torch.no_grad()
+def refine_all(model, z, steps, seed):
+    """Dec(z), refined, as images (uint8) on the CPU, for codes z (N, d). With the same seed, image k has the same noise
+    in every call."""
+    images = []
+    for i, z_part in enumerate(z.to(model.device).split(100)):
         gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
-        refined = common.refine(model, x_hat, z_part, gen, sampler="dpm", steps=steps)
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(refined).cpu(), s_of(z_part, x_hat).cpu()))
-    x_hat, refined, s = map(torch.cat, zip(*parts, strict=True))
-    return x_hat, refined, s
+        refined = common.refine(model, model.vae.decoder(z_part), z_part, gen, sampler="dpm", steps=steps)
+        images.append(to_uint8(refined).cpu())
+    return torch.cat(images)
 
 
 def fd_to_originals(images, real_features, setup):
@@ -493,9 +505,10 @@ def adaptivity(folder, state, model, setup):
     # were fitted to samples of q(z|x), whose z^2 is larger by the variance. So here s is shifted against training, a
     # little more for some images than for others: its mean is not 0.
     mu, _ = common.encode(model.vae, real, model.device)
-    x_hat, refined, s = refine_all(model, s_of, mu, steps, seed)
+    x_hat, s = decode_all(model, s_of, mu)
+    refined = refine_all(model, mu, steps, seed)
     # The same codes with two other noises
-    refined_again = [refine_all(model, s_of, mu, steps, seed + more)[1] for more in (1000, 2000)]
+    refined_again = [refine_all(model, mu, steps, seed + more) for more in (1000, 2000)]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
     three_times = (refined, *refined_again)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in three_times])  # (3, N, f)
@@ -517,7 +530,7 @@ def adaptivity(folder, state, model, setup):
         return model.denoiser_for(x_hat, z.roll(1, 0), clean.roll(1, 0))
 
     control = dataclasses.replace(model, denoiser_for=with_other_s)
-    refined_control = refine_all(control, s_of, mu, steps, seed)[1]
+    refined_control = refine_all(control, mu, steps, seed)
     controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
                 "shuffled": fd_to_originals(refined_control, real_features, setup)}
     by_prior = {prior: adaptive_refinement(model, s_of, prior, setup) for prior in ("flow", "gmm")}
@@ -589,10 +602,10 @@ def adaptive_refinement(model, s_of, prior, setup):
     z = model.priors[prior].sample(count, gen)
     noise_seed = common.SEEDS["adaptive_noise"] + 1000 * seed  # refine_all uses two seeds for every 100 images
     full = setup.evaluation["probe_steps"]
-    refined = {}  # by the number of steps: images (count, 3, H, W), uint8
+    x_hat, s = decode_all(model, s_of, z)
+    refined = {0: x_hat}  # by the number of steps: images (count, 3, H, W), uint8
     for steps in {1, 2, 3, full}:
-        x_hat, refined[steps], s = refine_all(model, s_of, z, steps, noise_seed)
-    refined[0] = x_hat  # z is the same in all rounds, and so are x_hat and s
+        refined[steps] = refine_all(model, z, steps, noise_seed)
 
     def by_thirds(s_of_images, steps_of_thirds):
         images = torch.empty_like(x_hat)

@@ -553,6 +553,7 @@ def test_committed_weights(dataset, size):
         "--eval-samples 39", "--temperature -0.5", "--temperature nan", "--export 0", "--export 100001")),
     ("stage1", "--device cuda:99", ["--device cuda:99"]),
     ("stage2", "--diffusion-weight -1", ["--diffusion-weight -1"]),
+    ("stage2", "--diffusion-weight 0", ["--diffusion-weight 0", "--gradient none"]),
     *((name, flags, flags.split()) for name, flags in (
         ("stage1", "--dataset imagenet"), ("stage1", "--budget huge"), ("stage1", "--image-size 48"),
         ("stage1", "--steps many"), ("stage1", "--out file/runs"), ("stage1", "--sampler euler"),

@@ -274,9 +274,9 @@ def score(images):
     return {"fd": {"value": float(images.double().square().mean())}}
 
 
-def test_refine_all(monkeypatch):
-    """x_hat and s of every code, in their order. Neither the noise that x_start of one chunk has, nor the noise that
-    its steps add, occurs in another chunk."""
+def test_decode_and_refine_all(monkeypatch):
+    """x_hat, s and the refined image of every code, in their order. Neither the noise that x_start of one chunk has,
+    nor the noise that its steps add, occurs in another chunk."""
     z, noises, sample = common.StandardNormal(8).sample(250, common.generator(3)), [], common.sample
 
     def record(diffusion, denoise, x, sampler, steps, gen, **how):
@@ -285,7 +285,9 @@ def test_refine_all(monkeypatch):
         return sample(diffusion, denoise, x, sampler, steps, gen, **how)
 
     monkeypatch.setattr(common, "sample", record)
-    x_hat, refined, s = stage3.refine_all(planted_model(diffusion=common.Diffusion("v")), first_of_z, z, 3, 7)
+    model = planted_model(diffusion=common.Diffusion("v"))
+    x_hat, s = stage3.decode_all(model, first_of_z, z)
+    refined = stage3.refine_all(model, z, 3, 7)
     assert torch.equal(x_hat, common.to_uint8(PLANTED.decoder(z))) and torch.equal(s, z[:, 0])
     assert [len(noise) for noise in noises] == [100, 100, 100, 100, 50, 50] and refined.shape == (250, 3, 8, 8)
     for i, noise in enumerate(noises):
