@@ -212,9 +212,8 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True, trajecto
     `sampler` is one of
         ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`. Its variance is
                large_variance if every time is visited (the two variances are nearly equal then, except at the smallest
-               times). With skipped times it
-               is small_variance: after a long step with the large one, x_next has far more noise than the network
-               expects at time t_next.
+               times). With skipped times it is small_variance: after a long step with the large one, x_next has far
+               more noise than the network expects at time t_next.
         ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
         dpm    deterministic, of second order (DPM-Solver++)
     `trajectory`, a list, receives (t, x_t, predicted x0) of every step.
