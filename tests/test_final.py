@@ -1597,14 +1597,15 @@ def test_numbers_that_no_table_compares(committed):
     # Codes of N(0, I) for a VAE with a beta of 1, and codes of the flow, with seed 0
     beta_1, of_flow = (final.number(committed["shapes"][variant][0], name)["value"] for variant, name in (
         ("stage1-form1-beta=1", "fd, N(0, I)"), (flow, "fd, flow")))
-    assert f"with a beta of 1, fd is `{beta_1:.1f}`, where the flow has `{of_flow:.1f}`† (seed 0, 200 images)" in report
+    assert f"With a beta of 1, stage 1 has `{beta_1:.1f}`, and the flow `{of_flow:.1f}`†" in report
+    assert f"But with a beta of 1, it is `{beta_1:.1f}` after these ten." in report
     change = final.compare_sides(committed["shapes"], ("fd", "stage3-flow-fade"), ("fd", flow))
     assert max(a / b for a, b in zip(change["ours"], change["theirs"], strict=True)) < 1
     assert (f"lowers it in all three runs on shapes, by {-math.expm1(change['log_ratio']):.0%} on average, but p is "
             f"{change['p']:.0%})" in report) and change["seeds"] == 3
     change = final.compare_sides(committed["cifar10"], ("steps by s", flow), ("steps by other s", flow))
     assert max(a / b for a, b in zip(change["ours"], change["theirs"], strict=True)) < 1 and change["seeds"] == 3
-    assert f"better in each of three runs, but not significantly (p is {change['p']:.0%})" in report
+    assert f"is better in each of three runs (6% and 3%), but not significantly (p is {change['p']:.0%})" in report
     above = []  # the fd of latent diffusion, above the mean of stage 1's runs
     for dataset in ("cifar10", "celeba64"):
         ours, theirs = (statistics.mean(final.values_by_seed(committed[dataset][variant], "fd").values())
@@ -1760,5 +1761,5 @@ def test_the_published_settings(committed):
     assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
             "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
     minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
-    assert (f"fd is {fds(published):.0f} with our number of training steps, and `{fds(longer):.1f}`† with ten times as "
-            f"many ({minutes:.0f} minutes)." in report)
+    assert (f"fd on shapes is {fds(published):.0f} with our number of training steps, and `{fds(longer):.1f}`† with "
+            f"ten times as many ({minutes:.0f} minutes)." in report)
