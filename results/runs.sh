@@ -69,6 +69,7 @@ cifar10)
         done
         run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
         run stage3_adaptive.py --conditioning coupling
+        run stage3_adaptive.py --conditioning fade --uncertainty posterior
     fi
     run stage1_baseline.py --variant uncond --set unet_steps=8000 ;;  # as long as both
 celeba64)
@@ -77,6 +78,7 @@ celeba64)
         run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
+        run stage3_adaptive.py --conditioning coupling
     fi
     if [ "$seed" -lt 2 ]; then
         run stage1_baseline.py --variant form1 --set even_levels=false
