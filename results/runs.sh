@@ -52,6 +52,7 @@ shapes)
         run stage1_baseline.py --variant form1 --set unet_steps=450  # how much sooner is the score of the plain loss had?
         run stage1_baseline.py --variant uncond --set unet_steps=1600  # as long as VAE and refiner take together
         run stage2_joint.py --gradient none --set vae_steps=1800 unet_steps=1200
+        run stage1_baseline.py --variant vae --set vae_steps=3300  # as long as VAE and refiner with twice as many
         run stage2_joint.py --set vae_clip=0  # as kendall, whose gradients are too small to be clipped
         run stage1_baseline.py --variant form1 --set beta=0.02  # the best beta of each: half and twice the budget's
         run stage2_joint.py --set beta=0.08
