@@ -1300,7 +1300,7 @@ def test_twice_the_steps(committed):
     report, readme = " ".join(REPORT.split()), " ".join(README.split())
     assert (f"stage 1 is `{theirs}`, that of `augmented` `{of_noisy}` and that of joint training `{ours}`. This is "
             f"{lower} below stage 1, and {below} below `augmented`") in report
-    assert f"the fd of `augmented` is {less} below that of `form1`" in report
+    assert f"`augmented`** has a {less} lower fd than `form1`." in report
     assert f"(`{before}` before refinement)" in report
     assert f"the fd of joint training is {lower} lower on shapes (five runs)" in report
     assert f"the fd of joint training is {lower} lower on shapes (five runs)" in readme
@@ -1553,7 +1553,7 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, N(0, I)", "stage1-vae"), True),
             ("of `anneal` is {:.0%} higher than that of stage 1", "shapes", ("is", joint), ("is", form1), True),
             ("on shapes, and {:.0%} higher on CIFAR-10.", "cifar10", ("is", joint), ("is", form1), True),
-            ("Fine detail is {:.0%} lower; much of", "shapes", ("hf_energy", joint), ("hf_energy", form1), True),
+            ("(Fine detail is {:.0%} lower.)", "shapes", ("hf_energy", joint), ("hf_energy", form1), True),
             ("than with stage 1, by {:.0%} and", "cifar10", ("hf_energy", joint), ("hf_energy", form1), True),
             ("% and (barely significant) {:.0%}.", "celeba64", ("hf_energy", joint), ("hf_energy", form1), True),
             ("refinement they are {:.0%} longer on shapes", "shapes", ("path length, VAE", joint),
@@ -1779,14 +1779,15 @@ def test_the_published_settings(committed):
 
     published = "-start=1000-objective=eps-even_levels=False-beta=1-vae_muon_lr=0-unet_muon_lr=0"
     longer = f"{published}-vae_steps=9000-unet_steps=6000"
+    minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
     report = " ".join(REPORT.split())
     before, after = fds(published, "fd before"), fds(published)
-    assert (f"The fd is {before:.0f} before refinement and {after:.0f} after it; with ten times the training steps, it "
-            f"is `{fds(longer, 'fd before'):.1f}` before and `{fds(longer):.1f}` after†.") in report
+    assert (f"The fd is {before:.0f} before refinement and {after:.0f} after it; with ten times the training steps "
+            f"({minutes:.0f} minutes), it is `{fds(longer, 'fd before'):.1f}` before and `{fds(longer):.1f}` after†."
+            ) in report
     alone = [fds(changes) for changes in ("", "-beta=1", "-vae_muon_lr=0-unet_muon_lr=0", "-even_levels=False",
                                           "-start=1000", "-objective=eps")]
     assert ("raises our fd of `{:.1f}` to `{:.1f}`†, the optimiser to `{:.1f}`†, the undivided loss to `{:.1f}` and "
             "the start to `{:.1f}`. Predicting eps in place of v gives `{:.1f}`†".format(*alone)) in report
-    minutes = committed["shapes"][f"stage1-form1{longer}"][0]["run"]["train_minutes"]
-    assert (f"fd on shapes is {fds(published):.0f} with our number of training steps, and `{fds(longer):.1f}`† with "
-            f"ten times as many ({minutes:.0f} minutes)." in report)
+    assert (f"on shapes their fd is {fds(published):.0f} with our number of steps, and `{fds(longer):.1f}`† with ten "
+            f"times as many, where ours have `{fds(''):.1f}` (one run each)." in report)
