@@ -1356,8 +1356,8 @@ def test_a_vae_alone_of_equal_minutes(committed):
     report = " ".join(REPORT.split())
     assert ("it has an fd of `{}`. With 1,650 steps, the same seeds have `{}` ".format(*means)
             + f"(p is {again['p']:.0%})") in report
-    below = f"{1 - math.exp(-pair['log_ratio']):.0%}"
-    assert f"Stage 1 is {below} below the former†, but only equals the latter†." in report
+    less = f"{1 - math.exp(-pair['log_ratio']):.0%}"
+    assert f"Stage 1 is {less} below the former†, but only equals the latter†." in report
     words = "Joint training is {} below the VAE with 3,300 steps† and {} below that with 1,650†."
     assert words.format(*below) in report
     equal = final.compare_sides(shapes, ("fd", f"stage1-form1{final.TWICE}"), ("fd", "stage1-vae-vae_steps=1650"))
