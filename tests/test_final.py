@@ -1353,12 +1353,12 @@ def test_a_vae_alone_of_equal_minutes(committed):
     again = final.compare_sides(shapes, ("fd", alone), ("fd", "stage1-vae-vae_steps=1650"))
     means = [f"{statistics.mean(again[side]):.2f}" for side in ("theirs", "ours")]
     report = " ".join(REPORT.split())
-    words = "After 1,650 steps its fd was `{}`; after 3,300, which take as long as these pairs, it is `{}` (three runs, not"
+    words = "After 1,650 steps its fd was `{}`; after 3,300, which take as long as these pairs, it is `{}` (three runs,"
     assert words.format(*means) in report and again["p"] > 0.05
     words = "by {} with equal training†, and by {} if the VAE stops at 1,650 steps†"
     assert words.format(*below) in report
     less = f"{1 - math.exp(-pair['log_ratio']):.0%}"
-    assert f"with twice the steps is {less} lower† than that of the VAE with 3,300 steps, and equal to that of" in report
+    assert f"with twice the steps is {less} lower† than that of the VAE with 3,300 steps, and equal to" in report
     equal = final.compare_sides(shapes, ("fd", f"stage1-form1{final.TWICE}"), ("fd", "stage1-vae-vae_steps=1650"))
     assert abs(equal["log_ratio"]) < 0.02
 
