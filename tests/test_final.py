@@ -1754,6 +1754,7 @@ def test_stage_3_trained_again(committed):
     report = " ".join(REPORT.split())
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
     assert "steps by `s` lower fd by {} only, and three steps for all by {}.".format(*lower) in report
+    assert f"it lowers fd by {lower[1]}, twice as much as steps by `s`" in report
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
     assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
     assert f"With ten steps for all, their fd is {means[-1]}" in report
@@ -1763,8 +1764,9 @@ def test_stage_3_trained_again(committed):
         for name, found in lower.items():
             found.append(f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}")
     (by_s, same), three = lower["adaptive_steps"], lower["three"]
-    words = "On CIFAR-10 and faces, steps by `s` lower fd by {} each, and three steps for all by {} and {} (codes of"
-    assert by_s == same and words.format(by_s, *three) in report
+    words = "On CIFAR-10 and faces, with codes of the flow, it lowers fd by {} and {}, far more than steps by `s`"
+    assert by_s == same and words.format(*three) in report
+    assert f"of `coupling` on CIFAR-10 and faces, steps by `s` lower fd by {by_s} each" in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
