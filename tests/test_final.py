@@ -1353,7 +1353,7 @@ def test_a_vae_alone_of_equal_minutes(committed):
     again = final.compare_sides(shapes, ("fd", alone), ("fd", "stage1-vae-vae_steps=1650"))
     means = [f"{statistics.mean(again[side]):.2f}" for side in ("theirs", "ours")]
     report = " ".join(REPORT.split())
-    words = "After 1,650 steps its fd was `{}`; after 3,300, which take as long as these pairs, it is `{}` (three runs,"
+    words = "its fd is `{}` after 1,650 steps, and `{}` after 3,300, which take as long as these pairs (not significant)"
     assert words.format(*means) in report and again["p"] > 0.05
     words = "by {} with equal training†, and by {} if the VAE stops at 1,650 steps†"
     assert words.format(*below) in report
@@ -1548,7 +1548,7 @@ def test_numbers_that_no_table_compares(committed):
             ("and falls by {:.0%} on shapes.", "shapes", ("is", form1), ("is", "stage1-vae"), True),
             ("of `anneal` is {:.0%} lower than that of `augmented` (p is 2%)", "shapes", ("fd", joint),
              ("fd", "stage1-augmented"), True),
-            ("too, the flow's fd is lower: by {:.0%} on shapes†", "shapes", ("fd", "stage3-vae-flow"),
+            ("that this VAE draws from N(0, I): by {:.0%} on shapes†", "shapes", ("fd", "stage3-vae-flow"),
              ("fd, N(0, I)", "stage1-vae"), True),
             ("on shapes†, {:.0%} on CIFAR-10† and", "cifar10", ("fd", "stage3-vae-flow"),
              ("fd, N(0, I)", "stage1-vae"), True),
