@@ -80,6 +80,7 @@ celeba64)
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?
         run stage3_adaptive.py --conditioning coupling
+        run stage3_adaptive.py --conditioning fade --uncertainty posterior
     fi
     if [ "$seed" -lt 2 ]; then
         run stage1_baseline.py --variant form1 --set even_levels=false

@@ -1767,6 +1767,12 @@ def test_stage_3_trained_again(committed):
     words = "On CIFAR-10 and faces, with codes of the flow, it lowers fd by {} and {}, far more than steps by `s`"
     assert by_s == same and words.format(*three) in report
     assert f"of `coupling` on CIFAR-10 and faces, steps by `s` lower fd by {by_s} each" in report
+    of_fade = []
+    for dataset in ("cifar10", "celeba64"):
+        run = committed[dataset]["stage3-flow-fade-posterior"][0]
+        steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
+        of_fade.append(f"{1 - steps['three']['fd']['value'] / steps['even']['fd']['value']:.0%}")
+    assert "In those of `fade-posterior`, three steps for all lower it by {} and {}.".format(*of_fade) in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
