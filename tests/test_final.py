@@ -1604,6 +1604,10 @@ def test_numbers_that_no_table_compares(committed):
     learned = (statistics.mean(final.values_by_seed(results["stage2-kendall"], "weight").values())
                for results in committed.values())
     assert "a lambda of `{:.3f}` on shapes, `{:.3f}` on CIFAR-10 and `{:.3f}` on faces".format(*learned) in report
+    for other in (form1, "stage2-anneal-w0.003"):
+        small = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.001"), ("fd", other))
+        assert small["seeds"] == 1
+        assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
     fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
     assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05  # "With `fade` fd there is twice that of"
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
