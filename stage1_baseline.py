@@ -190,10 +190,10 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture, and since an
-        # error of x0 makes one of v that is 1 / sigma times as large. But all that is
-        # decided at these levels is the grain of the image. So an image's loss is divided by the running mean of the
-        # losses at its noise level (not with the budget `paper`). On shapes this lowers fd by 27%; on real images
-        # no gain is seen (REPORT.md, appendix).
+        # error of x0 makes one of v that is 1 / sigma times as large. But all that is decided at these levels is the
+        # grain of the image. So an image's loss is divided by the running mean of the losses at its noise level (not
+        # with the budget `paper`). On shapes this lowers fd by 27%; on real images no gain is seen (REPORT.md,
+        # appendix).
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":

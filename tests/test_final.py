@@ -1567,6 +1567,10 @@ def test_numbers_that_no_table_compares(committed):
             ("it falls by {:.0%} with joint", "celeba64", ("fd, 4 steps", joint), ("fd, 10 steps", joint), False),
             ("and rises by {:.0%} with stage 1 (three runs", "celeba64", ("fd, 4 steps", form1),
              ("fd, 10 steps", form1), False),
+            ("In four steps, the fd of joint training is {:.0%} higher than stage 1's", "cifar10",
+             ("fd, 4 steps", joint), ("fd, 4 steps", form1), False),
+            ("on CIFAR-10 and {:.0%} higher on faces (both not significant)", "celeba64", ("fd, 4 steps", joint),
+             ("fd, 4 steps", form1), False),
             ("On faces, noise fd is {:.0%} lower, but not", "celeba64", ("noise fd", joint), ("noise fd", form1), True),
             ("the strongest noise is {:.0%} lower (Figure 13; barely", "celeba64", ("fd, noise 0.4", joint),
              ("fd, noise 0.4", form1), True),
@@ -1609,7 +1613,15 @@ def test_numbers_that_no_table_compares(committed):
         assert small["seeds"] == 1
         assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
     fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
-    assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05  # "With `fade` fd there is twice that of"
+    assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05
+    assert "On shapes, `fade` has twice the fd of `fixed` in the unsure third" in report
+    joint_0, basic = (final.number(committed["celeba64"][variant][0], "fd")["value"]
+                      for variant in (joint, "stage2-sum"))
+    assert (f"its one run (`{basic:.2f}`) is {basic / joint_0 - 1:.0%} above the run of `anneal` with the same seed "
+            f"(`{joint_0:.2f}`)") in report
+    from_noise, alone = (final.number(committed["shapes"][variant][0], "fd, 4 steps")["value"]
+                         for variant in ("stage1-form1-start=1000", "stage1-uncond-unet_steps=1600"))
+    assert f"has an fd of `{from_noise:.1f}`, and `uncond` with 1,600 steps one of {alone:.0f} (seed 0" in report
     priors = [final.compare_sides(results, ("fd, flow", flow), ("fd, mixture", flow)) for results in committed.values()]
     assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
