@@ -283,8 +283,8 @@ class Encoder(nn.Module):
 
     If `pool`, the resolution changes as published, by average pooling and a 1x1 convolution. Otherwise it changes by a
     strided convolution, which has a weight for every position in its window. An average does not tell positions apart,
-    and the published network averages all the way down to 1x1. So only the zero padding at the border can tell it where
-    things are, and it does not learn this in a short training.
+    and the published network averages all the way down to 1x1. (Its 3x3 convolutions do the same at every position.) So
+    only the zero padding at the border can tell it where things are, and it does not learn this in a short training.
 
     (PatchConv2d is an nn.Conv2d that is computed as a matrix product, since some processors compute such a convolution
     wrongly in bfloat16; see section 11.)"""
@@ -576,8 +576,8 @@ class GaussianMixture:
         It begins with the cluster means of k-means, and one covariance, that of the codes about the mean of their
         cluster. (If it began with random codes, a few rounds of EM would end in a worse mixture: on faces refined
         samples became clearly worse.) If `tied`, there may be thousands of components, for which k-means would take
-        minutes. There are only a few codes for each of so many, so a random code lies about as near to them as their
-        mean. So it then begins with random codes, and with the covariance of all codes.
+        minutes. Then a cluster has a few codes only, and each of them can stand for its mean. So it begins with random
+        codes, and with the covariance of all codes.
 
         This first mixture is improved by `rounds` of EM on a part of the codes, for speed (`subset` of them, or 20 for
         each component if that is more), and by two rounds on all codes."""
@@ -688,7 +688,7 @@ class Model:
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
     diffusion: Diffusion  # a VAE alone has one, too, only because evaluation and choose_precision read its `start`
-    networks: tuple = ()  # all that it consists of, to count their parameters
+    networks: tuple = ()  # all that it consists of: their parameters are counted
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`

@@ -24,14 +24,15 @@ The loss has two terms.
                     stays near 1: the smaller the VAE's error, the smaller the weight.
     bound           The variational bound on -log p(x) of VAE and refiner together, with nothing to balance:
                         -log p(x0) <= KL(q(z|x0) || N(0, I)) + KL(q(x_start|x0) || p(x_start|x_hat)) + U
-                    Sampling begins at x_start, which is x_hat with noise (stage 1). So the second KL compares x_hat
-                    with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint). (It is about 0
-                    at start = T, where x_start is noise: there only the U-Net's gradient trains the decoder.) U has the
-                    terms of the U-Net's steps from x_start to x0, in nats (bound_loss). In this loss, E is the sum of
-                    the two KLs (beta is not used), and D M is U. On shapes the VAE collapses: the code stays empty, and
-                    images are useless. With `--gradient none` (see below) it does not collapse, and the bound is no
-                    worse. So it is the U-Net's gradient that makes the VAE collapse; we did not find out how. (One run
-                    each.)
+                    with z drawn from q(z|x0). (The second KL and U together bound -log p(x0|x_hat), in place of a
+                    reconstruction term.) Sampling begins at x_start, which is x_hat with noise (stage 1). So the second
+                    KL compares x_hat with x0; it is about SSE / 2 at start = 400, our setting (derived in train_joint).
+                    (It is about 0 at start = T, where x_start is noise: there only the U-Net's gradient trains the
+                    decoder.) U has the terms of the U-Net's steps from x_start to x0, in nats (bound_loss). In this
+                    loss, E is the sum of the two KLs (beta is not used), and D M is U. On shapes the VAE collapses: the
+                    code stays empty, and images are useless. With `--gradient none` (see below) it does not collapse,
+                    and the bound is no worse. So it is the U-Net's gradient that makes the VAE collapse; we did not
+                    find out how. (One run each.)
 
 How one backward pass serves both networks. Let w_E be the weight of E and w_M that of D M (table below). The two
 networks should follow different gradients: the VAE that of w_E E + w_M D M, the U-Net that of M alone, so that it
@@ -121,9 +122,9 @@ def joint_steps(train):
 class Balance(nn.Module):
     """The learned a and b of `kendall`. Both begin at log D, so that at first E and D M are both divided by D. Later
     exp(a) follows the mean of E, and exp(b) that of D M, so that both quotients stay near 1. (So the VAE's gradient is
-    far smaller than with the other losses. This hardly slows its training, since the steps of Adam and Muon do not
-    depend on a constant factor of the gradient. Its one effect is that `vae_clip`, a limit for gradients of a sum over
-    pixel values, is never reached.)"""
+    far smaller than with the other losses. This hardly slows its training, since the steps of the optimisers, Adam and
+    Muon, do not depend on a constant factor of the gradient. Its one effect is that `vae_clip`, a limit for gradients
+    of a sum over pixel values, is never reached.)"""
 
     def __init__(self, D):
         super().__init__()
@@ -317,7 +318,7 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Parts of a long list are 100 codes apart, and so are their seeds. (`refine` needs two of them for each part. The
+    # Parts of a long list are 100 codes apart, so their seeds differ. (`refine` needs two seeds for each part. The
     # factor 2 is of no use; it stays because the committed results have it.)
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])

@@ -502,8 +502,8 @@ def adaptivity(folder, state, model, setup):
         return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
 
     # The codes are means of q(z|x), as in all reconstructions that are measured. The regression of s and the refiner
-    # were fitted to samples of q(z|x), whose z^2 is larger by the variance. So here s is shifted against training, a
-    # little more for some images than for others: its mean is not 0.
+    # were fitted to samples of q(z|x), whose z^2 is larger, on average by the variance. So here s is shifted against
+    # training, a little more for some images than for others: its mean is not 0.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, s = decode_all(model, s_of, mu)
     refined = refine_all(model, mu, steps, seed)
