@@ -596,8 +596,8 @@ class GaussianMixture:
             means = torch.from_numpy(means)
             residuals = part - means[torch.from_numpy(cluster).long()]
         weights = torch.full((len(means),), 1 / len(means))
-        covariance = residuals.T.cov() + cls.ridge(z)  # (d, d); cov wants a row for each dimension
-        mixture = cls(weights, means, torch.linalg.cholesky(covariance)[None])  # shared by all, at first
+        covariance = residuals.T.cov()  # (d, d); cov wants a row for each dimension
+        mixture = cls(weights, means, cls.factors_of(covariance[None]))  # shared by all, at first
         for _ in range(rounds):
             mixture = mixture.em_round(part, tied)
         for _ in range(2):
@@ -606,9 +606,17 @@ class GaussianMixture:
         return mixture
 
     @staticmethod
-    def ridge(z):
-        """0.001 I, added to every covariance so that it can be inverted even where a component has hardly any z."""
-        return 1e-3 * torch.eye(z.shape[1])
+    def factors_of(covariances):
+        """The lower Cholesky factors of covariances (K, d, d). To each a ridge of 0.001 I is added, so that it can be
+        inverted even where a component has hardly any z. If z is far from 0, rounding can outweigh this. Then more is
+        added."""
+        ridge = torch.full((len(covariances), 1, 1), 1e-3)
+        while ridge.max() < 1e3:
+            factors, failed = torch.linalg.cholesky_ex(covariances + ridge * torch.eye(covariances.shape[1]))
+            if not failed.any():
+                return factors
+            ridge[failed > 0] *= 10
+        fail("the mixture of Gaussians cannot be fitted: the codes are too large; a larger beta may help")
 
     def em_round(self, z, tied):
         """One round of EM on z (N, d): the mixture that follows this one. (tests/test_common.py: test_em_by_hand)"""
@@ -633,7 +641,7 @@ class GaussianMixture:
             covariances = ((products[0] - sums.T @ means) / len(z))[None]
         else:
             covariances = products / mass[:, None, None] - means[:, :, None] * means[:, None]
-        return GaussianMixture(mass / mass.sum(), means, torch.linalg.cholesky(covariances + self.ridge(z)))
+        return GaussianMixture(mass / mass.sum(), means, self.factors_of(covariances))
 
     def log_joints(self, z):
         """log(weight_k N(z; mean_k, covariance_k)) for z (N, d). Yields a few rows of z at a time, (n, d), and their
@@ -1205,6 +1213,9 @@ def list_split(dataset, split, folder):
     """The files of a split, their labels (or None), the name of the crop, and what results must say of the data."""
     below = {"cifar10": f"cifar10/{split}", "celeba64": "celeba/img_align_celeba", "folder": "."}
     files = find_images(folder / below[dataset])
+    if dataset != "cifar10" and len(files) < 60 and (files or dataset == "folder"):  # a tenth is held out
+        fail(f"{folder / below[dataset]}: found {len(files)} images there; give a folder that holds at least 60 (of a "
+             "stage: --data-dir)")
     jpeg = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)  # JPEG's artefacts move every distance
     if dataset == "cifar10":
         classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
@@ -1247,8 +1258,6 @@ def load_images(dataset, split, data_dir="data", image_size=None):
         images, labels, factors = draw_shapes(20_000 if split == "train" else 4_000, seed=1 if split == "train" else 2)
         return ImageData(images, labels, factors, "shapes", "none", "drawn by the program")
     folder, size = Path(data_dir), image_size or DATASETS.get(dataset, 64)
-    if dataset == "folder" and (found := len(find_images(folder))) < 60:  # a tenth is held out
-        fail(f"{folder}: found {found} images there; give a folder that holds at least 60 (of a stage: --data-dir)")
     files, labels, crop, note = list_split(dataset, split, folder)
     if not files:
         try:
@@ -1753,7 +1762,7 @@ class Training:
         """This process's part of a random batch of training images, as floats, mirrored at random if `flip`. (The bonus
         trains on latents, which are floats already.)"""
         if self.train["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            # 2**24 is more than the steps of any run, so no two --seed share a seed of a step.
+            # 2**24 is more than the steps of any run (LIMITS), so no two --seed share a seed of a step.
             step_seed = self.train["seed"] * 2**24 + self.steps_taken
             torch.manual_seed(step_seed * RANKS + RANK)
         index = torch.randint(len(self.images), (self.train["batch"],), generator=self.gen, device=self.device)
@@ -1960,13 +1969,13 @@ def add_flags(parser, priors=(), default_prior=None):
         add("--prior", choices=priors, default=default_prior, help="over z, of the headline (default: %(default)s)")
 
 
-LIMITS = {"steps": (1, 10**9), "batch_size": (1, 4096), "seed": (0, 2**31), "temperature": (0, 2),
+LIMITS = {"steps": (1, 10**7), "batch_size": (1, 4096), "seed": (0, 2**31), "temperature": (0, 2),
           "sample_steps": (1, 1000), "eval_samples": (40, 10**6), "export": (1, 10**5)}  # flag: smallest, largest
 
 
 def read_settings(args, unused=()):
     """Check the shared flags and resolve what is `auto`. Returns train settings, evaluation settings and the device.
-    Exits if --set changes a setting in `unused`, on which nothing in the stage depends.
+    Exits if --set changes a setting whose name begins with one of `unused`: nothing in the run depends on it.
     `args.changes` then holds what --set changes in the train settings. It is kept apart, because a run takes only
     those changes on which it depends (fid.Setup.folder_and_settings)."""
     sys.excepthook = end_in_a_line
@@ -1985,9 +1994,9 @@ def read_settings(args, unused=()):
         given["flow_steps"] = min(args.steps, train["flow_steps"])  # of the flow in stage 3, once the VAE is finished
     train |= {key: value for key, value in given.items() if value is not None}
     args.changes = parse_changes(args.set, train)
-    for key in unused:
-        if key in args.changes:
-            fail(f"--set {key}: nothing in this stage depends on it; leave it out")
+    for key in args.changes:
+        if key.startswith(tuple(unused)):
+            fail(f"--set {key}: nothing in this run depends on it; leave it out")
     train |= {"dataset": args.dataset, "image_size": size, "budget": name, "seed": args.seed}
     given = {"sampler": args.sampler, "sample_steps": args.sample_steps, "count": args.eval_samples,
              "temperature": args.temperature}
@@ -2028,6 +2037,10 @@ def parse_changes(texts, train):
                 low, high = 2, 1000  # the bound on the likelihood needs two times
             elif key == "dropout" or key.endswith("_ema"):
                 high = 1
+            elif key == "batch":
+                high = LIMITS["batch_size"][1]
+            elif key.endswith("_steps"):
+                high = LIMITS["steps"][1]
             allowed, value = f"a {'whole ' if isinstance(old, int) else ''}number from {low} to {high:,}", None
             with contextlib.suppress(ValueError):
                 value = type(old)(word)

@@ -469,13 +469,19 @@ def make_reference(extractor, train, test=None):
     return Reference(features, *extract(extractor, shuffle(test), progress=True))
 
 
+def hash_of_images(*images):
+    """8 hexadecimal digits that change with any pixel of uint8 images, one tensor (N, 3, H, W) or several."""
+    pixels = hashlib.sha256()
+    for tensor in images:
+        pixels.update(tensor.contiguous().numpy().data)
+    return pixels.hexdigest()[:8]
+
+
 def cached_reference(extractor, data_train, data_test, cache_dir):
     """The Reference of a data set (common.ImageData of two splits). It is kept in cache_dir, in a file whose name
     changes with the data set, its crop, any of its pixels and the feature network."""
-    train, test, pixels = data_train.images, data_test.images, hashlib.sha256()
-    for images in (train, test):
-        pixels.update(images.contiguous().numpy().data)
-    name = f"{data_train.name}-{data_train.crop}-{len(train)}-{pixels.hexdigest()[:8]}-{extractor.name}.pt"
+    train, test = data_train.images, data_test.images
+    name = f"{data_train.name}-{data_train.crop}-{len(train)}-{hash_of_images(train, test)}-{extractor.name}.pt"
     path = Path(cache_dir) / name
     device = scoring_device(extractor)
     try:
@@ -586,13 +592,16 @@ class Setup:
                                 for split in ("train", "test"))
         if common.RANK == 0:
             common.wait_for_all()  # now the others go on
+        if len(self.test.images) < 6:
+            fail(f"{args.data_dir}: {len(self.test.images)} held-out images of {args.dataset}; at least 6 are needed")
         # What is kept of a user's own folder does not go into that folder. (Shapes have no folder.)
         self.cache = Path("data" if args.dataset in ("shapes", "folder") else args.data_dir) / "cache"
         # The settings also say what the data are: how they were cropped, how many they are, and a note such as "JPEG
         # copies". A checkpoint holds its settings, and common.finished_state refuses one that has others.
         self.train = train | {"crop": self.data.crop, "n_train": len(self.data.images), "data_note": self.data.note}
-        if args.dataset == "folder":  # another folder of the same name is other data
+        if args.dataset == "folder":  # another folder of the same name is other data, and so is one that has changed
             self.train["data_dir"] = str(Path(args.data_dir).resolve())
+            self.train["data_hash"] = hash_of_images(self.data.images, self.test.images)
         self.evaluation = evaluation | {"features": self.extractor.name}
         self.home = Path(args.out) / f"{self.data.name}-{train['budget']}"  # the folder of the runs
 

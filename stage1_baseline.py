@@ -301,8 +301,16 @@ def read_flags(argv):
 
 def main(argv=None):
     args = read_flags(argv)
-    # flow_steps is a setting of stage 3, so --set flow_steps=... is an error here.
-    train, evaluation, device = common.read_settings(args, unused=("flow_steps",))
+    # Settings on which none of the chosen variants depends. (flow_steps is a setting of stage 3.) To change one of them
+    # by --set is an error.
+    unused = ["flow_steps"]
+    if "guided" not in args.variant:
+        unused.append("guidance")
+    if args.variant == ["vae"]:
+        unused += common.OF_UNET
+    if args.variant == ["uncond"]:
+        unused += ["start", *common.OF_VAE]
+    train, evaluation, device = common.read_settings(args, unused)
     # `train` has the settings of the budget and the flags, args.changes those that --set changes.
     if args.dry_run:
         return common.print_settings(train | args.changes, evaluation)

@@ -384,7 +384,7 @@ def latent_space(picture, model, setup, pairs=32, points=POINTS):
     chosen = torch.randperm(len(data.images), generator=common.generator(0))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae, data.images[chosen], model.device)
     if data.labels is not None:
-        one_hot = torch.eye(int(data.labels.max()) + 1)  # (classes, classes)
+        one_hot = torch.eye(1 + int(torch.cat([data.labels, test.labels]).max()))  # (classes, classes)
         _, predicted = linear_probe(train_mu, one_hot[data.labels[chosen]], mu, one_hot[test.labels])
         result["probe_class_accuracy"] = float((predicted.argmax(1) == test.labels).float().mean())
     if data.factors is not None:  # of shapes: the numbers that an image was drawn from, such as its size and place

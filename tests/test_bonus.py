@@ -252,4 +252,4 @@ def test_settings_that_change_nothing_are_refused(capsys):
     for change in ("beta=0.5", "start=300", "pool=true", "guidance=1", "components=3", "tied=true", "flow_steps=5"):
         flags = ["--budget", "smoke", "--device", "cpu", "--set", change]
         key = change.split("=")[0]
-        expect_error(capsys, lambda flags=flags: bonus.main(flags), f"--set {key}:", "nothing in this stage")
+        expect_error(capsys, lambda flags=flags: bonus.main(flags), f"--set {key}:", "nothing in this run")

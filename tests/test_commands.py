@@ -570,11 +570,15 @@ def test_committed_weights(dataset, size):
         ("cifar10", "cifar10/{train,test}/<class>/*.{png,jpg}"), ("celeba64", "celeba/img_align_celeba/*.jpg"))),
     *((name, f"--set {text}", [f"--set {text}: ", word]) for name in COMMANDS for text, word in (
         ("guidance=much", "number"), ("start=1001", "from 2 to 1,000"), ("steps=5", "no such setting"))),
-    *((name, f"--set {key}=1", [f"--set {key}: nothing in this stage depends on it"]) for name, key in (
+    *((name, f"--set {key}=1", [f"--set {key}: nothing in this run depends on it"]) for name, key in (
         ("stage1", "flow_steps"), ("stage2", "flow_steps"), ("stage2", "guidance"), ("stage3", "guidance"))),
-    ("stage2", "--set vae_flip=false", ["--set vae_flip: nothing in this stage depends on it"]),
-    ("stage2", "--loss bound --set beta=1", ["--set beta: nothing in this stage depends on it"]),
-    ("stage2", "--loss bound --set even_levels=false", ["--set even_levels: nothing in this stage depends on it"]),
+    *(("stage1", f"{variants}--set {text}", [f"--set {text.partition('=')[0]}: nothing in this run depends on it"])
+      for variants, text in (("", "guidance=2"), ("--variant vae ", "unet_steps=7"), ("--variant vae ", "start=300"),
+                             ("--variant uncond ", "beta=2"), ("--variant uncond ", "start=300"))),
+    ("stage1", "--dataset celeba64 --data-dir faces", ["img_align_celeba", "found 9 images", "60"]),
+    ("stage2", "--set vae_flip=false", ["--set vae_flip: nothing in this run depends on it"]),
+    ("stage2", "--loss bound --set beta=1", ["--set beta: nothing in this run depends on it"]),
+    ("stage2", "--loss bound --set even_levels=false", ["--set even_levels: nothing in this run depends on it"]),
     ("stage2", "--from-vae", ["stage1-vae-s0", "holds no finished VAE"]),
     ("stage2", "--gradient none --loss kendall", ["--gradient none", "--loss"]),
     ("stage2", "--gradient none --loss sum", ["--gradient none", "--loss"]),
@@ -588,8 +592,8 @@ def test_bad_input_stops_before_any_training(name, flags, words, small, monkeypa
     """One line names the flag (with the range of a number) or the file, and the way out. No folder is made for a run.
     Where features are missing, there is no file, no cache and no network."""
     (small / "file").write_text("")
-    for folder, count in (("few", 59), ("text", 60)):
-        (small / folder).mkdir()
+    for folder, count in (("few", 59), ("text", 60), ("faces/celeba/img_align_celeba", 9)):
+        (small / folder).mkdir(parents=True)
         for i in range(count):
             (small / folder / f"{i:02}.png").write_text("this is not an image")
     if "--features" not in flags:

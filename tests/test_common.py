@@ -366,10 +366,10 @@ def test_celeba_crop(tmp_path, width, height, capsys):
     """The crop is the box (15, 40, 163, 188) of 178x218 pixels, in proportion for smaller copies. The error names an
     image of another shape, or one that is broken."""
     step, home = 178 // width, tmp_path / "celeba" / "img_align_celeba"
-    for i in range(10):
+    for i in range(60):
         save(home / f"{i:06}.png", ramp(height, width, step))
     data = common.load_images("celeba64", "train", tmp_path)
-    assert data.images.shape == (9, 3, 64, 64) and data.labels is None
+    assert data.images.shape == (54, 3, 64, 64) and data.labels is None
     assert (data.crop, data.note) == ("celeba-148", f"lossless copies at {width}x{height}")
     centre = (torch.arange(64) + 0.5) * 148 / 64  # of output pixel j, from the box's edge, in full-size pixels
     red, green = data.images[0, 0].float(), data.images[0, 1].float()
@@ -386,20 +386,21 @@ def test_celeba_crop(tmp_path, width, height, capsys):
 def test_celeba_splits(tmp_path, capsys):
     """The partition file decides (0 train, 1 neither, 2 test). Without one the last tenth by name is the test split."""
     home = tmp_path / "celeba"
-    for i in range(20):
+    for i in range(60):
         save(home / "img_align_celeba" / f"{i:06}.png", flat(i, 218, 178))
-    for train, test in (((0, 18, 1), (18, 20, 1)), ((0, 20, 3), (2, 20, 3))):
+    for train, test in (((0, 54, 1), (54, 60, 1)), ((0, 60, 3), (2, 60, 3))):
         for split, expected in (("train", train), ("test", test)):
             values = common.load_images("celeba64", split, tmp_path).images[:, 0, 0, 0].tolist()
             assert (sorted(values) if split == "test" else values) == list(range(*expected))
         # Published are .jpg files; here they are copies of another kind.
-        (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg {i % 3}\n" for i in range(20)))
-    (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg 0\n" for i in range(20)))
+        (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg {i % 3}\n" for i in range(60)))
+    (home / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg 0\n" for i in range(60)))
     expect_error(capsys, lambda: common.load_images("celeba64", "test", tmp_path), "list_eval_partition.txt",
-                 "none of the 20 images is in its test part", "remove this file")
+                 "none of the 60 images is in its test part", "remove this file")
     for scale, note in ((1, "JPEG copies at 89x109"), (2, "as published (JPEG)")):
         folder = tmp_path / f"jpegs{scale}"
-        save(folder / "celeba" / "img_align_celeba" / "000000.jpg", flat(0, scale * 109, scale * 89))
+        for i in range(60):
+            save(folder / "celeba" / "img_align_celeba" / f"{i:06}.jpg", flat(0, scale * 109, scale * 89))
         assert common.list_split("celeba64", "train", folder)[2:] == ("celeba-148", note)
 
 
@@ -808,6 +809,16 @@ def test_gmm_of_few_points_stays_finite(count, components, tied):
     assert gmm.log_prob(z).isfinite().all() and gmm.sample(50, common.generator(0)).isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [3, 30])
+def test_gmm_of_codes_far_from_0(scale):
+    """Few codes for each component, and far from 0 (a VAE without a KL has such codes). Rounding then makes some
+    covariances less than positive, by more than the usual ridge."""
+    gen = common.generator(0)
+    z = common.randn((600, 64), gen) * scale * torch.exp(0.7 * common.randn((600, 1), gen))
+    gmm = common.GaussianMixture.fit(z.clamp(-99, 99), 10, 0)
+    assert gmm.log_prob(z).isfinite().all() and gmm.sample(50, gen).isfinite().all()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_em_by_hand(tied):
     """Two rounds agree with float64, on more z than are processed at a time."""
@@ -1040,8 +1051,9 @@ SET_ERRORS = [
     (["beta", "decay", "objective"], ["has no value", "=VALUE"]),
     (["beta=", "beta=much", "beta=nan", "beta=inf", "beta=-0.1", "beta=1,5", "vae_clip=1e10"],
      ["must be a number from 0 to 1,000,000,000"]),
-    (["vae_steps=1.5", "vae_steps=1e3", "batch=-1", "components=many"],
-     ["must be a whole number from", "to 1,000,000,000"]),
+    (["components=many", "components=1.5"], ["must be a whole number from 1 to 1,000,000,000"]),
+    (["vae_steps=1.5", "vae_steps=1e3", "unet_steps=10000001"], ["must be a whole number from 1 to 10,000,000"]),
+    (["batch=-1", "batch=4097"], ["must be a whole number from 1 to 4,096"]),
     (["vae_steps=1800-unet_steps=1200", "vae_steps=9,beta=1"], ["write a space between several settings"]),
     (["start=1", "start=1001", "start=12.5"], ["must be a whole number from 2 to 1,000"]),
     (["vae_ema=1.5", "unet_ema=-1", "dropout=2"], ["must be a number from 0 to 1"]),

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, flags, images_of, oracle, planted_setup, settings
+from helpers import CPU, expect_error, flags, images_of, oracle, planted_setup, settings
 from PIL import Image
 
 import common
@@ -39,7 +39,7 @@ def save(path, value):
     Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path)
 
 
-def test_setup(small, monkeypatch):
+def test_setup(small, monkeypatch, capsys):
     """What of the data belongs to the settings. Folders of one name and number of images are other data."""
     asked = []
     monkeypatch.setattr(fid, "load_extractor", lambda *how: asked.append(how) or SimpleNamespace(
@@ -59,13 +59,21 @@ def test_setup(small, monkeypatch):
                           {"features": "local"}, CPU) for home in ("one", "two"))
     assert one.home == two.home == Path("runs/photos-smoke") and one.cache == Path("data/cache")
     assert "data_dir" in common.first_difference(one.train, two.train)
+    save(Path("one/photos/00.png"), 60)  # as many images, but one is another
+    changed = fid.Setup(flags("--dataset", "folder", "--data-dir", "one/photos"), train | {"image_size": 32},
+                        {"features": "local"}, CPU)
+    assert "data_hash" in common.first_difference(one.train, changed.train)
     for suffix in (".png", ".jpg"):  # and so are JPEG copies of the same images
-        for split, i in itertools.product(("train", "test"), range(4)):
+        for split, i in itertools.product(("train", "test"), range(6)):
             save(Path(suffix) / "cifar10" / split / "cat" / f"{i}{suffix}", i)
     one, two = (fid.Setup(flags("--dataset", "cifar10", "--data-dir", suffix), train | {"image_size": 32},
                           {"features": "local"}, CPU) for suffix in (".png", ".jpg"))
     assert one.home == two.home and "JPEG" in common.first_difference(one.train, two.train)
     assert two.cache == Path(".jpg/cache")
+    Path(".png/cifar10/test/cat/0.png").unlink()
+    expect_error(capsys, lambda: fid.Setup(flags("--dataset", "cifar10", "--data-dir", ".png"),
+                                           train | {"image_size": 32}, {"features": "local"}, CPU),
+                 ".png: 5 held-out images of cifar10", "6")
 
 
 def test_name_and_settings_of_a_run(small, monkeypatch):

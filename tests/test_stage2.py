@@ -397,6 +397,8 @@ def test_latent_space_by_hand(tmp_path, monkeypatch):
     result = stage2.latent_space(tmp_path / "more.png", model, setup)
     refined = torch.cat([decode(code[:100])["refined"], decode(code[100:130], 91_205)["refined"]])
     assert result["images"] == 130 and result["posterior"]["refined"] == score(refined)["fd"]
+    test.labels[0] = 2  # a class without training images is an error of the probe
+    assert stage2.latent_space(tmp_path / "more.png", model, setup)["probe_class_accuracy"] < 1
 
 
 def test_paths_between_samples(tmp_path, monkeypatch):
