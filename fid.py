@@ -844,9 +844,10 @@ def by_components(model, setup):
 
 @torch.no_grad()
 def measure_vae(folder, model, setup):
-    """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions, the latent, whether
-    refinement begins early enough, and the log-density of codes, and of each prior's samples, under each prior.
-    Refines with DPM-Solver++ in as many steps as the headline has. Writes reconstructions.png."""
+    """Tables of a VAE and of the refiner behind it, from held-out images: reconstructions (also by thirds of the VAE's
+    error), the latent, whether refinement begins early enough, and the log-density of codes, and of each prior's
+    samples, under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
+    reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
     all_mu, all_logvar = common.encode(model.vae, test.images, model.device)  # (N, d)
     noise = randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed))
@@ -868,7 +869,8 @@ def measure_vae(folder, model, setup):
         kinds["refined"] = refined
     for name, images in kinds.items():
         table[f"hf_energy_{name}"] = hf_energy(images, test.images)
-    tables = {"reconstruction": table, "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
+    tables = {"reconstruction": table, "error_thirds": error_thirds(kinds, real, setup),
+              "latent": diagnose(mu, logvar, table["hf_energy_vae"]["value"])}
     if model.denoiser_for is not None:
         pictures["refined"] = refined[:12]
         tables["start"] = check_start(model.diffusion, x_hat, real)
@@ -882,6 +884,28 @@ def measure_vae(folder, model, setup):
         for judge, judging_prior in model.priors.items():
             tables["density_of_samples"][judge][source] = mean_score(judging_prior.log_prob(samples))
     return tables
+
+
+def fd_to_originals(images, real_features, setup):
+    """The Frechet distance between reconstructions (the VAE's images or refined ones) and the very images that they
+    reconstruct, whose features (N, f) are given."""
+    features, _ = extract(setup.extractor, images)  # (N, f), and logits
+    return {"fd_to_originals": frechet_distance(moments(features), moments(real_features))}
+
+
+def error_thirds(kinds, real, setup):
+    """How a model handles images that its VAE reconstructs well or badly. `kinds` has the reconstructions of held-out
+    images `real`, uint8 (N, 3, H, W): those of the VAE and, if there is a refiner, the refined ones. Their distances to
+    the originals are given for the third of the images with the lowest squared error of the VAE, for the middle third,
+    and for the third with the highest."""
+    error = (kinds["vae"].float() - real.float()).square().mean((1, 2, 3))  # (N,)
+    real_features, _ = extract(setup.extractor, real)
+    thirds = {"images": len(real) // 3}
+    for name, index in zip(("low", "middle", "high"), error.argsort().tensor_split(3), strict=True):
+        thirds[name] = {}
+        for kind, images in kinds.items():
+            thirds[name][kind] = fd_to_originals(images[index], real_features[index], setup)
+    return thirds
 
 
 @torch.no_grad()

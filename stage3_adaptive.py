@@ -474,14 +474,6 @@ def refine_all(model, z, steps, seed):
     return torch.cat(images)
 
 
-def fd_to_originals(images, real_features, setup):
-    """The Frechet distance between reconstructions (the VAE's images or refined ones) and the very images that they
-    reconstruct, whose features (N, f) are given."""
-    features, _ = fid.extract(setup.extractor, images)  # (N, f), and logits
-    distance = fid.frechet_distance(fid.moments(features), fid.moments(real_features))
-    return {"fd_to_originals": distance}
-
-
 def adaptivity(folder, state, model, setup):
     """Does the refiner profit from s? Five tables, and uncertainty.png, with images from sure to unsure.
 
@@ -518,8 +510,8 @@ def adaptivity(folder, state, model, setup):
     terciles = {"images": per_third}
     by_s = s.argsort()  # from the surest image on
     for name, index in zip(("sure", "middle", "unsure"), by_s.tensor_split(3), strict=True):
-        terciles[name] = {"vae": fd_to_originals(x_hat[index], real_features[index], setup),
-                          "refined": fd_to_originals(refined[index], real_features[index], setup),
+        terciles[name] = {"vae": fid.fd_to_originals(x_hat[index], real_features[index], setup),
+                          "refined": fid.fd_to_originals(refined[index], real_features[index], setup),
                           "spread": float(spread[index].mean())}
     shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
     common.save_grid(folder / "uncertainty.png",
@@ -531,8 +523,8 @@ def adaptivity(folder, state, model, setup):
 
     control = dataclasses.replace(model, denoiser_for=with_other_s)
     refined_control = refine_all(control, mu, steps, seed)
-    controls = {"images": len(real), "true": fd_to_originals(refined, real_features, setup),
-                "shuffled": fd_to_originals(refined_control, real_features, setup)}
+    controls = {"images": len(real), "true": fid.fd_to_originals(refined, real_features, setup),
+                "shuffled": fid.fd_to_originals(refined_control, real_features, setup)}
     by_prior = {prior: adaptive_refinement(model, s_of, prior, setup) for prior in ("flow", "gmm")}
     return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior,
             "noise_seen": noise_seen(model, setup), "cost": cost(model, setup)}

@@ -470,6 +470,11 @@ def test_conclusions_about_the_latent():
     assert report["posterior_variance"] == pytest.approx((20 * math.exp(-4) + 1) / 21)
 
 
+def mean_colours(images):
+    """uint8 images (N, 3, H, W) -> planted features (N, 3)."""
+    return images.float().mean((2, 3))
+
+
 def test_measure_vae(tiny, tmp_path, monkeypatch):
     """x_hat = Dec(mu) of the first held-out images; refined by one that knows the real images, as sharp as they are.
     Images of 30 are compared with the sharpness of all 50."""
@@ -482,8 +487,9 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     start = {30: 0, 20: 0, 10: 20}
     tiny.denoiser_for = lambda x_hat, z, clean: oracle(tiny.diffusion, common.to_float(
         real[:4] if len(z) == 4 else real[start[len(z)]:start[len(z)] + len(z)]))
-    setup = SimpleNamespace(test=images_of(50), train={"seed": 2},
+    setup = SimpleNamespace(test=images_of(50), train={"seed": 2}, extractor=None,
                             evaluation={"grid_count": count, "sample_steps": 3, "batch": 20})
+    monkeypatch.setattr(fid, "extract", lambda extractor, images: (mean_colours(images), None))
     tables = fid.measure_vae(tmp_path, tiny, setup)
     seed = common.SEEDS["reconstruction"] + 2
     assert batches == [(size, seed, "dpm", 3) for size in (20, 10)]
@@ -505,7 +511,17 @@ def test_measure_vae(tiny, tmp_path, monkeypatch):
     assert list(shown) == ["real", "VAE", "refined"] and torch.equal(shown["real"], real[:12])
     assert (shown["VAE"].int() - x_hat[:12].int()).abs().max() <= 1
     assert (shown["refined"].int() - real[:12].int()).abs().max() <= 1
+    # Three groups of ten, by the squared error of x_hat
+    errors = (x_hat.double() - real[:count].double()).square().sum((1, 2, 3))
+    assert tables["error_thirds"]["images"] == 10
+    for name, third in zip(("low", "middle", "high"), errors.argsort().split(10), strict=True):
+        ours, theirs = (fid.moments(mean_colours(images[third])) for images in (x_hat, real[:count]))
+        of_third = {kind: score["fd_to_originals"] for kind, score in tables["error_thirds"][name].items()}
+        assert of_third["vae"] == pytest.approx(fid.frechet_distance(ours, theirs), rel=0.02) and of_third["vae"] > 10
+        assert of_third["refined"] == pytest.approx(0, abs=0.1)
     alone = fid.measure_vae(tmp_path, dataclasses.replace(tiny, denoiser_for=None), setup)
+    assert alone["error_thirds"] == {name: {"vae": third["vae"]} if name != "images" else third
+                                     for name, third in tables["error_thirds"].items()}
     assert "start" not in alone and alone["reconstruction"] == {
         key: value for key, value in found.items() if not key.endswith("_refined")}
 
@@ -522,6 +538,7 @@ def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
     tiny.priors, tiny.denoiser_for = {"gaussian": prior("gaussian", -3.0), "gmm": prior("gmm", -2.0)}, None
     setup = SimpleNamespace(test=images_of(1001), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
                             evaluation={"grid_count": 2000, "sample_steps": 3, "batch": 500})
+    monkeypatch.setattr(fid, "error_thirds", lambda *how: None)
     table = fid.measure_vae(tmp_path, tiny, setup)["prior_log_density"]
     assert {name: density["value"] for name, density in table.items()} == {"gaussian": -3, "gmm": -2}
     mu, logvar = common.encode(tiny.vae, setup.test.images, CPU)
@@ -530,7 +547,7 @@ def test_codes_whose_density_is_measured(tiny, tmp_path, monkeypatch):
     assert torch.equal(codes["gmm"], codes["gaussian"]) and reconstructed == [500, 500]
 
 
-def test_density_of_samples(tiny, tmp_path):
+def test_density_of_samples(tiny, tmp_path, monkeypatch):
     """By every prior, of samples of every prior. With N(0, I) and N(m, s^2 I) all four have closed forms. 1,000 samples
     are drawn of each, by a generator of its own."""
     m, s, asked = torch.arange(8.0) / 4, 0.5, []
@@ -543,6 +560,7 @@ def test_density_of_samples(tiny, tmp_path):
     tiny.priors["far"], tiny.denoiser_for = Far(torch.ones(1), m[None], s * torch.eye(8)[None]), None
     setup = SimpleNamespace(test=images_of(50), train={"seed": 4}, extractor=SimpleNamespace(name="other"),
                             evaluation={"grid_count": 20, "sample_steps": 3, "batch": 20})
+    monkeypatch.setattr(fid, "error_thirds", lambda *how: None)
     table = fid.measure_vae(tmp_path, tiny, setup)["density_of_samples"]
     assert asked == [(1000, common.SEEDS["held_out_codes"] + 4)]
     unit, length = 8 * math.log(2 * math.pi), float(m @ m)

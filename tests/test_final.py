@@ -1244,8 +1244,8 @@ def test_comparisons_with_the_repeated_baseline(committed):
     all_repeated = final.load_all(final.ROOT.glob("results/repeated/*/*.json"))
     text = " ".join(REPORT.split())
     for dataset, guidance, words, p, noise_fd, fd_without in (
-            ("celeba64", "compared with that one, it lowers fd by {:.0%} (appendix).", "On faces, fd is lower by", "3%",
-             "+0.3%", "-17%"),
+            ("celeba64", "compared with that one, it lowers fd by {:.0%} (barely significant; appendix).",
+             "On faces, fd is lower by", "3%", "+0.3%", "-17%"),
             ("cifar10", "It lowers fd by {:.0%} on CIFAR-10.", "on CIFAR-10 by", "`0.1%`", "-19%", "-14%")):
         repeated = {0: committed[dataset]["stage1-form1"][0], **all_repeated[dataset]["stage1-form1"]}
         results = all_results[dataset] = committed[dataset] | {"repeated": repeated}
@@ -1397,7 +1397,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             "that of seed 0, the best of them)." in report)
     assert f"the fd of `uncond` is {then} higher on CIFAR-10, and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (in four steps {then})."
+    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%; in four steps {then})."
     assert f"the diffusion model alone has a {above}" in readme
     seeds["cifar10"] = 1
     latent = {dataset: math.exp(change(dataset, "fd", "bonus-latent", alone[dataset])["log_ratio"]) - 1
@@ -1624,9 +1624,11 @@ def test_numbers_that_no_table_compares(committed):
     assert f"fd on shapes is `{math.exp(priors[0]['log_ratio']):.1f}` times as high with codes of the flow" in report
     assert priors[0]["p"] < 0.05 < min(priors[1]["p"], priors[2]["p"])
     for words, variant in (("compared with it†, the fd of `anneal` is {:.0%} higher", joint),
-                           ("that of `kendall` {:.0%} (both not significant)", "stage2-kendall")):
+                           ("that of `kendall` {:.0%}, that of", "stage2-kendall"),
+                           ("that of `w0.003` {:.0%} and that", "stage2-anneal-w0.003"),
+                           ("and that of `sum` {:.0%} (all not significant)", "stage2-sum")):
         change = final.compare_sides(committed["shapes"], ("fd", variant), ("fd", "stage1-vae-vae_steps=1650"))
-        assert words.format(math.expm1(change["log_ratio"])) in report and change["p"] > 0.05 and change["seeds"] == 5
+        assert words.format(math.expm1(change["log_ratio"])) in report and change["p"] > 0.05 and change["seeds"] >= 3
     # Codes of N(0, I) for a VAE with a beta of 1, and codes of the flow, with seed 0
     beta_1, of_flow = (final.number(committed["shapes"][variant][0], name)["value"] for variant, name in (
         ("stage1-form1-beta=1", "fd, N(0, I)"), (flow, "fd, flow")))
@@ -1645,7 +1647,7 @@ def test_numbers_that_no_table_compares(committed):
     assert ("On faces, steps by the image's own `s` lower fd by {}, and steps by the `s` of *other* images by {}."
             .format(*lower["celeba64"])) in report
     own, other = lower["cifar10"]
-    assert f"On CIFAR-10 it is {own} and {other} (not significantly different)." in report
+    assert f"On CIFAR-10 it is {own} and {other} (the latter not significant; the two do not" in report
     assert f"is better in each of three runs, but not significantly (p is {change['p']:.0%})." in report
     above = []  # the fd of latent diffusion, above the mean of stage 1's runs
     for dataset in ("cifar10", "celeba64"):
