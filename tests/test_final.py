@@ -1610,6 +1610,20 @@ def test_numbers_that_no_table_compares(committed):
         small = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.001"), ("fd", other))
         assert small["seeds"] == 1
         assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
+    decoder = "stage2-anneal-grad-decoder"
+    for words, dataset, name, other in (
+            ("On shapes, its KL is {:.0%} above that of `grad-none`†,", "shapes", "kl_nats", "stage2-anneal-grad-none"),
+            ("and {:.0%} below that of `anneal`†.", "shapes", "kl_nats", joint),
+            ("On faces it is {:.0%} above†", "celeba64", "kl_nats", "stage2-anneal-grad-none"),
+            ("above† and {:.0%} below†.", "celeba64", "kl_nats", joint),
+            ("differs from that of `anneal` by +{:.0%} on shapes†", "shapes", "fd", joint),
+            ("on shapes† and -{:.0%} on faces†.", "celeba64", "fd", joint)):
+        ratio = final.compare_sides(committed[dataset], (name, decoder), (name, other))["log_ratio"]
+        assert words.format(abs(math.expm1(ratio))) in report, words
+    for words, name in (("(one run) has a {:.0%} lower fd than `fixed` with", "fd"),
+                        ("and a {:.0%} higher one with codes of the mixture†", "fd, mixture")):
+        change = final.compare_sides(committed["celeba64"], (name, "stage3-flow-fade"), (name, flow))
+        assert words.format(abs(math.expm1(change["log_ratio"]))) in report, words
     fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
     assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05
     assert "On shapes, `fade` has twice the fd of `fixed` for the most unsure images" in report
@@ -1789,6 +1803,11 @@ def test_stage_3_trained_again(committed):
         steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
         of_fade.append(f"{1 - steps['three']['fd']['value'] / steps['even']['fd']['value']:.0%}")
     assert "In those of `fade-posterior`, three steps for all lower it by {} and {}.".format(*of_fade) in report
+    steps = committed["celeba64"]["stage3-flow-fade"][0]["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
+    lower = [f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}"
+             for name in ("three", "adaptive_steps", "shuffled_steps")]
+    assert ("In that of `fade` on faces, they lower it by {}, steps by `s` by {}, and steps by the `s` of other images "
+            "by {}.".format(*lower)) in report
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
