@@ -1818,6 +1818,38 @@ def test_stage_3_trained_again(committed):
         assert cost["this"]["gflops_per_image"] / cost["fixed"]["gflops_per_image"] == pytest.approx(1.021, abs=0.001)
 
 
+def test_reconstructions_by_error():
+    """What REPORT.md says of the thirds of held-out images by the VAE's error, from runs in results/repeated/shapes."""
+    repeated = final.load_all(final.ROOT.glob("results/repeated/shapes/*.json"))["shapes"]
+    report, form1, noisy, joint = " ".join(REPORT.split()), "stage1-form1", "stage1-augmented", "stage2-anneal"
+
+    def fds(variant, third, kind="refined"):
+        path = f"tables/error_thirds/{third}/{kind}/fd_to_originals"
+        return [final.number(repeated[variant][seed], path) for seed in (0, 1, 2)]
+
+    def mean(*place):
+        return statistics.mean(fds(*place))
+
+    assert fds(form1, "high", "vae") == fds(noisy, "high", "vae")  # they have the same VAE
+    assert (f"fd from `{mean(form1, 'high', 'vae'):.1f}` to `{mean(form1, 'high'):.1f}` in stage 1, and to "
+            f"`{mean(noisy, 'high'):.1f}` with `augmented`. The VAE of joint training is worse there "
+            f"(`{mean(joint, 'high', 'vae'):.1f}`), and so are the refined images (`{mean(joint, 'high'):.1f}`)") in report
+    assert (f"images have `{mean(joint, 'low'):.2f}` with joint training, and `{mean(form1, 'low'):.2f}` in stage 1, "
+            f"where the VAE's have `{mean(form1, 'low', 'vae'):.2f}`") in report
+    assert (f"from `{mean(joint, 'middle', 'vae'):.1f}` to `{mean(joint, 'middle'):.2f}`, and in stage 1 no change is "
+            f"shown (from `{mean(form1, 'middle', 'vae'):.2f}` to `{mean(form1, 'middle'):.2f}`)") in report
+    for words, ours, theirs in (
+            ("a {:.0%} higher fd than refined by `form1`", fds(noisy, "high"), fds(form1, "high")),
+            ("with joint training a {:.0%} higher one", fds(joint, "high"), fds(form1, "high")),
+            ("joint training is {:.0%} below that of stage 1", fds(joint, "low"), fds(form1, "low")),
+            ("raises fd in stage 1 by {:.0%}. (All significant.)", fds(form1, "low"), fds(form1, "low", "vae")),
+            ("refinement lowers fd", fds(form1, "high"), fds(form1, "high", "vae")),
+            ("refinement lowers fd", fds(joint, "middle"), fds(joint, "middle", "vae"))):
+        change = final.compare(ours, theirs)
+        assert words.format(abs(math.expm1(change["log_ratio"]))) in report and change["p"] < 0.05, words
+    assert final.compare(fds(form1, "middle"), fds(form1, "middle", "vae"))["p"] > 0.05
+
+
 def test_the_published_settings(committed):
     """On shapes, with seed 0: all at once, with ten times the steps, and each alone."""
     def fds(changes, name="fd"):
