@@ -1833,7 +1833,8 @@ def test_reconstructions_by_error():
     assert fds(form1, "high", "vae") == fds(noisy, "high", "vae")  # they have the same VAE
     assert (f"fd from `{mean(form1, 'high', 'vae'):.1f}` to `{mean(form1, 'high'):.1f}` in stage 1, and to "
             f"`{mean(noisy, 'high'):.1f}` with `augmented`. The VAE of joint training is worse there "
-            f"(`{mean(joint, 'high', 'vae'):.1f}`), and so are the refined images (`{mean(joint, 'high'):.1f}`)") in report
+            f"(`{mean(joint, 'high', 'vae'):.1f}`), and so are the refined images (`{mean(joint, 'high'):.1f}`)."
+            ) in report
     assert (f"images have `{mean(joint, 'low'):.2f}` with joint training, and `{mean(form1, 'low'):.2f}` in stage 1, "
             f"where the VAE's have `{mean(form1, 'low', 'vae'):.2f}`") in report
     assert (f"from `{mean(joint, 'middle', 'vae'):.1f}` to `{mean(joint, 'middle'):.2f}`, and in stage 1 no change is "
