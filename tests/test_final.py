@@ -1756,7 +1756,7 @@ def test_four_steps(committed):
     raised, saved = {}, {}
     for dataset in ("cifar10", "celeba64"):
         runs = list(committed[dataset]["stage1-form1"].values())
-        for path in sorted(final.ROOT.glob(f"results/repeated/{dataset}/stage1-form1-*.json")):
+        for path in sorted(final.ROOT.glob(f"results/repeated/{dataset}/stage1-form1-s*.json")):
             runs += final.load_all([path])[dataset]["stage1-form1"].values()
         four = [final.number(run, "fd, 4 steps")["value"] for run in runs]
         ten = [final.number(run, "fd, 10 steps")["value"] for run in runs]
@@ -1850,6 +1850,17 @@ def test_reconstructions_by_error():
         change = final.compare(ours, theirs)
         assert words.format(abs(math.expm1(change["log_ratio"]))) in report and change["p"] < 0.05, words
     assert final.compare(fds(form1, "middle"), fds(form1, "middle", "vae"))["p"] > 0.05
+    faces = final.load_all(final.ROOT.glob("results/repeated/celeba64/*4600-s1.json"))["celeba64"]
+    stage1, joint = (faces[f"{variant}-vae_steps=4600-unet_steps=4600"][1] for variant in (form1, joint))
+
+    def fd(run, third, kind):
+        return final.number(run, f"tables/error_thirds/{third}/{kind}/fd_to_originals")
+
+    assert ("In the worst third, refinement lowers fd from {:.0f} to `{:.1f}` in stage 1, and from {:.0f} to `{:.1f}` "
+            "in joint training.".format(*(fd(run, "high", kind) for run in (stage1, joint) for kind in ("vae", "refined")))
+            ) in report
+    assert (f"from `{fd(stage1, 'low', 'vae'):.1f}` to `{fd(stage1, 'low', 'refined'):.1f}`, and from "
+            f"{fd(joint, 'low', 'vae'):.0f} to `{fd(joint, 'low', 'refined'):.1f}`.") in report
 
 
 def test_the_published_settings(committed):
