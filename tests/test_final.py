@@ -1857,8 +1857,8 @@ def test_reconstructions_by_error():
         return final.number(run, f"tables/error_thirds/{third}/{kind}/fd_to_originals")
 
     assert ("In the worst third, refinement lowers fd from {:.0f} to `{:.1f}` in stage 1, and from {:.0f} to `{:.1f}` "
-            "in joint training.".format(*(fd(run, "high", kind) for run in (stage1, joint) for kind in ("vae", "refined")))
-            ) in report
+            "in joint training.".format(fd(stage1, "high", "vae"), fd(stage1, "high", "refined"),
+                                        fd(joint, "high", "vae"), fd(joint, "high", "refined"))) in report
     assert (f"from `{fd(stage1, 'low', 'vae'):.1f}` to `{fd(stage1, 'low', 'refined'):.1f}`, and from "
             f"{fd(joint, 'low', 'vae'):.0f} to `{fd(joint, 'low', 'refined'):.1f}`.") in report
 
