@@ -819,6 +819,11 @@ def test_gmm_of_codes_far_from_0(scale):
     assert gmm.log_prob(z).isfinite().all() and gmm.sample(50, gen).isfinite().all()
 
 
+def test_covariances_that_no_ridge_mends(capsys):
+    expect_error(capsys, lambda: common.GaussianMixture.factors_of(torch.full((1, 2, 2), math.nan)),
+                 "mixture of Gaussians cannot be fitted", "larger beta")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_em_by_hand(tied):
     """Two rounds agree with float64, on more z than are processed at a time."""

@@ -1610,6 +1610,12 @@ def test_numbers_that_no_table_compares(committed):
         small = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.001"), ("fd", other))
         assert small["seeds"] == 1
         assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
+    probe = final.compare_sides(committed["cifar10"], ("probe, class", joint), ("probe, class", form1))
+    ours, theirs = (f"{statistics.mean(probe[side]):.0%}" for side in ("ours", "theirs"))
+    assert f"finds the class of {ours} of the images (stage 1: {theirs}, p is {probe['p']:.0%})" in report
+    kl = [math.exp(final.compare_sides(results, ("kl_nats", joint), ("kl_nats", form1))["log_ratio"])
+          for results in committed.values()]
+    assert f"same smoothness; `{min(kl):.1f}` to `{max(kl):.1f}` times the KL" in report
     decoder = "stage2-anneal-grad-decoder"
     for words, dataset, name, other in (
             ("On shapes, its KL is {:.0%} above that of `grad-none`†,", "shapes", "kl_nats", "stage2-anneal-grad-none"),
