@@ -474,8 +474,16 @@ def refine_all(model, z, steps, seed):
     return torch.cat(images)
 
 
+def draw_by_s(path, s, rows):
+    """A picture of twelve images, from the surest on, with their s (N,) above. `rows` holds one or more versions of the
+    same N images: {label: uint8 (N, 3, H, W)}."""
+    shown = s.argsort()[torch.linspace(0, len(s) - 1, 12).long()]
+    common.save_grid(path, {label: images[shown] for label, images in rows.items()},
+                     columns=[f"s = {value:.1f}" for value in s[shown].tolist()])
+
+
 def adaptivity(folder, state, model, setup):
-    """Does the refiner profit from s? Five tables, and uncertainty.png, with images from sure to unsure.
+    """Does the refiner profit from s? Five tables, and uncertainty.png, with held-out images from sure to unsure.
 
         terciles             reconstructions of held-out images, by thirds of s
         controls             the same images with their own s, and with that of another image
@@ -513,10 +521,7 @@ def adaptivity(folder, state, model, setup):
         terciles[name] = {"vae": fid.fd_to_originals(x_hat[index], real_features[index], setup),
                           "refined": fid.fd_to_originals(refined[index], real_features[index], setup),
                           "spread": float(spread[index].mean())}
-    shown = by_s[torch.linspace(0, len(by_s) - 1, 12).long()]
-    common.save_grid(folder / "uncertainty.png",
-                     {"real": real[shown], "VAE": x_hat[shown], "refined": refined[shown]},
-                     columns=[f"s = {value:.1f}" for value in s[shown].tolist()])
+    draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
 
     def with_other_s(x_hat, z, clean):  # a control: s_vec and s are made from z and `clean` of the image before
         return model.denoiser_for(x_hat, z.roll(1, 0), clean.roll(1, 0))
@@ -525,7 +530,7 @@ def adaptivity(folder, state, model, setup):
     refined_control = refine_all(control, mu, steps, seed)
     controls = {"images": len(real), "true": fid.fd_to_originals(refined, real_features, setup),
                 "shuffled": fid.fd_to_originals(refined_control, real_features, setup)}
-    by_prior = {prior: adaptive_refinement(model, s_of, prior, setup) for prior in ("flow", "gmm")}
+    by_prior = {prior: adaptive_refinement(folder, model, s_of, prior, setup) for prior in ("flow", "gmm")}
     return {"terciles": terciles, "controls": controls, "adaptive_refinement": by_prior,
             "noise_seen": noise_seen(model, setup), "cost": cost(model, setup)}
 
@@ -570,9 +575,10 @@ def cost(model, setup):
             for name, run in runs.items()}
 
 
-def adaptive_refinement(model, s_of, prior, setup):
+def adaptive_refinement(folder, model, s_of, prior, setup):
     """Does it pay to let s decide how much an image is refined? Scores of seven sets of generated images, whose codes
-    the prior of this name draws. In the first three sets an image gets two steps on average, so few that one more or
+    the prior of this name draws, and generated-PRIOR.png, with such images from sure to unsure, before and after
+    refinement. In the first three sets an image gets two steps on average, so few that one more or
     less can be seen in the scores:
 
         even              two steps for every image
@@ -598,6 +604,8 @@ def adaptive_refinement(model, s_of, prior, setup):
     refined = {0: x_hat}  # by the number of steps: images (count, 3, H, W), uint8
     for steps in {1, 2, 3, full}:
         refined[steps] = refine_all(model, z, steps, noise_seed)
+
+    draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": refined[full]})
 
     def by_thirds(s_of_images, steps_of_thirds):
         images = torch.empty_like(x_hat)

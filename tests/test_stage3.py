@@ -358,7 +358,8 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
                           everything))
     by_prior = tables["adaptive_refinement"]
     assert list(by_prior) == ["flow", "gmm"]
-    assert all(args[::2] == (model, prior) and args[3] is setup for prior, args in by_prior.items())
+    for prior, args in by_prior.items():
+        assert args[:2] == (tmp_path, model) and args[3:] == (prior, setup)
 
     rows, titles = saved[tmp_path / "uncertainty.png"]
     shown = order[[0, 5, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65]]
@@ -368,16 +369,19 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("full", [4, 2])
-def test_adaptive_refinement(full, monkeypatch):
+def test_adaptive_refinement(full, monkeypatch, tmp_path):
     """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the
     control: the s of the image before it), or 2 for all. Then `full` for all, or for the highest third alone, where
-    the others are x_hat. z comes from the prior that is named."""
+    the others are x_hat. z comes from the prior that is named. The picture has twelve of all images, evenly by s,
+    before and after `full` steps."""
     real, model, scored, of_real = images_of(20).images, planted_model(), [], []
     setup = SimpleNamespace(evaluation={"count": 250, "prior": "gmm", "probe_steps": full}, train={"seed": 3},
                             fd_key="fd", score=lambda images: scored.append(images) or score(images),
                             test=SimpleNamespace(images=real))
     monkeypatch.setattr(fid, "hf_energy", lambda images, real: of_real.append(real) or {"value": images.float().var()})
-    table = stage3.adaptive_refinement(model, first_of_z, "gaussian", setup)
+    pictures = []
+    monkeypatch.setattr(common, "save_grid", lambda path, rows, columns: pictures.append((path, rows, columns)))
+    table = stage3.adaptive_refinement(tmp_path, model, first_of_z, "gaussian", setup)
     z = common.StandardNormal(8).sample(249, common.generator(85_003))
     rank = z[:, 0].argsort().argsort()  # of each image's s among all
     assert table["images"] == 249 and all(images is real for images in of_real)
@@ -395,6 +399,11 @@ def test_adaptive_refinement(full, monkeypatch):
         assert torch.equal(images, torch.stack([refined[n][k] for k, n in enumerate(steps.tolist())]))
         assert table[name] == {"fd": score(images)["fd"], "hf_energy": {"value": images.float().var()}}
     assert full == 2 or not any(torch.equal(one, other) for one, other in itertools.combinations(scored, 2))
+    [(path, rows, titles)] = pictures
+    shown = [int((rank == round(k)).nonzero()) for k in torch.linspace(0, 248, 12).floor().tolist()]
+    assert path == tmp_path / "generated-gaussian.png"
+    assert titles == [f"s = {z[k, 0]:.1f}" for k in shown] and list(rows) == ["VAE", "refined"]
+    assert torch.equal(rows["VAE"], refined[0][shown]) and torch.equal(rows["refined"], refined[full][shown])
 
 
 def test_noise_seen(monkeypatch):
