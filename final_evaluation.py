@@ -843,7 +843,7 @@ def table_claims(everything, claims, adjust=False):
              "its 95% interval over seeds. **Bold**: significant. †: trained on different processors. ")
     if adjust:
         note += ("The p-values of a data set's questions are adjusted together (Holm), so several can be equal. The "
-                 "intervals are not adjusted: one that excludes 0 need not be significant.")
+                 "intervals are not adjusted, so one can exclude 0 although p is above 5%.")
     else:
         note += "Exploratory: each question is tested alone, without adjustment for their number."
     return f"{markdown(['question', 'compared', *everything], rows)}\n\n*{note} {SETTINGS}*"

@@ -1397,7 +1397,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             "that of seed 0, the best of them)." in report)
     assert f"the fd of `uncond` is {then} higher on CIFAR-10, and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), or {then} in four steps."
+    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%; {then} if both take four steps)."
     assert f"the diffusion model alone has a {above}" in readme
     seeds["cifar10"] = 1
     latent = {dataset: math.exp(change(dataset, "fd", "bonus-latent", alone[dataset])["log_ratio"]) - 1
@@ -1576,7 +1576,7 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, noise 0.4", form1), True),
             ("Its fd is {:.0%} lower than that of `form1` on shapes", "shapes", ("fd", "stage1-form2"), ("fd", form1),
              False),
-            ("Steps by `s` lower fd by {:.0%}. Steps by the `s` of *other*", "shapes",
+            ("Steps by `s` lower fd by {:.0%}, and those by the `s` of others are worse.", "shapes",
              ("steps by s, mixture", flow), ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("{:.0%} on CIFAR-10 (barely significant) and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow),
@@ -1793,7 +1793,7 @@ def test_stage_3_trained_again(committed):
     report = " ".join(REPORT.split())
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
     assert "steps by `s` lower fd by {} only, and three steps for all by {}.".format(*lower) in report
-    assert f"it lowers fd by {lower[1]}, and steps by `s` lower it by {lower[0]}." in report
+    assert f"it lowers fd by {lower[1]}, and steps by `s` lower it by {lower[0]} (three new" in report
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
     assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
     assert f"With ten steps for all, the fd of `fixed` is {means[-1]}" in report
