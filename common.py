@@ -188,11 +188,12 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
     the line through the two latest predictions is extended by half a step. Positions on the path are measured in
-    lambda = log(a / sigma). (The reason: x / sigma = exp(lambda) x0 + eps. A step of DDIM keeps x0 and eps, so it
-    changes x / sigma by x0 times the change of exp(lambda). In the limit of small steps, d(x / sigma) = x0 exp(lambda)
-    d lambda. exp(lambda) is integrated exactly, which gives the formula above. Only x0 is taken at the middle.) With
-    h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
-        x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h"""
+    lambda = log(a / sigma). With h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
+        x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h
+
+    Why lambda? x / sigma = exp(lambda) x0 + eps. A step of DDIM keeps x0 and eps, so it changes x / sigma by x0 times
+    the change of exp(lambda). In the limit of small steps, d(x / sigma) = x0 exp(lambda) d lambda. exp(lambda) is
+    integrated exactly, which gives the formula above. Only x0 is taken at the middle."""
     a_t, a_next = math.sqrt(float(diffusion.alpha_bar[t])), math.sqrt(float(diffusion.alpha_bar[t_next]))
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
     if previous is not None and t_next > 0:  # not in the first step, nor in the final one: its lambda_next is infinite
@@ -1948,7 +1949,7 @@ def add_flags(parser, priors=(), default_prior=None):
     add("--image-size", type=int, choices=(32, 64), help="for --dataset folder (default: 64)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto",
-        help="auto, the default: gpu with a GPU, else cpu")
+        help="auto, the default: gpu with CUDA, else cpu")
     add("--steps", type=int, help="optimisation steps of each network, in place of the budget's")
     add("--batch-size", type=int, help="images per step, in place of the budget's")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[],

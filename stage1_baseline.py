@@ -4,8 +4,8 @@ The claim: a VAE draws an image in one pass from a compact code, but the image i
 images, but it has no code. Put one behind the other, and the VAE decides *what* is in the image while the diffusion
 model decides *how it looks*.
 
-Words in `backticks` are names of settings, scores, variants (chosen by --variant) and budgets (sets of settings, chosen
-by --budget).
+Words in `backticks` are names: of settings, scores, variants (chosen by --variant), budgets (sets of settings, chosen
+by --budget), or of parts of the code.
 
     1. The VAE        It is trained to reconstruct an image x0 from its code z:
                           z ~ q(z|x0),   x_hat = Dec(z),   loss = SSE(x0, x_hat) + beta KL(q(z|x0) || N(0, I))
@@ -45,7 +45,7 @@ by --budget).
                       the noise is no input of the U-Net).
 
 Run     python stage1_baseline.py                        VAE and Formulation 1 on the built-in shapes, on a laptop
-                                                         (with a GPU the default is `--budget gpu`: larger networks)
+                                                         (with CUDA the default is `--budget gpu`: larger networks)
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       VAE, Formulation 1 and its guide
         python stage1_baseline.py --variant all          vae, form1, form2, guided, augmented, and a control: `uncond`,
@@ -93,20 +93,21 @@ def vae_loss(vae, x0, noise, beta):
 def build_diffusion(train, variant, device):
     """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T.
 
-    `train`, here and below, is the dictionary of training settings: common.TRAIN, with the values of the chosen budget
-    and of the flags (dataset, image_size, seed).
+    `train`, here and in all functions below, is the dictionary of a run's training settings: common.TRAIN, with the
+    values of the chosen budget and of the flags.
 
     How small may `start` be? In training, at t = start, the U-Net sees sqrt(abar) x0 + sqrt(1 - abar) eps. In sampling
     it sees x_hat in place of x0. If x_hat is the reconstruction of an image x0, that makes a difference of sqrt(abar)
     (x_hat - x0), which the noise has to hide. The noise should have at least six times the standard deviation of this
-    difference (our rule of thumb, which fid.check_start tests). At start = 400, our setting, it has more than 11 times
-    on our data sets. The better the VAE, the smaller `start` may be."""
+    difference (our rule of thumb, which fid.check_start tests): sqrt(1 - abar) >= 6 sqrt(abar) sd(x_hat - x0). At
+    start = 400, our setting, it has more than 11 times on our data sets. The better the VAE, the smaller `start` may
+    be."""
     start = None if variant == "uncond" else train["start"]
     return common.Diffusion(train["objective"], device=device, start=start)
 
 
 def denoiser(unet, x_hat, variant):
-    """The function (x_t, t) -> prediction for one batch, given its x_hat (B, 3, H, W).
+    """The function (x_t, t) -> prediction for one batch, given its x_hat (B, 3, H, W), or None for `uncond`.
 
     In Formulation 2 the U-Net is shown x_t + x_hat in place of x_t, and all else is as in Formulation 1. The paper
     describes it in another way, as a diffusion process of y_t = x_t + x_hat, which ends in noise around x_hat and not
@@ -190,10 +191,10 @@ def train_refiner(folder, train, variant, vae_state, data, device):
         with training.autocast():
             loss = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
         # The loss is largest at the lowest noise levels, since weak noise looks much like fine texture, and since an
-        # error of x0 makes one of v that is 1 / sigma times as large. But all that is decided at these levels is the
-        # grain of the image. So an image's loss is divided by the running mean of the losses at its noise level (not
-        # with the budget `paper`). On shapes this lowers fd by 27%; on real images no gain is seen (REPORT.md,
-        # appendix).
+        # error of x0 makes one of v that is 1 / sigma times as large (see guided_denoiser). But all that is decided at
+        # these levels is the grain of the image. So an image's loss is divided by the running mean of the losses at
+        # its noise level (not with the budget `paper`). On shapes this lowers fd by 27%; on real images no gain is seen
+        # (REPORT.md, appendix).
         loss_to_minimise = training.even_levels(loss, t, diffusion)  # (B,)
         training.step(loss_to_minimise, {f"{train['objective']}_mse": loss})
     if variant == "uncond":
@@ -218,17 +219,16 @@ def load_model(state, variant, device):
         model.networks += (model.vae,)  # all that the model consists of, to count its parameters
     # common.refine calls denoiser_for once for each batch, and samples with the function (x_t, t) -> prediction that it
     # returns. Here it uses x_hat alone; z and `clean` are for stage 3 (see common.Model).
-    if variant == "guided":
-        unet, guide = (common.frozen(common.build_unet(train, CHANNELS[variant]), state[name], device)
-                       for name in ("unet", "guide"))
-        model.networks += (unet, guide)
-        model.evaluations = 2  # the refiner and the guide, in every step of sampling
-        model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
-            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
-    elif variant != "vae":
+    if variant != "vae":
         unet = common.frozen(common.build_unet(train, CHANNELS[variant]), state["unet"], device)
         model.networks += (unet,)
         model.denoiser_for = lambda x_hat, z, clean: denoiser(unet, x_hat, variant)
+    if variant == "guided":
+        guide = common.frozen(common.build_unet(train, CHANNELS[variant]), state["guide"], device)
+        model.networks += (guide,)
+        model.evaluations = 2  # the refiner and the guide, in every step of sampling
+        model.denoiser_for = lambda x_hat, z, clean: guided_denoiser(
+            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), train["guidance"])
     common.choose_precision(model)  # bfloat16 where it is fast and the outputs agree with those of float32
     return model
 
@@ -301,8 +301,8 @@ def read_flags(argv):
 
 def main(argv=None):
     args = read_flags(argv)
-    # Settings on which none of the chosen variants depends. (flow_steps is a setting of stage 3.) To change one of them
-    # by --set is an error.
+    # Settings, or beginnings of their names, on which none of the chosen variants depends. (flow_steps is a setting of
+    # stage 3.) To change one of them by --set is an error.
     unused = ["flow_steps"]
     if "guided" not in args.variant:
         unused.append("guidance")
@@ -319,9 +319,8 @@ def main(argv=None):
     # The setup loads the data and the feature network of the scores. setup.train and setup.evaluation are copies of the
     # settings, with facts about these two added, such as the number of training images.
     setup = fid.Setup(args, train, evaluation, device)
-    all_metrics = {}  # by folder
+    vae_state, states, all_metrics = None, {}, {}  # states by variant, all_metrics by folder
 
-    vae_state = form1_state = None
     if args.variant != ["uncond"]:  # all other variants build on the VAE
         # `settings` are those of one run: `train`, and the changes that concern this run. With `--set beta=1`, the
         # folder is runs/shapes-cpu/stage1-vae-beta=1-s0, and `settings` has the changed beta. Changes whose name begins
@@ -334,7 +333,7 @@ def main(argv=None):
                      or train_vae(vae_folder, settings, setup.data, device))
     for variant in args.variant:  # in the order of CHANNELS, so form1 comes before guided
         if variant == "vae":
-            folder, state = vae_folder, vae_state
+            folder, states[variant] = vae_folder, vae_state
         elif variant == "guided":
             # In this folder the guide is trained: form1, for a tenth of the steps (found by trying). The scores of
             # `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another one
@@ -343,19 +342,17 @@ def main(argv=None):
             settings["unet_steps"] = math.ceil(settings["unet_steps"] / 10)
             guide_state = (common.finished_state(folder, settings, args.resume)
                            or train_refiner(folder, settings, "form1", vae_state, setup.data, device))
-            state = with_guide(form1_state, guide_state)
+            states[variant] = with_guide(states["form1"], guide_state)
         else:
             ignored = ("guidance",)
             if variant == "uncond":  # it has no VAE, and begins at T whatever `start` is
                 ignored = ("guidance", "start", *common.OF_VAE)
             folder, settings = setup.folder_and_settings(f"stage1-{variant}", ignored=ignored)
-            state = (common.finished_state(folder, settings, args.resume)
-                     or train_refiner(folder, settings, variant, vae_state, setup.data, device))
-            if variant == "form1":
-                form1_state = state
-        model = load_model(state, variant, device)
+            states[variant] = (common.finished_state(folder, settings, args.resume)
+                               or train_refiner(folder, settings, variant, vae_state, setup.data, device))
+        model = load_model(states[variant], variant, device)
         model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
-        all_metrics[folder] = fid.evaluate(folder, setup, state, model)
+        all_metrics[folder] = fid.evaluate(folder, setup, states[variant], model)
         if args.export:
             common.export(args, folder, model, setup.evaluation)
     fid.print_results(all_metrics, setup)

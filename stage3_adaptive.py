@@ -128,9 +128,9 @@ class RealNVP(nn.Module):
         super().__init__()
         self.d, self.couplings = d, nn.ModuleList(Coupling(d, hidden) for _ in range(couplings))
         gen = common.generator(0)
+        swapped = torch.arange(d).roll(-(d // 2))  # the second half of the dimensions first
         orders = []
         for i in range(couplings):
-            swapped = torch.arange(d).roll(-(d // 2))  # the second half of the dimensions first
             orders.append(torch.randperm(d, generator=gen) if i % 2 == 0 else swapped)
         self.register_buffer("orders", torch.stack(orders), persistent=False)  # always the same, so not saved
 
@@ -343,10 +343,9 @@ def vae_loss(vae, x0, noise, beta, flow_is_prior):
 
     The flow learns from -log p(z). This term has the weight 1 in the first part, where it trains the flow alone, and
     the weight beta in the second, where it is a part of the KL. So at the jump from the first part to the second, the
-    flow's gradients become smaller by the factor beta. Its matrices soon forget this: they are trained by Muon, whose
-    steps do not depend on the size of the gradients, once the larger ones from before the jump have left its average
-    (about a hundred steps). The flow's biases are trained by Adam, which remembers more than a thousand steps. So after
-    the jump their steps are smaller for a while (with the budget `cpu`, until the training ends)."""
+    flow's gradients become smaller by the factor beta. Muon, which trains its matrices (not with the budget `paper`),
+    soon forgets this. Adam, which trains its biases, remembers the larger gradients for more than a thousand steps, so
+    these steps are smaller for a while (with the budget `cpu`, until the training ends)."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
@@ -398,7 +397,7 @@ def train_refiner(folder, train, vae_state, data, device):
     stats = {key: value.to(device) for key, value in vae_state["uncertainty"].items()}
     kind = train["uncertainty"]
     training = common.Training(folder, train, device, data.images, steps=train["unet_steps"], flip=train["unet_flip"],
-                               unet=refiner)  # with the settings unet_lr and so on
+                               unet=refiner)  # all of it is state["unet"], with the settings unet_lr and so on
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         z_noise = training.normal(vae.latent_dim)  # (B, d)
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
@@ -431,7 +430,6 @@ def load_model(state, device):
                          # those whose parameters are counted; of the two flows only the one that was fitted ex post
                          networks=(vae.encoder, vae.decoder, flow), vae=vae, priors=priors)
     if "conditioning" in train:  # otherwise it is the checkpoint of a VAE
-        # state["unet"] is the whole refiner: U-Net and conditioner
         refiner = common.frozen(build_refiner(train, vae.latent_dim), state["unet"], device)
         stats = {key: value.to(device) for key, value in state["uncertainty"].items()}
 
@@ -468,7 +466,7 @@ def refine_all(model, z, steps, seed):
     in every call."""
     images = []
     for i, z_part in enumerate(z.to(model.device).split(100)):
-        gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one
+        gen = common.generator(seed + 2 * i)  # common.refine takes this seed and the next one (with `ddpm`)
         refined = common.refine(model, model.vae.decoder(z_part), z_part, gen, sampler="dpm", steps=steps)
         images.append(to_uint8(refined).cpu())
     return torch.cat(images)
@@ -501,16 +499,15 @@ def adaptivity(folder, state, model, setup):
     def s_of(z, x_hat):
         return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
 
-    # The codes are means of q(z|x), as in all reconstructions that are measured. The regression of s and the refiner
-    # were fitted to samples of q(z|x), whose z^2 is larger, on average by the variance. So here s is shifted against
-    # training, a little more for some images than for others: its mean is not 0.
+    # The codes are means of q(z|x). The regression of s and the refiner were fitted to samples of q(z|x). Their z^2 is
+    # mu^2 plus the variance, on average. So here the regressed s is shifted against training, a little more for some
+    # images than for others: its mean is not 0.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, s = decode_all(model, s_of, mu)
-    refined = refine_all(model, mu, steps, seed)
-    # The same codes with two other noises
-    refined_again = [refine_all(model, mu, steps, seed + more) for more in (1000, 2000)]
+    # The same codes with three noises
+    three_times = [refine_all(model, mu, steps, seed + more) for more in (0, 1000, 2000)]
+    refined = three_times[0]
     real_features, _ = fid.extract(setup.extractor, real)  # (N, f)
-    three_times = (refined, *refined_again)
     features = torch.stack([fid.extract(setup.extractor, images)[0] for images in three_times])  # (3, N, f)
     # How far the three refined images of a code lie from their mean: 0 if all are the same.
     spread = (features - features.mean(0)).norm(dim=2).mean(0)  # (N,)
@@ -607,9 +604,9 @@ def adaptive_refinement(folder, model, s_of, prior, setup):
 
     draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": refined[full]})
 
-    def by_thirds(s_of_images, steps_of_thirds):
+    def by_thirds(ranking, steps_of_thirds):
         images = torch.empty_like(x_hat)
-        for third, steps in zip(s_of_images.argsort().tensor_split(3), steps_of_thirds, strict=True):
+        for third, steps in zip(ranking.argsort().tensor_split(3), steps_of_thirds, strict=True):
             images[third] = refined[steps][third]
         return images
 
