@@ -37,7 +37,8 @@ FIGURES = {  # of each variant that a stage's smoke run evaluates
     "stage1": {"stage1-vae": VAE, "stage1-uncond": DIFFUSION, "stage1-form1": REFINER, "stage1-form2": REFINER,
                "stage1-guided": REFINER, "stage1-augmented": REFINER},
     "stage2": {"stage2-anneal": REFINER | {"interpolation", "paths"}},
-    "stage3": {"stage3-vae-flow": VAE, "stage3-flow-film": REFINER | {"uncertainty", "generated-flow", "generated-gmm"}},
+    "stage3": {"stage3-vae-flow": VAE,
+               "stage3-flow-film": REFINER | {"uncertainty", "generated-flow", "generated-gmm"}},
     "bonus": {"bonus-latent": (VAE | DIFFUSION) - {"priors"}}}  # it has no prior over codes
 every_stage = pytest.mark.parametrize("name", COMMANDS)
 SMALLEST = {"count": 16, "batch": 16, "grid_count": 16}

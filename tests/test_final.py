@@ -1397,7 +1397,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             "that of seed 0, the best of them)." in report)
     assert f"the fd of `uncond` is {then} higher on CIFAR-10, and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%; {then} if both take four steps)."
+    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), or {then} in four steps each."
     assert f"the diffusion model alone has a {above}" in readme
     seeds["cifar10"] = 1
     latent = {dataset: math.exp(change(dataset, "fd", "bonus-latent", alone[dataset])["log_ratio"]) - 1
@@ -1840,9 +1840,10 @@ def test_reconstructions_by_error():
         return statistics.mean(fds(*place))
 
     assert fds(form1, "high", "vae") == fds(noisy, "high", "vae")  # they have the same VAE
-    assert (f"fd from `{mean(form1, 'high', 'vae'):.1f}` to `{mean(form1, 'high'):.1f}` in stage 1, to "
-            f"`{mean(noisy, 'high'):.1f}` with `augmented`, and from `{mean(joint, 'high', 'vae'):.1f}` to "
-            f"`{mean(joint, 'high'):.1f}` with joint training.") in report
+    assert (f"an fd of `{mean(form1, 'high', 'vae'):.1f}`. The refiner of stage 1 lowers it to "
+            f"`{mean(form1, 'high'):.1f}`, that of `augmented` to `{mean(noisy, 'high'):.1f}`. With joint training it "
+            f"is `{mean(joint, 'high', 'vae'):.1f}` before refinement and `{mean(joint, 'high'):.1f}` after it."
+            ) in report
     assert (f"from `{mean(joint, 'low', 'vae'):.2f}` to `{mean(joint, 'low'):.2f}` with joint training, and raises it "
             f"from `{mean(form1, 'low', 'vae'):.2f}` to `{mean(form1, 'low'):.2f}` in stage 1") in report
     assert (f"from `{mean(joint, 'middle', 'vae'):.1f}` to `{mean(joint, 'middle'):.2f}`, and in stage 1 no change is "
