@@ -933,7 +933,7 @@ def with_note(table, names, settings=SETTINGS):
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
-        kinds.append("times: first seed, if on the processor of stage1-form1 (ms: for one image)")
+        kinds.append("times: rough, of the first seed, if on the processor of stage1-form1 (ms: for one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
     return f"{table}\n\n*{note}*"
 

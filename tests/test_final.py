@@ -604,7 +604,7 @@ def test_the_note_explains_the_cells(tmp_path):
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
     images = "(n): measured on n images"
-    times = "times: first seed, if on the processor of stage1-form1 (ms: for one image)"
+    times = "times: rough, of the first seed, if on the processor of stage1-form1 (ms: for one image)"
     shapes, cifar10 = {"shapes": everything["shapes"]}, {"cifar10": everything["cifar10"]}
     for results, columns, note in (
             (cifar10, "fd", interval),
