@@ -1397,7 +1397,7 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             "that of seed 0, the best of them)." in report)
     assert f"the fd of `uncond` is {then} higher on CIFAR-10, and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), or {then} in four steps each."
+    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), or {then} if both sample in four steps."
     assert f"the diffusion model alone has a {above}" in readme
     seeds["cifar10"] = 1
     latent = {dataset: math.exp(change(dataset, "fd", "bonus-latent", alone[dataset])["log_ratio"]) - 1
