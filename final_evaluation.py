@@ -609,12 +609,17 @@ def in_order(names, order):
     return [name for _, name in sorted(ranked)]
 
 
+def read_result(path):
+    """The metrics in a result file, with the names that NUMBERS uses."""
+    return with_named_rows(plain_names(load_metrics(path)))
+
+
 def load_all(paths):
     """{dataset: {variant: {seed: metrics}}} of result files, in the order of tables. Exits if results of a data set
     cannot be compared, if seeds of a variant differ in a setting, or if two files hold the same seed of a variant."""
     found, first, path_of = {}, {}, {}
     for path in sorted(map(Path, paths)):
-        metrics = with_named_rows(plain_names(load_metrics(path)))
+        metrics = read_result(path)
         check_comparable(path, metrics, first)
         run = metrics["run"]
         key = run["dataset"], run["variant"], run["seed"]
@@ -1442,11 +1447,12 @@ def choose_runs(runs, folder):
         if facts["budget"] == "smoke":
             common.fail(f"{run}/metrics.json has the budget smoke, which measures nothing; leave it out; nothing was "
                         "written")
-        old_budget = load_metrics(target)["run"]["budget"] if target.is_file() else None
-        if old_budget not in (None, facts["budget"]):
-            common.fail(f"{run}/metrics.json (budget {facts['budget']}) must not become {target} (budget "
-                        f"{old_budget}); leave it out; nothing was written")
         chosen[target] = run, facts
+    # Afterwards all results must be comparable: those that stay, and the new ones.
+    staying = [path for path in Path(folder).glob("*/*-s[0-9]*.json") if path not in chosen]
+    first = {}
+    for path in [*sorted(staying), *(run / "metrics.json" for run, _ in chosen.values())]:
+        check_comparable(path, read_result(path), first)
     return chosen
 
 

@@ -1099,21 +1099,26 @@ def test_the_same_x_hat_is_shown_once(tmp_path):
             assert sheet.getpixel((20, y)) == ImageColor.getrgb(colour)
 
 
-def test_collect_refuses_smoke_and_other_budgets(project, capsys):
-    """One line names the run and why, and nothing is written, not even the runs that come before."""
-    good = save_run(project)
-    final.main(["--collect", good])
+def test_collect_refuses_what_cannot_be_compared(project, capsys):
+    """A run of the budget smoke, and one with other settings than the results that stay: of another budget, or with
+    other --steps, which do not rename a run. One line names the run and why, and nothing is written, not even the runs
+    that come before."""
+    final.main(["--collect", save_run(project), save_run(project, "stage1-vae")])
     before = content(project / "results")
-    vae = save_run(project, "stage1-vae")
+    good = save_run(project, "stage1-form2")
     smoke, gpu = (save_run(project, budget=budget) for budget in ("smoke", "gpu"))
-    new_smoke = save_run(project, "stage2-sum", budget="smoke")
-    target = project / "results" / "shapes" / "stage1-form1-s0.json"
-    for run, words in ((smoke, ["has the budget smoke"]), (new_smoke, ["has the budget smoke"]),
-                       (gpu, ["(budget gpu) must not become", f"{target} (budget cpu)"])):
-        expect_error(capsys, lambda run=run: final.main(["--collect", vae, run]), f"{run}/metrics.json", *words,
-                     "leave it out; nothing was written")
+    new_smoke, new_gpu = (save_run(project, "stage2-sum", budget=budget) for budget in ("smoke", "gpu"))
+    short = save_run(project, "stage1-uncond")
+    found = metrics("stage1-uncond")
+    found["run"]["train"]["unet_steps"] += 1
+    (project / "runs" / "shapes-cpu" / "stage1-uncond-s0" / "metrics.json").write_text(json.dumps(found))
+    for run, words in ((smoke, ["has the budget smoke", "leave it out; nothing was written"]),
+                       (new_smoke, ["has the budget smoke"]), (gpu, ["budget was cpu, is now gpu"]),
+                       (new_gpu, ["budget was cpu, is now gpu"]), (short, ["unet_steps was"])):
+        expect_error(capsys, lambda run=run: final.main(["--collect", good, run]), f"{run}/metrics.json", *words)
         assert content(project / "results") == before
-    final.main(["--collect", save_run(project, "stage2-sum", budget="gpu")])  # replaces nothing
+    final.main(["--collect", good])
+    assert len(content(project / "results")) > len(before)
 
 
 def test_collect_refuses_two_runs_with_one_name(project, capsys):
