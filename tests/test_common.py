@@ -309,6 +309,26 @@ def ramp(height, width, step=1):
     return np.stack([columns * step, rows * step, 0 * rows], 2).astype(np.uint8)
 
 
+def test_missing_images_are_downloaded(tmp_path, monkeypatch):
+    """By torchvision, into the data folder. CIFAR-10 is read through it, and the files of CelebA are read afterwards."""
+    def planted_cifar10(root, train, download):
+        return SimpleNamespace(data=np.full((7, 32, 32, 3), 100 * download, np.uint8), targets=[int(train)] * 7)
+
+    def planted_celeba(root, split, download):
+        for i in range(60 if download and split == "all" else 0):
+            save(Path(root) / "celeba" / "img_align_celeba" / f"{i:06}.jpg", flat(i, 218, 178))
+
+    from torchvision import datasets
+    monkeypatch.setattr(datasets, "CIFAR10", planted_cifar10)
+    monkeypatch.setattr(datasets, "CelebA", planted_celeba)
+    cifar10, celeba = (common.load_images(name, "train", tmp_path) for name in ("cifar10", "celeba64"))
+    assert cifar10.images.shape == (7, 3, 32, 32) and cifar10.images.unique().tolist() == [100]
+    assert cifar10.labels.tolist() == [1] * 7 and cifar10.note == "as published"
+    assert celeba.images.shape == (54, 3, 64, 64) and celeba.note == "as published (JPEG)"
+    (tmp_path / "cifar-10-batches-py").mkdir()  # then it is there, and nothing is downloaded
+    assert common.load_images("cifar10", "test", tmp_path).images.unique().tolist() == [0]
+
+
 def test_cifar10_class_folders(tmp_path):
     """PNG files keep every bit. Labels follow the alphabetical order of the classes of both splits. The first test
     images have all classes."""
@@ -593,6 +613,22 @@ def test_unet_starts_at_zero_and_uses_time_extra_and_every_skip():
     assert torch.equal(out, unet(x, t, torch.zeros(2, 32)))
     out.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
+
+
+def test_time_embedding_by_hand():
+    """Cosines, then sines, of t times frequencies from 1 down towards 1/10,000. (Committed weights depend on it.)"""
+    unet, seen = common.UNet([(16, 8, 1, 1)], 6), []
+    unet.time.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    unet(torch.zeros(2, 6, 16, 16), torch.tensor([1, 700]))
+    angles = torch.tensor([[t * 10_000 ** (-k / 4) for k in range(4)] for t in (1, 700)])
+    assert torch.allclose(seen[0], torch.cat([angles.cos(), angles.sin()], 1), atol=1e-3)
+
+
+def test_which_units_are_in_use():
+    """Those whose mean has a variance above 0.01."""
+    unit = torch.tensor([-1.0, 0.0, 1.0])  # of variance 1
+    assert common.active_units(torch.stack([0.09 * unit, 0.11 * unit, 5 + 0.09 * unit], 1)).tolist() == [
+        False, True, False]
 
 
 # ---- Diffusion -------------------------------------------------------------------------------------------------------
@@ -1166,6 +1202,20 @@ def test_generate(tiny):
         with common.autocast(CPU, tiny.reduced):
             exact = common.to_uint8(tiny.vae.decoder(torch.zeros(4, 8)))
         assert torch.equal(common.generate(tiny, 4, "zero", "dpm", 2, 0, 4)[0], exact)
+
+
+def test_seconds_per_image(tiny, monkeypatch):
+    """With a clock that is a second later whenever it is read, each batch of four takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: float(next(ticks))))
+    assert common.generate(tiny, 10, "gaussian", "dpm", 2, 0, 4)[2] == 1 / 4
+
+
+def test_chart_of_the_training(tmp_path):
+    """Returned is the last row of the log: what holds at the end."""
+    log = [{"step": 1, "weight": 0.003}, {"step": 50, "weight": 0.03}]
+    assert common.draw_training(tmp_path, log) == {"weight": 0.03}
+    assert Image.open(tmp_path / "training.png").width > 300
 
 
 def test_damage_is_not_in_the_clean_x_hat(tiny):

@@ -59,10 +59,12 @@ def test_setup(small, monkeypatch, capsys):
                           {"features": "local"}, CPU) for home in ("one", "two"))
     assert one.home == two.home == Path("runs/photos-smoke") and one.cache == Path("data/cache")
     assert "data_dir" in common.first_difference(one.train, two.train)
-    save(Path("one/photos/00.png"), 60)  # as many images, but one is another
-    changed = fid.Setup(flags("--dataset", "folder", "--data-dir", "one/photos"), train | {"image_size": 32},
-                        {"features": "local"}, CPU)
-    assert "data_hash" in common.first_difference(one.train, changed.train)
+    for i in (0, 9):  # as many images, but one is another: of the training images, then (every tenth) a held-out one
+        save(Path(f"one/photos/{i:02}.png"), 60)
+        changed = fid.Setup(flags("--dataset", "folder", "--data-dir", "one/photos"), train | {"image_size": 32},
+                            {"features": "local"}, CPU)
+        assert "data_hash" in common.first_difference(one.train, changed.train)
+        save(Path(f"one/photos/{i:02}.png"), i)
     for suffix in (".png", ".jpg"):  # and so are JPEG copies of the same images
         for split, i in itertools.product(("train", "test"), range(6)):
             save(Path(suffix) / "cifar10" / split / "cat" / f"{i}{suffix}", i)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -425,6 +426,16 @@ def test_scores_of_thousands(local, monkeypatch):
     assert fid.scores(local, x, ref)["kid_local"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_reference_is_in_a_random_order(local):
+    """Where only the first real images are used, they are of all classes, even if the files lie class by class."""
+    train, test = smooth_images(60), smooth_images(30, seed=1)
+    ref = fid.make_reference(local, train, test)
+    for images, features in ((train, ref.features), (test, ref.test_features)):
+        order = torch.cdist(features, fid.extract(local, images)[0]).argmin(1)  # the place of each among the images
+        assert sorted(order.tolist()) == list(range(len(images))) != order.tolist()
+        assert abs(np.corrcoef(order, np.arange(len(images)))[0, 1]) < 0.4
+
+
 def test_reference_is_cached_by_everything_that_matters(local, tmp_path, capsys):
     """Another pixel, name, crop or network has a reference of its own. A damaged file is made again."""
     train, test = smooth_images(60), image_data(smooth_images(30, seed=1))
@@ -437,10 +448,11 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path, capsys)
     changed[0, 0, 0, 0] ^= 1
     other = fid.LocalNet(6).eval()
     other.name = "local-other"
-    variants = [(local, image_data(changed)), (local, image_data(train, name="other")), (other, image_data(train)),
-                (local, image_data(train, crop="centre"))]
-    for i, (extractor, data) in enumerate(variants, 2):
-        fid.cached_reference(extractor, data, test, tmp_path)
+    variants = [(local, image_data(changed), test), (local, image_data(train, name="other"), test),
+                (other, image_data(train), test), (local, image_data(train, crop="centre"), test),
+                (local, image_data(train), image_data(test.images + 1))]
+    for i, (extractor, data, held_out) in enumerate(variants, 2):
+        fid.cached_reference(extractor, data, held_out, tmp_path)
         assert len(list(tmp_path.iterdir())) == i
     file.write_bytes(b"half a file")
     assert torch.equal(fid.cached_reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
@@ -452,17 +464,30 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path, capsys)
 # ---- Training local networks -----------------------------------------------------------------------------------------
 
 def test_augmentations():
-    """A shifted view is the image, or its mirror image, moved by whole pixels."""
+    """A shifted view is the image, or its mirror image, moved by whole pixels, at most by an eighth of its side in each
+    direction. All of these moves occur. A cropped view shows a square of 25 to 100% of the area, with jitter."""
     gen = torch.Generator().manual_seed(0)
-    x = random_images(64, 16).float() / 127.5 - 1
+    x = random_images(1500, 16).float() / 127.5 - 1
     moved = fid.augment(x, gen)
-    assert moved.shape == x.shape and not torch.equal(moved, x)
-    # compared inside, where the border does not show
-    for image, view in zip(x[:16], moved[:16], strict=True):
-        errors = [(torch.roll(base, (dy, dx), (1, 2)) - view)[:, 4:-4, 4:-4].abs().max()
-                  for base in (image, image.flip(2)) for dy in range(-2, 3) for dx in range(-2, 3)]
-        assert min(errors) < 1e-4
-    assert fid.augment(x, gen, crop=True).shape == x.shape
+    moves = itertools.product((False, True), range(-2, 3), range(-2, 3))  # mirrored or not, down, to the right
+    errors = []
+    for mirror, dy, dx in moves:  # compared inside, where the border does not show
+        expected = torch.roll(x.flip(3) if mirror else x, (dy, dx), (2, 3))
+        errors.append((expected - moved)[:, :, 4:-4, 4:-4].abs().amax((1, 2, 3)))
+    smallest, which = torch.stack(errors).min(0)
+    assert moved.shape == x.shape and smallest.max() < 1e-4 and len(which.unique()) == 50
+    # On a ramp from left to right, the slope inside is the side of the view, and its sign tells whether it is mirrored.
+    ramp = torch.linspace(-0.5, 0.5, 32).expand(4000, 3, 32, 32)
+    views = fid.augment(ramp, gen, crop=True)
+    middle = views[:, :, :, 15:17].mean((1, 2))  # (B, 2), two columns in the middle
+    contrast = (middle[:, 1] - middle[:, 0]) * 31
+    area, mirrored = contrast.abs() ** 2, contrast < 0
+    assert views.shape == ramp.shape and 0.4 < mirrored.float().mean() < 0.6
+    # Contrast changes it by a factor of 0.6 to 1.4, evenly. The mean of the factor's square is 1 + 0.8^2 / 12.
+    assert area.mean() / (1 + 0.8**2 / 12) == pytest.approx((0.25 + 1) / 2, rel=0.03)
+    assert area.max() < 1.4**2 and area.min() > 0.6**2 * 0.25 * 0.9
+    shift = fid.augment(torch.zeros(400, 3, 16, 16), gen, crop=True)  # brightness alone
+    assert shift.std((1, 2, 3)).max() < 1e-6 and shift.abs().max() < 0.3 < shift.abs().max() + 0.02
 
 
 def test_contrastive_loss_by_hand():
@@ -483,6 +508,16 @@ def test_training_learns_with_labels(monkeypatch):
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
     net = fid.train_network(image_data(images[:50], labels=labels[:50], factors=gaussian(50, 9).float()))
     assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
+
+
+def test_without_labels_the_class_is_the_nearest_cluster(monkeypatch):
+    """The logits are those of Gaussians around the clusters' centres, so their difference tells the distances."""
+    monkeypatch.setitem(fid.IMAGES_SEEN, "toy", 120)
+    images = smooth_images(60)
+    net = fid.train_network(image_data(images))
+    features, logits = fid.extract(net, images)
+    by_distance = -torch.cdist(features, net.head.weight).square() / 2
+    assert torch.allclose(logits.log_softmax(1), by_distance.log_softmax(1), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_augmented(monkeypatch):

@@ -153,6 +153,16 @@ def test_bound_is_the_sum_of_its_parts(start):
     assert torch.allclose(nats[-2:], nats[[0, last - 1]], rtol=1e-3)
 
 
+def test_the_bound_pulls_back_what_is_out_of_range():
+    """A predicted x0 beyond -1..1 is not clamped in training, so its gradient points back."""
+    diffusion, x0 = common.Diffusion("v", T=40), torch.zeros(2, 3, 8, 8)
+    predicted = torch.full_like(x0, 1.5).requires_grad_()
+    eps = common.randn(x0.shape, common.generator(0))
+    nats = stage2.bound_loss(diffusion, oracle(diffusion, predicted), x0, torch.tensor([0.5, 0.9]), eps)
+    gradient, = torch.autograd.grad(nats.sum(), predicted)
+    assert (gradient > 0).all()
+
+
 def test_anneal_raises_the_weight(tmp_path):
     """lambda rises log-linearly from a tenth over the first 60% of the steps. The log holds it."""
     def lambda_at(train, step):

@@ -368,6 +368,26 @@ def test_adaptivity_by_hand(tmp_path, monkeypatch):
         "real": real[shown].tolist(), "VAE": x_hat[shown].tolist(), "refined": refined[shown].tolist()}
 
 
+def test_density_and_uncertainty_stay_in_float32():
+    """Networks may run in bfloat16. These two do not: they are the same, bit for bit, beside such networks."""
+    torch.manual_seed(0)
+    vae, x0 = common.build_vae(settings()), common.to_float(images_of(4).images)
+    d = vae.latent_dim
+    flow, z = stage3.RealNVP(d), torch.randn(4, d)
+    for parameter in flow.parameters():  # at first, a flow is the identity
+        torch.nn.init.normal_(parameter, std=0.2)
+    stats = {"mean": torch.zeros(d), "sd": torch.ones(d), "active": torch.ones(d),
+             "regressed_weight": torch.randn(3 * d), "regressed_bias": 0.0}
+
+    def found():
+        return flow.log_prob(z), *stage3.uncertainty_of(vae, z, x0, stats, "regressed")
+
+    exact, logvar = found(), vae.encoder(x0)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(vae.encoder(x0)[1].float(), logvar)
+        assert all(torch.equal(ours, expected) for ours, expected in zip(found(), exact, strict=True))
+
+
 @pytest.mark.parametrize("full", [4, 2])
 def test_adaptive_refinement(full, monkeypatch, tmp_path):
     """Each image is the one that common.refine makes with the steps of its third: 1, 2 and 3 as s rises (in the

@@ -825,6 +825,14 @@ def test_noise_levels_of_all_processes(tmp_path, monkeypatch):
         assert torch.allclose(training.level_means, means) and torch.allclose(found, whole.chunk(2)[rank])
 
 
+def test_mirroring_is_from_left_to_right(tmp_path):
+    """Of about half of the images. The others are shown as they are."""
+    images = common.to_float(images_of(20).images)
+    x = common.Training(tmp_path, settings(batch=64), CPU, images_of(20).images, 8, True).batch()
+    as_it_is, mirrored = ((x[:, None] == kind).flatten(2).all(2).any(1) for kind in (images, images.flip(3)))
+    assert (as_it_is | mirrored).all() and 20 < as_it_is.sum() < 44
+
+
 def test_draws_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     """Batches, mirroring and noise of two processes, put together, are those of one process, in every step."""
     def drawn(rank, ranks):
