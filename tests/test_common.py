@@ -310,7 +310,7 @@ def ramp(height, width, step=1):
 
 
 def test_missing_images_are_downloaded(tmp_path, monkeypatch):
-    """By torchvision, into the data folder. CIFAR-10 is read through it, and the files of CelebA are read afterwards."""
+    """By torchvision, into the data folder. It reads CIFAR-10; CelebA is read as if its files had been there."""
     def planted_cifar10(root, train, download):
         return SimpleNamespace(data=np.full((7, 32, 32, 3), 100 * download, np.uint8), targets=[int(train)] * 7)
 
