@@ -78,6 +78,7 @@ celeba64)
         run stage2_joint.py --from-vae
         run stage2_joint.py --diffusion-weight 0.001
         run stage2_joint.py --gradient decoder
+        run stage2_joint.py --loss bound
         run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together
         run stage1_baseline.py --variant form1 --set unet_steps=3000  # does the refiner need more steps?
         run stage1_baseline.py --variant form1 --set vae_steps=3000  # or the VAE?

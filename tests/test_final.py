@@ -1536,6 +1536,34 @@ def test_signs_of_an_overfitted_mixture(committed):
             "lower fd in four of them." in " ".join(REPORT.split()))
 
 
+def test_the_variational_bound(committed):
+    """Of runs with seed 0, which share the error of the estimate. `bound` has the best one on faces, and on shapes only
+    its variant without the gradient is better. Both have the worst refined images."""
+    report = " ".join(REPORT.split())
+    bits, fd = {}, {}
+    for dataset in ("shapes", "celeba64"):
+        runs = {variant: seeds[0] for variant, seeds in committed[dataset].items() if 0 in seeds}
+        bits[dataset] = {variant: run["tables"]["bits_per_dim"]["bound"]["value"] for variant, run in runs.items()
+                         if "bits_per_dim" in run["tables"]}
+        fd[dataset] = {variant: final.number(run, "headline/fd")["value"] for variant, run in runs.items()}
+        plain = [variant for variant in bits[dataset] if "=" not in variant and variant != "stage1-uncond"]
+        assert max(plain, key=fd[dataset].get) == "stage2-bound"
+    without, with_it, *others = sorted(bits["shapes"], key=bits["shapes"].get)
+    assert (without, with_it) == ("stage2-bound-grad-none", "stage2-bound")
+    assert (f"It has `{bits['shapes'][with_it]:.2f}` bits per pixel value (lower is better), where all other runs but "
+            f"`bound-grad-none` have `{bits['shapes'][others[0]]:.2f}` or more.") in report
+    assert (f"Its fd is {fd['shapes'][without]:.0f}, and the bound is no worse (`{bits['shapes'][without]:.2f}`)"
+            in report)
+    faces = bits["celeba64"]
+    assert min(faces, key=faces.get) == "stage2-bound"
+    kl = [committed["celeba64"][variant][0]["tables"]["reconstruction"]["kl_nats"]
+          for variant in ("stage2-bound", "stage1-form1")]
+    assert "it holds {:.0f} nats, with stage 1 {:.0f}.".format(*kl) in report
+    assert f"`{faces['stage2-bound']:.2f}` bits (stage 1: `{faces['stage1-form1']:.2f}`)." in report
+    assert (f"its fd is {fd['celeba64']['stage2-bound']:.0f} (stage 1: `{fd['celeba64']['stage1-form1']:.1f}`)."
+            in report)
+
+
 def test_pictures():
     """Every picture that a text shows is there, and every picture that is there is shown. Together they have at most
     8 MB, and none shows real images, except of shapes."""
