@@ -1825,8 +1825,8 @@ def test_four_steps(committed):
 
 
 def test_stage_3_trained_again(committed):
-    """What REPORT.md says of the runs in results/repeated/shapes: a third step for all beside steps by s, and an s that
-    is computed from the noisy image."""
+    """What REPORT.md says of the runs in results/repeated: a third step for all beside steps by s, and an s that is
+    computed from the noisy image."""
     repeated = final.load_all(final.ROOT.glob("results/repeated/shapes/*.json"))["shapes"]
     fixed, film = repeated["stage3-flow-fixed"].values(), repeated["stage3-flow-film"].values()
     assert len(fixed) == len(film) == 3
@@ -1858,11 +1858,16 @@ def test_stage_3_trained_again(committed):
         steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
         of_fade.append(f"{1 - steps['three']['fd']['value'] / steps['even']['fd']['value']:.0%}")
     assert "In those of `fade-posterior`, three steps for all lower it by {} and {}.".format(*of_fade) in report
-    steps = committed["celeba64"]["stage3-flow-fade"][0]["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
-    lower = [f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}"
-             for name in ("three", "adaptive_steps", "shuffled_steps")]
-    assert ("In that of `fade` on faces, they lower it by {}, steps by `s` by {}, and steps by the `s` of other images "
-            "by {}.".format(*lower)) in report
+    faces = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage3-flow-film"][0]
+    for run, words in ((committed["celeba64"]["stage3-flow-fade"][0], "In that of `fade` on faces, they lower it by "
+                        "{}, steps by `s` by {}, and steps by the `s` of other images by {}."),
+                       (faces, "In that of `film` on faces (seed 0, trained again), these numbers are {}, {} and {}.")):
+        steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
+        lower = [f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}"
+                 for name in ("three", "adaptive_steps", "shuffled_steps")]
+        assert words.format(*lower) in report
+    assert (f"noise fd is `{final.number(faces, 'noise fd'):.2f}` with the usual `s`, and "
+            f"`{faces['tables']['adaptivity']['noise_seen']['mean']:.2f}` with the other one." in report)
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
