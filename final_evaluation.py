@@ -586,10 +586,10 @@ def settings_of_variant(metrics):
     return {"prior": run["eval"]["prior"], "parameters": run["parameters"]} | train
 
 
-def check_comparable(path, metrics, first):
+def check_comparable(path, metrics, first, advice="remove one of them"):
     """Exit if a result cannot be compared with those that were read before it: with all of its data set, or with other
     seeds of its variant. `first`, {(data set or variant, setting): (path, value)}, holds the value that was read first,
-    and its file. Settings that are new are added."""
+    and its file. Settings that are new are added. `advice` ends the message."""
     dataset, variant = metrics["run"]["dataset"], metrics["run"]["variant"]
     groups = {dataset: shared_settings(metrics), f"{dataset} {variant}": settings_of_variant(metrics)}
     for group, settings in groups.items():
@@ -597,7 +597,7 @@ def check_comparable(path, metrics, first):
             first_path, first_value = first.setdefault((group, key), (path, value))
             if value != first_value:
                 common.fail(f"{path} cannot be compared with {first_path}: {key} was {first_value}, is now {value}; "
-                            "remove one of them")
+                            f"{advice}")
 
 
 def in_order(names, order):
@@ -607,6 +607,11 @@ def in_order(names, order):
         rank = next(k for k, start in enumerate(order) if name.startswith(start))
         ranked.append((rank, name))
     return [name for _, name in sorted(ranked)]
+
+
+def result_files(folder):
+    """The JSON files of all runs that were collected into this folder."""
+    return [path for dataset in common.DATASETS for path in Path(folder).glob(f"{dataset}/*-s[0-9]*.json")]
 
 
 def read_result(path):
@@ -1448,11 +1453,15 @@ def choose_runs(runs, folder):
             common.fail(f"{run}/metrics.json has the budget smoke, which measures nothing; leave it out; nothing was "
                         "written")
         chosen[target] = run, facts
-    # Afterwards all results must be comparable: those that stay, and the new ones.
-    staying = [path for path in Path(folder).glob("*/*-s[0-9]*.json") if path not in chosen]
+    # Afterwards all results must be comparable: those that stay, and the new ones. (So another budget can only replace
+    # a data set as a whole.)
     first = {}
-    for path in [*sorted(staying), *(run / "metrics.json" for run, _ in chosen.values())]:
-        check_comparable(path, read_result(path), first)
+    for path in sorted(result_files(folder)):
+        if path not in chosen:
+            check_comparable(path, read_result(path), first)
+    for run, _ in chosen.values():
+        path = run / "metrics.json"
+        check_comparable(path, read_result(path), first, advice="leave it out; nothing was written")
     return chosen
 
 
@@ -1523,10 +1532,7 @@ def main(argv=None):
             common.fail("--collect: names the folders that it copies itself; leave --runs out")
         return collect(args.collect, args.results)
     source = Path(args.runs or args.results)
-    committed_paths = []
-    for dataset in common.DATASETS:
-        committed_paths += Path(args.results).glob(f"{dataset}/*-s[0-9]*.json")
-    committed = load_all(committed_paths)
+    committed = load_all(result_files(args.results))
     everything = committed
     if args.runs:  # RUNS/DATASET-BUDGET/RUN/metrics.json
         new_paths = source.glob("*/*/metrics.json")
