@@ -1841,7 +1841,7 @@ def test_stage_3_trained_again(committed):
     report = " ".join(REPORT.split())
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
     assert "steps by `s` lower fd by {} only, and three steps for all by {}.".format(*lower) in report
-    assert f"it lowers fd by {lower[1]}, and steps by `s` lower it by {lower[0]} (three new" in report
+    assert f"it lowers fd by {lower[1]}, and steps by `s` lower it by {lower[0]}." in report
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
     assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
     assert f"With ten steps for all, the fd of `fixed` is {means[-1]}" in report
