@@ -1624,7 +1624,7 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, noise 0.4", form1), True),
             ("Its fd is {:.0%} lower than that of `form1` on shapes", "shapes", ("fd", "stage1-form2"), ("fd", form1),
              False),
-            ("Steps by `s` lower fd by {:.0%}, and by more than those", "shapes",
+            ("Steps by `s` lower fd by {:.0%}, and more than steps by the", "shapes",
              ("steps by s, mixture", flow), ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
             ("{:.0%} on CIFAR-10 (barely significant) and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow),
