@@ -70,6 +70,7 @@ cifar10)
         done
         run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
         run stage3_adaptive.py --conditioning coupling
+        run stage3_adaptive.py --conditioning fade
         run stage3_adaptive.py --conditioning fade --uncertainty posterior
     fi
     run stage1_baseline.py --variant uncond --set unet_steps=8000 ;;  # as long as both
