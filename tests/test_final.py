@@ -1681,9 +1681,9 @@ def test_numbers_that_no_table_compares(committed):
         for name in ("fd", "fd, mixture"):
             change = final.compare_sides(committed[dataset], (name, "stage3-flow-fade"), (name, flow))
             changes.append(100 * math.expm1(change["log_ratio"]))
-    assert ("has on CIFAR-10 a {:.0f}% higher fd with codes of the flow†, and a {:.0f}% lower one with codes of the "
-            "mixture†. On faces, these are {:.0f}% lower† and {:.0f}% higher†.".format(
-                changes[0], -changes[1], -changes[2], changes[3])) in report
+    assert (f"has on CIFAR-10 a {changes[0]:.0f}% higher fd with codes of the flow†, and a {-changes[1]:.0f}% lower "
+            f"one with codes of the mixture†. On faces, these are {-changes[2]:.0f}% lower† and {changes[3]:.0f}% "
+            "higher†.") in report
     fade = final.compare_sides(committed["shapes"], ("unsure, refined", "stage3-flow-fade"), ("unsure, refined", flow))
     assert 1.9 < math.exp(fade["log_ratio"]) < 2.1 and fade["p"] < 0.05
     assert "On shapes, `fade` has twice the fd of `fixed` for them: it" in report
