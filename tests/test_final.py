@@ -1525,15 +1525,26 @@ def test_charts_of_the_results(committed):
     assert len({*colours}) == len(colours)
 
 
+def test_codes_of_a_gaussian_in_stage_1(committed):
+    """The fd of what the VAE of stage 1 draws from codes of N(0, I), and the number of faces behind a picture."""
+    report, fd = " ".join(REPORT.split()), []
+    for dataset in ("shapes", "cifar10", "celeba64"):
+        fd.append(statistics.mean(final.values_by_seed(committed[dataset]["stage1-vae"], "fd, N(0, I)").values()))
+    assert "their fd is {:.0f} on shapes, {:.0f} on CIFAR-10 and {:.0f} on faces.".format(*fd) in report
+    faces = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage3-flow-film"][0]
+    images = faces["tables"]["adaptivity"]["adaptive_refinement"]["flow"]["images"]
+    assert f"in the order of `s` among {images:,} faces" in report
+
+
 def test_signs_of_an_overfitted_mixture(committed):
     """In how many runs of form1 on shapes 3,000 Gaussians give held-out codes a higher density than 6,000 do, and in
     how many the 6,000 have the lower fd."""
-    denser, nearer = 0, 0
+    higher_density, lower_fd = 0, 0
     for run in committed["shapes"]["stage1-form1"].values():
         few, many = (run["tables"]["components"][count] for count in ("3000", "6000"))
-        denser += few["log_density"]["value"] > many["log_density"]["value"]
-        nearer += many["fd"]["value"] < few["fd"]["value"]
-    assert (denser, nearer, len(committed["shapes"]["stage1-form1"])) == (5, 4, 5)
+        higher_density += few["log_density"]["value"] > many["log_density"]["value"]
+        lower_fd += many["fd"]["value"] < few["fd"]["value"]
+    assert (higher_density, lower_fd, len(committed["shapes"]["stage1-form1"])) == (5, 4, 5)
     assert ("3,000 Gaussians give held-out codes a higher density than 6,000 do in all five runs. Yet 6,000 have the "
             "lower fd in four of them." in " ".join(REPORT.split()))
 
@@ -1887,7 +1898,7 @@ def test_stage_3_trained_again(committed):
 
 
 def test_reconstructions_by_error():
-    """What REPORT.md says of the thirds of held-out images by the VAE's error, from runs in results/repeated/shapes."""
+    """What REPORT.md says of the thirds of held-out images by the VAE's error, from runs in results/repeated."""
     repeated = final.load_all(final.ROOT.glob("results/repeated/shapes/*.json"))["shapes"]
     report, form1, noisy, joint = " ".join(REPORT.split()), "stage1-form1", "stage1-augmented", "stage2-anneal"
 
