@@ -575,8 +575,8 @@ def cost(model, setup):
 def adaptive_refinement(folder, model, s_of, prior, setup):
     """Does it pay to let s decide how much an image is refined? Scores of seven sets of generated images, whose codes
     the prior of this name draws, and generated-PRIOR.png, with such images from sure to unsure, before and after
-    refinement. In the first three sets an image gets two steps on average, so few that one more or
-    less can be seen in the scores:
+    refinement. In the first three sets an image gets two steps on average, so few that one more or less can be seen in
+    the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
