@@ -192,20 +192,22 @@ NUMBERS = {
     "reconstruction fd": "tables/adaptivity/controls/true/fd_to_originals",
     "reconstruction fd, other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
     # The fd of samples with two sampling steps for every image (few, so that one step more or less shows in fd); with
-    # one step for the surest third of the images, two for the next and three for the last; and the same, by the s of
-    # another image.
+    # one step for the surest third of the images, two for the next and three for the last; the same, by the s of
+    # another image; and with three steps for every image.
     "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
     "steps by s": "tables/adaptivity/adaptive_refinement/flow/adaptive_steps/fd",
     "steps by other s": "tables/adaptivity/adaptive_refinement/flow/shuffled_steps/fd",
+    "three steps": "tables/adaptivity/adaptive_refinement/flow/three/fd",
     # The fd of samples if all of them are refined; if only the third with the highest s is; and if a third is, chosen
     # by the s of other images. Images that are not refined stay x_hat.
     "all refined": "tables/adaptivity/adaptive_refinement/flow/all/fd",
     "unsure third": "tables/adaptivity/adaptive_refinement/flow/unsure_third/fd",
     "other third": "tables/adaptivity/adaptive_refinement/flow/shuffled_third/fd",
-    # The last six again. There the codes come from the flow, here from the mixture.
+    # The last seven again. There the codes come from the flow, here from the mixture.
     "steps evenly, mixture": "tables/adaptivity/adaptive_refinement/gmm/even/fd",
     "steps by s, mixture": "tables/adaptivity/adaptive_refinement/gmm/adaptive_steps/fd",
     "steps by other s, mixture": "tables/adaptivity/adaptive_refinement/gmm/shuffled_steps/fd",
+    "three steps, mixture": "tables/adaptivity/adaptive_refinement/gmm/three/fd",
     "all refined, mixture": "tables/adaptivity/adaptive_refinement/gmm/all/fd",
     "unsure third, mixture": "tables/adaptivity/adaptive_refinement/gmm/unsure_third/fd",
     "other third, mixture": "tables/adaptivity/adaptive_refinement/gmm/shuffled_third/fd",
@@ -282,9 +284,9 @@ TABLES = {
     "conditioning, more": ("stage3-flow-*",
                            "fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; reconstruction fd; "
                            "reconstruction fd, other s; seconds with s; seconds without s"),
-    "steps by s": (" ".join(CONDITIONINGS),
-                   "steps evenly; steps by s; steps by other s; steps evenly, mixture; steps by s, mixture; "
-                   "steps by other s, mixture"),
+    "steps by s": ("stage3-flow-*",
+                   "steps evenly; steps by s; steps by other s; three steps; "
+                   "steps evenly, mixture; steps by s, mixture; steps by other s, mixture; three steps, mixture"),
     "refining a third": ("stage3-flow-fixed stage3-flow-film",
                          "all refined; unsure third; other third; all refined, mixture; unsure third, mixture; "
                          "other third, mixture"),
@@ -936,14 +938,15 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; for the "
-                     "four questions, after their correction)")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; what "
+                     "Table 1 of REPORT.md compares, after the correction there)")
     if "†" in table:
         kinds.append("†: trained on different processors")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
     if any(is_of_first_seed(name) for name in names):
-        kinds.append("times: rough, of the first seed, if on the processor of stage1-form1 (ms: for one image)")
+        kinds.append("times: rough, of the first seed; none if it had another processor than stage1-form1 (ms: for "
+                     "one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
     return f"{table}\n\n*{note}*"
 
@@ -981,10 +984,10 @@ def direction(name):
     if "saved" in name or name.startswith(("is", "precision", "recall", "diversity", "probe", "psnr")):
         return "↑"
     # Some of these names do not say that they are an fd: "sure, VAE", "middle, refined" and the like; "unsure third",
-    # "other third" and "all refined"; and "steps evenly", "steps by s" and "steps by other s".
+    # "other third" and "all refined"; and "steps evenly", "steps by s", "steps by other s" and "three steps".
     if name.startswith(("fd", "kid", "floor", "ceiling", "sure", "middle", "unsure", "all refined", "other third",
-                        "reconstruction fd", "steps", "noise", "path length", "bits/dim", "ms", "seconds",
-                        "train minutes", "memory")):
+                        "reconstruction fd", "steps", "three steps", "noise", "path length", "bits/dim", "ms",
+                        "seconds", "train minutes", "memory")):
         return "↓"
     return ""
 

@@ -86,7 +86,7 @@ def committed():
 
 def refinement_table(first, images):
     """What stage3.adaptive_refinement returns, with the fds first, first + 1, ..."""
-    names = ("even", "adaptive_steps", "shuffled_steps", "all", "unsure_third", "shuffled_third")
+    names = ("even", "adaptive_steps", "shuffled_steps", "all", "unsure_third", "shuffled_third", "three")
     return {"images": images, **{name: {"fd_local": score(first + k), "hf_energy": score(1)}
                                  for k, name in enumerate(names)}}
 
@@ -167,8 +167,10 @@ EXPECTED = {
     "sure, refined": (311, 101), "middle, refined": (313, 101), "unsure, refined": (315, 101),
     "reconstruction fd": (320, 301), "reconstruction fd, other s": (321, 301),
     "steps evenly": (330, 999), "steps by s": (331, 999), "steps by other s": (332, 999),
+    "three steps": (336, 999),
     "all refined": (333, 999), "unsure third": (334, 999), "other third": (335, 999),
     "steps evenly, mixture": (380, 998), "steps by s, mixture": (381, 998), "steps by other s, mixture": (382, 998),
+    "three steps, mixture": (386, 998),
     "all refined, mixture": (383, 998), "unsure third, mixture": (384, 998), "other third, mixture": (385, 998),
     "seconds with s": (342, None), "seconds without s": (340, None),
     "nearest, samples": (353, 204), "nearest, held out": (354, 204), "closer": (355, 204),
@@ -604,7 +606,7 @@ def test_the_note_explains_the_cells(tmp_path):
     everything = load(tmp_path, metrics(), metrics(seed=1, distance=13.0), metrics(dataset="cifar10", distance=7.0))
     spread, interval = "a ± b: mean ± sd over seeds", "[a, b]: 95% interval of one run, over the draw of images"
     images = "(n): measured on n images"
-    times = "times: rough, of the first seed, if on the processor of stage1-form1 (ms: for one image)"
+    times = "times: rough, of the first seed; none if it had another processor than stage1-form1 (ms: for one image)"
     shapes, cifar10 = {"shapes": everything["shapes"]}, {"cifar10": everything["cifar10"]}
     for results, columns, note in (
             (cifar10, "fd", interval),
@@ -1403,7 +1405,8 @@ def test_a_diffusion_model_alone_of_equal_minutes(committed):
             "that of seed 0, the best of them)." in report)
     assert f"the fd of `uncond` is {then} higher on CIFAR-10, and nearly five times" in report
     assert 4.5 < in_four["celeba64"] < 5
-    above = f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), or {then} if both sample in four steps."
+    above = (f"{in_ten['cifar10'] - 1:.0%} higher fd than the pair (p is 4%), and a {then} higher one if both sample "
+             "in four steps.")
     assert f"the diffusion model alone has a {above}" in readme
     seeds["cifar10"] = 1
     latent = {dataset: math.exp(change(dataset, "fd", "bonus-latent", alone[dataset])["log_ratio"]) - 1
@@ -1736,7 +1739,20 @@ def test_numbers_that_no_table_compares(committed):
     assert f"is better in each of three runs, but not significantly (p is {change['p']:.0%})." in report
     above = [final.compare_sides(committed[dataset], ("fd", "bonus-latent"), ("fd", form1))["log_ratio"]
              for dataset in ("cifar10", "celeba64")]
-    assert "it is {:.0%} and {:.0%} above stage 1's".format(*map(math.expm1, above)) in report
+    assert "it is {:.0%} and {:.0%} above stage 1's (seed 0)".format(*map(math.expm1, above)) in report
+    changes = [final.compare_sides(results, (name, "bonus-latent"), (name, form1))["log_ratio"]
+               for name in ("is", "diversity") for results in committed.values()]
+    words = ("The Inception Score is lower by {:.0%}, {:.0%} and {:.0%}. Diversity is lower by {:.0%} and {:.0%}, on "
+             "faces higher by {:.0%}.")
+    assert words.format(*(abs(math.expm1(log_ratio)) for log_ratio in changes)) in report
+    for words, dataset, unsure, other in (
+            ("fd is {:.0%} lower than if a third is chosen by the `s` of other images (significant)", "shapes",
+             "unsure third, mixture", "other third, mixture"),
+            ("gives a {:.0%} lower fd than another third on CIFAR-10,", "cifar10", "unsure third", "other third"),
+            ("on CIFAR-10, and an {:.0%} higher one on faces", "celeba64", "unsure third", "other third")):
+        change = final.compare_sides(committed[dataset], (unsure, flow), (other, flow))
+        assert words.format(abs(math.expm1(change["log_ratio"]))) in report
+        assert change["seeds"] == 2 if dataset != "shapes" else change["p"] < 0.05
     p_values = []  # of how much more the fd of stage 1 rises than that of joint training, from ten steps to four
     for results in (committed["cifar10"], committed["celeba64"]):
         rises = []
@@ -1851,36 +1867,24 @@ def test_stage_3_trained_again(committed):
     assert max(by_s["p"], three["p"], final.compare(fds("three"), fds("adaptive_steps"))["p"]) < 0.05
     report = " ".join(REPORT.split())
     lower = [f"{-math.expm1(change['log_ratio']):.0%}" for change in (by_s, three)]
-    assert "steps by `s` lower fd by {} only, and three steps for all by {}.".format(*lower) in report
-    assert f"fd falls by {lower[1]}, with steps by `s` by {lower[0]}." in report
     means = [f"`{statistics.mean(fds(steps)):.2f}`" for steps in ("even", "adaptive_steps", "three", "all")]
-    assert "{} with two steps for all, {} with steps by `s`, and {} with three steps for all".format(*means) in report
-    assert f"With ten steps for all, the fd of `fixed` is {means[-1]}" in report
-    lower = {"adaptive_steps": [], "three": []}
+    assert ("The fd is {0} with two steps for all, {1} with steps by `s` ({4} lower), {2} with three steps for all "
+            "({5} lower) and {3} with ten for all.".format(*means, *lower)) in report
+    lower = []  # of the runs on photographs, in percent: the smallest and the largest, or both if they are equal
     for dataset in ("cifar10", "celeba64"):
-        steps = committed[dataset]["stage3-flow-coupling"][0]["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
-        for name, found in lower.items():
-            found.append(f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}")
-    (by_s, same), three = lower["adaptive_steps"], lower["three"]
-    words = "On CIFAR-10 and faces, with codes of the flow, it lowers fd by {} and {}, far more than steps by `s`"
-    assert by_s == same and words.format(*three) in report
-    assert f"of `coupling` on CIFAR-10 and faces, steps by `s` lower fd by {by_s} each" in report
-    of_fade = []
-    for dataset in ("cifar10", "celeba64"):
-        run = committed[dataset]["stage3-flow-fade-posterior"][0]
-        steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
-        of_fade.append(f"{1 - steps['three']['fd']['value'] / steps['even']['fd']['value']:.0%}")
-    assert "In those of `fade-posterior`, three steps for all lower it by {} and {}.".format(*of_fade) in report
+        runs = [run for variant, seeds in committed[dataset].items() if variant.startswith("stage3")
+                for run in seeds.values()]
+        for name in ("three steps", "steps by s", "steps by other s"):
+            found = [1 - final.number(run, name)["value"] / final.number(run, "steps evenly")["value"]
+                     for run in runs if final.number(run, "three steps")]
+            least, most = f"{min(found):.0%}", f"{max(found):.0%}"
+            lower.append(most if least == most else f"{least} to {most}")
+    assert ("On CIFAR-10 a third step lowers fd by {}, steps by `s` by {}, and steps by the `s` of other images by {}. "
+            "On faces these numbers are {}, {} and {}.".format(*lower)) in report
     faces = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage3-flow-film"][0]
-    cifar10, celeba64 = (committed[dataset]["stage3-flow-fade"][0] for dataset in ("cifar10", "celeba64"))
-    lower = []
-    for name in ("three", "adaptive_steps", "shuffled_steps"):
-        for run in (cifar10, celeba64, faces):
-            steps = run["tables"]["adaptivity"]["adaptive_refinement"]["flow"]
-            lower.append(f"{1 - steps[name]['fd']['value'] / steps['even']['fd']['value']:.0%}")
-    assert ("In those of `fade`, they lower it by {0} and {1}, steps by `s` by {3} and {4}, and steps by the `s` of "
-            "other images by {6} and {7}. In that of `film` on faces (seed 0, trained again), these numbers are {2}, "
-            "{5} and {8}.".format(*lower)) in report
+    of_film = [f"{1 - final.number(faces, name)['value'] / final.number(faces, 'steps evenly')['value']:.0%}"
+               for name in ("three steps", "steps by s", "steps by other s")]
+    assert "(In one run of `film` on faces, trained again, they are {}, {} and {}.)".format(*of_film) in report
     assert (f"noise fd is `{final.number(faces, 'noise fd'):.2f}` with the usual `s`, and "
             f"`{faces['tables']['adaptivity']['noise_seen']['mean']:.2f}` with the other one." in report)
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
