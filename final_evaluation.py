@@ -938,8 +938,8 @@ def with_note(table, names, settings=SETTINGS):
     if re.search(r" \(\d", table):
         kinds.append("(n): measured on n images")
     if any(" against " in name for name in names):
-        kinds.append("against: the change in percent, over the seeds that both have (**bold**: significant; what "
-                     "Table 1 of REPORT.md compares, after the correction there)")
+        kinds.append("against: the change in percent, over the seeds that both have (**bold** if significant; "
+                     "for the comparisons of Table 1 in REPORT.md, after the correction there)")
     if "†" in table:
         kinds.append("†: trained on different processors")
     if "bits/dim" in names:
