@@ -1740,6 +1740,13 @@ def test_numbers_that_no_table_compares(committed):
     above = [final.compare_sides(committed[dataset], ("fd", "bonus-latent"), ("fd", form1))["log_ratio"]
              for dataset in ("cifar10", "celeba64")]
     assert "it is {:.0%} and {:.0%} above stage 1's (seed 0)".format(*map(math.expm1, above)) in report
+    of_the_mean = []
+    for dataset in ("cifar10", "celeba64"):
+        ours, theirs = (statistics.mean(final.values_by_seed(committed[dataset][variant], "fd").values())
+                        for variant in ("bonus-latent", form1))
+        of_the_mean.append(ours / theirs - 1)
+    words = "stage 1's runs,** fd is {:.0%} higher on CIFAR-10 and {:.0%} higher on faces (one"
+    assert words.format(*of_the_mean) in report
     changes = [final.compare_sides(results, (name, "bonus-latent"), (name, form1))["log_ratio"]
                for name in ("is", "diversity") for results in committed.values()]
     words = ("The Inception Score is lower by {:.0%}, {:.0%} and {:.0%}. Diversity is lower by {:.0%} and {:.0%}, on "
@@ -1884,7 +1891,7 @@ def test_stage_3_trained_again(committed):
     faces = final.load_all(final.ROOT.glob("results/repeated/celeba64/*.json"))["celeba64"]["stage3-flow-film"][0]
     of_film = [f"{1 - final.number(faces, name)['value'] / final.number(faces, 'steps evenly')['value']:.0%}"
                for name in ("three steps", "steps by s", "steps by other s")]
-    assert "(In one run of `film` on faces, trained again, they are {}, {} and {}.)".format(*of_film) in report
+    assert "(In one run of `film` on faces, trained again, they are {}, {} and {}; `results/".format(*of_film) in report
     assert (f"noise fd is `{final.number(faces, 'noise fd'):.2f}` with the usual `s`, and "
             f"`{faces['tables']['adaptivity']['noise_seen']['mean']:.2f}` with the other one." in report)
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
