@@ -1010,6 +1010,15 @@ def save_state(path, state, optional=False):
     return path
 
 
+def load_state(path):
+    """What save_state wrote, on the CPU. Raises some error if the file is damaged. (`weights_only`: a file cannot run
+    code.)"""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
+        if archive.testzip():
+            raise ValueError(f"wrong checksum of {archive.testzip()}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def find_hashed(folder, name):
     """The files FOLDER/<name>-<hash8>.pt, which `save_state` wrote as FOLDER/<name>-*.pt."""
     return sorted(Path(folder).glob(f"{glob.escape(name)}-{'[0-9a-f]' * 8}.pt"))
@@ -1038,21 +1047,34 @@ def half(weights):
 
 
 def find_images(folder):
-    """All image files in a folder and below it, sorted by path. Hidden files and folders are left out."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    """All image files in a folder and below it, sorted by path (none if there is no such folder). Hidden files and
+    folders are left out. Fails if a folder cannot be listed."""
+    def stop(error):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            fail(f"{error.filename}: {error.strerror}; allow reading it, or move it away")
+
+    found = []
+    for home, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters these alone
+        paths = [Path(home, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    return sorted(found)
 
 
 def read_image(path):
     """An image file as an upright RGB PIL image, without transparency. Of 16-bit grey images the upper 8 bits are kept
-    (PIL's own conversion would clip them at 255). Fails, naming the file, if it cannot be read."""
+    (PIL's own conversion would clip them at 255). Fails, naming the file, if it cannot be read, or if its pixels are
+    floats or 32-bit integers."""
     try:
         with Image.open(path) as image:
+            # In PNG and PPM, "I" stands for 16 bits, too.
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                raise ValueError("which number is white is unknown; save it with 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises many kinds for damaged files
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 
 
@@ -1328,7 +1350,7 @@ def choose_device(name):
         # This fails on an unknown or missing device, on a GPU that is too old for this torch, and on torch's device
         # `meta`, whose tensors have no values.
         torch.ones(1, device=name).mul(2).cpu()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         if automatic and RANKS == 1:
             print(f"the device {name} does not work with this torch; the CPU is used", file=sys.stderr)
             return torch.device("cpu")
@@ -1864,7 +1886,7 @@ class Training:
         self.log.append({"step": self.steps_taken, **means})
         self.sums = {}
         lines = [",".join(self.log[0])] + [",".join(map(str, row.values())) for row in self.log]
-        write(self.folder / "log.csv", "".join(f"{line}\n" for line in lines).encode())
+        write(self.folder / "log.csv", "".join(f"{line}\n" for line in lines).encode(), optional=True)
         self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
 
     def checkpoint(self):
@@ -2101,18 +2123,14 @@ def finished_state(folder, train, resume):
 
 
 def load_checkpoint(path):
-    """Load a checkpoint onto the CPU. Exits with one line if it is damaged. (`weights_only`: a file cannot run
-    code.)"""
+    """Load a checkpoint onto the CPU. Exits with one line if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
-            if archive.testzip():
-                raise ValueError(f"wrong checksum of {archive.testzip()}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_state(path)
         if not {"train", "finished"} <= state.keys():
             raise ValueError("a file of another kind")
         return state
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
+    except OSError as error:  # it is not there, or may not be read
+        fail(f"{path}: {error.strerror}")
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).split("\n")[0][:80]
         fail(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason}); remove it to train again")

@@ -485,7 +485,7 @@ def cached_reference(extractor, data_train, data_test, cache_dir):
     path = Path(cache_dir) / name
     device = scoring_device(extractor)
     try:
-        tensors = torch.load(path, weights_only=True)
+        tensors = common.load_state(path)
     except Exception:  # there is no such file, or it is damaged
         ref = make_reference(extractor, train, test)
         tensors = [ref.features, ref.test_features, ref.test_logits]
@@ -687,9 +687,6 @@ def evaluate(folder, setup, state, model):
     rows, tables = measure_samples(folder, model, setup)
     if model.vae is not None:
         tables |= measure_vae(folder, model, setup)
-        for table in (tables["latent"], tables.get("start")):  # "start" comes from check_start, if there is a refiner
-            if table and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
-                print(f"{folder.name}: {table['conclusion']}")
     if model.denoiser_for is not None and model.decode is None:  # a bound on pixels, which latent diffusion lacks
         tables["bits_per_dim"] = bits_per_dim(model, rows[0]["prior"], setup)
     tables["training"] = common.draw_training(folder, state["log"])
@@ -704,6 +701,9 @@ def evaluate(folder, setup, state, model):
            "commit": setup.commit, "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     common.write_json(folder / "metrics.json", metrics)
+    for name in ("latent", "start"):  # a VAE alone has no table "start", latent diffusion neither
+        if name in tables and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
+            print(f"{folder.name}: {tables[name]['conclusion']}")
     return metrics
 
 

@@ -306,10 +306,12 @@ def main(argv=None):
     unused = ["flow_steps"]
     if "guided" not in args.variant:
         unused.append("guidance")
+    if {*args.variant} <= {"vae", "uncond"}:
+        unused.append("start")  # only refiners begin there
     if args.variant == ["vae"]:
         unused += common.OF_UNET
     if args.variant == ["uncond"]:
-        unused += ["start", *common.OF_VAE]
+        unused += common.OF_VAE
     train, evaluation, device = common.read_settings(args, unused)
     # `train` has the settings of the budget and the flags, args.changes those that --set changes.
     if args.dry_run:

@@ -575,7 +575,8 @@ def test_committed_weights(dataset, size):
         ("stage1", "flow_steps"), ("stage2", "flow_steps"), ("stage2", "guidance"), ("stage3", "guidance"))),
     *(("stage1", f"{variants}--set {text}", [f"--set {text.partition('=')[0]}: nothing in this run depends on it"])
       for variants, text in (("", "guidance=2"), ("--variant vae ", "unet_steps=7"), ("--variant vae ", "start=300"),
-                             ("--variant uncond ", "beta=2"), ("--variant uncond ", "start=300"))),
+                             ("--variant uncond ", "beta=2"), ("--variant uncond ", "start=300"),
+                             ("--variant vae uncond ", "start=300"))),
     ("stage1", "--dataset celeba64 --data-dir faces", ["img_align_celeba", "found 9 images", "60"]),
     ("stage2", "--set vae_flip=false", ["--set vae_flip: nothing in this run depends on it"]),
     ("stage2", "--loss bound --set beta=1", ["--set beta: nothing in this run depends on it"]),

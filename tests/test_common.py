@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def test_devices(monkeypatch, capsys):
     cannot use the GPU, one line says so and it takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in ("cuda:99", "gpu", "cuda:x", "cpu:", "", "meta"):
+    for name in ("cuda:99", "gpu", "cuda:x", "cpu:", "", "meta", "hpu"):
         expect_error(capsys, lambda name=name: common.choose_device(name), f"--device {name}", "auto")
     assert common.choose_device("cpu") == common.choose_device("auto") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -999,7 +1000,21 @@ def test_find_images(tmp_path):
     assert found == ["a/z.jpeg", "a/é 1.Webp", "b.PNG"] and common.find_images(home / "nowhere") == []
 
 
-def test_read_image(tmp_path, capsys):
+def test_a_folder_that_cannot_be_listed(tmp_path, capsys, monkeypatch):
+    """Its images are not left out silently."""
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    expect_error(capsys, lambda: common.find_images(tmp_path), "closed", "Permission denied")
+
+
+def test_read_image(tmp_path, capsys, monkeypatch):
     """Of 16-bit grey images the upper 8 bits are kept (PIL alone clips them to white). Palettes are looked up, EXIF
     orientation is applied, transparency dropped."""
     grey = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
@@ -1015,8 +1030,17 @@ def test_read_image(tmp_path, capsys):
         image.save(tmp_path / name, **options)
         assert np.array_equal(common.read_image(tmp_path / name), expected), name
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    for name in ("broken.png", "absent.png"):
+    # The range of these numbers is unknown: all of them could be below 1.
+    for name, numbers in (("float.tif", np.float32), ("whole.tif", np.int32)):
+        Image.fromarray(np.ones((64, 64), numbers)).save(tmp_path / name)
+    for name in ("broken.png", "absent.png", "float.tif", "whole.tif"):
         expect_error(capsys, lambda name=name: common.read_image(tmp_path / name), name, "cannot be read as an image")
+
+    def stumble(image):  # as PIL may do over a damaged EXIF block
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(common.ImageOps, "exif_transpose", stumble)
+    expect_error(capsys, lambda: common.read_image(tmp_path / "clear.png"), "clear.png", "cannot be read as an image")
 
 
 def test_ctrl_c_ends_in_one_line(capsys):
@@ -1147,6 +1171,13 @@ def test_checkpoint_round_trip_and_damage(tmp_path, capsys):
         expect_error(capsys, lambda: common.load_checkpoint(path), "checkpoint.pt", "remove")
     assert not (tmp_path / "made").exists()
     expect_error(capsys, lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, capsys):
+    """A folder stands for it here, which cannot be opened as a file, either."""
+    with pytest.raises(SystemExit):
+        common.load_checkpoint(tmp_path)
+    assert "damaged" not in (error := capsys.readouterr().err) and "remove" not in error and str(tmp_path) in error
 
 
 def test_where_training_begins(tmp_path, capsys):

@@ -454,8 +454,12 @@ def test_reference_is_cached_by_everything_that_matters(local, tmp_path, capsys)
     for i, (extractor, data, held_out) in enumerate(variants, 2):
         fid.cached_reference(extractor, data, held_out, tmp_path)
         assert len(list(tmp_path.iterdir())) == i
-    file.write_bytes(b"half a file")
-    assert torch.equal(fid.cached_reference(local, image_data(train), test, tmp_path).stats.cov, first.stats.cov)
+    whole = file.read_bytes()
+    wrong_bit = bytearray(whole)
+    wrong_bit[whole.index(first.features.numpy().tobytes()) + 3] ^= 1
+    for damaged in (b"half a file", wrong_bit):
+        file.write_bytes(damaged)
+        assert torch.equal(fid.cached_reference(local, image_data(train), test, tmp_path).features, first.features)
     # Where nothing can be written, a warning says so, and it is made each time.
     again = fid.cached_reference(local, image_data(train), test, file / "cache")
     assert torch.equal(again.stats.cov, first.stats.cov) and "warning: cannot write" in capsys.readouterr().err

@@ -396,6 +396,9 @@ def test_log_by_hand(tmp_path):
     rows = [{"step": 3, "loss": 1.0, "net": 1.0, "seen": 1}, {"step": 6, "loss": 4.0, "net": 1.0, "seen": 2}]
     assert training.log == rows and len(calls) == 2 and training.finish()["log"] == rows
     assert (tmp_path / "log.csv").read_text() == "step,loss,net,seen\n3,1.0,1.0,1\n6,4.0,1.0,2\n"
+    # If the copy cannot be written (another program has it open, say), training goes on.
+    (tmp_path / "open" / "log.csv").mkdir(parents=True)
+    assert len(train_weights(tmp_path / "open", lambda i, w: 0 * w + i, steps=3, every=3).log) == 1
     for steps, at, mean in ((1, 1, 0.0), (2, 2, 0.5), (5, 3, 1.0)):
         row, = train_weights(tmp_path / str(steps), lambda i, w: 0 * w + i, steps=steps, every=3).log
         assert (row["step"], row["loss"]) == (at, mean)
