@@ -324,7 +324,7 @@ def main(argv=None):
     model.temperature = setup.evaluation["temperature"]  # factor of eps in x_start
     metrics = fid.evaluate(folder, setup, state, model)
     tables = metrics["tables"]
-    if "savings" not in tables:  # they are there if this run was measured before
+    if "savings" not in tables:  # both tables are there if this run was measured before
         tables["ceiling"] = ceiling(folder, model, setup)
         tables["savings"] = savings(folder, model, settings, setup)
         common.write_json(folder / "metrics.json", metrics)

@@ -188,7 +188,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     DDIM takes this step with the x0 that is predicted at its beginning, as Euler's method would. This solver takes the
     x0 of the middle of the step, as the midpoint rule does, and so is of second order. The network is not asked there:
     the line through the two latest predictions is extended by half a step. Positions on the path are measured in
-    lambda = log(a / sigma). With h = lambda_next - lambda_t and h_before = lambda_t - lambda_before,
+    lambda = log(a / sigma), for a reason given below. With h = lambda_next - lambda_t and
+    h_before = lambda_t - lambda_before,
         x0_middle = x0 + (x0 - x0_before) / h_before * h / 2 = x0 + (x0 - x0_before) / (2 r),   r = h_before / h
 
     Why lambda? x / sigma = exp(lambda) x0 + eps. A step of DDIM keeps x0 and eps, so it changes x / sigma by x0 times
@@ -257,7 +258,7 @@ class BottleneckBlock(nn.Module):
         shapes = [(width, inner, 1), (inner, inner, kernel), (inner, inner, kernel), (inner, width, 1)]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in shapes)
         for conv in self.convs:
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.bias)  # as in VDVAE's code
 
     def forward(self, x):
         h = x
@@ -480,7 +481,7 @@ class UNet(nn.Module):
                 self.down[-1].append(block(width, level_width, resolution))
                 width = level_width
                 skip_widths[-1].append(width)
-            self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+            self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))  # the last one is dropped below
         self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout), Attention(width, heads),
                                      ResidualBlock(width, width, emb_dim, dropout)])
         # The way up, from the lowest level to the highest. Each block takes the topmost feature map from the stack.
@@ -609,8 +610,8 @@ class GaussianMixture:
     @staticmethod
     def factors_of(covariances):
         """The lower Cholesky factors of covariances (K, d, d). To each a ridge of 0.001 I is added, so that it can be
-        inverted even where a component has hardly any z. If z is far from 0, rounding can outweigh this. Then more is
-        added."""
+        inverted even where a component has hardly any z. If the codes are large, the rounding errors of their
+        covariances can be larger than that. Then more is added."""
         ridge = torch.full((len(covariances), 1, 1), 1e-3)
         while ridge.max() < 1e3:
             factors, failed = torch.linalg.cholesky_ex(covariances + ridge * torch.eye(covariances.shape[1]))
@@ -701,8 +702,8 @@ class Model:
     vae: VAE | None = None
     priors: dict = dataclasses.field(default_factory=dict)  # over z, by name; each has sample(count, gen), log_prob(z)
     # denoiser_for(x_hat, z, clean) is called once for each batch. It returns the function denoise(x, t) that `sample`
-    # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z). x_hat is the
-    # same, unless noise was added to it to test the refiner (`damage` in `generate`). Only stage 3 uses z and clean. A
+    # calls in every step. x_hat is what the refiner is shown, and z its code. `clean` is Dec(z): x_hat itself, or
+    # x_hat before noise was added to it, to test the refiner (`damage` in `generate`). Only stage 3 uses z and clean. A
     # VAE alone has no denoiser_for.
     denoiser_for: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)

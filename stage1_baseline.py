@@ -248,7 +248,8 @@ def with_guide(form1, guide):
 
 def draw_pretrained(args, evaluation, device):
     """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project. To keep
-    their files small, the encoder is left out, and matrices are stored in half precision."""
+    their files small, the encoder is left out, and matrices are stored in half precision. `evaluation` has the settings
+    of sampling and scoring (common.EVAL, changed by flags)."""
     checkpoints = []
     for name in ("form1", "guide"):
         files = common.find_hashed(PRETRAINED / args.dataset, name)  # NAME-<hash>.pt, with the hash of its contents
@@ -256,7 +257,8 @@ def draw_pretrained(args, evaluation, device):
         checkpoints.append(common.load_hashed(files, what=f"--pretrained, {PRETRAINED / args.dataset}/{name}-*.pt",
                                               advice="take another --dataset, or train: leave --pretrained out"))
     state = with_guide(*checkpoints)
-    # load_model wants a whole VAE. The missing encoder is a random one, which sampling never uses.
+    # load_model wants a whole VAE. In place of the missing encoder it gets a random one. Sampling does not use it (but
+    # choose_precision runs it).
     state["vae"] = common.build_vae(state["train"]).state_dict() | state["vae"]
     model = load_model(state, "guided", device)
     model.temperature = evaluation["temperature"]  # factor of eps in x_start
@@ -337,7 +339,8 @@ def main(argv=None):
         if variant == "vae":
             folder, states[variant] = vae_folder, vae_state
         elif variant == "guided":
-            # In this folder the guide is trained: form1, for a tenth of the steps (found by trying). The scores of
+            # In this folder the guide is trained: form1, for a tenth of the steps (found by trying). It is not an early
+            # state of form1, since its learning rate falls to 0 within these steps. The scores of
             # `guided` are kept here, too. They depend on `guidance`, so with another value the folder is another one
             # (where the same guide is trained again, which takes little time).
             folder, settings = setup.folder_and_settings("stage1-guided")

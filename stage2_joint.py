@@ -210,7 +210,7 @@ def train_joint(folder, train, data, device, vae_state=None):
     vae = common.build_vae(train)
     if vae_state:
         vae.load_state_dict(vae_state["vae"])
-    torch.manual_seed(train["seed"])  # as stage 1 does before each network, so that the U-Net begins with equal weights
+    torch.manual_seed(train["seed"])  # again, so that the U-Net begins with the weights with which stage 1's begins
     unet = common.build_unet(train, 6)
     D = data.images[0].numel()  # the number of pixel values
     balance = Balance(D)  # which only `kendall` uses
@@ -318,8 +318,8 @@ def decode_and_refine(z, model, setup, first=0):
     0, and so share their noise."""
     z = z.to(model.device)
     x_hat = model.vae.decoder(z)
-    # Parts of a long list are 100 codes apart, so their seeds differ. (`refine` needs two seeds for each part. The
-    # factor 2 is of no use; it stays because the committed results have it.)
+    # The parts of a long list begin at the codes 0, 100, 200 and so on, and `refine` uses up two seeds. So no two parts
+    # share a seed. (Nor would they without the factor 2, which stays because the committed results have it.)
     gen = common.generator(common.SEEDS["interpolation"] + setup.train["seed"] + 2 * first)
     images = common.refine(model, x_hat, z, gen, sampler="dpm", steps=setup.evaluation["probe_steps"])
     return {"vae": to_uint8(x_hat).cpu(), "refined": to_uint8(images).cpu()}
@@ -414,9 +414,9 @@ def read_flags(argv):
         common.fail(f"--diffusion-weight {args.diffusion_weight}: must be above 0 (for 0, give --gradient none) and at "
                     "most 1000")
     if args.gradient == "none" and (args.loss in ("sum", "kendall") or args.diffusion_weight is not None):
-        # The diffusion term does not train the VAE then, so every lambda would make the same run (and `kendall` one
-        # that differs little, in clipping and in the size of gradients). So that this run has one name, only the
-        # default is allowed. (`bound` is another run, since its E and M are others.)
+        # The diffusion term does not train the VAE then. So `anneal` and `sum`, with any lambda, would make the same
+        # run (and `kendall` one that differs little, in clipping and in the size of gradients). So that it has one
+        # name, only `anneal` with its default weight is allowed. (`bound` is another run: its E and M are others.)
         common.fail("--gradient none: no weight reaches the VAE; leave --diffusion-weight out, and --loss (or give "
                     "--loss bound)")
     weight = WEIGHT if args.diffusion_weight is None else args.diffusion_weight
@@ -479,6 +479,7 @@ def main(argv=None):
     vae_state = None
     if args.from_vae:
         vae_folder, vae_settings = setup.folder_and_settings("stage1-vae", ignored=common.OF_UNET)
+        # OF_UNET: the settings of refiners, on which stage 1's VAE does not depend. It was trained without them.
         # With resume=True, an unfinished VAE gives None. Without a checkpoint, finished_state would prepare the folder
         # for a training (write config.json), so it is not called. In both cases the message below appears.
         if (vae_folder / "checkpoint.pt").is_file():

@@ -38,7 +38,8 @@ Uncertainty
                    training images
         variance   averages s_vec over the dimensions   of Enc(x_hat)        of Enc(x_hat)
                    in use, with the sign for which a
-                   high s means a large error
+                   high s means a large error (0 on z
+                   and z^2)
         posterior  that of `variance`                   of Enc(x)            of Enc(x_hat)
     `posterior` is the obvious measure, the variance of q(z|x). But it needs x, so it exists in training only. In
     sampling the refiner meets an s of another kind. (In training this s does not have mean 0 and standard deviation 1,
@@ -499,9 +500,9 @@ def adaptivity(folder, state, model, setup):
     def s_of(z, x_hat):
         return uncertainty_of(model.vae, z, x_hat, stats, state["train"]["uncertainty"])[1]
 
-    # The codes are means of q(z|x). The regression of s and the refiner were fitted to samples of q(z|x). Their z^2 is
-    # mu^2 plus the variance, on average. So here the regressed s is shifted against training, a little more for some
-    # images than for others: its mean is not 0.
+    # The codes are means of q(z|x), so that only refinement is random. The regression of s and the refiner were fitted
+    # to samples of q(z|x). Their z^2 is mu^2 plus the variance, on average. So here the regressed s is shifted against
+    # training, a little more for some images than for others: its mean is not 0.
     mu, _ = common.encode(model.vae, real, model.device)
     x_hat, s = decode_all(model, s_of, mu)
     # The same codes with three noises
@@ -575,8 +576,8 @@ def cost(model, setup):
 def adaptive_refinement(folder, model, s_of, prior, setup):
     """Does it pay to let s decide how much an image is refined? Scores of seven sets of generated images, whose codes
     the prior of this name draws, and generated-PRIOR.png, with such images from sure to unsure, before and after
-    refinement. In the first three sets an image gets two steps on average, so few that one more or less can be seen in
-    the scores:
+    refinement. In the first four sets an image gets two or three steps on average, so few that one more or less can be
+    seen in the scores:
 
         even              two steps for every image
         adaptive_steps    one step for the third of the images with the lowest s, three for the third with the highest
@@ -604,9 +605,9 @@ def adaptive_refinement(folder, model, s_of, prior, setup):
 
     draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": refined[full]})
 
-    def by_thirds(ranking, steps_of_thirds):
+    def by_thirds(some_s, steps_of_thirds):
         images = torch.empty_like(x_hat)
-        for third, steps in zip(ranking.argsort().tensor_split(3), steps_of_thirds, strict=True):
+        for third, steps in zip(some_s.argsort().tensor_split(3), steps_of_thirds, strict=True):
             images[third] = refined[steps][third]
         return images
 
@@ -665,7 +666,7 @@ def main(argv=None):
               f"{facts['conclusion']}")
     all_metrics = {folder: vae_metrics}
 
-    # The refiner.
+    # The refiner. (`flow` in the name says that its VAE was trained with a flow, whatever --prior draws the codes.)
     name = f"stage3-flow-{args.conditioning}"
     if args.uncertainty != "regressed":
         name += f"-{args.uncertainty}"
