@@ -1616,10 +1616,10 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, N(0, I)", "stage1-vae"), True),
             ("of `anneal` is {:.0%} higher than that of stage 1", "shapes", ("is", joint), ("is", form1), True),
             ("on shapes, and {:.0%} higher on CIFAR-10.", "cifar10", ("is", joint), ("is", form1), True),
-            ("stage 1, is {:.0%} lower with joint training on shapes", "shapes", ("hf_energy", joint),
+            ("not less: fine detail is {:.0%} lower. (On CIFAR-10", "shapes", ("hf_energy", joint),
              ("hf_energy", form1), True),
-            ("on shapes, {:.0%} higher on CIFAR-10 and", "cifar10", ("hf_energy", joint), ("hf_energy", form1), True),
-            ("CIFAR-10 and {:.0%} higher on faces (barely significant).", "celeba64", ("hf_energy", joint),
+            ("(On CIFAR-10 it is {:.0%} higher, and", "cifar10", ("hf_energy", joint), ("hf_energy", form1), True),
+            ("higher, and on faces {:.0%}, barely significant.)", "celeba64", ("hf_energy", joint),
              ("hf_energy", form1), True),
             ("before refinement they are {:.0%} longer on shapes", "shapes", ("path length, VAE", joint),
              ("path length, VAE", form1), True),
@@ -1640,6 +1640,12 @@ def test_numbers_that_no_table_compares(committed):
             ("with codes of the mixture:** fd falls by {:.0%}. As a control", "shapes",
              ("steps by s, mixture", flow), ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
+            ("two steps with the flow have a lower fd on shapes,", "shapes", ("fd, 2 steps", flow),
+             ("fd, N(0, I)", flow), True),
+            ("a lower fd on shapes, four on faces and six", "celeba64", ("fd, 4 steps", flow), ("fd, N(0, I)", flow),
+             True),
+            ("four on faces and six on CIFAR-10 (barely", "cifar10", ("fd, 6 steps", flow), ("fd, N(0, I)", flow),
+             True),
             ("{:.0%} on CIFAR-10 (barely significant) and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow),
              True),
             ("(barely significant) and {:.0%} on faces (200", "celeba64", ("fd, flow", flow), ("fd, N(0, I)", flow),
@@ -1689,6 +1695,10 @@ def test_numbers_that_no_table_compares(committed):
             ("on shapes† and -{:.0%} on faces†.", "celeba64", "fd", joint)):
         ratio = final.compare_sides(committed[dataset], (name, decoder), (name, other))["log_ratio"]
         assert words.format(abs(math.expm1(ratio))) in report, words
+    for dataset, variant, seeds in (("shapes", "film-variance", 2), ("shapes", "film-posterior", 2),
+                                    ("cifar10", "film-variance", 1)):
+        change = final.compare_sides(committed[dataset], ("fd", f"stage3-flow-{variant}"), ("fd", flow))
+        assert abs(math.expm1(change["log_ratio"])) < 0.03 and change["seeds"] == seeds
     changes = []
     for dataset in ("cifar10", "celeba64"):
         for name in ("fd", "fd, mixture"):
@@ -1749,6 +1759,10 @@ def test_numbers_that_no_table_compares(committed):
     assert words.format(*of_the_mean) in report
     changes = [final.compare_sides(results, (name, "bonus-latent"), (name, form1))["log_ratio"]
                for name in ("is", "diversity") for results in committed.values()]
+    minutes = [final.compare_sides(results, ("train minutes", "bonus-latent"), ("train minutes", form1))["log_ratio"]
+               for results in committed.values()]
+    words = "It was also trained for less time: by {:.0%}, {:.0%} and {:.0%}."
+    assert words.format(*(-math.expm1(log_ratio) for log_ratio in minutes)) in report
     words = ("The Inception Score is lower by {:.0%}, {:.0%} and {:.0%}. Diversity is lower by {:.0%} and {:.0%}, on "
              "faces higher by {:.0%}.")
     assert words.format(*(abs(math.expm1(log_ratio)) for log_ratio in changes)) in report
@@ -1894,6 +1908,9 @@ def test_stage_3_trained_again(committed):
     assert "(In one run of `film` on faces, trained again, they are {}, {} and {}; `results/".format(*of_film) in report
     assert (f"noise fd is `{final.number(faces, 'noise fd'):.2f}` with the usual `s`, and "
             f"`{faces['tables']['adaptivity']['noise_seen']['mean']:.2f}` with the other one." in report)
+    of_variance = committed["cifar10"]["stage3-flow-film-variance"][0]
+    assert (f"noise fd is `{final.number(of_variance, 'noise fd'):.1f}` with the usual `s`, and "
+            f"`{of_variance['tables']['adaptivity']['noise_seen']['mean']:.1f}` with the other one." in report)
     noise = final.compare([final.number(run, "tables/adaptivity/noise_seen/mean") for run in film],
                           [final.number(run, "noise fd") for run in film])
     changed = f"{abs(math.expm1(noise['log_ratio'])):.0%}"
