@@ -68,10 +68,12 @@ cifar10)
             run stage1_baseline.py --variant form1 --set beta=$beta
             run stage2_joint.py --set beta=$beta
         done
+        run stage2_joint.py --gradient decoder
         run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
         run stage3_adaptive.py --conditioning coupling
         run stage3_adaptive.py --conditioning fade
         run stage3_adaptive.py --conditioning fade --uncertainty posterior
+        run stage3_adaptive.py --uncertainty variance
     fi
     run stage1_baseline.py --variant uncond --set unet_steps=8000 ;;  # as long as both
 celeba64)

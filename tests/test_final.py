@@ -1689,10 +1689,13 @@ def test_numbers_that_no_table_compares(committed):
     for words, dataset, name, other in (
             ("On shapes, its KL is {:.0%} above that of `grad-none`†,", "shapes", "kl_nats", "stage2-anneal-grad-none"),
             ("and {:.0%} below that of `anneal`†.", "shapes", "kl_nats", joint),
-            ("On faces it is {:.0%} above†", "celeba64", "kl_nats", "stage2-anneal-grad-none"),
+            ("On CIFAR-10 it is {:.0%} above† and", "cifar10", "kl_nats", "stage2-anneal-grad-none"),
+            ("above† and {:.0%} below†, on faces", "cifar10", "kl_nats", joint),
+            ("on faces {:.0%} above†", "celeba64", "kl_nats", "stage2-anneal-grad-none"),
             ("above† and {:.0%} below†.", "celeba64", "kl_nats", joint),
             ("differs from that of `anneal` by +{:.0%} on shapes†", "shapes", "fd", joint),
-            ("on shapes† and -{:.0%} on faces†.", "celeba64", "fd", joint)):
+            ("on shapes†, {:.0%} on CIFAR-10†", "cifar10", "fd", joint),
+            ("on CIFAR-10† and -{:.0%} on faces†.", "celeba64", "fd", joint)):
         ratio = final.compare_sides(committed[dataset], (name, decoder), (name, other))["log_ratio"]
         assert words.format(abs(math.expm1(ratio))) in report, words
     for dataset, variant, seeds in (("shapes", "film-variance", 2), ("shapes", "film-posterior", 2),
