@@ -600,10 +600,9 @@ class GaussianMixture:
         weights = torch.full((len(means),), 1 / len(means))
         covariance = residuals.T.cov()  # (d, d); cov wants a row for each dimension
         mixture = cls(weights, means, cls.factors_of(covariance[None]))  # shared by all, at first
-        for _ in range(rounds):
-            mixture = mixture.em_round(part, tied)
-        for _ in range(2):
-            mixture = mixture.em_round(z, tied)
+        codes_of_rounds = [part] * rounds + [z] * 2
+        for codes in tqdm(codes_of_rounds, desc=f"fitting {len(means):,} Gaussians", unit="round", leave=False):
+            mixture = mixture.em_round(codes, tied)
         mixture.means += centre.cpu()
         return mixture
 

@@ -940,9 +940,9 @@ def diagnose(mu, logvar, sharpness):
     elif variance > 0.9:
         text = "posterior variance is close to the prior's: most units carry little; train longer or lower beta"
     elif sharpness < 0.5:
-        text = "the latent is in use; outputs are smooth: a Gaussian decoder averages what z does not hold (yet)"
+        text = "the latent is in use; the VAE's images are smooth: a Gaussian decoder averages what z lacks (yet)"
     else:
-        text = "the latent is in use and outputs are not overly smooth"
+        text = "the latent is in use and the VAE's images are not overly smooth"
     return {"images": len(mu), "active_units": active, "latent_dim": mu.shape[1], "posterior_variance": variance,
             "conclusion": text}
 
@@ -955,7 +955,7 @@ def check_start(diffusion, x_hat, real):
     residual_sd = float((to_float(real) - to_float(x_hat)).std())
     times = float(diffusion.eps_scale[diffusion.start] / diffusion.x0_scale[diffusion.start]) / residual_sd
     text = "early enough" if times >= 6 else (
-        "too late, since it should be 6 times or more: train the VAE longer, or raise `start`")
+        "too late, since it should be 6 times or more: train the VAE longer, or raise `start` (--set)")
     return {"start": diffusion.start, "residual_sd": residual_sd, "times": times, "conclusion":
             f"refinement begins at t = {diffusion.start}, with noise {times:.1f} times the VAE's error: {text}"}
 
@@ -1020,7 +1020,8 @@ def print_results(finished, setup):
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"\nfeatures: {setup.extractor.name}; data: {setup.data.name} ({setup.data.note}); intervals: 95%, "
-          "over the draw of images, not over trainings; compare scores of equally many images")
+          "over the draw of images, not over trainings; compare scores of equally many images (with fewer than "
+          f"{10 * setup.extractor.dim:,} the distance is far too high)")
     for folder in finished:
         print("\n".join(str(path) for path in sorted(folder.glob("*.png")) + [folder / "metrics.json"]))
 
@@ -1250,7 +1251,7 @@ def main(arguments=None):
     if not Path(args.generated).is_dir():
         fail(f"GENERATED: no such folder: {args.generated}")
     if real_is_folder and not Path(args.real).is_dir():
-        fail(f"REAL: no such folder, nor a data set: {args.real}")
+        fail(f"REAL: no such folder, nor one of {', '.join(DATASETS)}: {args.real}")
     if real_is_folder and args.data_dir:
         fail(f"--data-dir {args.data_dir}: only for a data set; REAL is a folder")
     real_path, generated_path = Path(args.real).resolve(), Path(args.generated).resolve()
