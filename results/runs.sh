@@ -80,6 +80,7 @@ celeba64)
     if [ "$seed" = 0 ]; then
         run stage2_joint.py --from-vae
         run stage2_joint.py --diffusion-weight 0.001
+        run stage2_joint.py --diffusion-weight 0.1
         run stage2_joint.py --gradient decoder
         run stage2_joint.py --loss bound
         run stage1_baseline.py --variant uncond --set unet_steps=4000  # about as long as VAE and refiner together

@@ -1679,6 +1679,12 @@ def test_numbers_that_no_table_compares(committed):
         small = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.001"), ("fd", other))
         assert small["seeds"] == 1
         assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
+        large = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.1"), ("fd", other))["log_ratio"]
+        assert f"but fd is {math.expm1(large):.0%} above those of stage 1 and `w0.003`†" in report
+    large = [math.expm1(final.compare_sides(committed["celeba64"], (name, "stage2-anneal-w0.1"), (name, joint))
+                        ["log_ratio"]) for name in ("fd", "fd before")]
+    assert ("and {:.0%} above that of `anneal`†. Before refinement it is {:.0%} above that of `anneal`†."
+            .format(*large)) in report
     probe = final.compare_sides(committed["cifar10"], ("probe, class", joint), ("probe, class", form1))
     ours, theirs = (f"{statistics.mean(probe[side]):.0%}" for side in ("ours", "theirs"))
     assert f"finds the class of {ours} of the images (stage 1: {theirs}, p is {probe['p']:.0%})" in report
