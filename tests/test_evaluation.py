@@ -701,7 +701,7 @@ def test_what_is_printed(tmp_path, capsys):
                 "is_local": score(6.0), "precision_local": score(0.7), "recall_local": score(0.3),
                 "hf_energy": score(0.9), "kid_local": score(9.0)}
 
-    setup = SimpleNamespace(fd_key="fd_local", extractor=SimpleNamespace(name="local-toy-1", suffix="_local"),
+    setup = SimpleNamespace(fd_key="fd_local", extractor=SimpleNamespace(name="local-toy-1", suffix="_local", dim=64),
                             data=SimpleNamespace(name="toy", note="JPEG copies"))
     folders = [tmp_path / "form1-s0", tmp_path / "form2-s0"]
     for folder in folders:
@@ -719,5 +719,5 @@ def test_what_is_printed(tmp_path, capsys):
     first, second = first.split(), second.split()
     assert [line.split() for line in lines[2:6]] == [
         first, second, ["form2", *first[1:]], ["form2", *second[1:]]] and lines[6] == ""
-    assert "local-toy-1" in lines[7] and "toy (JPEG copies)" in lines[7]
+    assert all(fact in lines[7] for fact in ("local-toy-1", "toy (JPEG copies)", "fewer than 640"))
     assert lines[8:] == [f"{folder}{os.sep}{name}" for folder in folders for name in ("a.png", "b.png", "metrics.json")]

@@ -318,8 +318,8 @@ def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch
     assert runs("stage1", "--set", "beta=0.5", "unet_steps=3", "vae_steps=1") == {
         "stage1-vae-beta=0.5-vae_steps=1-s0": 1, "stage1-form1-beta=0.5-unet_steps=3-vae_steps=1-s0": 3}
     assert train_of("stage1-vae-beta=0.5-vae_steps=1-s0") == train_of("stage1-vae-s0") | {"beta": 0.5, "vae_steps": 1}
-    assert runs("stage1", "--variant", "vae", "uncond", "--set", "start=300", "beta=0.5", "unet_steps=3", "vae_lr=0.1"
-                ) == {"stage1-vae-beta=0.5-vae_lr=0.1-s0": 2, "stage1-uncond-unet_steps=3-s0": 3}
+    assert runs("stage1", "--variant", "vae", "uncond", "--set", "beta=0.5", "unet_steps=3", "vae_lr=0.1") == {
+        "stage1-vae-beta=0.5-vae_lr=0.1-s0": 2, "stage1-uncond-unet_steps=3-s0": 3}
     assert train_of("stage1-uncond-unet_steps=3-s0") == train_of("stage1-vae-s0") | {"unet_steps": 3}
     assert runs("stage1", "--variant", "guided", "--set", "guidance=0.9", "unet_steps=15") == {
         "stage1-form1-unet_steps=15-s0": 15, "stage1-guided-guidance=0.9-unet_steps=15-s0": 2}
