@@ -2130,7 +2130,7 @@ def load_checkpoint(path):
             raise ValueError("a file of another kind")
         return state
     except OSError as error:  # it is not there, or may not be read
-        fail(f"{path}: {error.strerror}")
+        fail(f"{path}: {error.strerror}; allow reading it, or choose another --out")
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).split("\n")[0][:80]
         fail(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason}); remove it to train again")

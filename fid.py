@@ -701,7 +701,7 @@ def evaluate(folder, setup, state, model):
            "commit": setup.commit, "torch": torch.__version__, "train": train, "eval": setup.evaluation}
     metrics = {"schema": 1, "run": run, "rows": rows, "tables": tables}
     common.write_json(folder / "metrics.json", metrics)
-    for name in ("latent", "start"):  # a VAE alone has no table "start", latent diffusion neither
+    for name in ("latent", "start"):  # a VAE alone has no "start", latent diffusion none of both
         if name in tables and train["budget"] != "smoke":  # after a few steps there is nothing to conclude
             print(f"{folder.name}: {tables[name]['conclusion']}")
     return metrics

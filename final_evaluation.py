@@ -192,8 +192,8 @@ NUMBERS = {
     "reconstruction fd": "tables/adaptivity/controls/true/fd_to_originals",
     "reconstruction fd, other s": "tables/adaptivity/controls/shuffled/fd_to_originals",
     # The fd of samples with two sampling steps for every image (few, so that one step more or less shows in fd); with
-    # one step for the surest third of the images, two for the next and three for the last; the same, by the s of
-    # another image; and with three steps for every image.
+    # one step where s is in its lowest third, two in the middle and three in the highest; the same, by the s of another
+    # image; and with three steps for every image.
     "steps evenly": "tables/adaptivity/adaptive_refinement/flow/even/fd",
     "steps by s": "tables/adaptivity/adaptive_refinement/flow/adaptive_steps/fd",
     "steps by other s": "tables/adaptivity/adaptive_refinement/flow/shuffled_steps/fd",
