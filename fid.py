@@ -823,12 +823,21 @@ def copies(folder, images, setup):
 COMPONENTS = (30, 300, 3000, 6000)  # of the mixtures that by_components compares
 
 
+def held_out_codes(model, setup):
+    """Mean and log-variance of q(z | x) of all held-out images, and a code z that is drawn from it: each (N, d)."""
+    mu, logvar = common.encode(model.vae, setup.test.images, model.device)
+    noise = randn(mu.shape, generator(common.SEEDS["held_out_codes"] + setup.train["seed"]))
+    return mu, logvar, common.reparameterise(mu, logvar, noise)
+
+
 def by_components(model, setup):
     """How many components a mixture needs. Mixtures of several sizes are fitted to codes of the training images. (Their
-    components share a covariance, as thousands cannot each have one of their own.) For each: the Frechet distance of
-    samples. Sizes above the number of training codes are left out."""
+    components share a covariance, as thousands cannot each have one of their own. So the mixture of 30 is not the
+    prior of photographs, whose 30 components do not share one.) For each: the Frechet distance of samples, and the
+    mean log-density of held-out codes. Sizes above the number of training codes are left out."""
     seed = setup.train["seed"]
     z = common.draw_codes(model.vae, setup.data.images, seed, model.device)
+    _, _, held_out = held_out_codes(model, setup)
     _, sampler, steps = common.headline(model, setup.evaluation)
     count = setup.evaluation["count" if model.denoiser_for is None else "grid_count"]
     table = {"images": count}
@@ -838,7 +847,8 @@ def by_components(model, setup):
         mixture = common.GaussianMixture.fit(z, components, seed, tied=True)
         trial = dataclasses.replace(model, priors={f"mixture of {components}": mixture})
         row, _, _ = measure(trial, setup, f"mixture of {components}", sampler, steps, count)
-        table[str(components)] = {setup.fd_key: row[setup.fd_key]}
+        density = mean_score(mixture.log_prob(held_out))
+        table[str(components)] = {setup.fd_key: row[setup.fd_key], "log_density": density}
     return table
 
 
@@ -849,9 +859,7 @@ def measure_vae(folder, model, setup):
     samples, under each prior. Refines with DPM-Solver++ in as many steps as the headline has. Writes
     reconstructions.png."""
     test, seed = setup.test, setup.train["seed"]
-    all_mu, all_logvar = common.encode(model.vae, test.images, model.device)  # (N, d)
-    noise = randn(all_mu.shape, generator(common.SEEDS["held_out_codes"] + seed))
-    z = common.reparameterise(all_mu, all_logvar, noise)  # (N, d), a code for each held-out image
+    all_mu, all_logvar, z = held_out_codes(model, setup)
     count = min(1000, setup.evaluation["grid_count"])
     real, mu, logvar = test.images[:count], all_mu[:count], all_logvar[:count]
     gen, parts = generator(common.SEEDS["reconstruction"] + seed), []

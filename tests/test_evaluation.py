@@ -580,7 +580,7 @@ def test_density_of_samples(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("refined", [True, False])
 def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
     """For every size a mixture with one covariance is fitted to codes of training images. Samples from it alone are
-    scored, as many as for other rows beside the headline."""
+    scored, as many as for other rows beside the headline. It gives a mean log-density to codes of held-out images."""
     measured, data = [], images_of(60)
 
     def measure(model, setup, prior, *how):
@@ -590,12 +590,16 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "measure", measure)
     monkeypatch.setattr(fid, "COMPONENTS", (2, 5, 601))  # each of 60 images has ten codes, too few for the last
     tiny.temperature, tiny.denoiser_for = 0.7, tiny.denoiser_for if refined else None
-    setup = SimpleNamespace(data=data, fd_key="fd", train={"seed": 3}, evaluation=common.EVAL | {
+    test = images_of(50, seed=4)
+    setup = SimpleNamespace(data=data, test=test, fd_key="fd", train={"seed": 3}, evaluation=common.EVAL | {
         "prior": "gaussian", "count": 40, "grid_count": 30, "sampler": "ddim", "sample_steps": 9})
     table = fid.by_components(tiny, setup)
     count, how = (30, ("ddim", 9, 30)) if refined else (40, ("none", 0, 40))
     assert table.keys() == {"images", "2", "5"} and table["images"] == count
     codes = common.draw_codes(tiny.vae, data.images, 3, CPU)
+    mu, logvar = common.encode(tiny.vae, test.images, CPU)
+    noise = common.randn(mu.shape, common.generator(common.SEEDS["held_out_codes"] + 3))
+    held_out = mu + (0.5 * logvar).exp() * noise
     for i, components in enumerate((2, 5)):
         model, prior, asked = measured[i]
         mixture, = model.priors.values()
@@ -604,7 +608,10 @@ def test_mixtures_by_size_by_hand(refined, tiny, tmp_path, monkeypatch):
         assert model.vae is tiny.vae and model.denoiser_for is tiny.denoiser_for and model.temperature == 0.7
         assert torch.equal(mixture.means, expected.means) and torch.equal(mixture.factors, expected.factors)
         assert mixture.means.shape == (components, 8) and mixture.factors.shape == (1, 8, 8)
-        assert table[str(components)] == {"fd": score(i + 1.0)}
+        assert table[str(components)]["fd"] == score(i + 1.0)
+        density = table[str(components)]["log_density"]
+        assert density["value"] == pytest.approx(float(expected.log_prob(held_out).mean()), rel=1e-6)
+        assert density["low"] < density["value"] < density["high"]
     assert tiny.priors.keys() == {"gaussian"}  # it was copied, not changed
 
 
