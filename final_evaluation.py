@@ -117,7 +117,9 @@ VARIANTS = {
 # side, such as the one with noise), rest on fewer.
 NUMBERS = {
     "fd": "headline/fd",  # Frechet distance to the training images; lower is better
-    "floor": "headline/floor",  # the fd of held-out real images, as many as were generated: the best to be hoped for
+    # The fd of held-out real images: the best to be hoped for. There are as many as were generated or, if there are not
+    # so many (800 of our faces), all of them.
+    "floor": "headline/floor",
     "fd before": "tables/before_refinement/fd",  # of the VAE's images of the same codes, before they are refined
     "is": "headline/is",  # Inception Score, of the classes that the feature network knows; higher is better
     "kid": "headline/kid",  # Kernel Inception Distance, in the same features; lower is better
@@ -240,7 +242,8 @@ NUMBERS = {
 # if its name matches one of the patterns, in which * stands for anything. A run with a changed setting, whose name has
 # a =, fits only a pattern with a =. Two examples: "stage2-*" are all variants of stage 2 without a changed setting;
 # "stage2-*=*" are those with one. A column may also be "NAME against VARIANT": by how many percent the number differs
-# from that of VARIANT with the same seeds. REPORT.md shows some of the tables, TABLES.md all of them.
+# from that of VARIANT with the same seeds. Or it is "NAME / OTHER NAME": by how many percent one number of a run
+# differs from another one. REPORT.md shows some of the tables, TABLES.md all of them.
 TABLES = {
     "baseline": ("stage1-vae stage1-vae-vae_steps=1650 stage1-vae-vae_steps=12000 stage1-uncond-unet_steps=* "
                  "stage1-form1 stage1-guided",
@@ -250,8 +253,8 @@ TABLES = {
     "twice the steps": (f"*{TWICE} *-vae_steps=4600-unet_steps=4600 stage1-vae-vae_steps=3300",
                         "fd before; fd; is; hf_energy; precision; noise fd"),
     "conditioning": (" ".join((*CONDITIONINGS, "stage3-flow-fade-posterior")),
-                     "fd; fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; is; spread, unsure; "
-                     "noise fd"),
+                     "fd; fd against stage3-flow-fixed; is; spread, unsure; noise fd; "
+                     "seconds with s / seconds without s"),
     "robustness": ("stage1-form1 stage1-augmented stage2-anneal stage2-anneal-w0.003 "
                    "stage2-anneal-grad-none stage2-anneal-from-vae",
                    "noise fd; noise fd against stage1-form1; fd, noise 0.4 against stage1-form1; "
@@ -277,13 +280,14 @@ TABLES = {
                      "flow's log p of mixture samples; mixture's log p of flow samples"),
     "components": ("stage1-form1 stage2-anneal stage3-vae-*",
                    "fd, 30 components; fd, 300 components; fd, 3000 components; fd, 6000 components"),
-    # Ranks depend on the VAE alone, which all conditionings with the same seed share, so one of them stands for all.
+    # Ranks depend on the VAE alone, which all conditionings with the same seed share if they were trained on one
+    # processor. So one of them stands for all.
     "uncertainty": ("stage3-flow-fixed", "rank, regressed; rank, variance; rank, posterior"),
     "thirds by s": (" ".join(CONDITIONINGS), "sure, VAE; middle, VAE; unsure, VAE; "
                     "sure, refined; middle, refined; unsure, refined"),
     "conditioning, more": ("stage3-flow-*",
                            "fd against stage3-flow-fixed; fd, mixture against stage3-flow-fixed; reconstruction fd; "
-                           "reconstruction fd, other s; seconds with s; seconds without s"),
+                           "reconstruction fd, other s; seconds with s / seconds without s"),
     "steps by s": ("stage3-flow-*",
                    "steps evenly; steps by s; steps by other s; three steps; "
                    "steps evenly, mixture; steps by s, mixture; steps by other s, mixture; three steps, mixture"),
@@ -588,7 +592,7 @@ def settings_of_variant(metrics):
     return {"prior": run["eval"]["prior"], "parameters": run["parameters"]} | train
 
 
-def check_comparable(path, metrics, first, advice="remove one of them"):
+def check_comparable(path, metrics, first, advice="remove one of them, or move it away"):
     """Exit if a result cannot be compared with those that were read before it: with all of its data set, or with other
     seeds of its variant. `first`, {(data set or variant, setting): (path, value)}, holds the value that was read first,
     and its file. Settings that are new are added. `advice` ends the message."""
@@ -706,12 +710,17 @@ def cell_of_time(results, variant, name):
 
 
 def cell_of_comparison(results, variant, column):
-    """A cell of the column "NAME against VARIANT": by how many percent the number of `variant` differs from that of
-    VARIANT, over the seeds that both have (in bold if that is significant), and how many these are."""
-    name, other_variant = column.split(" against ")
-    if variant == other_variant:
+    """A cell of the column "NAME against VARIANT" or "NAME / OTHER NAME": by how many percent the number NAME of
+    `variant` differs from that of VARIANT, or from the number OTHER NAME of `variant` itself. It is taken over the
+    seeds that have both (in bold if it is significant), and how many these are follows."""
+    if " against " in column:
+        name, other_variant = column.split(" against ")
+        sides = (name, variant), (name, other_variant)
+    else:
+        name, other_name = column.split(" / ")
+        sides = (name, variant), (other_name, variant)
+    if sides[0] == sides[1]:
         return ""
-    sides = (name, variant), (name, other_variant)
     questions = [(our_side, their_side) for _, our_side, their_side in PRIMARY_CLAIMS]  # pairs of sides
     if sides in questions:  # then this question is tested together with the others
         change = compare_together(results, PRIMARY_CLAIMS)[questions.index(sides)]
@@ -940,11 +949,17 @@ def with_note(table, names, settings=SETTINGS):
     if any(" against " in name for name in names):
         kinds.append("against: the change in percent, over the seeds that both have (**bold** if significant; "
                      "for the comparisons of Table 1 in REPORT.md, after the correction there)")
+    if any(" / " in name for name in names):
+        kinds.append("a / b: by how many percent a differs from b")
     if "†" in table:
         kinds.append("†: trained on different processors")
     if "bits/dim" in names:
         kinds.append("bits/dim: compare equal seeds, whose estimates share most of their error")
-    if any(is_of_first_seed(name) for name in names):
+    if any(name.endswith(" components") for name in names):
+        kinds.append("these components share one covariance, those of *mixture* in other tables do so on shapes only")
+    if "sure, VAE" in names:
+        kinds.append("VAE: the same for all variants of stage 3 that were trained on one processor")
+    if any(" / " not in name and is_of_first_seed(name) for name in names):
         kinds.append("times: rough, of the first seed; none if it had another processor than stage1-form1 (ms: for "
                      "one image)")
     note = f"{settings} {'; '.join(kinds)}." if kinds else settings
@@ -962,7 +977,7 @@ def table_of(everything, patterns, columns):
                 continue
             cells = []
             for column in columns:
-                if " against " in column:
+                if " against " in column or " / " in column:
                     cells.append(cell_of_comparison(results, variant, column))
                 elif is_of_first_seed(column):
                     cells.append(cell_of_time(results, variant, column))
@@ -1281,7 +1296,7 @@ def chart_thirds(everything):
     """The fd between reconstructions of held-out images and these images, by thirds of s: of the VAE's images, and of
     those refined with each conditioning. Bars: means over seeds; lines: one sd."""
     figure, (axes,) = new_chart(1, len(everything), 3)
-    # x_hat is the same for all conditionings; that in the run of `fixed` is taken.
+    # x_hat is the same for all conditionings, if their VAE was trained on one processor; that of `fixed` is taken.
     shown = [("VAE", "stage3-flow-fixed", "x_hat", LOOKS["stage1-vae"][0])]
     for variant in CONDITIONINGS:
         shown.append(("refined", variant, f"refined by {variant.rsplit('-', 1)[1]}", LOOKS[variant][0]))

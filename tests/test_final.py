@@ -199,7 +199,8 @@ def test_every_number_of_tables_and_claims_has_a_name():
     chart, and an arrow says so. Lists hold names of variants; those in a chart of lines have a colour and a marker."""
     used = {"floor"}  # which stands in the table of the data
     for _, columns in final.TABLES.values():
-        used |= {column.split(" against ")[0] for column in columns.split("; ")}
+        for column in columns.split("; "):
+            used |= {*column.split(" against ")[0].split(" / ")}
     for _, *both in ALL_CLAIMS:
         used |= {name for name, _ in both}
     assert used == set(final.NUMBERS) and {*final.SUMMARY} <= used
@@ -599,6 +600,21 @@ def test_a_question_is_significant_only_after_adjustment(tmp_path):
     table = final.table_of(load(tmp_path, *many), "stage2-*", "fd against stage1-form1")
     assert "| shapes stage2-anneal | -15%, 3 seeds |" in table
     assert "| shapes stage2-kendall | **-15%**, 3 seeds |" in table
+
+
+def test_a_column_compares_two_numbers_of_a_run(tmp_path):
+    """By how many percent the first differs from the second. Here the ratios are 0.5 and 0.8, as above. A run without
+    the second number has an empty cell."""
+    many = [metrics(seed=1, distance=5.0), metrics(seed=2, distance=8.0), metrics("stage1-vae")]
+    for run in many[:2]:
+        run["tables"] |= {"before_refinement": {"fd_local": score(10.0)}}
+    header, _, *lines, _, note = final.table_of(load(tmp_path, *many), "*", "fd; fd / fd before").splitlines()
+    assert header == "| variant | fd ↓ | fd / fd before ↓ |"
+    assert "; a / b: by how many percent a differs from b." in note
+    assert {line.split(" | ")[0]: line.split(" | ")[2].strip(" |") for line in lines} == {
+        "| shapes stage1-form1": "-37%, 2 seeds", "| shapes stage1-vae": ""}
+    timed = final.with_note("| 1.5 |", ["seconds with s / seconds without s"])
+    assert "rough" not in timed  # both were taken in turn
 
 
 def test_the_note_explains_the_cells(tmp_path):
@@ -1491,7 +1507,8 @@ def test_sizes():
 def test_runs_have_the_settings_of_the_code():
     """The committed runs were trained and scored with what the budget `cpu` says today, apart from the settings that
     their names give. (Some runs of shapes have fewer rows in the grid.)"""
-    for path in sorted(final.ROOT.glob(f"results/{RESULTS}")):
+    repeated = final.ROOT.glob(f"results/repeated/{RESULTS}")
+    for path in sorted([*final.ROOT.glob(f"results/{RESULTS}"), *repeated]):
         run = final.load_metrics(path)["run"]
         train, evaluation = common.budget("cpu", run["dataset"], run["train"]["image_size"])
         changed = {name for name in train if f"-{name}=" in path.name}
@@ -1521,6 +1538,9 @@ def test_charts_of_the_results(committed):
         for axis in chart(committed).axes:
             drawn = {"claims": axis.lines, "priors": axis.lines, "summary": axis.texts}
             assert drawn.get(name, axis.containers), name  # the other charts draw bars
+            if name == "claims":  # one axis for all data sets, whose lines have their colours
+                colours = {line.get_color() for line in axis.lines if len(line.get_xdata())}
+                assert {colour for colour, _ in final.DATASET_LOOKS.values()} <= colours
             lines = [line.lines[0] for line in axis.containers if hasattr(line, "lines") and line.lines[0]]
             assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines), name
     colours = [colour for colour, _ in final.LOOKS.values()]
@@ -1549,6 +1569,27 @@ def test_signs_of_an_overfitted_mixture(committed):
     assert (higher_density, lower_fd, len(committed["shapes"]["stage1-form1"])) == (5, 4, 5)
     assert ("3,000 Gaussians give held-out codes a higher density than 6,000 do in all five runs. Yet 6,000 have the "
             "lower fd in four of them." in " ".join(REPORT.split()))
+
+
+def test_what_s_knows_and_what_it_costs(committed):
+    """The rank correlations of s and of the mean variance alone with the VAE's error, and the time that s takes."""
+    report = " ".join(REPORT.split())
+
+    def ranks(name):
+        means = [statistics.mean(final.values_by_seed(committed[dataset]["stage3-flow-fixed"], name).values())
+                 for dataset in ("shapes", "cifar10", "celeba64")]
+        return "`{:.2f}`, `{:.2f}` and `{:.2f}`".format(*means)
+
+    assert f"The rank correlation of `s` with the error is {ranks('rank, regressed')}." in report
+    assert f"(The mean of the variances alone has {ranks('rank, variance')}." in report
+    longer = []
+    for variant in ("film", "fade-posterior", "fade", "coupling"):
+        sides = [(f"seconds {name} s", f"stage3-flow-{variant}") for name in ("with", "without")]
+        change = final.compare_sides(committed["shapes"], *sides)
+        assert change["p"] < 0.05
+        longer.append(math.expm1(change["log_ratio"]))
+    assert ("On shapes, refinement takes {:.0%} longer with `film`, {:.0%} with `fade-posterior`, {:.0%} with `fade` "
+            "and {:.0%} with `coupling`.".format(*longer)) in report
 
 
 def test_the_variational_bound(committed):
@@ -1640,12 +1681,12 @@ def test_numbers_that_no_table_compares(committed):
             ("with codes of the mixture:** fd falls by {:.0%}. As a control", "shapes",
              ("steps by s, mixture", flow), ("steps evenly, mixture", flow), True),
             ("lower fd: by {:.0%} on shapes", "shapes", ("fd, flow", flow), ("fd, N(0, I)", flow), True),
-            ("N(0, I) on shapes, four on faces, and six", "shapes", ("fd, 2 steps", flow),
+            ("N(0, I) on shapes (80% fewer evaluations), four", "shapes", ("fd, 2 steps", flow),
              ("fd, N(0, I)", flow), True),
-            ("on shapes, four on faces, and six on", "celeba64", ("fd, 4 steps", flow), ("fd, N(0, I)", flow),
-             True),
-            ("and six on CIFAR-10 (there barely significant).", "cifar10", ("fd, 6 steps", flow), ("fd, N(0, I)", flow),
-             True),
+            ("evaluations), four on faces (60% fewer), and", "celeba64",
+             ("fd, 4 steps", flow), ("fd, N(0, I)", flow), True),
+            ("and six on CIFAR-10 (40% fewer; there barely significant).", "cifar10",
+             ("fd, 6 steps", flow), ("fd, N(0, I)", flow), True),
             ("{:.0%} on CIFAR-10 (barely significant) and 68%", "cifar10", ("fd, flow", flow), ("fd, N(0, I)", flow),
              True),
             ("(barely significant) and {:.0%} on faces (200", "celeba64", ("fd, flow", flow), ("fd, N(0, I)", flow),
