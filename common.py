@@ -1048,14 +1048,20 @@ def half(weights):
 
 def find_images(folder):
     """All image files in a folder and below it, sorted by path (none if there is no such folder). Hidden files and
-    folders are left out. Fails if a folder cannot be listed."""
+    folders are left out, links to folders are followed. Fails if a folder cannot be listed."""
     def stop(error):
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             fail(f"{error.filename}: {error.strerror}; allow reading it, or move it away")
 
-    found = []
-    for home, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters these alone
+    found, entered = [], {os.path.realpath(folder)}
+    for home, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        chosen = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(home, name))
+            if not name.startswith(".") and place not in entered:  # a link may lead back to a folder above it
+                entered.add(place)
+                chosen.append(name)
+        folders[:] = chosen  # os.walk enters these alone
         paths = [Path(home, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     return sorted(found)
@@ -1145,7 +1151,9 @@ EVAL = {
     # Samplers and steps of further rows. (dpm 10 is that of the headline, if `budget` does not change it. It is here
     # once more with grid_count images, as the other rows have, so that they can be compared.)
     "grid": [["ddim", 6], ["ddim", 25], ["dpm", 2], ["dpm", 4], ["dpm", 6], ["dpm", 10], ["dpm", 25]],
-    "grid_count": 500,  # images of each further row, and of each probe (measurements on the side, such as with noise)
+    # Images of each further row, and of each probe (measurements on the side, such as with noise). In its place, a VAE
+    # alone, which is fast, and adaptive refinement (stage 3), whose differences are small, have `count`.
+    "grid_count": 500,
     "probe_steps": 10,  # DPM-Solver++ steps in the probes: noise, interpolations, uncertainty
     # The bound on the likelihood is estimated from so many held-out images, with so many diffusion times t for each.
     "bits_images": 128, "bits_draws": 40,
@@ -1176,7 +1184,7 @@ def budget(name, dataset, size):
         train |= shapes_code if dataset == "shapes" else {"beta": 0.25}  # as for `cpu`
         evaluation |= {"sample_steps": 25, "count": 10_000, "batch": 500, "grid_count": 2000, "probe_steps": 25,
                        "bits_images": 256, "bits_draws": 100}
-    else:  # paper: the published settings of DiffuseVAE
+    else:  # paper: the published settings of DiffuseVAE, except for what REPORT.md lists (Details of the method)
         train |= {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0,
                   "warmup": 5000.0, "decay": False, "vae_clip": 0.0, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True,
                   "objective": "eps", "even_levels": False, "start": 1000, "heads": 8, "attention": [16],
@@ -1241,7 +1249,7 @@ def list_split(dataset, split, folder):
              "stage: --data-dir)")
     jpeg = any(p.suffix.lower() in (".jpg", ".jpeg") for p in files)  # JPEG's artefacts move every distance
     if dataset == "cifar10":
-        classes = sorted({p.name for p in (folder / "cifar10").glob("*/*") if p.is_dir()})  # of both splits
+        classes = sorted({p.name for p in (folder / "cifar10").glob("*/[!.]*") if p.is_dir()})  # of both splits
         files = [p for p in files if p.parent.name in classes]
         here, other = (folder / "cifar10" / part for part in (split, "test" if split == "train" else "train"))
         if not files and find_images(other):  # this split must not come from torchvision, in another quality
@@ -1345,6 +1353,9 @@ def choose_device(name):
         mps = torch.backends.mps.is_available() and RANKS == 1  # processes cannot exchange tensors of mps
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and RANKS > 1:
+        if "LOCAL_RANK" not in os.environ:
+            fail(f"--device {name}: LOCAL_RANK, the number of this process's GPU, is not set; start the processes with "
+                 "torchrun")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         # This fails on an unknown or missing device, on a GPU that is too old for this torch, and on torch's device
@@ -1579,9 +1590,13 @@ class PatchConv2d(nn.Conv2d):
 
     Its windows do not overlap. So it is a matrix product: every k x k block of pixels, flattened to k k C numbers, is
     multiplied by the weights. It is computed as one, because for exactly this case some of torch's convolution kernels
-    for bfloat16 give wrong results (on processors with AMX). The weights have nn.Conv2d's shape, (out, C, k, k)."""
+    for bfloat16 give wrong results (on processors with AMX). But on mps it is torch's convolution, since there some
+    products of matrices are wrong (pytorch/pytorch, issue 177116). The weights have nn.Conv2d's shape, (out, C, k, k).
+    """
 
     def forward(self, x):
+        if x.device.type == "mps":
+            return super().forward(x)
         (b, c, h, w), k = x.shape, self.stride[0]
         # Axes: image, block row, row within the block, block column, column within the block, channel
         blocks = x.permute(0, 2, 3, 1).reshape(b, h // k, k, w // k, k, c)
@@ -1595,10 +1610,10 @@ class PatchConvTranspose2d(nn.ConvTranspose2d):
     The weights have the shape that they have in nn.ConvTranspose2d, (C, out, k, k)."""
 
     def forward(self, x):
+        if x.device.type == "mps":
+            return super().forward(x)
         (b, _, h, w), k = x.shape, self.stride[0]
         matrix = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (k k out, C)
-        if x.device.type == "mps":
-            matrix = matrix.contiguous()  # else torch 2.8 computes wrong products there
         blocks = F.linear(x.permute(0, 2, 3, 1), matrix).view(b, h, w, k, k, -1)  # (B, H, W, k, k, out)
         blocks = blocks.transpose(2, 3)  # (B, H, k, W, k, out), so that H and k make the rows, W and k the columns
         return blocks.reshape(b, h * k, w * k, -1).permute(0, 3, 1, 2)  # (B, out, k H, k W)
@@ -1763,20 +1778,24 @@ class Training:
 
     @contextlib.contextmanager
     def running(self):
-        """While it lasts, the run's folder is locked, there is a progress bar, and SIGTERM and Ctrl-C only leave their
-        number in self.stopped_by, so that the loop can save a checkpoint before it exits."""
+        """While it lasts, there is a progress bar, and SIGTERM and Ctrl-C only leave their number in self.stopped_by,
+        so that the loop can save a checkpoint before it exits. The run's folder is locked until an error, or until
+        `finish` has saved the finished checkpoint, since what a stage fits after the last step can take minutes."""
         def remember(number, frame):
             if RANK == 0:  # if the first process ends, torchrun ends the others
                 self.stopped_by = number
 
         self.stopped_by = None
-        locked = lock(self.folder) if RANK == 0 else contextlib.nullcontext()
+        self.locked = lock(self.folder) if RANK == 0 else contextlib.ExitStack()  # which has a `close`, too
         name = self.folder.name
-        with locked, tqdm(total=self.all_steps, initial=self.steps_taken, unit="step", desc=name) as self.bar:
+        with tqdm(total=self.all_steps, initial=self.steps_taken, unit="step", desc=name) as self.bar:
             previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
             self.clock = time.time()  # self.seconds counts up to this moment
             try:
                 yield
+            except BaseException:
+                self.locked.close()
+                raise
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
@@ -1913,6 +1932,7 @@ class Training:
             save_state(self.folder / "checkpoint.pt", {
                 "train": self.train, "finished": True, "run_id": self.run_id, "seconds": seconds,
                 "seconds_before": seconds_before, "log": self.log} | self.averages | parts)
+        self.locked.close()
         wait_for_all()
         return load_checkpoint(self.folder / "checkpoint.pt")
 

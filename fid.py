@@ -564,11 +564,13 @@ NOISE = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.2": 0.2, "noise 0.4": 0.4}
 
 
 def this_commit():
-    """The commit of this code, ending in "-dirty" if files were changed since, or "unknown" without git."""
-    commit = ""
+    """The commit of this code, ending in "-dirty" if files were changed since, or "unknown" without git. (A repository
+    that this code only lies in, such as one of a whole home folder, is not asked.)"""
+    commit, home = "", Path(__file__).resolve().parent
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True,
-                                text=True, cwd=Path(__file__).parent).stdout.strip()
+                                text=True, cwd=home, env=os.environ | {"GIT_CEILING_DIRECTORIES": str(home.parent)},
+                                ).stdout.strip()
     return commit or "unknown"
 
 
@@ -668,11 +670,13 @@ def read_metrics(path, evaluation=None):
 
 def processor_name(path="/proc/cpuinfo"):
     """The model of the processor, from the file in which Linux describes it, or else the name of its architecture.
-    (Processors round differently, so the same training can give another result on another model.)"""
+    (Processors round differently, so the same training can give another result on another model. The matrix unit AMX is
+    named, too, since it may be switched off.)"""
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        text = Path(path).read_text(encoding="utf-8")
+        for line in text.splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+                return line.split(":", 1)[1].strip() + (" with AMX" if " amx_tile" in text else "")
     return platform.machine()
 
 
@@ -772,7 +776,7 @@ def robustness(folder, model, prior, setup):
     common.save_grid(folder / "robustness.png", pictures)
     clean, *noisy = [row[fd_key]["value"] for row in scores_by_noise.values()]
     mean = sum(noisy) / len(noisy)
-    return {"steps": steps, "images": evaluation["grid_count"], "scores": scores_by_noise, "mean": mean,
+    return {"steps": row["steps"], "images": evaluation["grid_count"], "scores": scores_by_noise, "mean": mean,
             "rise": mean - clean}
 
 

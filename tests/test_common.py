@@ -91,6 +91,9 @@ def test_devices_of_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert common.choose_device("auto") == common.choose_device("cuda") == torch.device("cuda:1")
     assert current == 2 * [torch.device("cuda:1")]
+    monkeypatch.delenv("LOCAL_RANK")
+    expect_error(capsys, lambda: common.choose_device("cuda"), "LOCAL_RANK", "torchrun")
+    monkeypatch.setenv("LOCAL_RANK", "1")
 
     def no_such_gpu(count, device):
         raise RuntimeError
@@ -111,6 +114,15 @@ def test_messages_between_processes(monkeypatch):
 
 
 # ---- Reduced precision -----------------------------------------------------------------------------------------------
+
+def test_patch_convolutions_on_mps(monkeypatch):
+    """There they are torch's own, with the same weights."""
+    for ours, theirs in ((common.PatchConv2d, nn.Conv2d), (common.PatchConvTranspose2d, nn.ConvTranspose2d)):
+        monkeypatch.setattr(theirs, "forward", lambda layer, x: "torch's")
+        layer = ours(3, 4, 2, stride=2, bias=False)
+        assert layer(SimpleNamespace(device=torch.device("mps"))) == "torch's"
+        assert layer(torch.ones(1, 3, 2, 2)).shape[1] == 4
+
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
@@ -998,6 +1010,26 @@ def test_find_images(tmp_path):
         (home / name).touch()
     found = [str(path.relative_to(home)) for path in common.find_images(str(home))]
     assert found == ["a/z.jpeg", "a/é 1.Webp", "b.PNG"] and common.find_images(home / "nowhere") == []
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for place in ("cat", "dog", ".ipynb_checkpoints"):
+        for k in range(2):
+            save(tmp_path / "cifar10" / "train" / place / f"{k}.png", noise_image(k, 32, 32))
+    files, labels, _, _ = common.list_split("cifar10", "train", tmp_path)
+    assert labels == [0, 0, 1, 1] and [path.parent.name for path in files] == ["cat", "cat", "dog", "dog"]
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """Each folder is entered once, even if a link leads back to one above."""
+    save(tmp_path / "elsewhere" / "1.png", noise_image(0, 8, 8))
+    save(tmp_path / "photos" / "here" / "2.png", noise_image(0, 8, 8))
+    (tmp_path / "photos" / "there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "here" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for home in (tmp_path / "photos", tmp_path / "link"):
+        found = [str(path.relative_to(home)) for path in common.find_images(home)]
+        assert found == ["here/2.png", "there/1.png"]
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, capsys, monkeypatch):

@@ -141,10 +141,13 @@ def test_metrics_come_back_or_are_measured_again(tmp_path):
 
 
 def test_processor_name(tmp_path):
-    """On x86, Linux tells the model of each core. On others it may not, and other systems have no such file."""
+    """On x86, Linux tells the model of each core, and whether it has AMX. On others it may not, and other systems have
+    no such file."""
     (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: ACME 3: fast\n\nmodel name\t: other\n", "utf-8")
     (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n", "utf-8")
     assert fid.processor_name(tmp_path / "x86") == "ACME 3: fast"
+    (tmp_path / "amx").write_text("model name\t: ACME 4\nflags\t\t: fpu amx_bf16 amx_tile\n", "utf-8")
+    assert fid.processor_name(tmp_path / "amx") == "ACME 4 with AMX"
     assert fid.processor_name(tmp_path / "arm") == fid.processor_name(tmp_path / "none") == platform.machine()
 
 
@@ -218,6 +221,10 @@ def test_the_commit_of_a_run(tmp_path, monkeypatch):
     assert len(fid.this_commit()) >= 7 and head.startswith(fid.this_commit())
     (tmp_path / "fid.py").write_text("2")
     assert fid.this_commit() == f"{git('rev-parse', '--short', 'HEAD')}-dirty"
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(fid, "__file__", str(tmp_path / "inside" / "fid.py"))  # in the repository of another project
+    assert fid.this_commit() == "unknown"
+    monkeypatch.setattr(fid, "__file__", str(tmp_path / "fid.py"))
     monkeypatch.setenv("PATH", "")
     assert fid.this_commit() == "unknown"
 
@@ -299,7 +306,7 @@ def stub_samples(monkeypatch, evaluation, stub_copies=True, **changes):
 
     def measure(model, setup, prior, sampler, steps, count, damage=0.0):
         drawn.append((prior, sampler, steps, count, damage))
-        return {"fd": score(float(len(drawn))), "hf_energy": score(0.5)}, *(
+        return {"steps": steps, "fd": score(float(len(drawn))), "hf_energy": score(0.5)}, *(
             dotted(count, level) for level in (len(drawn), 100 + len(drawn)))
 
     monkeypatch.setattr(fid, "measure", measure)
@@ -346,21 +353,23 @@ def test_rows_tables_and_pictures_of_samples(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("refined", [True, False])
 def test_robustness_by_hand(refined, tmp_path, monkeypatch):
-    """Scores 10, 12, 20, 50 at noise sd 0, 0.1, 0.2, 0.4: with noise they are 82 / 3 on average, and without it 10."""
+    """Scores 10, 12, 20, 50 at noise sd 0, 0.1, 0.2, 0.4: with noise they are 82 / 3 on average, and without it 10.
+    The steps are those that were taken: here 5, because refinement begins at t = 5."""
     values, sds, asked = [10.0, 12.0, 20.0, 50.0], [], set()
 
     def measure(model, setup, prior, sampler, steps, count, damage):
         sds.append(damage)
         asked.add((prior, sampler, steps, count))
         image = torch.full((2, 3, 32, 32), len(sds), dtype=torch.uint8)
-        return {"fid": {"value": values[len(sds) - 1]}, "hf_energy": {"value": 1.0 - damage}}, image, 10 * image
+        scores = {"fid": {"value": values[len(sds) - 1]}, "hf_energy": {"value": 1.0 - damage}}
+        return {"steps": min(steps, 5)} | scores, image, 10 * image
 
     monkeypatch.setattr(fid, "measure", measure)
     setup = SimpleNamespace(evaluation={"probe_steps": 7, "grid_count": 2}, fd_key="fid")
     model = SimpleNamespace(denoiser_for=object() if refined else None)
     table = fid.robustness(tmp_path, model, "gmm", setup)
     assert table["mean"] == pytest.approx(82 / 3) and table["rise"] == pytest.approx(52 / 3)
-    assert sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03) and (table["steps"], table["images"]) == (7 * refined, 2)
+    assert sds == pytest.approx([0, 0.1, 0.2, 0.4], rel=0.03) and (table["steps"], table["images"]) == (5 * refined, 2)
     assert asked == {("gmm", "dpm", 7, 2) if refined else ("gmm", "none", 0, 2)}
     assert [row["fid"]["value"] for row in table["scores"].values()] == values
     assert [row["hf_energy"]["value"] for row in table["scores"].values()] == [1 - sd for sd in sds]

@@ -297,6 +297,27 @@ def test_one_process_trains_in_a_folder(few, tmp_path, monkeypatch, capsys):
     stage1.main([*argv, str(tmp_path / "a")])
 
 
+def test_a_folder_is_locked_until_its_run_is_finished(few, tmp_path, monkeypatch, capsys):
+    """Also while a prior is fitted after the last step. (A second process would put its unfinished checkpoint in the
+    place of the finished one.) If that fails, the run can be resumed."""
+    fit, argv, during = common.fit_mixture, [*SMOKE, "--variant", "vae", "--out", str(tmp_path)], []
+
+    def fail_once(*arguments):
+        during.append(1)
+        if len(during) == 1:
+            raise MemoryError
+        expect_error(capsys, lambda: stage1.main([*argv, "--resume"]), "another process is training there; wait for it")
+        return fit(*arguments)
+
+    monkeypatch.setattr(common, "fit_mixture", fail_once)
+    with pytest.raises(MemoryError):
+        stage1.main(argv)
+    gc.collect()  # a process that has failed holds no lock
+    stage1.main([*argv, "--resume"])
+    assert len(during) == 2 and common.load_checkpoint(tmp_path / "shapes-smoke" / "stage1-vae-s0" /
+                                                       "checkpoint.pt")["finished"]
+
+
 def test_changed_settings_and_the_runs_that_they_make(few, tmp_path, monkeypatch):
     """What matters to the U-Net alone leaves the VAE as it is, which is then not trained again; so with the autoencoder
     and with stage 3's VAE. Other changes make another VAE. `guidance` makes another `guided`, and nothing else. The
