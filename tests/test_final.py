@@ -1657,7 +1657,7 @@ def test_numbers_that_no_table_compares(committed):
              ("fd, N(0, I)", "stage1-vae"), True),
             ("of `anneal` is {:.0%} higher than that of stage 1", "shapes", ("is", joint), ("is", form1), True),
             ("on shapes, and {:.0%} higher on CIFAR-10.", "cifar10", ("is", joint), ("is", form1), True),
-            ("not less: fine detail is {:.0%} lower. (On CIFAR-10", "shapes", ("hf_energy", joint),
+            ("It smooths them more: fine detail is {:.0%} lower. (On CIFAR-10", "shapes", ("hf_energy", joint),
              ("hf_energy", form1), True),
             ("(On CIFAR-10 it is {:.0%} higher, and", "cifar10", ("hf_energy", joint), ("hf_energy", form1), True),
             ("higher, and on faces {:.0%}, barely significant.)", "celeba64", ("hf_energy", joint),
