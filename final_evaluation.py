@@ -35,6 +35,9 @@ VARIANT_ORDER = ("stage1-vae", "stage1-uncond", "stage1-", "stage2-", "stage3-",
 # The variants that are compared with each other most often: in README.md and in a picture of samples.
 MAIN_VARIANTS = ("stage1-uncond", "stage1-form1", "stage1-guided", "stage2-anneal", "stage2-kendall",
                  "stage3-flow-fixed", "stage3-flow-film", "bonus-latent")
+# The runs of `uncond` that were trained for about as long as VAE and refiner together, by data set.
+LONG_UNCOND = {"shapes": "stage1-uncond-unet_steps=1600", "cifar10": "stage1-uncond-unet_steps=8000",
+               "celeba64": "stage1-uncond-unet_steps=4000"}
 # These refine the same images as the variant before them.
 SAME_X_HAT = ("stage1-guided", "stage3-flow-film")
 # Stage 3's ways to tell the refiner how unsure the VAE is. `fixed` does not tell it.
@@ -1014,11 +1017,16 @@ def with_arrow(name):
 
 def table_overview(everything):
     """The table of README.md: a line for the VAE and for each of MAIN_VARIANTS, with what it is, and its fd on each
-    data set; then one for real images. README.md does not show the table of the data, so the settings stand below."""
+    data set (`uncond` has a second line, LONG_UNCOND); then one for real images. README.md does not show the table of
+    the data, so the settings stand below."""
     rows = []
     for variant in ("stage1-vae", *MAIN_VARIANTS):
         cells = [cell(results.get(variant, {}), "fd") for results in everything.values()]
         rows.append([f"`{variant}`", VARIANTS[variant], *cells])
+        if variant == "stage1-uncond":
+            longer = [cell(results.get(LONG_UNCOND.get(dataset), {}), "fd") for dataset, results in everything.items()]
+            rows.append([f"`{variant}`, longer", "the same, trained for about as long as VAE and refiner together",
+                         *longer])
     rows.append(["real images", "held-out ones: about the best that a model can reach",
                  *map(floor_of, everything.values())])
     table = markdown(["variant", "what it is", *(f"{dataset}: {with_arrow('fd')}" for dataset in everything)], rows)

@@ -635,7 +635,9 @@ def test_the_note_explains_the_cells(tmp_path):
     assert final.with_note(plain, ["seconds with s"]) == f"{plain}\n\n*{final.SETTINGS}*"  # taken in turn
     assert final.with_note(plain, ["fd"], "shapes: drawn.") == f"{plain}\n\n*shapes: drawn.*"
     data = [final.describe_data(dataset, results) for dataset, results in everything.items()]
+    everything["cifar10"][final.LONG_UNCOND["cifar10"]] = everything["cifar10"]["stage1-form1"]
     overview = final.table_overview(everything)
+    assert cells_of(overview, "`stage1-uncond`, longer")[1:] == ["", "7.00 [6.00, 8.00]"]
     assert overview.endswith(f"\n\n*{' '.join(data)} {spread}; {interval}.*")
     floors = [final.cell({0: results["stage1-form1"][0]}, "floor") for results in everything.values()]
     assert cells_of(overview, "real images")[1:] == floors and all(floors)
