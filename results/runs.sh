@@ -68,6 +68,7 @@ cifar10)
             run stage1_baseline.py --variant form1 --set beta=$beta
             run stage2_joint.py --set beta=$beta
         done
+        run stage2_joint.py --diffusion-weight 0.1
         run stage2_joint.py --gradient decoder
         run stage1_baseline.py --variant vae --set vae_steps=12000  # as long as VAE and refiner together
         run stage3_adaptive.py --conditioning coupling

@@ -1724,6 +1724,10 @@ def test_numbers_that_no_table_compares(committed):
         assert f"its fd is {math.expm1(small['log_ratio']):.0%} above those of stage 1 and `w0.003`†" in report
         large = final.compare_sides(committed["celeba64"], ("fd", "stage2-anneal-w0.1"), ("fd", other))["log_ratio"]
         assert f"but fd is {math.expm1(large):.0%} above those of stage 1 and `w0.003`†" in report
+    large = [abs(math.expm1(final.compare_sides(committed["cifar10"], (name, "stage2-anneal-w0.1"), (name, other))
+                            ["log_ratio"])) for name, other in (("fd", form1), ("fd", joint), ("kl_nats", joint))]
+    assert ("with `0.1` fd is {:.0%} below that of stage 1 and {:.0%} above that of `anneal`, though the KL is {:.0%} "
+            "above that of `anneal`.".format(*large)) in report
     large = [math.expm1(final.compare_sides(committed["celeba64"], (name, "stage2-anneal-w0.1"), (name, joint))
                         ["log_ratio"]) for name in ("fd", "fd before")]
     assert ("and {:.0%} above that of `anneal`†. Before refinement it is {:.0%} above that of `anneal`†."
