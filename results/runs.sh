@@ -90,6 +90,7 @@ celeba64)
         run stage3_adaptive.py --conditioning coupling
         run stage3_adaptive.py --conditioning fade
         run stage3_adaptive.py --conditioning fade --uncertainty posterior
+        run stage3_adaptive.py --uncertainty variance
     fi
     if [ "$seed" -lt 2 ]; then
         run stage1_baseline.py --variant form1 --set even_levels=false
