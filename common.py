@@ -1048,7 +1048,8 @@ def half(weights):
 
 def find_images(folder):
     """All image files in a folder and below it, sorted by path (none if there is no such folder). Hidden files and
-    folders are left out, links to folders are followed. Fails if a folder cannot be listed."""
+    folders are left out. Links to folders are followed, but no folder is entered twice. Fails if a folder cannot be
+    listed."""
     def stop(error):
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             fail(f"{error.filename}: {error.strerror}; allow reading it, or move it away")
