@@ -381,11 +381,11 @@ class Scorer:
         features, logits = map(shuffle, extract(self.extractor, images))
         row = {self.distance: jackknife(lambda x: frechet_distance(moments(x), self.moments), features),
                "is": jackknife(inception_score, logits)}
-        some = min(len(images), len(self.real), MOST)  # precision and recall need equal numbers
+        some = min(len(images), len(self.real), MOST)  # precision and recall depend on both numbers
         real, generated = self.real[:some], features[:some]
         precision, recall = precision_recall(real, generated)
         values = {"floor": frechet_distance(moments(self.held_out[: len(images)]), self.moments),
-                  "kid": kid(self.real[:MOST], generated), "precision": precision, "recall": recall,
+                  "kid": kid(real, generated), "precision": precision, "recall": recall,
                   "diversity": diversity(real, generated), "hf_energy": hf_energy(images, self.data.test.images)}
         return row | {name: {"value": value} for name, value in values.items()}
 

@@ -1,6 +1,5 @@
 """Lets every test file import the scripts from the repository root. All compute on one thread: same bits everywhere."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -9,16 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
-
-
-@pytest.fixture(scope="session", autouse=True)
-def in_float32():
-    """Whatever the processor is fast in. Tests of bfloat16 put another function in this place."""
-    import common
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "fast_bfloat16", lambda device: False)
-        yield
 
 
 @pytest.fixture
@@ -43,5 +32,5 @@ def tiny():
     vae, diffusion = common.build_vae(settings()), common.Diffusion("v")
     nn.init.normal_(vae.decoder.body[-1].weight, std=2)
     vae = common.frozen(vae, vae.state_dict(), CPU)
-    return common.Model("tiny", CPU, (3, 32, 32), diffusion, (vae,), vae, {"gaussian": common.StandardNormal(8)},
-                        lambda x_hat, z, clean: oracle(diffusion, x_hat))
+    return common.Model(CPU, (3, 32, 32), (vae,), vae, {"gaussian": common.StandardNormal(8)}, diffusion,
+                        lambda x_hat, z: oracle(diffusion, x_hat))
