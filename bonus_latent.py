@@ -29,6 +29,7 @@ import time
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,12 +98,6 @@ def build_latent_unet(settings):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-def encode(autoencoder, images, device):
-    """Mean and standard deviation of q(z|x) for uint8 images (N, 3, H, W): each (N, 4, h, w), on the CPU."""
-    mu, logvar = common.encode(autoencoder["encoder"], images, device)
-    return mu, (0.5 * logvar).exp()
-
-
 def train_autoencoder(folder, settings, data, device):
     """Train the autoencoder with the settings of a VAE, and measure the scale of its latent. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
@@ -117,10 +112,10 @@ def train_autoencoder(folder, settings, data, device):
             sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
     autoencoder = common.frozen(build_autoencoder(settings), training.averages["vae"], device)
-    # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of sd^2.
-    mu, sd = encode(autoencoder, data.train.images, device)
+    # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of exp(logvar).
+    mu, logvar = common.encode(autoencoder["encoder"], data.train.images, device)
     mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
-    variance = ((mu - mean) ** 2 + sd**2).mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
+    variance = ((mu - mean) ** 2 + logvar.exp()).mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
     return training.finish(mean=mean, sd=variance.sqrt())
 
 
@@ -131,15 +126,15 @@ def train_latent(folder, settings, base, data, device):
     # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = data.train.images
     images = torch.cat([images, images.flip(3)]) if settings["unet_flip"] else images
-    mu, sd = encode(autoencoder, images, device)
-    # Scaled once. A Training draws batches from a single tensor, so mean and standard deviation lie side by side.
-    latents = torch.cat([(mu - base["mean"]) / base["sd"], sd / base["sd"]], 1)  # (N, 8, h, w)
+    mu, logvar = common.encode(autoencoder["encoder"], images, device)
+    # Scaled once. A Training draws batches from a single tensor, so mean and log-variance lie side by side.
+    latents = torch.cat([(mu - base["mean"]) / base["sd"], logvar - 2 * base["sd"].log()], 1)  # (N, 8, h, w)
     torch.manual_seed(settings["seed"])
     unet, diffusion = build_latent_unet(settings), common.Diffusion(settings["objective"], device=device)
     training = common.Training(folder, settings, device, latents, steps=settings["unet_steps"], flip=False, unet=unet)
-    for mu_and_sd in training:  # (B, 8, h, w)
-        mu, sd = mu_and_sd.chunk(2, 1)
-        z = mu + sd * training.normal(*latent_shape(settings))  # (B, 4, h, w), drawn anew in every step
+    for latent in training:  # (B, 8, h, w)
+        mu, logvar = latent.chunk(2, 1)
+        z = common.reparameterise(mu, logvar, training.normal(*latent_shape(settings)))  # (B, 4, h, w), a new draw
         t = diffusion.draw_t(training.uniform())  # (B,), in 1..T
         eps = training.normal(*latent_shape(settings))  # (B, 4, h, w)
         with common.autocast(device):
@@ -167,7 +162,7 @@ def pixel_model(settings, device):
     vae, unet = (common.frozen(network, network.state_dict(), device) for network in (vae, unet))
     size = settings["image_size"]
     return common.Model(device, shape=(3, size, size), networks=(vae, unet), vae=vae,
-                        priors={"gaussian": common.StandardNormal(vae.latent_dim)},
+                        priors={"gaussian": common.GaussianMixture.standard_normal(vae.latent_dim)},
                         diffusion=common.Diffusion(settings["objective"], device=device, start=settings["start"]),
                         denoiser=lambda x_hat, z: lambda x, t: unet(torch.cat([x, x_hat], 1), t))
 
@@ -215,7 +210,8 @@ def savings(folder, model, settings):
     in_batches, one_by_one = seconds_per_image(models, batch), seconds_per_image(models, one)
     table = {"device": str(model.device), "steps": settings["sample_steps"], "batch": settings["eval_batch"]}
     for name in models:
-        with FlopCounterMode(display=False) as counter:  # a multiply-add counts as two
+        # A multiply-add counts as two. Of attention only the plain form is counted on a CPU, not torch's fused one.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             common.generate(models[name], one)
         table[name] = {"seconds_per_image": in_batches[name], "seconds_per_image_one_by_one": one_by_one[name],
                        "peak_memory_mb": peak_memory_mb(models[name], batch, folder / f"profile-{name}.txt"),
@@ -228,10 +224,10 @@ def savings(folder, model, settings):
 def ceiling(folder, model, settings, scorer):
     """Scores of the autoencoder's reconstructions of held-out images. Draws reconstructions.png."""
     autoencoder, real = model.networks[0], scorer.data.test.images[: settings["eval_samples"]]
-    mu, _ = encode(autoencoder, real, model.device)
+    mu, _ = common.encode(autoencoder["encoder"], real, model.device)
     decoded = torch.cat([to_uint8(autoencoder["decoder"](part.to(model.device))).cpu() for part in mu.split(500)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": decoded[:12]})
-    return scorer(decoded) | {"images": len(real), "psnr_db": fid.psnr_db(decoded, real)}
+    return scorer(decoded) | {"images": len(real)}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

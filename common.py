@@ -67,13 +67,12 @@ def to_uint8(x):
 # ---- 1. Diffusion ----------------------------------------------------------------------------------------------------
 
 class Diffusion:
-    """The Gaussian diffusion process of DDPM (Ho et al. 2020), with a linear schedule: beta from 1e-4 to 0.02 in T
-    steps.
+    """The Gaussian diffusion process of DDPM (Ho et al. 2020): beta rises linearly from 1e-4 to 0.02 in T steps.
 
     `objective` is what the network predicts: `eps`, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0` (Salimans &
     Ho 2022). At high noise, x0 follows from eps by a division by a small number, which magnifies the network's errors.
-    From v it follows without a division. `start` is the time at which the reverse process begins: T, or a smaller one
-    where an x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled."""
+    From v it follows without one. `start` is the time at which the reverse process begins: T, or a smaller one where an
+    x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled."""
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -146,17 +145,17 @@ def time_grid(start, steps):
 
 
 def dpm_step(diffusion, x, x0, t, t_next, previous):
-    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from x_t to x at t_next. With x_t = a_t x0 + sigma_t
-    eps and lambda = log(a / sigma),
+    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). With x_t = a_t x0 + sigma_t eps and lambda =
+    log(a / sigma),
 
         x_next    = sigma_next / sigma_t x_t + (a_next - a_t sigma_next / sigma_t) x0_middle
         x0_middle = x0 + (x0 - x0_before) / (2 r)
         r         = (lambda_t - lambda_before) / (lambda_next - lambda_t)
 
-    x0 is the prediction at t, x0_before that of the step before; `previous` is (time, x0_before), or None in the first
-    step. With x0 in the place of x0_middle, this is a step of DDIM: exact, if the prediction stayed the same during the
-    step. It does not stay the same, so the solver takes the prediction for the middle of the step: the line through the
-    last two predictions, as a function of lambda, is extended by half a step."""
+    x0 is the prediction at t, x0_before that of the step before; `previous` is (its time, x0_before), or None at first.
+    With x0 in the place of x0_middle, this is a step of DDIM: exact, if the prediction stayed the same during the step.
+    It does not, so the solver takes it at the middle of the step: the line through the last two predictions, as a
+    function of lambda, is extended by half a step."""
     a_t, a_next = float(diffusion.alpha_bar[t].sqrt()), float(diffusion.alpha_bar[t_next].sqrt())
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
     if previous is not None and t_next > 0:  # lambda is infinite at time 0
@@ -471,21 +470,6 @@ def frozen(network, weights, device):
 
 # ---- 3. Priors over z ------------------------------------------------------------------------------------------------
 
-class StandardNormal:
-    """N(0, I) over codes z of dimension d: what the KL term of the VAE's loss pulls towards."""
-
-    def __init__(self, d):
-        self.d = d
-
-    def log_prob(self, z):
-        """Log density: (N, d) -> (N,) nats."""
-        return torch.distributions.Normal(0, 1).log_prob(z).sum(1)
-
-    def sample(self, count, gen):
-        """`count` draws (count, d) from a CPU generator."""
-        return torch.randn(count, self.d, generator=gen)
-
-
 class GaussianMixture:
     """A Gaussian mixture, fitted after the VAE is trained ("ex post") by expectation maximisation (EM; Bishop 2006,
     9.2.2).
@@ -500,7 +484,12 @@ class GaussianMixture:
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
 
     @classmethod
-    def fit(cls, z, components, seed, tied=False, rounds=5):
+    def standard_normal(cls, d):
+        """N(0, I), a mixture of one: what the KL term of the VAE's loss pulls codes towards."""
+        return cls(torch.ones(1), torch.zeros(1, d), torch.eye(d)[None])
+
+    @classmethod
+    def fit(cls, z, components, seed, tied=False, rounds=3):
         """The mixture fitted to codes z (N, d), N much larger than `components`, by `rounds` of EM.
 
         It begins with clusters: the means of k-means or, if tied, since k-means would take minutes for thousands of
@@ -574,24 +563,29 @@ class GaussianMixture:
 
 @dataclass
 class Model:
-    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or a VAE with a diffusion model that
-    refines its images."""
+    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or both."""
 
     device: torch.device
     shape: tuple  # (C, H, W) of what is diffused
-    networks: tuple  # all that it consists of: their parameters are counted
+    networks: tuple = ()  # all that it consists of: their parameters are counted
     vae: VAE | None = None
     priors: dict = field(default_factory=dict)  # over z, by name; each has sample(count, gen) and log_prob(z)
     diffusion: Diffusion | None = None  # none in a VAE alone
-    # denoiser(x_hat, z) is called once for each batch, with x_hat that the refiner is shown and its code z. It returns
-    # the function denoise(x, t) that `sample` calls in every step.
+    # denoiser(x_hat, z), called once for each batch, returns the function denoise(x, t) that `sample` calls every step.
     denoiser: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step
 
 
+def load_vae(checkpoint, device):
+    """The VAE of a checkpoint, and the priors over its codes: N(0, I), and the mixture that was fitted to them."""
+    vae = frozen(build_vae(checkpoint["settings"]), checkpoint["vae"], device)
+    return vae, {"gaussian": GaussianMixture.standard_normal(vae.latent_dim),
+                 "gmm": GaussianMixture(**checkpoint["gmm"])}
+
+
 @torch.no_grad()
-def encode(encoder, images, device, batch=500):
+def encode(encoder, images, device, batch=100):
     """uint8 images (N, 3, H, W) -> mu, logvar of q(z | x), each (N, d) on the CPU."""
     parts = [encoder(to_float(part.to(device))) for part in images.split(batch)]
     mu, logvar = zip(*parts, strict=True)
@@ -616,9 +610,8 @@ def fit_mixture(vae, images, settings, device):
 @torch.no_grad()
 def refine(model, settings, x_hat, z, gen):
     """Refine x_hat (B, C, H, W) with its code z (B, d): images in [-1, 1], or latents. Of a VAE alone, x_hat itself
-    comes back. The noise is drawn from `gen`, a CPU generator, so that it is the same on every device. `settings` has
-    the sampler, its steps, and the temperature: the factor of the noise in x_start. Below 1 there are fewer artefacts
-    and less detail."""
+    comes back. The noise comes from `gen`, a CPU generator, so that it is the same on every device. `settings` has the
+    sampler, its steps, and the temperature: the factor of the noise in x_start."""
     if model.denoiser is None:
         return x_hat
     noise = settings["temperature"] * randn(x_hat.shape, gen).to(model.device)
@@ -632,12 +625,12 @@ def refine(model, settings, x_hat, z, gen):
 def generate(model, settings, z=None, damage=0.0):
     """Generate settings["eval_samples"] images, with codes from settings["prior"], or one image for each of the codes z
     (N, d). Returns x_hat and the refined images, uint8 (N, 3, H, W) on the CPU, and the seconds per image. (Without a
-    VAE, x_hat is grey, and has the shape of what is diffused.)
+    VAE, x_hat is grey.)
 
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
-    before it is decoded, to test how well a model copes with a bad x_hat.
-    Every batch has generators of its own, so image k is made from the same z and noise whatever the sampler, its steps
-    and the damage. Several processes share the batches."""
+    before it is decoded: a test of how well a model copes with a bad x_hat.
+    Every batch has its own generators, so image k is made from the same z and noise whatever the sampler, its steps and
+    the damage. Several processes share the batches."""
     count, batch = len(z) if z is not None else settings["eval_samples"], settings["eval_batch"]
     parts = []
     for first in tqdm(range(0, count, batch)[RANK::RANKS], desc="sampling", leave=False, disable=count <= batch):
@@ -667,7 +660,7 @@ def generate(model, settings, z=None, damage=0.0):
 
 # The variational bound of a diffusion model, in nats per image (DDPM eq. 5):
 #     -log p(x0) <= KL(q(x_start | x0) || p(x_start)) + sum over t = 2..start of KL_t + L_0
-# The next functions compute its terms, and `diffusion_nats` its three parts for given images.
+# Stage 2 trains with it (--loss bound).
 
 def kl_step(diffusion, x0, x0_predicted, t):
     """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
@@ -692,7 +685,7 @@ def data_nats(diffusion, x0, x0_predicted):
 
     A pixel's probability is the mass of N(x0_predicted, sd^2) between the edges of its bin, x0 - 1/255 and x0 + 1/255;
     the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is the variance at t = 2, and no
-    probability counts as less than 1e-12, so a wrong pixel costs 28 nats at most. In float64 on the CPU."""
+    probability counts as less than 1e-12. In float64 on the CPU."""
     sd = float(diffusion.posterior(2, 1)[2].sqrt())
     x, mean = x0.cpu().double(), x0_predicted.cpu().double()
     ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
@@ -700,26 +693,6 @@ def data_nats(diffusion, x0, x0_predicted):
     below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)
     below_lower = torch.where(x > -0.999, ndtr((x - 1 / 255 - mean) / sd), 0.0)
     return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
-
-
-@torch.no_grad()
-def diffusion_nats(diffusion, denoise, images, x_hat, draws, gen):
-    """The three parts of the bound for uint8 `images`: {"prior", "diffusion", "data"}, each (B,) nats on the CPU. The
-    sum over t is estimated from `draws` times per image: the range of times is cut into that many equal pieces, and one
-    time is drawn from each. (With `draws = start - 1` each time is used exactly once.) `gen` is a CPU generator."""
-    x0, terms = to_float(images), diffusion.start - 1
-    total = torch.zeros(len(x0), device=x0.device)
-    for k in range(draws):
-        position = (k + torch.rand(len(x0), generator=gen, dtype=torch.float64)) * terms / draws  # (B,)
-        t = (2 + position.long()).to(x0.device)  # (B,)
-        x_t = diffusion.q_sample(x0, t, randn(x0.shape, gen).to(x0.device))
-        x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x_t, t), x_t, t)
-        total += kl_step(diffusion, x0, x0_predicted, t) * terms / draws
-    one = torch.ones(len(x0), dtype=torch.long, device=x0.device)
-    x1 = diffusion.q_sample(x0, one, randn(x0.shape, gen).to(x0.device))
-    x0_predicted, _ = diffusion.to_x0_and_eps(denoise(x1, one), x1, one)
-    return {"prior": kl_prior(diffusion, x0, x_hat).cpu(), "diffusion": total.cpu(),
-            "data": data_nats(diffusion, x0, x0_predicted).cpu()}
 
 
 # ---- 6. The built-in data --------------------------------------------------------------------------------------------
@@ -854,7 +827,7 @@ def load_state(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        fail(f"{path}: cannot be loaded ({str(error).splitlines()[0][:80]}); replace or remove this file")
+        fail(f"{path}: cannot be loaded ({error!r:.80}); replace or remove this file")
 
 
 def half(weights):
@@ -911,10 +884,9 @@ EVALUATION = {  # can be changed without training again
     "temperature": 1.0,  # factor of the noise that sampling starts from
     "eval_samples": 1000,  # images of the first row of scores, the headline
     "eval_batch": 100,  # images sampled at a time
-    "grid": [["ddim", 10], ["dpm", 2], ["dpm", 5], ["dpm", 25]],  # samplers and steps of further rows of scores
+    "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5]],  # samplers and steps of further rows of scores
     "probe_samples": 300,  # images of each further row, and of measurements on the side
     "probe_steps": 10,  # DPM-Solver++ steps in measurements on the side
-    "bits_images": 100, "bits_draws": 20,  # for the bound on the likelihood: images, and times t for each
     "features": "local",  # network of the scores: local or inception
     "export": 0,  # how many samples are written as PNG files
 }
@@ -932,11 +904,12 @@ CHANGES = {
     "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},
     "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
                    "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
-                   "vae_steps": 900, "unet_steps": 600, "flow_steps": 5000, "unet_muon_lr": 0.02, "warmup": 40},
+                   "vae_steps": 900, "unet_steps": 600, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
+                   "probe_samples": 200},
     "smoke": {"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
               "ae_width": 16, "latent_table": [[1, 16, 1, 1]], "every": 4,
               "sample_steps": 4, "eval_samples": 60, "eval_batch": 64, "grid": [["ddim", 2]], "probe_samples": 60,
-              "probe_steps": 2, "bits_images": 8, "bits_draws": 4},
+              "probe_steps": 2},
     "smoke 32": {"vae_table": [[32, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
                  "unet_table": [[32, 8, 1, 1], [16, 16, 1, 1]]},
     "smoke 64": {"vae_table": [[64, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
@@ -944,8 +917,7 @@ CHANGES = {
     # Sized for half an hour of one data-centre GPU; not timed
     "gpu": {"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "warmup": 600, "unet_ema": 0.9995, "dropout": 0.1,
             "attention": [16], "heads": 4, "ae_width": 96, "latent_table": [[1, 192, 2, 3], [2, 256, 2, 3]],
-            "sample_steps": 25, "eval_samples": 10_000, "eval_batch": 500, "probe_samples": 2000, "probe_steps": 25,
-            "bits_images": 256, "bits_draws": 100},
+            "sample_steps": 25, "eval_samples": 10_000, "eval_batch": 500, "probe_samples": 2000, "probe_steps": 25},
     "gpu 32": {"unet_table": [[32, 96, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]},
     "gpu 64": {"unet_table": [[64, 64, 2, 3], [32, 128, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]},
     # The published configuration (cifar10/train.yaml and celeba64/train.yaml of DiffuseVAE's code): VAEs of 9.24M and
@@ -956,7 +928,7 @@ CHANGES = {
               "ae_width": 128, "latent_table": [[1, 256, 2, 3], [2, 512, 2, 3]], "every": 100,
               "sampler": "ddpm", "sample_steps": 1000, "eval_samples": 50_000, "eval_batch": 500,
               "grid": [["ddim", 10], ["ddim", 100], ["dpm", 10], ["dpm", 25]], "probe_samples": 10_000,
-              "probe_steps": 25, "bits_images": 256, "bits_draws": 999},
+              "probe_steps": 25},
     "paper 32": {"vae_table": [[32, 64, 8, 15], [16, 128, 5, 7], [8, 256, 5, 3], [4, 256, 4, 2], [1, 512, 3, 1]],
                  "unet_table": [[32, 128, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 256, 2, 3]],
                  "vae_steps": 195_000, "unet_steps": 1_110_000, "dropout": 0.3, "components": 50},
@@ -967,8 +939,9 @@ CHANGES = {
 }
 
 
-def budget_settings(budget, dataset, size):
-    """The settings of a budget for a data set with images of size 32 or 64."""
+def budget_settings(budget, dataset):
+    """The settings of a budget for a data set."""
+    size = DATASETS[dataset]
     settings = {"dataset": dataset, "image_size": size, "budget": budget} | TRAINING | EVALUATION
     for key in (str(size), dataset, budget, f"{budget} {size}", f"{budget} {dataset}"):
         settings |= CHANGES.get(key, {})
@@ -979,39 +952,34 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     """Add the flags that all stages share. `priors` are the names of the stage's priors over z, `prior` is its default.
     """
     add = parser.add_argument
-    add("--dataset", choices=(*DATASETS, "folder"), default="shapes",
-        help="default: %(default)s; all others read --data-dir")
-    add("--data-dir", default="data",
-        help="where cifar10/ or celeba/ lie (or are downloaded), or a folder of images (default: %(default)s)")
-    add("--image-size", type=int, choices=(32, 64), default=64, help="for --dataset folder (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto",
-        help="auto, the default: gpu with CUDA, else cpu")
+    add("--dataset", choices=DATASETS, default="shapes", help="default: shapes; all others read --data-dir")
+    add("--data-dir", default="data", help="where cifar10/ or celeba/ lie, or a folder of images (default: data)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto", help="gpu with CUDA, else cpu")
     add("--steps", type=int, help="optimisation steps of each network")
     add("--batch-size", type=int, help="images per step")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[], help="change settings (see --dry-run)")
-    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    add("--out", default="runs", help="folder for runs (default: %(default)s)")
-    add("--resume", action="store_true", help="continue an unfinished run, if there is one")
+    add("--seed", type=int, default=0)
+    add("--out", default="runs", help="folder for runs (default: runs)")
+    add("--resume", action="store_true", help="continue an unfinished run")
     add("--prior", choices=priors, default=prior, help="over z (default: %(default)s)")
     add("--sampler", choices=("ddpm", "ddim", "dpm"))
     add("--sample-steps", type=int, help="steps of the sampler")
-    add("--temperature", type=float, help="factor of the noise that sampling starts from: below 1 cleaner, less detail")
+    add("--temperature", type=float, help="of the noise that sampling starts from: below 1 cleaner, less detail")
     add("--eval-samples", type=int, help="images generated for the scores")
-    add("--export", type=int, metavar="N", help="write N samples as PNG files into the run's folder")
-    add("--features", choices=("auto", "inception", "local"), default="auto",
-        help="network of the scores; auto, the default: inception for gpu and paper on real images, else local")
+    add("--export", type=int, metavar="N", help="write N samples as PNG files")
+    add("--features", choices=("auto", "inception", "local"), default="auto", help="network of the scores")
     add("--weights", help="file of the feature network")
-    add("--dry-run", action="store_true", help="print all settings as JSON, and the networks' parameters, and stop")
+    add("--dry-run", action="store_true", help="print all settings and stop")
 
 
 def read_settings(args):
-    """The settings that the flags choose, and the device. --steps, --batch-size and --set change TRAINING, or anything;
-    what they change becomes a part of the name of the folder settings["home"], runs/shapes-cpu-beta=0.1. So all runs in
-    a folder share all settings but the seed. Flags that only concern sampling and scores do not name a folder."""
+    """The settings that the flags choose, and the device. What --steps, --batch-size and --set change becomes a part of
+    the name of the folder settings["home"], such as runs/shapes-cpu-beta=0.1. So all runs in a folder share all
+    settings but the seed. The other flags only concern sampling and scores."""
     device = choose_device(args.device)
     budget = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    settings = budget_settings(budget, args.dataset, DATASETS.get(args.dataset, args.image_size))
+    settings = budget_settings(budget, args.dataset)
     real_images = args.dataset != "shapes"
     settings["features"] = "inception" if budget in ("gpu", "paper") and real_images else "local"
     for key in ("prior", "sampler", "sample_steps", "temperature", "eval_samples", "export"):
@@ -1056,7 +1024,7 @@ def count_parameters(network):
 
 # ---- 9. Data sets ----------------------------------------------------------------------------------------------------
 
-DATASETS = {"shapes": 32, "cifar10": 32, "celeba64": 64}  # name: size of an image's side, in pixels
+DATASETS = {"shapes": 32, "cifar10": 32, "celeba64": 64, "folder": 64}  # name: size of an image's side, in pixels
 LAYOUTS = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
            "celeba64": "celeba/img_align_celeba/*.jpg"}
 
@@ -1076,7 +1044,7 @@ class Data(NamedTuple):
     test: ImageData  # held out
 
 
-def load_data(dataset, data_dir="data", size=None):
+def load_data(dataset, data_dir="data"):
     """Both splits of a data set, as Data. Decoded images are kept in data/cache. Of several processes the first one
     goes first, so that it alone downloads and decodes."""
     if RANKS > 1 and RANK > 0:
@@ -1087,13 +1055,13 @@ def load_data(dataset, data_dir="data", size=None):
             images, labels, factors = draw_shapes(count, seed=len(splits) + 1)
             splits.append(ImageData(images, "drawn by the program", labels, factors))
         else:
-            splits.append(load_split(dataset, split, Path(data_dir), size or DATASETS[dataset]))
+            splits.append(load_split(dataset, split, Path(data_dir)))
     if RANKS > 1 and RANK == 0:
         distributed.barrier()
     return Data(*splits)
 
 
-def load_split(dataset, split, folder, size):
+def load_split(dataset, split, folder):
     """The split `train` or `test` of real images."""
     try:
         from torchvision.datasets import CIFAR10, CelebA
@@ -1105,11 +1073,11 @@ def load_split(dataset, split, folder, size):
             CelebA(str(folder), split="all", download=True)  # needs the package gdown
     except Exception as error:  # no network, no gdown, a broken archive: the remedy is the same
         fail(f"no images of {dataset} in --data-dir {folder.resolve()}, and no download "
-             f"({str(error).splitlines()[0][:80]}); name the folder in which {LAYOUTS[dataset]} lies, or use shapes")
+             f"({error!r:.80}); name the folder in which {LAYOUTS[dataset]} lies, or use shapes")
     files = list_files(dataset, split, folder)
     if len(files) < 6:
         fail(f"--data-dir {folder.resolve()}: {len(files)} images of {dataset} in the {split} part; more are needed")
-    images = torch.from_numpy(decode_files(dataset, split, files, size))
+    images = torch.from_numpy(decode_files(dataset, split, files, DATASETS[dataset]))
     width, height = read_image(files[0]).size
     kind = "JPEG" if files[0].suffix.lower() in (".jpg", ".jpeg") else "lossless"
     note = f"{kind} copies at {width}x{height}" if dataset != "folder" else f"{kind} files"
@@ -1219,17 +1187,18 @@ def gather(parts):
 
 # ---- 11. Training ----------------------------------------------------------------------------------------------------
 
-def orthogonalise(matrix, rounds=5):
-    """A matrix (m, n) = U S V^T -> about U V^T: its singular values become 0.7 to 1.2, except for those that were tiny.
+def orthogonalise(matrices, rounds=5):
+    """Matrices (K, m, n), each U S V^T -> about U V^T: the singular values become 0.7 to 1.2, except for tiny ones.
 
     Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x = U S^3 V^T. So matrix products alone
     can turn every singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which each round does."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)  # singular values between 0 and 1
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values between 0 and 1
     for _ in range(rounds):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x if wide is matrix else x.T
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -1243,14 +1212,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            m = group["momentum"]
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - m)  # average = m average + (1 - m) gradient
-                update = p.grad.lerp(average, m).flatten(1)  # Nesterov: (1 - m) gradient + m average
-                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5  # Jordan's: the root of outputs / inputs
-                p.add_(orthogonalise(update).reshape(p.shape), alpha=-group["lr"] * scale)
+        [group] = self.param_groups
+        momentum, updates = group["momentum"], {}  # updates: by shape, since equal shapes are faster together
+        for p in group["params"]:
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 1 - momentum)  # average = momentum average + (1 - momentum) gradient
+            update = p.grad.lerp(average, momentum).flatten(1)  # Nesterov: (1 - momentum) gradient + momentum average
+            updates.setdefault(update.shape, []).append((p, update))
+        for (rows, columns), pairs in updates.items():
+            scale = max(1, rows / columns) ** 0.5  # Jordan's: the root of outputs / inputs
+            orthogonal = orthogonalise(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, orthogonal, strict=True):
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
 def level_weight(settings, diffusion, t):
@@ -1373,9 +1346,9 @@ class Training:
             optimizer.param_groups[0]["lr"] = learning_rate(base_rate, self.steps_taken, self.steps, self.settings)
             optimizer.step()
         self.steps_taken += 1
-        # Update the moving averages. Early on the decay is smaller: with 0.9999 alone, a third of the average of a
-        # run of 10,000 steps would be its initial weights (0.9999^10000 = 0.37).
-        early = (1 + self.steps_taken) / (10 + self.steps_taken)  # a usual choice: 2/11, 3/12, ... towards 1
+        # Update the moving averages. Early on the decay is smaller: 2/11, 3/12, ... towards 1. With 0.9999 alone, a
+        # third of the average of a run of 10,000 steps would be its initial weights (0.9999^10000 = 0.37).
+        early = (1 + self.steps_taken) / (10 + self.steps_taken)
         for name, network in self.networks.items():
             decay = min(self.settings[f"{name}_ema"], early)
             # average += (1 - decay) * (weight - average), for all tensors at once

@@ -333,12 +333,6 @@ def hf_energy(images, real):
     return float(high_frequency_power(images).mean() / high_frequency_power(real).mean())
 
 
-def psnr_db(images, real):
-    """Mean peak signal-to-noise ratio of uint8 images (N, 3, H, W), in decibels, at most 100."""
-    mse = (images.float() - real.float()).div(255).square().mean((1, 2, 3))  # (N,)
-    return float(-10 * mse.clamp(min=1e-10).log10().mean())
-
-
 # ---- 5. All scores of a set of images --------------------------------------------------------------------------------
 
 MOST = 10_000  # of scores that compare pairs of images, no more images are used on each side
@@ -393,7 +387,7 @@ class Scorer:
 def load_scorer(args, settings, device):
     """The Scorer of a stage's command, with the data set in scorer.data."""
     extractor = load_extractor(settings["features"], args.dataset, args.weights, device)
-    return Scorer(extractor, common.load_data(args.dataset, args.data_dir, settings["image_size"]))
+    return Scorer(extractor, common.load_data(args.dataset, args.data_dir))
 
 
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
@@ -407,8 +401,8 @@ def load_scorer(args, settings, device):
 #     VAE and refiner     set    set        None     turns noise and x_hat into an image
 #     latent diffusion    None   set        set      turns noise into a latent, and decodes it; it has no x_hat
 #
-# A function a question: `score`, `robustness`, `latent_space`, `likelihood`. `settings` are those of common.EVALUATION;
-# `probe` makes those of a measurement on the side.
+# A function a question: `score`, `robustness`, `latent_space`. `settings` are those of common.EVALUATION; `probe` makes
+# those of a measurement on the side.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = (0.0, 0.1, 0.2, 0.4)
@@ -517,33 +511,24 @@ def path_over_distance(features):
     return float(lengths.mean() / ends.mean())
 
 
-def draw_paths(path, model, settings, first, last, real=None, points=9):
-    """Images along paths from row i of the codes `first` (P, d) to row i of `last`, uint8 (P, points, 3, H, W). All
-    points of a path are refined with the same noise. Draws three of them, before and after refinement, if given
-    between the two `real` images of their ends."""
-    weights = torch.linspace(0, 1, points).tolist()
-    along = [common.generate(model, settings, z=slerp(first, last, w)) for w in weights]
+def images_along_paths(model, settings, first, last, points=9):
+    """Images along paths from row i of the codes `first` (P, d) to row i of `last`: those of the VAE and the refined
+    ones, each uint8 (P, points, 3, H, W). All points of a path are refined with the same noise."""
+    along = [common.generate(model, settings, z=slerp(first, last, w)) for w in torch.linspace(0, 1, points).tolist()]
     x_hat, images, _ = zip(*along, strict=True)
-    strips = {"VAE": torch.stack(x_hat, 1), "refined": torch.stack(images, 1)}  # (P, points, 3, H, W)
-    rows, titles = {}, [f"w = {w:.3g}" for w in weights]
-    for i in range(3):
-        for name, strip in strips.items():
-            rows[f"{name} {i + 1}"] = strip[i] if real is None else torch.cat([real[0][i : i + 1], strip[i],
-                                                                              real[1][i : i + 1]])
-    common.save_grid(path, rows, titles if real is None else ["real", *titles, "real"])
-    return strips["refined"]
+    return torch.stack(x_hat, 1), torch.stack(images, 1)
 
 
-def latent_space(folder, model, settings, scorer, pairs=32):
-    """The latent space of a VAE and a refiner, measured on held-out images, whose codes are the means of q(z|x).
+def latent_space(folder, model, settings, scorer, pairs=16):
+    """The latent space of a VAE and a refiner, measured on held-out images. Their codes are the means of q(z|x).
 
         kl_nats, active_units, posterior_variance     how much of the code is in use
-        psnr_db, sharpness                            of the VAE's reconstructions (hf_energy)
+        log_density                                   mean log density of the codes under each prior, in nats
         path_over_distance, end_distance              of refined images along paths between codes, in features
         probe_accuracy, probe_r2                      how well a linear function of the code tells an image's class and,
                                                       of shapes, its factors
 
-    Draws reconstructions.png, interpolation.png (paths between real images) and paths.png (between samples)."""
+    Draws reconstructions.png, and interpolation.png with paths between samples."""
     train, test = scorer.data
     side = probe(settings)
     mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
@@ -552,18 +537,21 @@ def latent_space(folder, model, settings, scorer, pairs=32):
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
     result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
               "active_units": int(common.active_units(mu).sum()), "latent_dim": mu.shape[1],
-              "posterior_variance": float(logvar.exp().mean()), "psnr_db": psnr_db(x_hat, real),
-              "sharpness": hf_energy(x_hat, real)}
+              "posterior_variance": float(logvar.exp().mean())}
+    codes = common.reparameterise(mu, logvar, randn(mu.shape, generator(settings["seed"], "held-out codes")))
+    result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
 
     pairs = min(pairs, len(mu) // 2)
-    strips = draw_paths(folder / "interpolation.png", model, side, mu[:pairs], mu[pairs : 2 * pairs],
-                        real=(test.images[:pairs], test.images[pairs : 2 * pairs]))
-    features, _ = extract(scorer.extractor, strips.flatten(0, 1))  # (pairs * points, f), and logits
-    features = features.view(*strips.shape[:2], -1)  # (pairs, points, f)
+    _, images = images_along_paths(model, side, mu[:pairs], mu[pairs : 2 * pairs])
+    features, _ = extract(scorer.extractor, images.flatten(0, 1))  # (pairs * points, f), and logits
+    features = features.view(*images.shape[:2], -1)  # (pairs, points, f)
     result["path_over_distance"] = path_over_distance(features)
     result["end_distance"] = float((features[:, -1] - features[:, 0]).norm(dim=1).mean())
     z = model.priors[settings["prior"]].sample(6, generator(settings["seed"], "paths"))
-    draw_paths(folder / "paths.png", model, side, z[:3], z[3:])
+    rows = {}
+    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, side, z[:3], z[3:]), strict=True), 1):
+        rows |= {f"VAE {i}": vae_path, f"refined {i}": path}
+    common.save_grid(folder / "interpolation.png", rows)
 
     chosen = torch.randperm(len(train.images), generator=generator(0, "probe"))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
@@ -576,36 +564,6 @@ def latent_space(folder, model, settings, scorer, pairs=32):
         r2 = 1 - errors / test.factors.var(0)
         result["probe_r2"] = dict(zip(common.FACTORS, r2.tolist(), strict=True))
     return result
-
-
-@torch.no_grad()
-def likelihood(model, settings, data):
-    """A bound on -log p(x) of held-out images, in bits per pixel value ("bits per dimension"), and its parts. With z ~
-    q(z | x) and x_hat = Dec(z) they are
-        kl          log q(z | x) - log p(z), under settings["prior"]
-        prior       KL(q(x_start given the image) || p(x_start given x_hat)), where x_start is the noisy image with
-                    which sampling begins; p is pure noise if sampling begins with that
-        diffusion   the sum of the KLs of all steps, estimated from a few of them
-        data        -log of the probability of the pixels after the last step
-    And the mean log density of codes z of held-out images under each prior, in nats."""
-    gen = generator(settings["seed"], "likelihood")
-    images = data.test.images[: settings["bits_images"]].to(model.device)
-    parts, x_hat, z, log_densities = {}, None, None, {}
-    if model.vae is not None:
-        mu, logvar = common.encode(model.vae.encoder, data.test.images, model.device)
-        codes = common.reparameterise(mu, logvar, randn(mu.shape, gen))  # (N, d)
-        log_densities = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
-        codes, mu, logvar = codes[: len(images)], mu[: len(images)], logvar[: len(images)]
-        log_p = model.priors[settings["prior"]].log_prob(codes).cpu()
-        parts["kl"] = common.gaussian_log_prob(codes, mu, logvar) - log_p
-        z = codes.to(model.device)
-        x_hat = model.vae.decoder(z)
-    with common.autocast(model.device):
-        parts |= common.diffusion_nats(model.diffusion, model.denoiser(x_hat, z), images, x_hat,
-                                       settings["bits_draws"], gen)
-    nats_per_bpd = images[0].numel() * math.log(2)  # one bit per pixel value is this many nats per image
-    means = {name: float((value / nats_per_bpd).mean()) for name, value in parts.items()}
-    return {"bits_per_dim": sum(means.values()), "images": len(images), **means, "log_density": log_densities}
 
 
 def fd_to_originals(scorer, images, originals):
@@ -632,17 +590,14 @@ def write_metrics(folder, checkpoint, model, settings, scorer, rows, tables):
 def print_results(settings, scorer):
     """Print the headline scores of all runs in the folder of the settings as one table, and where pictures are."""
     names = [scorer.distance, "floor", "is", "kid", "precision", "recall", "hf_energy"]
-    table = [["run", "prior", "sampler", "images", "sec/image", "minutes", *names]]
+    print("".join(f"{title:18}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
     for path in sorted(Path(settings["home"]).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
         row = metrics["rows"][0]
-        if scorer.distance in row:
-            table.append([path.parent.name, row["prior"], f"{row['sampler']} {row['steps']}", str(row["n_generated"]),
-                          f"{row['seconds_per_image']:.3f}", f"{metrics['run']['minutes']:.1f}",
-                          *(show(row[name]) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+        cells = [f"{row['prior']}, {row['sampler']} {row['steps']}", str(row["n_generated"]),
+                 f"{row['seconds_per_image']:.3f}", f"{metrics['run']['minutes']:.1f}",
+                 *(show(row[name]) for name in names if name in row)]
+        print(f"{path.parent.name:36}" + "".join(f"{cell:18}" for cell in cells))
     print(f"features {scorer.extractor.name}; data {settings['dataset']} ({scorer.data.train.note}); compare scores of "
           f"equally many images\npictures and metrics.json: {settings['home']}")
 
@@ -668,28 +623,24 @@ def read_folder(folder, size=None, count=None):
         array = common.crop(image, "folder", size) if size else np.asarray(image)
         images.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
     if len({image.shape for image in images}) > 1:
-        fail(f"{folder}: images of several sizes; is something else among them?")
+        fail(f"{folder}: images of several sizes")
     return torch.stack(images)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Scores of generated images against real ones.")
-    parser.add_argument("real", metavar="REAL", help=f"{', '.join(common.DATASETS)}, or a folder")
+    parser.add_argument("real", metavar="REAL", help="shapes, cifar10, celeba64, or a folder")
     parser.add_argument("generated", metavar="GENERATED", help="a folder of generated images")
     parser.add_argument("--features", choices=("inception", "local"), default="local", help="default: local")
     parser.add_argument("--weights", metavar="FILE", help="of the feature network")
     parser.add_argument("--count", type=int, metavar="N", help="use N of the generated images, a seeded choice")
     parser.add_argument("--data-dir", default="data", help="where a data set named as REAL lies (default: data)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args(argv)
     extractor = load_extractor(args.features, args.real, args.weights, common.choose_device(args.device))
-    size = None if args.features == "inception" else extractor.size
-    generated = read_folder(args.generated, size, args.count)
-    if args.real in common.DATASETS:
-        data = common.load_data(args.real, args.data_dir)
-    else:  # every tenth image is held out, for the floor
-        images, held_out = read_folder(args.real, size), torch.arange(len(common.find_images(args.real))) % 10 == 9
-        data = common.Data(common.ImageData(images[~held_out], ""), common.ImageData(images[held_out], ""))
+    dataset, folder = (args.real, args.data_dir) if args.real in common.DATASETS else ("folder", args.real)
+    generated = read_folder(args.generated, common.DATASETS[dataset], args.count)  # as large as the real ones
+    data = common.load_data(dataset, folder)
     print(f"{len(generated):,} images of {args.generated} against {len(data.train.images):,} of {args.real}, features "
           f"{extractor.name}")
     for name, value in Scorer(extractor, data)(generated).items():

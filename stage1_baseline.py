@@ -168,22 +168,18 @@ def train_refiner(folder, settings, variant, base, data, device):
 def load_model(checkpoint, device):
     """The common.Model of a checkpoint."""
     settings, variant, size = checkpoint["settings"], checkpoint["variant"], checkpoint["settings"]["image_size"]
-    model = common.Model(device, shape=(3, size, size), networks=())
-
-    def load(network, name):
-        model.networks += (common.frozen(network, checkpoint[name], device),)
-        return model.networks[-1]
-
+    model = common.Model(device, shape=(3, size, size))
     if variant != "uncond":
-        model.vae = load(common.build_vae(settings), "vae")
-        model.priors = {"gaussian": common.StandardNormal(model.vae.latent_dim),
-                        "gmm": common.GaussianMixture(**checkpoint["gmm"])}
+        model.vae, model.priors = common.load_vae(checkpoint, device)
+        model.networks += (model.vae,)
     if variant != "vae":
+        unet = common.frozen(build_unet(settings, variant), checkpoint["unet"], device)
+        model.networks += (unet,)
         model.diffusion = build_diffusion(settings, variant, device)
-        unet = load(build_unet(settings, variant), "unet")
         model.denoiser = lambda x_hat, z: denoiser(unet, x_hat, variant)
     if variant == "guided":
-        guide = load(build_unet(settings, variant), "guide")
+        guide = common.frozen(build_unet(settings, variant), checkpoint["guide"], device)
+        model.networks += (guide,)
         model.evaluations = 2  # the refiner and the guide, in every step of sampling
         model.denoiser = lambda x_hat, z: guided_denoiser(
             denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), settings["guidance"])
@@ -213,8 +209,6 @@ def evaluate(folder, checkpoint, settings, scorer, device):
     if model.vae is not None:
         tables["robustness"] = fid.robustness(folder, model, settings, scorer)
         tables["latent_space"] = fid.latent_space(folder, model, settings, scorer)
-    if model.denoiser is not None:
-        tables["likelihood"] = fid.likelihood(model, settings, scorer.data)
     fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
 
 

@@ -40,8 +40,7 @@ Run     python stage2_joint.py                       shapes, on a laptop; stage1
         python stage2_joint.py --dataset celeba64    on faces; uses the GPU, if there is one
 Expect  as many minutes as stage 1 takes for both networks. All runs of the folder are printed as one table. On shapes
         the refiner tolerates noise on x_hat far better than in stage 1 (`robustness` in metrics.json), and the KL is
-        higher. interpolation.png shows paths through the latent space between held-out images, paths.png between
-        samples.
+        higher. interpolation.png shows paths through the latent space.
 """
 
 import argparse
@@ -161,11 +160,9 @@ def train_joint(folder, settings, loss, gradient, data, device):
 def load_model(checkpoint, device):
     """The common.Model of a checkpoint."""
     settings, size = checkpoint["settings"], checkpoint["settings"]["image_size"]
-    vae = common.frozen(common.build_vae(settings), checkpoint["vae"], device)
+    vae, priors = common.load_vae(checkpoint, device)
     unet = common.frozen(common.build_unet(settings, 6), checkpoint["unet"], device)
-    return common.Model(device, shape=(3, size, size), networks=(vae, unet), vae=vae,
-                        priors={"gaussian": common.StandardNormal(vae.latent_dim),
-                                "gmm": common.GaussianMixture(**checkpoint["gmm"])},
+    return common.Model(device, shape=(3, size, size), networks=(vae, unet), vae=vae, priors=priors,
                         diffusion=common.Diffusion(settings["objective"], device=device, start=settings["start"]),
                         denoiser=lambda x_hat, z: denoiser(unet, x_hat))
 
@@ -191,8 +188,7 @@ def main(argv=None):
     model = load_model(checkpoint, device)
     rows = fid.score(folder, model, settings, scorer)
     tables = {"robustness": fid.robustness(folder, model, settings, scorer),
-              "latent_space": fid.latent_space(folder, model, settings, scorer),
-              "likelihood": fid.likelihood(model, settings, scorer.data)}
+              "latent_space": fid.latent_space(folder, model, settings, scorer)}
     fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
     fid.print_results(settings, scorer)
 

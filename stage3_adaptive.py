@@ -18,7 +18,7 @@ Uncertainty
     training images. When images are generated there is no x to compare x_hat with, so s is computed from
 
         z ---> x_hat = Dec(z) ---> log-variances of Enc(x_hat)        phi = [z, z^2, log-variances]: (B, 3d)
-        s = w . phi + b, limited to -3..3
+        s = w . [phi, 1], limited to -3..3
 
     `--uncertainty` says where w comes from.
         regressed   a ridge regression of log |x_hat - x0|^2 on phi, over training images
@@ -150,16 +150,17 @@ def fit_flow(flow, mu, logvar, settings, batch=256):
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
 def phi(z, logvar):
-    """What s is a linear function of, (B, 3d), from codes and log-variances, each (B, d)."""
-    return torch.cat([z, z**2, logvar], 1)
+    """What s is a linear function of, (B, 3d + 1), from codes and log-variances, each (B, d). The 1 at the end is for
+    the bias."""
+    return torch.cat([z, z**2, logvar, torch.ones_like(z[:, :1])], 1)
 
 
-def uncertainty(vae, z, image, stats):
+def uncertainty(vae, z, image, w):
     """s (B,), from codes z (B, d) and the image that the encoder is shown: Dec(z) or, in training with `posterior`, x0.
-    `stats` has the weights w and b. In float32: the log-variances of different images differ by little."""
+    In float32: the log-variances of different images differ by little."""
     with torch.autocast(image.device.type, enabled=False):
         _, logvar = vae.encoder(image)
-        return (phi(z, logvar) @ stats["w"] + stats["b"]).clamp(-3, 3)
+        return (phi(z, logvar) @ w.to(image.device)).clamp(-3, 3)
 
 
 @torch.no_grad()
@@ -177,24 +178,23 @@ def round_trip(vae, images, seed, device):
 
 
 def fit_uncertainty(trip):
-    """The weights w (3d,) and the bias b of both kinds of uncertainty, from the round trip of training images."""
+    """The weights w (3d + 1,) of both kinds of uncertainty, from the round trip of training images."""
     features, d = phi(trip["z"], trip["logvar_of_x_hat"]), trip["z"].shape[1]
-    regressed, _ = common.ridge_regression(features, trip["sse"].log()[:, None])
     active = common.active_units(trip["mu"]).float()
-    posterior = torch.cat([torch.zeros(2 * d), active / active.sum().clamp(min=1)])
-    stats = {}
-    for kind, w in (("regressed", regressed[:, 0]), ("posterior", posterior)):
-        raw = features @ w  # scaled so that s has mean 0 and standard deviation 1
-        sd = raw.std().clamp(min=1e-6)
-        stats[kind] = {"w": w / sd, "b": -raw.mean() / sd}
-    return stats
+    weight, _ = common.ridge_regression(features, trip["sse"].log()[:, None])
+    weights = {"regressed": weight[:, 0], "posterior": torch.cat([torch.zeros(2 * d), active, torch.zeros(1)])}
+    for kind, w in weights.items():
+        raw = features @ w  # scaled and shifted so that s has mean 0 and standard deviation 1
+        weights[kind] = w / raw.std().clamp(min=1e-6)
+        weights[kind][-1] -= raw.mean() / raw.std().clamp(min=1e-6)
+    return weights
 
 
-def rank_errors(trip, stats):
+def rank_errors(trip, weights):
     """Does s rank the errors of held-out images? Spearman's rank correlation with the squared error of x_hat, for both
     kinds of uncertainty. `posterior` has the s that it has in training, made from Enc(x)."""
     logvars = {"regressed": trip["logvar_of_x_hat"], "posterior": trip["logvar"]}
-    return {kind: float(spearmanr(phi(trip["z"], logvar) @ stats[kind]["w"], trip["sse"]).statistic)
+    return {kind: float(spearmanr(phi(trip["z"], logvar) @ weights[kind], trip["sse"]).statistic)
             for kind, logvar in logvars.items()}
 
 
@@ -308,7 +308,7 @@ def train_refiner(folder, settings, conditioning, kind, base, data, device):
     torch.manual_seed(settings["seed"])
     refiner = build_refiner(settings, conditioning)
     vae = common.frozen(common.build_vae(settings), base["vae"], device)
-    stats = {key: value.to(device) for key, value in base["uncertainty"][kind].items()}
+    w = base["uncertainty"][kind]
     diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
     training = common.Training(folder, settings, device, data.train.images, steps=settings["unet_steps"],
                                flip=settings["unet_flip"], unet=refiner)
@@ -322,10 +322,10 @@ def train_refiner(folder, settings, conditioning, kind, base, data, device):
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
                 s = None  # `fixed` needs none
                 if conditioning != "fixed":
-                    s = uncertainty(vae, z, x0 if kind == "posterior" else x_hat, stats)  # (B,)
+                    s = uncertainty(vae, z, x0 if kind == "posterior" else x_hat, w)  # (B,)
             mse = diffusion.simple_loss(denoiser(refiner, x_hat, s), x0, t, eps)  # (B,)
         training.step(common.level_weight(settings, diffusion, t) * mse, {f"{settings['objective']}_mse": mse})
-    return training.finish(base, conditioning=conditioning, stats=base["uncertainty"][kind],
+    return training.finish(base, conditioning=conditioning, w=w,
                            **{key: base[key] for key in ("vae", "flow", "gmm")})
 
 
@@ -335,19 +335,16 @@ def load_model(checkpoint, device, shuffled=False):
     """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE. If `shuffled`, a control, each image is
     refined with the s of another one."""
     settings, size = checkpoint["settings"], checkpoint["settings"]["image_size"]
-    vae = common.frozen(common.build_vae(settings), checkpoint["vae"], device)
+    vae, priors = common.load_vae(checkpoint, device)
     flow = common.frozen(RealNVP(vae.latent_dim), checkpoint["flow"], device)
-    model = common.Model(device, shape=(3, size, size), networks=(vae, flow), vae=vae,
-                         priors={"gaussian": common.StandardNormal(vae.latent_dim),
-                                 "gmm": common.GaussianMixture(**checkpoint["gmm"]), "flow": flow})
+    model = common.Model(device, shape=(3, size, size), networks=(vae, flow), vae=vae, priors=priors | {"flow": flow})
     if "conditioning" in checkpoint:
         refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
-        stats = {key: value.to(device) for key, value in checkpoint["stats"].items()}
 
         def make_denoiser(x_hat, z):
             s = None
             if checkpoint["conditioning"] != "fixed":
-                s = uncertainty(vae, z, x_hat, stats).roll(1 if shuffled else 0)
+                s = uncertainty(vae, z, x_hat, checkpoint["w"]).roll(1 if shuffled else 0)
             return denoiser(refiner, x_hat, s)
 
         model.networks += (refiner,)
@@ -359,14 +356,13 @@ def load_model(checkpoint, device, shuffled=False):
 # --- What it shows: does it pay to know s? ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def decode(model, z, stats):
+def decode(model, z, w):
     """Codes z (N, d) -> x_hat = Dec(z), uint8, and s (N,), both on the CPU."""
-    stats = {key: value.to(model.device) for key, value in stats.items()}
     images, s = [], []
     for part in z.to(model.device).split(100):
         x_hat = model.vae.decoder(part)
         images.append(to_uint8(x_hat).cpu())
-        s.append(uncertainty(model.vae, part, x_hat, stats).cpu())
+        s.append(uncertainty(model.vae, part, x_hat, w).cpu())
     return torch.cat(images), torch.cat(s)
 
 
@@ -385,7 +381,7 @@ def terciles(folder, model, checkpoint, settings, scorer):
     side = fid.probe(settings)
     real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(model.vae.encoder, real, model.device)
-    x_hat, s = decode(model, mu, checkpoint["stats"])
+    x_hat, s = decode(model, mu, checkpoint["w"])
     _, refined, _ = common.generate(model, side, z=mu)
     draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
     table = {"images": len(real)}
@@ -401,32 +397,28 @@ def terciles(folder, model, checkpoint, settings, scorer):
 def strategies(folder, model, checkpoint, settings, scorer, prior):
     """Generated images whose number of steps depends on s, with codes of one prior: for each strategy the Frechet
     distance, hf_energy, evaluations of the U-Net and seconds per image. Draws generated-PRIOR.png."""
-    full = settings["probe_steps"]
-    steps_of_thirds = {  # steps of the third that the VAE is surest of, the middle third, and the unsure third
-        "all": (full, full, full), "two_steps": (2, 2, 2), "by_s": (1, 2, 3), "unsure_third": (0, 0, full)}
-    count = 3 * (settings["eval_samples"] // 3)
+    count, full = 3 * (settings["eval_samples"] // 3), settings["probe_steps"]
     z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
     clock = time.time()
-    x_hat, s = decode(model, z, checkpoint["stats"])
+    x_hat, s = decode(model, z, checkpoint["w"])
     decoding = (time.time() - clock) / count
+    other = s.roll(1)  # the s of another image
     table = {"images": count}
-    for name, steps in steps_of_thirds.items():
-        for control in (False, True):
-            if control and len(set(steps)) == 1:  # without s there is nothing to shuffle
-                continue
-            images, seconds = x_hat.clone(), decoding
-            order = (s.roll(1) if control else s).argsort()
-            for third, n in zip(order.tensor_split(3), steps, strict=True):
-                if n > 0:
-                    _, images[third], per_image = common.generate(model, fid.probe(settings) | {"sample_steps": n},
-                                                                  z=z[third])
-                    seconds += per_image / 3
-            scores = scorer(images)
-            table[f"{name}_shuffled" if control else name] = {
-                scorer.distance: scores[scorer.distance]["value"], "hf_energy": scores["hf_energy"]["value"],
-                "evaluations": sum(steps) / 3, "seconds_per_image": seconds}
-            if name == "all":
-                draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
+    for name, sorted_by, steps in (  # steps of the third with the lowest s, the middle, and the highest
+            ("all", s, (full, full, full)), ("two_steps", s, (2, 2, 2)), ("by_s", s, (1, 2, 3)),
+            ("by_s_shuffled", other, (1, 2, 3)), ("unsure_third", s, (0, 0, full)),
+            ("unsure_third_shuffled", other, (0, 0, full))):
+        images, seconds = x_hat.clone(), decoding
+        for third, n in zip(sorted_by.argsort().tensor_split(3), steps, strict=True):
+            if n > 0:
+                side = fid.probe(settings) | {"sample_steps": n}
+                _, images[third], per_image = common.generate(model, side, z=z[third])
+                seconds += per_image / 3
+        if name == "all":
+            draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
+        scores = scorer(images)
+        table[name] = {scorer.distance: scores[scorer.distance]["value"], "hf_energy": scores["hf_energy"]["value"],
+                       "evaluations": sum(steps) / 3, "seconds_per_image": seconds}
     return table
 
 
@@ -462,7 +454,7 @@ def main(argv=None):
     rows = fid.score(folder, model, settings, scorer)
     tables = {"rank_correlation": correlations,
               "robustness": fid.robustness(folder, model, settings, scorer),
-              "likelihood": fid.likelihood(model, settings, scorer.data),
+              "latent_space": fid.latent_space(folder, model, settings, scorer),
               "terciles": terciles(folder, model, checkpoint, settings, scorer),
               "strategies": {prior: strategies(folder, model, checkpoint, settings, scorer, prior)
                              for prior in ("gmm", "flow")}}

@@ -19,7 +19,7 @@ def small_shapes(count, seed):
 def settings(steps=8, **changes):
     """The settings of the smoke budget on shapes, with some of them changed. `steps`: of every network."""
     own = {"vae_steps": steps, "unet_steps": steps, "seed": 0, "changes": {}, "home": "runs/shapes-smoke"}
-    return common.budget_settings("smoke", "shapes", 32) | own | changes
+    return common.budget_settings("smoke", "shapes") | own | changes
 
 
 def data_of(count, held_out=60):

@@ -31,30 +31,24 @@ CLUSTERS = 20  # clusters of features that stand for classes where there are no 
 IMAGES_SEEN = {"cifar10": 800_000}  # in training; of other data 200,000
 
 
-def augment(x, gen, crop=False):
-    """A random view of each float image of x (B, 3, S, S): mirrored or not, and shifted by up to an eighth of its side.
-    With `crop`, in place of the shift, a square of 25 to 100% of the area, enlarged, with jitter of colour, contrast
-    and brightness. No view is noisy or blurred (except by enlarging), since the features must not ignore noise and
-    blur."""
+def augment(x, gen):
+    """A random view of each float image of x (B, 3, S, S): mirrored or not, a square of 25 to 100% of its area,
+    enlarged, with jitter of colour, contrast and brightness. No view is noisy or blurred (except by enlarging), since
+    the features must not ignore noise and blur."""
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
     # `scale` is the side of the view, as a share of the image's: the root of its share of the area.
-    scale = draw(0.25, 1).sqrt() if crop else torch.ones(len(x), 1, 1, 1)
-    reach = 1 - scale if crop else torch.full_like(scale, 0.25)  # the largest shift; 0.25 is an eighth of 2
-    pixel = 2 / x.shape[-1]
-    dx = (draw(-1, 1) * reach / pixel).round() * pixel  # by whole pixels, so that a shift does not blur
-    dy = (draw(-1, 1) * reach / pixel).round() * pixel
+    scale, pixel = draw(0.25, 1).sqrt(), 2 / x.shape[-1]
+    dx, dy = ((draw(-1, 1) * (1 - scale) / pixel).round() * pixel for _ in range(2))  # shifts by whole pixels
     mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
     # For each image the matrix with the rows (mirror * scale, 0, dx) and (0, scale, dy).
-    entries = [entry.flatten() for entry in (scale * mirror, zero, dx, zero, scale, dy)]  # each (B,)
-    grid = F.affine_grid(torch.stack(entries, 1).view(-1, 2, 3), list(x.shape), align_corners=False)  # (B, S, S, 2)
+    theta = torch.cat([scale * mirror, zero, dx, zero, scale, dy], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    if crop:
-        grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
-        x = grey + (x - grey) * draw(0.4, 1.6)  # colour
-        x = mean + (x - mean) * draw(0.6, 1.4) + draw(-0.3, 0.3)  # contrast and brightness
-    return x
+    grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
+    x = grey + (x - grey) * draw(0.4, 1.6)  # colour
+    return mean + (x - mean) * draw(0.6, 1.4) + draw(-0.3, 0.3)  # contrast and brightness
 
 
 def contrastive_loss(u, v, temperature=0.2):
@@ -88,7 +82,7 @@ def train(data, name):
         index = torch.randint(len(images), (batch,), generator=gen)
         x = common.to_float(images[index])  # (B, 3, S, S)
         if labels is None:
-            x = torch.cat([augment(x, gen, crop=True), augment(x, gen, crop=True)])  # (2B, 3, S, S)
+            x = torch.cat([augment(x, gen), augment(x, gen)])  # (2B, 3, S, S)
         elif factors is None:  # where factors are known, a shift or a flip would change them
             x = augment(x, gen)
         features = net.body(x.contiguous(memory_format=torch.channels_last))
@@ -126,9 +120,6 @@ def examine(net, data):
     report = {"images": len(images), "floor": fd(x),
               "noise": {sd: fd(x + 255 * sd * torch.randn(x.shape, generator=gen)) for sd in (0.02, 0.05, 0.1, 0.2)},
               "blur": {sd: fd(torch.from_numpy(gaussian_filter(x.numpy(), (0, 0, sd, sd)))) for sd in (0.5, 0.7, 1, 2)}}
-    if data.test.labels is not None:
-        _, logits = fid.extract(net, images)
-        report["accuracy"] = float((logits.argmax(1) == data.test.labels[:2000]).float().mean())
     if data.test.factors is not None:
         flat, _, _ = common.draw_shapes(4_000, seed=2, flat_spots=True)
         report["spots_replaced_by_their_mean_tone"] = fd(flat[:2000].float())
@@ -139,12 +130,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make a local feature network for the scores of fid.py")
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(common.DATASETS)}, or a folder of images")
     parser.add_argument("--data-dir", default="data", help="where cifar10/ or celeba/ lie (default: data)")
-    parser.add_argument("--image-size", type=int, choices=(32, 64), default=64, help="of a folder (default: 64)")
     args = parser.parse_args(argv)
     if args.name in common.DATASETS:
         data, path = common.load_data(args.name, args.data_dir), fid.FEATURES / f"{args.name}.pt"
     else:
-        data = common.load_data("folder", args.name, args.image_size)
+        data = common.load_data("folder", args.name)
         path = Path("data") / "features" / f"{Path(args.name).resolve().name}.pt"
     net = train(data.train, args.name)
     state = {"classes": net.classes, "size": net.size, "state": common.half(net.state_dict())}
