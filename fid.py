@@ -590,14 +590,14 @@ def write_metrics(folder, checkpoint, model, settings, scorer, rows, tables):
 def print_results(settings, scorer):
     """Print the headline scores of all runs in the folder of the settings as one table, and where pictures are."""
     names = [scorer.distance, "floor", "is", "kid", "precision", "recall", "hf_energy"]
-    print("".join(f"{title:18}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
+    print("  ".join(f"{title:16}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
     for path in sorted(Path(settings["home"]).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
         row = metrics["rows"][0]
         cells = [f"{row['prior']}, {row['sampler']} {row['steps']}", str(row["n_generated"]),
                  f"{row['seconds_per_image']:.3f}", f"{metrics['run']['minutes']:.1f}",
                  *(show(row[name]) for name in names if name in row)]
-        print(f"{path.parent.name:36}" + "".join(f"{cell:18}" for cell in cells))
+        print("  ".join([f"{path.parent.name:34}", *(f"{cell:16}" for cell in cells)]))
     print(f"features {scorer.extractor.name}; data {settings['dataset']} ({scorer.data.train.note}); compare scores of "
           f"equally many images\npictures and metrics.json: {settings['home']}")
 
@@ -610,21 +610,16 @@ def show(score):
 
 # ---- 7. The command --------------------------------------------------------------------------------------------------
 
-def read_folder(folder, size=None, count=None):
-    """The images of a folder, or a seeded choice of `count`: uint8 (N, 3, H, W). They are cut to the centred square and
-    resized if a `size` is given. Otherwise all must have one size."""
+def read_folder(folder, size, count=None):
+    """The images of a folder, or a seeded choice of `count`, cut to the centred square and resized: uint8 (N, 3, size,
+    size)."""
     files = common.find_images(folder)
     needed = count or 2 * GROUPS
     if len(files) < needed:
         fail(f"{folder}: {len(files)} images; {needed} are needed")
-    images = []
-    for i in np.random.RandomState(0).permutation(len(files))[:count]:
-        image = common.read_image(files[i])
-        array = common.crop(image, "folder", size) if size else np.asarray(image)
-        images.append(torch.from_numpy(array.copy()).permute(2, 0, 1))
-    if len({image.shape for image in images}) > 1:
-        fail(f"{folder}: images of several sizes")
-    return torch.stack(images)
+    chosen = np.random.RandomState(0).permutation(len(files))[:count]
+    arrays = [common.crop(common.read_image(files[i]), "folder", size) for i in chosen]  # each (size, size, 3)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def main(argv=None):

@@ -1,14 +1,13 @@
 """A pretend accelerator, to find without a GPU what would fail on one: tensors or generators on the wrong device.
 
-    with pretend.device(float64=False):
+    with pretend.device():
         stage1_baseline.main(["--device", pretend.NAME, "--budget", "smoke"])
 
 Its tensors are CPU tensors with a mark. Every call of torch from Python passes through `Mode`, which does four things:
     `x.device` is the pretend device if x has the mark.
     A result has the mark if an argument has it. `x.to(...)`, `x.cpu()` and `device=...` choose otherwise.
     A call fails if it would fail on a real accelerator: tensors of both devices meet, a generator belongs to the other
-    device, a tensor of the device becomes a NumPy array, or, if so chosen, a tensor of the device has float64 (as on
-    mps).
+    device, a tensor of the device becomes a NumPy array, or a tensor of the device has float64 (as on mps).
     A saved tensor has no mark, since checkpoints are loaded onto the CPU.
 What torch does inside one call is not seen, and so neither is the backward pass.
 """
@@ -82,10 +81,6 @@ def check_arguments(func, args, tensors, generators, to_device):
 class Mode(TorchFunctionMode):
     """See the top of this file. Inside __torch_function__ the mode is off, so that all tensors are plain there."""
 
-    def __init__(self, float64):
-        super().__init__()
-        self.float64 = float64
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == Tensor.device.__get__ and on_device(args[0]):
             return DEVICE
@@ -111,17 +106,17 @@ class Mode(TorchFunctionMode):
         for x in leaves(result) if to_device else ():
             if isinstance(x, Tensor):
                 set_mark(x, True)
-                if x.dtype == torch.float64 and not self.float64:
+                if x.dtype == torch.float64:
                     raise TypeError(f"{func.__name__}: the device has no float64")
         return result
 
 
 @contextlib.contextmanager
-def device(float64=True):
-    """Within this context the device NAME exists. `float64` tells whether it has that type."""
+def device():
+    """Within this context the device NAME exists."""
     module = SimpleNamespace(get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],  # torch.autocast
                              _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None)  # torch.manual_seed
-    with pytest.MonkeyPatch.context() as patch, Mode(float64):
+    with pytest.MonkeyPatch.context() as patch, Mode():
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, NAME, module, raising=False)
         yield DEVICE

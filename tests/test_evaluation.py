@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU, data_of, draw_all, oracle, settings
 from PIL import Image
-from test_fid import Colours, random_images, save_folder, smooth_images
+from test_fid import Colours, save_folder, smooth_images
 
 import common
 import fid
@@ -223,7 +223,7 @@ def test_images_along_paths(tiny):
         expected = common.to_uint8(tiny.vae.decoder(z))
         assert (x_hat[:, k].int() - expected.int()).abs().max() <= 1
         assert (images[:, k].int() - 255 + expected.int()).abs().max() <= 1
-    noise, _ = [], None
+    noise = []
     tiny.denoiser = lambda x_hat, z: lambda x, t: noise.append(x) or torch.zeros_like(x)
     fid.images_along_paths(tiny, chosen(), first, last)
     assert all(torch.equal(x, noise[0]) for x in noise[::4]) and len(noise) == 36  # four steps for each of nine images
@@ -260,8 +260,8 @@ def test_metrics_and_printed_table(tiny, scorer, tmp_path, capsys):
     head, first, second, *notes = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "prior,", "sampler"] and head.split()[-1] == "hf_energy"
     assert first.split()[:5] == ["form1-s3", "gaussian,", "dpm", "4", "60"] and second.split()[3] == "7"
-    assert head.index("fd_local") == first.index(fid.show(row["fd_local"]))
-    assert head.index("hf_energy") == first.rindex(fid.show(row["hf_energy"]))
+    assert first.index("1.2 ") == head.index("minutes") and first.split()[-1] == fid.show(row["hf_energy"])
+    assert f"  {fid.show(row['fd_local'])}  " in first and len(fid.show(row["fd_local"])) > 16  # however wide it is
     assert len(notes) == 2 and "colours" in notes[0] and plan["home"] in notes[1]
 
 
@@ -300,7 +300,7 @@ def test_contrastive_loss():
 
 def test_classes_are_learned(monkeypatch):
     """A few steps suffice for classes that differ in brightness."""
-    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 1000)
+    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 600)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
     factors = torch.randn(50, 11, generator=common.generator(0, ""))
@@ -332,7 +332,7 @@ def test_a_network_for_own_photos(tmp_path, monkeypatch, capsys):
     """It is written below data/, and a stage scores by it, which is named with --weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train_features.IMAGES_SEEN, "my photos", 60)
-    save_folder(smooth_images(60, 40), tmp_path / "my photos")
+    save_folder(smooth_images(60, 70), tmp_path / "my photos")
     train_features.main(["my photos"])
     path = Path("data/features/my photos.pt")
     assert f"--weights {path}" in capsys.readouterr().out

@@ -395,8 +395,10 @@ def folders(small, local):
 
 
 def test_command_on_folders(folders, capsys):
-    """Every tenth image of REAL is held out."""
+    """Every tenth image of REAL is held out. Both folders are read alike: the images of REAL are as sharp as it."""
     real, good, flags = folders
+    fid.main([real, real, *flags])
+    assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(1, abs=0.1)  # hf_energy comes last
     fid.main([real, good, *flags])
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"50 images of {good} against 54 of {real}, features local-toy"
@@ -425,20 +427,17 @@ def test_any_size_colour_and_suffix_is_read(tmp_path):
     assert {image.numpy().tobytes() for image in smooth_images(50)} < found
     assert any((image == 90).all() for image in images)
     assert torch.equal(fid.read_folder(tmp_path / "mixed", 32, 10), images[:10])
-    assert not torch.equal(images[:10], fid.read_folder(save_folder(smooth_images(50), tmp_path / "same"))[:10])
+    assert not torch.equal(images[:10], fid.read_folder(save_folder(smooth_images(50), tmp_path / "same"), 32)[:10])
 
 
 def test_command_errors_are_one_line(folders, capsys, small):
     real, good, flags = folders
-    few, broken, mixed = (save_folder(smooth_images(n), small / name) for n, name in (
-        (39, "few"), (60, "broken"), (60, "mixed")))
+    few, broken = (save_folder(smooth_images(n), small / name) for n, name in ((39, "few"), (60, "broken")))
     (small / "broken" / "0000.png").write_bytes(b"not an image")
-    save_folder(smooth_images(1, 48), small / "mixed" / "more")
-    for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]), ([few, good, *flags], ["few: 39 images"]),
+    for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]), ([few, good, *flags], ["few: 3 images", "test"]),
                              ([real, "nowhere", *flags], ["nowhere: 0 images"]),
                              ([real, good, *flags, "--count", "51"], ["50 images; 51"]),
                              ([real, broken, *flags], ["0000.png", "cannot be read"]),
                              ([real, good, "--weights", "gone.pt"], ["gone.pt", "train.py"]),
                              ([real, good, *flags[:2], "--device", "tpu"], ["--device tpu", "cpu"])):
         expect_error(capsys, partial(fid.main, arguments), *words)
-    expect_error(capsys, lambda: fid.read_folder(mixed), "images of several sizes")

@@ -36,6 +36,8 @@ def metrics_of(variant="stage1-form1", seed=0, fd=2.0, dataset="shapes", changes
               "latent_space": {"images": 4000, "kl_nats": 30.0, "path_over_distance": 1.5 + 0.01 * seed,
                                "probe_accuracy": 0.9, "probe_r2": {"size": 0.9, "x": 0.5}},
               "likelihood": {"bits_per_dim": 3.5, "log_density": {"gaussian": -90.0, "gmm": -60.0}}}
+    if variant in ("stage1-uncond", "stage3-vae-flow"):
+        del tables["robustness"]
     if variant.startswith("stage3"):
         strategies = {name: {key: fd * factor, "hf_energy": 0.7, "evaluations": evaluations,
                              "seconds_per_image": 0.01 + 0.002 * evaluations + 0.0001 * seed}

@@ -56,19 +56,6 @@ def test_vae_loss_is_the_negative_elbo():
     assert torch.allclose(stage1.vae_loss(vae, x0, noise, 0.25)[0], sse + 0.25 * kl)
 
 
-def test_vae_training(tmp_path, monkeypatch):
-    """The first step's loss has the settings' beta, the log has its terms, and the mixture is that of the averaged
-    VAE's codes."""
-    own, data = settings(vae_steps=2, every=1, beta=0.3), data_of(60)
-    batches, draws = record(monkeypatch, "batch"), record(monkeypatch, "normal")
-    state = stage1.train_vae(tmp_path, own, data, CPU)
-    torch.manual_seed(0)
-    _, sse, kl = stage1.vae_loss(common.build_vae(own), batches[0], draws[0], 0.3)
-    assert state["log"][0] == pytest.approx({"step": 1, "sse": sse.mean().item(), "kl_nats": kl.mean().item()})
-    averaged = common.frozen(common.build_vae(own), state["vae"], CPU)
-    assert len(batches) == 2 and same(state["gmm"], common.fit_mixture(averaged, data.train.images, own, CPU))
-
-
 @pytest.mark.parametrize("variant,objective", [("uncond", "v"), ("form1", "v"), ("form2", "v"), ("form1", "eps"),
                                                ("augmented", "v")])
 def test_refiner_training(variant, objective, trained, tmp_path, monkeypatch, restless):
