@@ -206,14 +206,13 @@ def savings(folder, model, settings):
     with both, and what is saved in percent. The two U-Nets are those that the budget uses."""
     models = {"pixel": pixel_model(settings, model.device), "latent": model}
     batch = settings | {"prior": "gaussian", "eval_samples": settings["eval_batch"]}
-    one = batch | {"eval_samples": 1}
-    in_batches, one_by_one = seconds_per_image(models, batch), seconds_per_image(models, one)
+    seconds = seconds_per_image(models, batch)
     table = {"device": str(model.device), "steps": settings["sample_steps"], "batch": settings["eval_batch"]}
     for name in models:
         # A multiply-add counts as two. Of attention only the plain form is counted on a CPU, not torch's fused one.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            common.generate(models[name], one)
-        table[name] = {"seconds_per_image": in_batches[name], "seconds_per_image_one_by_one": one_by_one[name],
+            common.generate(models[name], batch | {"eval_samples": 1})
+        table[name] = {"seconds_per_image": seconds[name],
                        "peak_memory_mb": peak_memory_mb(models[name], batch, folder / f"profile-{name}.txt"),
                        "gflops_per_image": counter.get_total_flops() / 1e9}
     table["saved_percent"] = {key: 100 * (1 - table["latent"][key] / value) for key, value in table["pixel"].items()}

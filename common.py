@@ -14,8 +14,8 @@ Conventions, used by every file:
     Times `t` run from 1 to T. Time 0 is the clean image, so alpha_bar[0] = 1.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats.
     Every random draw comes from a generator that is seeded with --seed and its purpose. Only initial weights and
-    dropout use torch's global generator, which is seeded before.
-    Networks run in float32 on a CPU, and in bfloat16 on a GPU (`autocast`). Their outputs are float32.
+    dropout use torch's global generator, which is seeded just before them.
+    Networks train and sample in float32 on a CPU, in bfloat16 on a GPU (`autocast`). Their outputs are float32.
 """
 
 import atexit
@@ -43,10 +43,14 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 
+def seed_of(seed, purpose):
+    """A number below 2^56 from a seed and a purpose, a text. Another seed or purpose gives another number."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "little")
+
+
 def generator(seed, purpose, device="cpu"):
-    """A torch.Generator on `device`. Another seed or purpose (a text) gives other random numbers."""
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    """A torch.Generator on `device` for a purpose."""
+    return torch.Generator(device).manual_seed(seed_of(seed, purpose))
 
 
 def randn(shape, gen):
@@ -230,8 +234,8 @@ class Encoder(nn.Module):
 
     `table` lists (resolution, width, blocks of the encoder, blocks of the decoder) from the image down to resolution 1,
     whose width is d. Between two levels the resolution falls by a strided convolution or, if `pool`, as published, by
-    average pooling and a 1x1 convolution. A strided convolution keeps positions. Average pooling down to 1x1 does not:
-    the network could only recover them from the zero padding, and a short training does not get that far."""
+    average pooling and a 1x1 convolution. A strided convolution keeps positions. Average pooling down to 1x1 does not,
+    and a short training does not learn to make up for it."""
 
     def __init__(self, table, pool):
         super().__init__()
@@ -270,7 +274,7 @@ class Decoder(nn.Module):
                 layers += [nn.Upsample(scale_factor=k), nn.Conv2d(width, width_above, 1, bias=False)]
             else:
                 conv = nn.ConvTranspose2d(width, width_above, k, stride=k, bias=False)
-                layers += [keep_variance(conv, fan_in=width)]  # windows do not overlap: one input pixel an output pixel
+                layers += [keep_variance(conv, fan_in=width)]  # each output pixel comes from one input pixel
         resolution, width, _, blocks = table[0]
         layers += [BottleneckBlock(width, resolution) for _ in range(blocks)]
         self.body = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
@@ -376,23 +380,24 @@ class UNet(nn.Module):
     """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero before training.
 
     `table` lists (resolution, width, blocks on the way down, blocks on the way up), from the image down. With
-    [(32, 32, 1, 1), (16, 64, 1, 1)], and ---> for a feature map that is kept and joined to a block's input later:
+    [(32, 32, 1, 1), (16, 64, 1, 1)], and ---> for a feature map that is joined to a block's input later:
 
-        stem  --> 32 wide, kept                                          (one block up takes one map: this stays unused)
-        block --> 32 wide, kept  --------------------------------------------------------> block --> out
-            halve                                                                      double
-                  block --> 64 wide, kept ----------------------------> block (of 64 + 64)
-                                         middle: block, attention, block
+        stem                                                                           block --> out
+         |  block (32 wide) ---------------------------------------------------------->  |
+        halve                                                                          double
+                     block (64 wide) ------------------------------------> block
+                                        middle: block, attention, block
 
-    On the way up each block takes the map that its level kept last. In DDPM each level has one more block up than down,
-    so all maps are taken: (32, 128, 2, 3). Our small networks save some of those blocks.
+    A level keeps its input and the output of each of its blocks. On the way up each block takes the map that its level
+    kept last. In DDPM each level has one more block up than down, so all maps are taken: (32, 128, 2, 3). Our small
+    networks save some of those blocks, and the levels' inputs are not used again.
     `attention` lists the resolutions that have self-attention beside the middle. `extra` (B, 4 * first width), if
     given, is added to the time embedding; stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
         first_width = table[0][1]
-        self.frequencies = first_width // 2  # the time embedding has a sine and a cosine for each
+        self.frequency_count = first_width // 2  # the time embedding has a sine and a cosine for each
         emb_dim = 4 * first_width  # as in DDPM
         self.time = nn.Sequential(nn.Linear(first_width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.stem = nn.Conv2d(in_channels, first_width, 3, padding=1)
@@ -430,8 +435,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t, extra=None):
         # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
-        frequency = torch.exp(-math.log(10_000) * torch.arange(self.frequencies, device=x.device) / self.frequencies)
-        angle = t[:, None].float() * frequency  # (B, frequencies)
+        exponent = torch.arange(self.frequency_count, device=x.device) / self.frequency_count
+        angle = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)  # (B, frequency_count)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
         emb = F.silu(emb if extra is None else emb + extra)
         h, kept = self.stem(x), []  # kept: for each level a list of feature maps
@@ -490,14 +495,12 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=3):
-        """The mixture fitted to codes z (N, d), N much larger than `components`, by `rounds` of EM.
-
-        It begins with clusters: the means of k-means or, if tied, since k-means would take minutes for thousands of
-        clusters, random codes. Their first covariance is that of the codes about their cluster's mean."""
+        """The mixture fitted to codes z (N, d), N much larger than `components`, by `rounds` of EM. It begins with
+        clusters, and with the covariance of the codes about the mean of their cluster."""
         z = z[torch.randperm(len(z), generator=generator(seed, "mixture"))]
-        if tied:
+        if tied:  # random codes, since k-means would take minutes for thousands of clusters
             means = z[:components]
-        else:
+        else:  # k-means on a part of the codes, which is enough to begin with
             means = torch.from_numpy(kmeans2(z[:10_000].numpy(), components, minit="++", rng=seed)[0])
         nearest = torch.cat([torch.cdist(part, means).argmin(1) for part in z.split(1000)])  # (N,)
         covariance = (z - means[nearest]).T.cov()  # (d, d); cov wants a row for each dimension
@@ -539,13 +542,13 @@ class GaussianMixture:
         """log(weight_k N(z; mean_k, covariance_k)) for z (n, d) and all k: (n, K). With a covariance's factor L it is
             log weight_k - log det L - 1/2 |L^-1 z - L^-1 mean_k|^2 - d/2 log(2 pi)"""
         K, d = self.means.shape
-        groups = len(self.factors)  # number of covariances: K, or 1 if tied
+        groups = len(self.factors)  # number of covariances: K groups of one mean or, if tied, one group of K means
         inverse = torch.linalg.solve_triangular(self.factors, torch.eye(d), upper=False)  # L^-1, (groups, d, d)
         means = self.means.view(groups, K // groups, d) @ inverse.mT  # L^-1 mean_k, (groups, K / groups, d)
-        square = torch.cdist(z @ inverse.mT, means).square_()  # (groups, n, K / groups)
+        square = torch.cdist(z @ inverse.mT, means) ** 2  # (groups, n, K / groups)
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (groups,)
         square = square.movedim(0, 1).flatten(1)  # (n, K)
-        return (self.weights.log() - log_det - 0.5 * d * math.log(2 * math.pi)).sub(square, alpha=0.5)
+        return self.weights.log() - log_det - 0.5 * d * math.log(2 * math.pi) - 0.5 * square
 
     def log_prob(self, z):
         """Log density: (N, d) -> (N,) nats."""
@@ -571,7 +574,7 @@ class Model:
     vae: VAE | None = None
     priors: dict = field(default_factory=dict)  # over z, by name; each has sample(count, gen) and log_prob(z)
     diffusion: Diffusion | None = None  # none in a VAE alone
-    # denoiser(x_hat, z), called once for each batch, returns the function denoise(x, t) that `sample` calls every step.
+    # denoiser(x_hat, z) is called for each batch, and returns the denoise(x, t) of `sample`. (Only stage 3 uses z.)
     denoiser: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step
@@ -630,13 +633,13 @@ def generate(model, settings, z=None, damage=0.0):
     `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
     before it is decoded: a test of how well a model copes with a bad x_hat.
     Every batch has its own generators, so image k is made from the same z and noise whatever the sampler, its steps and
-    the damage. Several processes share the batches."""
+    the damage. Several processes share the batches (section 10: this one is RANK of RANKS)."""
     count, batch = len(z) if z is not None else settings["eval_samples"], settings["eval_batch"]
     parts = []
     for first in tqdm(range(0, count, batch)[RANK::RANKS], desc="sampling", leave=False, disable=count <= batch):
         clock, seed, n = time.time(), settings["seed"], min(batch, count - first)
-        noise = generator(seed, f"noise {first}")
-        extra = damage * randn((n, *model.shape), noise).to(model.device)
+        gen = generator(seed, f"noise {first}")
+        extra = damage * randn((n, *model.shape), gen).to(model.device)
         codes, x_hat = None, torch.zeros(n, *model.shape, device=model.device)
         if model.vae is not None:
             if z is None:
@@ -645,7 +648,7 @@ def generate(model, settings, z=None, damage=0.0):
                 codes = z[first : first + n].to(model.device)
             with autocast(model.device):
                 x_hat = model.vae.decoder(codes) + extra
-        x = refine(model, settings, x_hat, codes, noise)
+        x = refine(model, settings, x_hat, codes, gen)
         if model.decode is not None:
             with autocast(model.device):
                 x = model.decode(x + extra)
@@ -709,75 +712,67 @@ def draw_shapes(count, seed, flat_spots=False):
     spots, and the refiner has to invent them. `flat_spots` draws that: each spotted shape in its mean tone.
     Returns uint8 images (count, 3, 32, 32), int64 labels (count,) and the FACTORS, float32 (count, 11) in about -1..1.
     """
-    gen, size = torch.Generator().manual_seed(seed), 32
+    gen = torch.Generator().manual_seed(seed)
+    parts = [draw_some_shapes(min(1000, count - first), gen, flat_spots) for first in range(0, count, 1000)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
+
+def draw_some_shapes(count, gen, flat_spots, size=32):
+    """See draw_shapes. Numbers of images have the shape (N, 1, 1), to meet the pixels (H, W)."""
     def uniform(low, high):
-        return low + (high - low) * torch.rand(count, generator=gen)
+        return low + (high - low) * torch.rand(count, 1, 1, generator=gen)
 
     label = torch.randint(6, (count,), generator=gen)
-    detail = torch.randint(3, (count,), generator=gen)  # 0 plain, 1 broad bands, 2 spotted
-    direction = torch.randint(3, (count,), generator=gen)  # of bands: horizontal, vertical or diagonal
+    detail = torch.randint(3, (count, 1, 1), generator=gen)  # 0 plain, 1 broad bands, 2 spotted
+    direction = torch.randint(3, (count, 1, 1), generator=gen)  # of bands: horizontal, vertical or diagonal
     radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
     lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
     dark, spot = uniform(0.25, 0.7), uniform(0.7, 1.2)  # the darker tone, relative to the lighter; size of the spots
     # HSV to RGB at full saturation and value. Hues are a circle of 360 degrees, with red at 0, green at 120 and blue at
     # 240. A channel is 1 within 60 degrees of its own hue, and falls to 0 over the next 60.
-    pure_hue = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3)
-    colour = pure_hue * 0.75 + 0.2
+    channels = torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1)
+    pure_hue = ((hue[:, None] * 6 + channels) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3, 1, 1)
+
+    # The outline: signed distances from six of them, negative inside, nearly exact close to them.
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    band_axes = torch.stack([rows, columns, rows + columns])  # (3, H, W)
+    x, y = columns + 0.5 - cx, rows + 0.5 - cy  # (N, H, W)
+    u = (x * tilt.cos() + y * tilt.sin()) / radius  # the shape's own frame, in which it has radius 1
+    v = (y * tilt.cos() - x * tilt.sin()) / radius
+    rho = torch.hypot(u, v)
+    half = math.pi / 5  # half the angle between two tips of the star
+    to_tip = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()  # angle to the star's nearest tip
+    arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
+    distances = torch.stack([
+        rho - 0.9,  # disc
+        (rho - 0.68).abs() - 0.25,  # ring
+        torch.maximum(u.abs(), v.abs()) - 0.78,  # square
+        torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle with equal sides: 0.866 = sin 60 degrees
+        # Star: a straight edge from a tip (radius 1) to a notch (radius 1/2); (0.443, 0.897) is the edge's normal.
+        0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
+        torch.minimum(arm, bar),  # cross, of two rectangles
+    ], dim=1)  # (N, 6, H, W)
+    distance = distances[torch.arange(count), label]  # (N, H, W)
+    cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # in pixels; share of the pixel inside the outline
+
+    # Spots: white noise, of which a band of frequencies is kept, so that they have one size. A Gaussian blur of sd s
+    # multiplies each frequency f by exp(-2 pi^2 f^2 s^2). The band is the difference of two blurs.
     frequency = torch.fft.fftfreq(size)
-    frequency_squared = frequency[:, None] ** 2 + frequency**2  # (H, W)
+    f2 = frequency[:, None] ** 2 + frequency**2  # (H, W)
+    band = torch.exp(-2 * math.pi**2 * f2 * spot**2) - torch.exp(-2 * math.pi**2 * f2 * (2 * spot) ** 2)
+    field = torch.fft.ifft2(torch.fft.fft2(torch.randn(count, size, size, generator=gen)) * band).real
+    spots = (0.5 + 1.5 * field / field.std((1, 2), keepdim=True)).clamp(0, 1)  # nearly two tones, with crisp edges
+    if flat_spots:
+        spots = spots.mean((1, 2), keepdim=True)
 
-    def draw_spots(spot):
-        """Spots of the sizes (P, 1, 1), in pixels: how light each pixel is, 0 to 1, (P, H, W)."""
-        noise = torch.randn(len(spot), size, size, generator=gen)
-        # A Gaussian blur of sd s multiplies each frequency f by exp(-2 pi^2 f^2 s^2). The difference of two blurs keeps
-        # a band of frequencies: spots of one size.
-        band = (torch.exp(-2 * math.pi**2 * frequency_squared * spot**2)
-                - torch.exp(-2 * math.pi**2 * frequency_squared * (2 * spot) ** 2))
-        field = torch.fft.ifft2(torch.fft.fft2(noise) * band).real
-        light = (0.5 + 1.5 * field / field.std((1, 2), keepdim=True)).clamp(0, 1)  # nearly two tones, with crisp edges
-        return light.mean((1, 2), keepdim=True).expand_as(light) if flat_spots else light
-
-    def render(label, colour, direction, *numbers):
-        """P images (P, 3, H, W), in [0, 1] or a little outside, from factors (P,) and colours (P, 3)."""
-        # Every number (in the order of `numbers` below) becomes (P, 1, 1), to meet the pixels (H, W).
-        radius, cx, cy, tilt, lightness, lighter_side, detail, dark, spot = (v[:, None, None] for v in numbers)
-        x, y = columns + 0.5 - cx, rows + 0.5 - cy  # (P, H, W)
-        u = (x * tilt.cos() + y * tilt.sin()) / radius  # the shape's own frame, in which it has radius 1
-        v = (y * tilt.cos() - x * tilt.sin()) / radius
-        rho = torch.hypot(u, v)
-        half = math.pi / 5  # half the angle between two tips of the star
-        to_tip = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()  # angle to the star's nearest tip
-        arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
-        distances = torch.stack([  # signed distance to each outline, negative inside, nearly exact close to it
-            rho - 0.9,  # disc
-            (rho - 0.68).abs() - 0.25,  # ring
-            torch.maximum(u.abs(), v.abs()) - 0.78,  # square
-            torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle with equal sides: 0.866 = sin 60 degrees
-            # Star: a straight edge from a tip (radius 1) to a notch (radius 1/2); (0.443, 0.897) is the edge's normal.
-            0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
-            torch.minimum(arm, bar),  # cross, of two rectangles
-        ], dim=1)  # (P, 6, H, W)
-        distance = distances[torch.arange(len(label)), label]  # (P, H, W)
-        cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # in pixels; share of the pixel inside the outline
-        bands = (band_axes[direction] % 8 < 4).float()  # (P, H, W)
-        light = torch.where(detail == 0, 1.0, torch.where(detail == 1, bands, draw_spots(spot)))  # (P, H, W)
-        ground = lightness + 0.3 * ((columns - 16) * lighter_side.cos() + (rows - 16) * lighter_side.sin()) / size
-        inside = colour[:, :, None, None] * (dark + (1 - dark) * light)[:, None]  # (P, 3, H, W)
-        return ground[:, None] * (1 - cover) + inside * cover
-
-    numbers = (radius, cx, cy, tilt, lightness, lighter_side, detail, dark, spot)
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    for part in torch.arange(count).split(1000):  # P images at a time
-        image = render(label[part], colour[part], direction[part], *(values[part] for values in numbers))
-        images[part] = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    factors = torch.stack([(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
-                           (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
-                           (direction - 1.0) * (detail == 1), (0.475 - dark) * 4.4 * (detail > 0),
-                           (spot - 0.95) * 4 * (detail == 2)], dim=1)
-    return images, label, factors
+    bands = torch.where(direction == 0, rows, torch.where(direction == 1, columns, rows + columns)) % 8 < 4
+    light = torch.where(detail == 0, 1.0, torch.where(detail == 1, bands.float(), spots))  # (N, H, W)
+    inside = (pure_hue * 0.75 + 0.2) * (dark + (1 - dark) * light)[:, None]  # (N, 3, H, W)
+    ground = lightness + 0.3 * ((columns - 16) * lighter_side.cos() + (rows - 16) * lighter_side.sin()) / size
+    image = ground[:, None] * (1 - cover) + inside * cover
+    factors = [(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
+               (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
+               (direction - 1.0) * (detail == 1), (0.475 - dark) * 4.4 * (detail > 0), (spot - 0.95) * 4 * (detail == 2)]
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, torch.cat(factors, 1)[:, :, 0]
 
 
 # ---- 7. Files --------------------------------------------------------------------------------------------------------
@@ -862,35 +857,37 @@ TRAINING = {
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 200,  # steps in which the rates rise from 0
     "decay": True,  # then they fall linearly to 0; False: they stay
-    "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a network's gradient (of a sum over pixels, of a mean)
+    "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient (the VAE's loss is a sum over pixels)
     "vae_ema": 0.995, "unet_ema": 0.995,  # decay of the moving average of the weights; 0: the weights themselves
     "objective": "v",  # what the U-Net predicts, v or eps; see Diffusion
     "even_levels": True,  # weight noise levels so that all count alike; see level_weight
     "start": 400,  # time at which refinement begins, of 1000; without an x_hat it is always 1000
     "beta": 0.25,  # weight of the KL in the VAE's loss
     "pool": False,  # True: resolution changes in the VAE as published; see Encoder
-    "attention": [], "heads": 1,  # of the U-Net: resolutions with attention, beside its middle; heads of it
+    "attention": [],  # resolutions at which the U-Net has attention, beside its middle
+    "heads": 1,  # of the attention
     "dropout": 0.0,  # of the U-Net
     "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the prediction (stage 1)
     "diffusion_weight": 0.03,  # lambda of joint training (stage 2)
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 30, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
-    "ae_width": 32, "latent_table": [[1, 96, 1, 1], [2, 128, 1, 1]],  # the networks of bonus_latent.py
+    "ae_width": 32,  # of the autoencoder of bonus_latent.py
+    "latent_table": [[1, 96, 1, 1], [2, 128, 1, 1]],  # its U-Net; see build_latent_unet there
     "every": 50,  # steps between two rows of the log
 }
-EVALUATION = {  # can be changed without training again
+EVALUATION = {  # how a trained model is sampled and scored
     "prior": "gmm",  # over z: gaussian, gmm or (stage 3) flow
     "sampler": "dpm", "sample_steps": 10,
     "temperature": 1.0,  # factor of the noise that sampling starts from
-    "eval_samples": 1000,  # images of the first row of scores, the headline
+    "eval_samples": 1000,  # images of the first row of scores
     "eval_batch": 100,  # images sampled at a time
-    "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5]],  # samplers and steps of further rows of scores
-    "probe_samples": 300,  # images of each further row, and of measurements on the side
-    "probe_steps": 10,  # DPM-Solver++ steps in measurements on the side
+    "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10]],  # samplers and steps of further rows
+    "probe_samples": 300,  # images of each further row, and of other measurements (noise, paths)
+    "probe_steps": 10,  # DPM-Solver++ steps in other measurements
     "features": "local",  # network of the scores: local or inception
     "export": 0,  # how many samples are written as PNG files
 }
-CHANGES = {
+CHANGES = {  # by image size, data set, budget, and pairs of them; what comes later in budget_settings wins
     # Rows of vae_table: (resolution, width, blocks of the encoder, blocks of the decoder).
     # Rows of unet_table: (resolution, width, blocks on the way down, blocks on the way up).
     # Sized for two CPU cores: minutes on shapes, three quarters of an hour on photographs
@@ -974,20 +971,21 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
 
 
 def read_settings(args):
-    """The settings that the flags choose, and the device. What --steps, --batch-size and --set change becomes a part of
-    the name of the folder settings["home"], such as runs/shapes-cpu-beta=0.1. So all runs in a folder share all
-    settings but the seed. The other flags only concern sampling and scores."""
+    """The settings that the flags choose, and the device. The training settings that --steps, --batch-size and --set
+    change become a part of the name of the folder settings["home"], such as runs/shapes-cpu-beta=0.1. So all runs in a
+    folder share all training settings but the seed."""
     device = choose_device(args.device)
-    budget = args.budget if args.budget != "auto" else "gpu" if device.type == "cuda" else "cpu"
+    budget = args.budget
+    if budget == "auto":
+        budget = "gpu" if device.type == "cuda" else "cpu"
     settings = budget_settings(budget, args.dataset)
-    real_images = args.dataset != "shapes"
-    settings["features"] = "inception" if budget in ("gpu", "paper") and real_images else "local"
+    if args.features != "auto":
+        settings["features"] = args.features
+    elif budget in ("gpu", "paper") and args.dataset != "shapes":
+        settings["features"] = "inception"
     for key in ("prior", "sampler", "sample_steps", "temperature", "eval_samples", "export"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
-    if args.features != "auto":
-        settings["features"] = args.features
-    settings["probe_samples"] = min(settings["probe_samples"], settings["eval_samples"])
 
     changes = {}
     if args.steps:
@@ -996,20 +994,23 @@ def read_settings(args):
         changes |= {"batch": args.batch_size}
     for text in args.set:
         key, _, value = text.partition("=")
-        if key not in settings:
-            fail(f"--set {text}: no such setting; there are {', '.join(settings)}")
+        if key not in TRAINING | EVALUATION:
+            fail(f"--set {text}: no such setting; there are {', '.join(TRAINING | EVALUATION)}")
         try:
             value = json.loads(value)
         except ValueError:
             pass  # a text, such as eps
-        number = isinstance(value, (int, float)) and isinstance(settings[key], float)
-        if type(value) is not type(settings[key]) and not number:
-            fail(f"--set {text}: not of the type of {settings[key]!r}; write numbers, true, false, or lists")
+        whole_number_for_float = type(value) is int and type(settings[key]) is float
+        if type(value) is not type(settings[key]) and not whole_number_for_float:
+            fail(f"--set {text}: not of the type of {settings[key]!r}")
         changes[key] = value
+    settings |= changes
+    settings["probe_samples"] = min(settings["probe_samples"], settings["eval_samples"])
+    changes = {key: value for key, value in changes.items() if key in TRAINING}
     name = "-".join([f"{args.dataset}-{budget}", *(f"{key}={value}" for key, value in changes.items())])
     if args.dataset == "folder":
         name = f"{Path(args.data_dir).resolve().name}-{name}"
-    return settings | changes | {"changes": changes, "seed": args.seed, "home": str(Path(args.out) / name)}, device
+    return settings | {"changes": changes, "seed": args.seed, "home": str(Path(args.out) / name)}, device
 
 
 def print_settings(settings, **networks):
@@ -1229,9 +1230,9 @@ class Muon(torch.optim.Optimizer):
 def level_weight(settings, diffusion, t):
     """The weight of the refiner's loss at times t (B,): (B,).
 
-    The plain squared error of v is about 0.01 / sigma_t: far larger at the lowest noise levels, where only the grain of
-    the image is decided, than at the highest, where shapes are. With the weight 100 sigma_t, all levels count alike, as
-    Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach by learning each level's loss."""
+    The plain squared error of v was measured to be about 0.01 / sigma_t: far larger at the lowest noise levels, where
+    only the grain of the image is decided, than at the highest, where shapes are. With the weight 100 sigma_t, all
+    levels count alike, as Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach by learning each level's loss."""
     return 100 * diffusion.eps_scale[t] if settings["even_levels"] else torch.ones_like(diffusion.eps_scale[t])
 
 
@@ -1269,10 +1270,9 @@ class Training:
             others = [p for p in network.parameters() if p.dim() <= 1 or muon_lr == 0]
             if matrices:
                 self.optimizers.append((Muon(matrices), muon_lr))
-            self.optimizers.append((torch.optim.Adam(others, fused=device.type != "mps"), settings[f"{name}_lr"]))
+            self.optimizers.append((torch.optim.Adam(others), settings[f"{name}_lr"]))
         self.gen = generator(settings["seed"], f"training, process {RANK}", device)
         self.steps_taken, self.seconds = 0, 0.0  # so far
-        self.every = min(settings["every"], steps)
         self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
         if (self.folder / "unfinished.pt").is_file():
             self.load(load_state(self.folder / "unfinished.pt"))
@@ -1291,6 +1291,7 @@ class Training:
             self.gen = generator(self.settings["seed"], f"process {RANK} from {self.steps_taken}", self.device)
 
     def save(self):
+        """Write all that is needed to go on. (Of several processes the first one writes.)"""
         save_state(self.folder / "unfinished.pt", {
             "settings": self.settings, "steps": self.steps_taken, "seconds": self.seconds, "log": self.log,
             "generator": self.gen.get_state(), "averages": self.averages,
@@ -1304,9 +1305,9 @@ class Training:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
                 bar.update()
                 self.seconds = time.time() - began
-                if self.steps_taken % self.every == 0:
+                if self.steps_taken % self.settings["every"] == 0 or self.steps_taken == self.steps:
                     self.write_row(bar)
-                    if time.time() - saved > 60:
+                    if time.time() - saved > 60:  # here, since the sums of the log are empty and need not be saved
                         self.save()
                         saved = time.time()
 
@@ -1314,8 +1315,7 @@ class Training:
         """A random batch of training images, as floats, mirrored at random if `flip`. (The bonus trains on latents,
         which are floats already.)"""
         if self.settings["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            step = generator(self.settings["seed"], f"dropout {self.steps_taken}, process {RANK}")
-            torch.manual_seed(step.initial_seed())
+            torch.manual_seed(seed_of(self.settings["seed"], f"dropout {self.steps_taken}, process {RANK}"))
         size = self.settings["batch"] // RANKS
         x = self.images[torch.randint(len(self.images), (size,), generator=self.gen, device=self.device)]
         x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
@@ -1359,7 +1359,8 @@ class Training:
 
     def write_row(self, bar):
         """Add a row to the log: means since the last row. Exits if one is not finite."""
-        means = {name: float(value) / self.every for name, value in self.sums.items()}
+        steps = self.steps_taken - (self.log[-1]["step"] if self.log else 0)
+        means = {name: float(value) / steps for name, value in self.sums.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 fail(f"{self.folder.name}: {name} is {mean} by step {self.steps_taken}; try a lower learning rate")
@@ -1368,9 +1369,9 @@ class Training:
         bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
 
     def finish(self, base=None, **parts):
-        """Save the finished checkpoint and return it, on the CPU. It holds the averaged weights of each network under
-        its name, and `parts`, whatever else the model consists of. `minutes` are those of training, together with those
-        of `base`, the checkpoint that it builds on."""
+        """Save the finished checkpoint and return it, on the CPU: the averaged weights of each network under its name,
+        and `parts`, whatever else the model consists of (which win over averages of the same name). Its `minutes`
+        contain those of `base`, the checkpoint that it builds on."""
         minutes = self.seconds / 60 + (base["minutes"] if base else 0)
         checkpoint = {"settings": self.settings, "minutes": minutes, "log": self.log} | self.averages | parts
         save_state(self.folder / "checkpoint.pt", checkpoint)

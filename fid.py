@@ -402,14 +402,14 @@ def load_scorer(args, settings, device):
 #     latent diffusion    None   set        set      turns noise into a latent, and decodes it; it has no x_hat
 #
 # A function a question: `score`, `robustness`, `latent_space`. `settings` are those of common.EVALUATION; `probe` makes
-# those of a measurement on the side.
+# those of a quick measurement.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = (0.0, 0.1, 0.2, 0.4)
 
 
 def probe(settings):
-    """The settings with fewer images and the steps of measurements on the side."""
+    """The settings of a quick measurement."""
     return settings | {"eval_samples": settings["probe_samples"], "sampler": "dpm",
                        "sample_steps": settings["probe_steps"]}
 
@@ -440,13 +440,13 @@ def score(folder, model, settings, scorer):
         draw_trajectory(folder, model, settings)
     else:
         common.draw_samples(folder, {"": images})
-    side = settings | {"eval_samples": settings["probe_samples"]}
+    fewer = settings | {"eval_samples": settings["eval_samples" if model.denoiser is None else "probe_samples"]}
     for prior in model.priors:
         if prior != settings["prior"]:
-            rows.append(measure(model, side | {"prior": prior}, scorer)[0])
+            rows.append(measure(model, fewer | {"prior": prior}, scorer)[0])
     if model.denoiser is not None:
         for sampler, steps in settings["grid"]:
-            rows.append(measure(model, side | {"sampler": sampler, "sample_steps": steps}, scorer)[0])
+            rows.append(measure(model, fewer | {"sampler": sampler, "sample_steps": steps}, scorer)[0])
     return rows
 
 
@@ -457,7 +457,7 @@ def draw_trajectory(folder, model, settings):
     gen = generator(settings["seed"], "trajectory")
     z = model.priors[settings["prior"]].sample(4, gen).to(model.device)
     x_hat = model.vae.decoder(z)
-    noisy, predicted, titles = [x_hat], [x_hat], ["x_hat"]
+    noisy, predicted, titles = [x_hat], [x_hat], ["x_hat"]  # columns of the picture
     denoise = model.denoiser(x_hat, z)
 
     def recording(x, t):
@@ -468,14 +468,12 @@ def draw_trajectory(folder, model, settings):
         return prediction
 
     x_start = model.diffusion.x_start(x_hat, randn(x_hat.shape, gen).to(model.device))
-    image = common.sample(model.diffusion, recording, x_start, "dpm", settings["sample_steps"])
-    shown = [0, *sorted({round(1 + i * (len(noisy) - 2) / 3) for i in range(4)})]  # x_hat and four of the steps
+    image = common.sample(model.diffusion, recording, x_start, "dpm", settings["probe_steps"])
     rows = {}
     for k in range(4):
         for label, columns in (("x_t", noisy), ("x0", predicted)):
-            images = [*(columns[i][k] for i in shown), image[k]]
-            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(x).cpu() for x in images])
-    common.save_grid(folder / "trajectory.png", rows, [*(titles[i] for i in shown), "image"])
+            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(column[k]).cpu() for column in [*columns, image]])
+    common.save_grid(folder / "trajectory.png", rows, [*titles, "image"])
 
 
 def robustness(folder, model, settings, scorer):
@@ -487,9 +485,7 @@ def robustness(folder, model, settings, scorer):
     for sd in NOISE:
         row, x_hat, images = measure(model, probe(settings), scorer, sd)
         by_sd[str(sd)] = row[scorer.distance]["value"]
-        if model.vae is not None and model.denoiser is not None:
-            pictures[f"noise {sd}"] = x_hat[:12]
-        pictures[f"noise {sd}: image"] = images[:12]
+        pictures |= {f"noise {sd}": x_hat[:12], f"noise {sd}: image": images[:12]}
     common.save_grid(folder / "robustness.png", pictures)
     return {"images": row["n_generated"], "fd": by_sd, "mean": sum(list(by_sd.values())[1:]) / (len(NOISE) - 1)}
 
@@ -530,10 +526,10 @@ def latent_space(folder, model, settings, scorer, pairs=16):
 
     Draws reconstructions.png, and interpolation.png with paths between samples."""
     train, test = scorer.data
-    side = probe(settings)
+    probed = probe(settings)
     mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
-    real = test.images[: side["eval_samples"]]
-    x_hat, images, _ = common.generate(model, side, z=mu[: len(real)])
+    real = test.images[: probed["eval_samples"]]
+    x_hat, images, _ = common.generate(model, probed, z=mu[: len(real)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
     result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
               "active_units": int(common.active_units(mu).sum()), "latent_dim": mu.shape[1],
@@ -542,14 +538,14 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
 
     pairs = min(pairs, len(mu) // 2)
-    _, images = images_along_paths(model, side, mu[:pairs], mu[pairs : 2 * pairs])
+    _, images = images_along_paths(model, probed, mu[:pairs], mu[pairs : 2 * pairs])
     features, _ = extract(scorer.extractor, images.flatten(0, 1))  # (pairs * points, f), and logits
     features = features.view(*images.shape[:2], -1)  # (pairs, points, f)
     result["path_over_distance"] = path_over_distance(features)
     result["end_distance"] = float((features[:, -1] - features[:, 0]).norm(dim=1).mean())
     z = model.priors[settings["prior"]].sample(6, generator(settings["seed"], "paths"))
     rows = {}
-    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, side, z[:3], z[3:]), strict=True), 1):
+    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, probed, z[:3], z[3:]), strict=True), 1):
         rows |= {f"VAE {i}": vae_path, f"refined {i}": path}
     common.save_grid(folder / "interpolation.png", rows)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy.stats import ttest_1samp
 
 import common
@@ -64,8 +65,8 @@ NUMBERS = {
     "seconds per image": ("headline/seconds_per_image", "↓"),
     "nfe": ("headline/nfe", "↓"),
     "fd, 2 steps": ("steps/dpm 2/fd", "↓"),
-    "fd, 25 steps": ("steps/dpm 25/fd", "↓"),
-    "fd, 10 DDIM steps": ("steps/ddim 10/fd", "↓"),
+    "fd, 5 steps": ("steps/dpm 5/fd", "↓"),
+    "fd, 5 DDIM steps": ("steps/ddim 5/fd", "↓"),
     "minutes": ("run/minutes", "↓"),
     "parameters": ("run/parameters", ""),
     "fd under noise": ("tables/robustness/mean", "↓"),  # mean over the three strengths above 0
@@ -73,12 +74,10 @@ NUMBERS = {
     "path_over_distance": ("tables/latent_space/path_over_distance", "↓"),
     "probe_r2": ("tables/latent_space/probe_r2", "↑"),
     "probe_accuracy": ("tables/latent_space/probe_accuracy", "↑"),
-    "bits_per_dim": ("tables/likelihood/bits_per_dim", "↓"),
     "rank correlation": ("rank_correlation", "↑"),  # of s with the error of held-out images
     "own s": ("tables/terciles/own_s", "↓"),  # fd of reconstructions
     "shuffled s": ("tables/terciles/shuffled_s", "↓"),
     "seconds saved, %": ("tables/savings/saved_percent/seconds_per_image", "↑"),
-    "one by one, %": ("tables/savings/saved_percent/seconds_per_image_one_by_one", "↑"),
     "memory saved, %": ("tables/savings/saved_percent/peak_memory_mb", "↑"),
     "operations saved, %": ("tables/savings/saved_percent/gflops_per_image", "↑"),
     "ceiling": ("tables/ceiling/fd", "↓"),  # fd of the autoencoder's reconstructions
@@ -89,7 +88,7 @@ for sd in NOISE:
 STRATEGIES = ("all", "unsure_third", "unsure_third_shuffled", "two_steps", "by_s", "by_s_shuffled")
 for prior in ("gaussian", "gmm", "flow"):
     NUMBERS[f"fd, {prior}"] = (f"priors/{prior}", "↓")
-    NUMBERS[f"log density, {prior}"] = (f"tables/likelihood/log_density/{prior}", "↑")
+    NUMBERS[f"log density, {prior}"] = (f"tables/latent_space/log_density/{prior}", "↑")
     for strategy in STRATEGIES:
         for key in ("fd", "evaluations", "seconds_per_image"):
             NUMBERS[f"{strategy}, {prior}, {key}"] = (f"tables/strategies/{prior}/{strategy}/{key}", "↓")
@@ -131,20 +130,16 @@ TABLES = {
     ),
     "losses": (
         (FORM1, "stage2-"),
-        ("fd", "hf_energy", "kl_nats", "fd under noise", "path_over_distance", "probe_r2", "probe_accuracy",
-         "bits_per_dim"),
+        ("fd", "hf_energy", "kl_nats", "fd under noise", "path_over_distance", "probe_r2", "probe_accuracy"),
     ),
     "conditioning": ("stage3-", ("fd", "rank correlation", "own s", "shuffled s")),
     "conditioning: strategies, codes of the mixture": ("stage3-", [f"{strategy}, gmm, fd" for strategy in STRATEGIES]),
     "conditioning: strategies, codes of the flow": ("stage3-", [f"{strategy}, flow, fd" for strategy in STRATEGIES]),
-    "noise": ("", ("sd 0.0", "sd 0.4", "fd under noise")),
-    "cost": (
-        "",
-        ("seconds per image", "nfe", "minutes", "parameters", "fd, 2 steps", "fd, 25 steps", "fd, 10 DDIM steps"),
-    ),
+    "noise": ("stage", ("sd 0.0", "sd 0.4", "fd under noise")),
+    "cost": ("", ("seconds per image", "nfe", "minutes", "parameters", "fd, 2 steps", "fd, 5 DDIM steps")),
     "cost: what latent diffusion saves": (
         "bonus-",
-        ("seconds saved, %", "one by one, %", "memory saved, %", "operations saved, %", "fd", "ceiling"),
+        ("seconds saved, %", "memory saved, %", "operations saved, %", "fd", "ceiling"),
     ),
     "departures": ("", ("fd", "Δ fd", "hf_energy", "fd under noise")),
     "priors": (
@@ -180,11 +175,9 @@ def read_metrics(path):
             metrics["before"] = row
     metrics["steps"] = {f"{row['sampler']} {row['steps']}": row for row in others
                         if row["prior"] == first["prior"] and row["nfe"] > 0}
-    # Rows of other priors have fewer images than the headline. The measurement without noise has as few, so it stands
-    # for the run's own prior, if it was made with as many steps.
-    metrics["priors"] = {row["prior"]: row["fd"] for row in others if row["prior"] != first["prior"]}
-    if "robustness" in tables and first["steps"] == run["settings"]["probe_steps"]:
-        metrics["priors"][first["prior"]] = tables["robustness"]["fd"]["0.0"]
+    # Rows of other priors have fewer images than the headline, and so have those of other samplers and steps.
+    metrics["priors"] = {row["prior"]: row["fd"] for row in others
+                         if (row["sampler"], row["steps"]) == (first["sampler"], first["steps"])}
     if "rank_correlation" in tables:
         kind = "posterior" if run["variant"].endswith("-posterior") else "regressed"
         metrics["rank_correlation"] = tables["rank_correlation"][kind]
@@ -196,7 +189,7 @@ def read_metrics(path):
 
 def read_results():
     """The metrics of all files in results/."""
-    paths = sorted(path for path in RESULTS.glob("*/*.json") if path.parent.name not in ("features", "figures"))
+    paths = sorted(path for path in RESULTS.glob("*/*.json") if '"minutes"' in path.read_text())  # version 3 had none
     return [read_metrics(path) for path in paths]
 
 
@@ -335,6 +328,7 @@ def table_of(results, beginnings, columns, departures=False):
             cells = [cell(runs, name, column) for column in columns]
             if run["variant"].startswith(beginnings) and is_departure(run) == departures and any(cells):
                 rows.append([dataset, f"`{name}`" + (" ¹" if len(seeds) == 1 else ""), *cells])
+                dataset = ""  # its name stands in its first row alone
     header = [f"{column} {NUMBERS[column.removeprefix('Δ ')][1]}".strip() for column in columns]
     return markdown(["data", "run", *header], rows)
 
@@ -363,7 +357,7 @@ def table_data(results):
         counts = [run["settings"][key] for key in ("vae_steps", "unet_steps", "eval_samples", "probe_samples")]
         rows.append([dataset, run["data_note"], run["budget"], *map(show, counts), run["features"],
                      cell(runs, name, "floor")])
-    return markdown(["data", "note", "budget", "VAE steps", "U-Net steps", "samples", "samples on the side", "features",
+    return markdown(["data", "note", "budget", "VAE steps", "U-Net steps", "samples", "samples of other rows", "features",
                      "floor: fd of held-out images"], rows)
 
 
@@ -394,7 +388,7 @@ def write_tables(results, path, figures, committed=None):
     for heading, (beginnings, columns) in TABLES.items():
         tables[heading] = table_of(results, beginnings, columns, heading == "departures")
     tables["data"] = table_data(results)
-    text = f"# Tables\n\nWritten by `python final_evaluation.py`. {LEGEND}\n"
+    text = f"# Tables\n\nWritten by `python final_evaluation.py`.\n{LEGEND}\n"
     text += "".join(f"\n## {heading}\n\n{table}" for heading, table in tables.items() if table)
     for chart in draw_charts(results, figures):
         text += f"\n![{chart.stem}]({chart.relative_to(path.parent)})\n"
@@ -414,7 +408,7 @@ def lines_of_cost(runs):
     lines = {}
     for name in ("stage1-uncond", FORM1, "stage1-guided", ANNEAL, "bonus-latent"):
         lines[name] = [lists(runs, name, f"steps/dpm {steps}/seconds_per_image", f"steps/dpm {steps}/fd")
-                       for steps in (2, 5, 25)]
+                       for steps in (2, 5, 10)]
     return lines
 
 
@@ -455,6 +449,13 @@ CHARTS = {  # name: function, label and scale of the x axis
 }
 
 
+def plain_ticks(axis):
+    """Write 0.2, 0.3, 0.5, 1, ..., not powers of ten, at the ticks of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
 def draw_lines(path, panels, x_label, x_scale):
     """Draw {data set: {label: [(values of x, values of y)]}}, a panel for each data set: means, with bars of one
     standard deviation. Shuffled controls have the colours of what they control, and empty dots."""
@@ -471,6 +472,7 @@ def draw_lines(path, panels, x_label, x_scale):
                 [spread(y) for _, y in points],
                 marker="o", color=color, markerfacecolor="white" if label.endswith("_shuffled") else color)
         axis.set(title=dataset, xlabel=x_label, ylabel="fd", xscale=x_scale, yscale="log")
+        plain_ticks(axis.yaxis)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     common.write_with(path, figure.savefig, format="png", dpi=110)
 
@@ -489,6 +491,7 @@ def draw_summary(path, results):
             axis.plot(np.mean(ratios), y, "|", color="black", markersize=14)
         axis.set(title=dataset, xlabel=f"fd / fd of {FORM1}", xscale="log", yticks=range(len(names)), yticklabels=names)
         axis.invert_yaxis()
+        plain_ticks(axis.xaxis)
     common.write_with(path, figure.savefig, format="png", dpi=110)
 
 
@@ -526,8 +529,7 @@ def collect(folders):
 
 
 def check(everything):
-    """Exit with one line if results are not comparable or come from several commits, or if a picture is missing."""
-    check_comparable(everything)
+    """Exit with one line if results come from several commits, or if a picture in the texts is missing."""
     commits = {metrics["run"]["commit"] for metrics in everything}
     if len(commits) > 1:
         common.fail(f"results come from several commits: {', '.join(sorted(commits))}")
@@ -547,17 +549,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.collect:
         return collect(args.collect)
-    everything = read_results()
-    if args.check:
-        return check(everything)
-    path, figures, committed = RESULTS / "TABLES.md", RESULTS / "figures", None
+    everything, committed = read_results(), None
+    path, figures = RESULTS / "TABLES.md", RESULTS / "figures"
     if args.runs:
-        figures, committed = Path(args.runs), grouped(everything)
+        committed, figures = grouped(everything), Path(args.runs)
         path = figures / "REPORT.md"
         everything = [read_metrics(file) for file in sorted(figures.rglob("metrics.json"))]
     if not everything:
         common.fail(f"no results in {path.parent}")
     check_comparable(everything)
+    if args.check:
+        return check(everything)
     write_tables(grouped(everything), path, figures, committed)
 
 

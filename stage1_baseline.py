@@ -61,7 +61,7 @@ import fid
 
 # The variants in the order in which they are trained, and what each builds on
 BASE = {"vae": None, "uncond": None, "form1": "vae", "form2": "vae", "guided": "form1", "augmented": "vae"}
-AUGMENTATION = 0.4  # largest sd of the noise that `augmented` adds to x_hat: that of the strongest in fid.robustness
+AUGMENTATION = max(fid.NOISE)  # largest sd of the noise that `augmented` adds to x_hat: the strongest of the evaluation
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/pretrained.pt
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def main(argv=None):
     if args.pretrained:
         return draw_pretrained(args, settings, device)
     wanted = set(BASE if "all" in args.variant else args.variant)
-    for variant in reversed(BASE):
+    for variant in reversed(BASE):  # so that the base of a base is added, too
         if variant in wanted:
             wanted.add(BASE[variant])
 

@@ -17,13 +17,13 @@ Uncertainty
     s(z) says how large an error of x_hat = Dec(z) is to be expected: (B,), with mean 0 and standard deviation 1 over
     training images. When images are generated there is no x to compare x_hat with, so s is computed from
 
-        z ---> x_hat = Dec(z) ---> log-variances of Enc(x_hat)        phi = [z, z^2, log-variances]: (B, 3d)
-        s = w . [phi, 1], limited to -3..3
+        z ---> x_hat = Dec(z) ---> log-variances of Enc(x_hat)        phi = [z, z^2, log-variances, 1]: (B, 3d + 1)
+        s = w . phi, limited to -3..3
 
     `--uncertainty` says where w comes from.
         regressed   a ridge regression of log |x_hat - x0|^2 on phi, over training images
-        posterior   w averages the log-variances over the dimensions in use. This is the variance of q(z|x), the obvious
-                    measure. But it needs x: in training they are those of Enc(x0), in sampling those of Enc(x_hat).
+        posterior   the average of the log-variances over the dimensions in use: the variance of q(z|x), the obvious
+                    measure. It needs x. So in training Enc(x0) is used; in sampling Enc(x_hat) takes its place.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
@@ -179,14 +179,15 @@ def round_trip(vae, images, seed, device):
 
 def fit_uncertainty(trip):
     """The weights w (3d + 1,) of both kinds of uncertainty, from the round trip of training images."""
-    features, d = phi(trip["z"], trip["logvar_of_x_hat"]), trip["z"].shape[1]
-    active = common.active_units(trip["mu"]).float()
-    weight, _ = common.ridge_regression(features, trip["sse"].log()[:, None])
-    weights = {"regressed": weight[:, 0], "posterior": torch.cat([torch.zeros(2 * d), active, torch.zeros(1)])}
-    for kind, w in weights.items():
+    d = trip["z"].shape[1]
+    phi_of_x_hat, phi_of_x = phi(trip["z"], trip["logvar_of_x_hat"]), phi(trip["z"], trip["logvar"])
+    regression, _ = common.ridge_regression(phi_of_x_hat, trip["sse"].log()[:, None])
+    average = torch.cat([torch.zeros(2 * d), common.active_units(trip["mu"]).float(), torch.zeros(1)])
+    weights = {}
+    for kind, features, w in (("regressed", phi_of_x_hat, regression[:, 0]), ("posterior", phi_of_x, average)):
         raw = features @ w  # scaled and shifted so that s has mean 0 and standard deviation 1
         weights[kind] = w / raw.std().clamp(min=1e-6)
-        weights[kind][-1] -= raw.mean() / raw.std().clamp(min=1e-6)
+        weights[kind][-1] = -raw.mean() / raw.std().clamp(min=1e-6)
     return weights
 
 
@@ -260,7 +261,7 @@ def denoiser(refiner, x_hat, s):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-def build_vae(settings):
+def build_vae_and_flow(settings):
     """The VAE and its flow, trained as one network with the settings vae_*."""
     vae = common.build_vae(settings)
     return nn.ModuleDict({"vae": vae, "flow": RealNVP(vae.latent_dim)})
@@ -275,7 +276,7 @@ def vae_loss(vae, flow, x0, noise, beta, flow_is_prior):
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
     log_p = flow.log_prob(common.scale_gradient(z, beta if flow_is_prior else 0.0))  # (B,)
     log_q = common.gaussian_log_prob(z, mu, logvar)  # (B,)
-    loss = sse + beta * (log_q if flow_is_prior else kl) - log_p
+    loss = sse + beta * (log_q if flow_is_prior else kl) - log_p  # scale_gradient has put beta into log_p for the VAE
     return loss, {"sse": sse, "kl_nats": kl, "kl_flow_nats": log_q - log_p}
 
 
@@ -283,7 +284,7 @@ def train_vae(folder, settings, data, device):
     """Train the VAE and its flow. Then fit to the finished VAE: the mixture, the flow, and the weights of the
     uncertainty, from at most 10,000 training images. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    network, images = build_vae(settings), data.train.images
+    network, images = build_vae_and_flow(settings), data.train.images
     training = common.Training(folder, settings, device, images, steps=settings["vae_steps"],
                                flip=settings["vae_flip"], vae=network)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
@@ -375,20 +376,21 @@ def draw_by_s(path, s, rows):
 
 
 def terciles(folder, model, checkpoint, settings, scorer):
-    """Reconstructions of held-out images, from sure to unsure: the Frechet distance to the originals, for the VAE's
-    images and the refined ones, by thirds of s; and for all refined ones, with their own s and with that of another
-    image. Draws uncertainty.png."""
-    side = fid.probe(settings)
+    """The Frechet distance of reconstructions of held-out images to the originals:
+        sure, middle, unsure     by thirds of s, of the VAE's images and of the refined ones
+        own_s, shuffled_s        of all refined images, with their own s and with that of another image
+    Draws uncertainty.png."""
+    probe = fid.probe(settings)
     real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(model.vae.encoder, real, model.device)
     x_hat, s = decode(model, mu, checkpoint["w"])
-    _, refined, _ = common.generate(model, side, z=mu)
+    _, refined, _ = common.generate(model, probe, z=mu)
     draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
     table = {"images": len(real)}
     for name, third in zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True):
         table[name] = {"vae": fid.fd_to_originals(scorer, x_hat[third], real[third]),
                        "refined": fid.fd_to_originals(scorer, refined[third], real[third])}
-    _, control, _ = common.generate(load_model(checkpoint, model.device, shuffled=True), side, z=mu)
+    _, control, _ = common.generate(load_model(checkpoint, model.device, shuffled=True), probe, z=mu)
     table["own_s"] = fid.fd_to_originals(scorer, refined, real)
     table["shuffled_s"] = fid.fd_to_originals(scorer, control, real)
     return table
@@ -405,14 +407,14 @@ def strategies(folder, model, checkpoint, settings, scorer, prior):
     other = s.roll(1)  # the s of another image
     table = {"images": count}
     for name, sorted_by, steps in (  # steps of the third with the lowest s, the middle, and the highest
-            ("all", s, (full, full, full)), ("two_steps", s, (2, 2, 2)), ("by_s", s, (1, 2, 3)),
+            ("all", s, (full, full, full)), ("two_steps", s, (2, 2, 2)), ("by_s", s, (1, 2, 3)),  # two on average
             ("by_s_shuffled", other, (1, 2, 3)), ("unsure_third", s, (0, 0, full)),
             ("unsure_third_shuffled", other, (0, 0, full))):
         images, seconds = x_hat.clone(), decoding
         for third, n in zip(sorted_by.argsort().tensor_split(3), steps, strict=True):
             if n > 0:
-                side = fid.probe(settings) | {"sample_steps": n}
-                _, images[third], per_image = common.generate(model, side, z=z[third])
+                probe = fid.probe(settings) | {"sample_steps": n}
+                _, images[third], per_image = common.generate(model, probe, z=z[third])
                 seconds += per_image / 3
         if name == "all":
             draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
@@ -434,7 +436,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, vae=build_vae(settings),
+        return common.print_settings(settings, vae=build_vae_and_flow(settings),
                                      unet=build_refiner(settings, args.conditioning))
 
     scorer = fid.load_scorer(args, settings, device)
@@ -462,7 +464,8 @@ def main(argv=None):
     fid.print_results(settings, scorer)
     print(f"rank correlation of s with the error of held-out images: {correlations}")
     for prior, table in tables["strategies"].items():
-        for strategy, numbers in list(table.items())[1:]:
+        table.pop("images")
+        for strategy, numbers in table.items():
             print(f"{prior:5}{strategy:24}" + "  ".join(f"{key} {value:.3g}" for key, value in numbers.items()))
 
 

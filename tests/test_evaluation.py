@@ -300,7 +300,7 @@ def test_contrastive_loss():
 
 def test_classes_are_learned(monkeypatch):
     """A few steps suffice for classes that differ in brightness."""
-    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 600)
+    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 400)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
     factors = torch.randn(50, 11, generator=common.generator(0, ""))

@@ -262,6 +262,7 @@ def test_precision_recall_by_hand():
     assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
     twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each, found only by `<=`
     assert fid.precision_recall(twice, twice) == (1, 1)
+    assert fid.distances(twice.double(), twice.double()).eq(0).sum() == 30 * 5 * 5  # no rounding error is left
     real = gaussian(200, 3)
     assert fid.precision_recall(real, gaussian(10, 3, seed=1).repeat(4, 1))[1] < 0.1  # few images, with balls of 0
 
@@ -434,7 +435,8 @@ def test_command_errors_are_one_line(folders, capsys, small):
     real, good, flags = folders
     few, broken = (save_folder(smooth_images(n), small / name) for n, name in ((39, "few"), (60, "broken")))
     (small / "broken" / "0000.png").write_bytes(b"not an image")
-    for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]), ([few, good, *flags], ["few: 3 images", "test"]),
+    for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]),
+                             ([few, good, *flags], ["few: 3 images", "test"]),
                              ([real, "nowhere", *flags], ["nowhere: 0 images"]),
                              ([real, good, *flags, "--count", "51"], ["50 images; 51"]),
                              ([real, broken, *flags], ["0000.png", "cannot be read"]),
