@@ -771,7 +771,8 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     image = ground[:, None] * (1 - cover) + inside * cover
     factors = [(radius - 10.5) / 1.5, (cx - 16) / 3, (cy - 16) / 3, (2 * math.pi * hue).sin(),
                (2 * math.pi * hue).cos(), tilt * 4, (lightness - 0.325) * 4.4, detail - 1.0,
-               (direction - 1.0) * (detail == 1), (0.475 - dark) * 4.4 * (detail > 0), (spot - 0.95) * 4 * (detail == 2)]
+               (direction - 1.0) * (detail == 1), (0.475 - dark) * 4.4 * (detail > 0),
+               (spot - 0.95) * 4 * (detail == 2)]
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, torch.cat(factors, 1)[:, :, 0]
 
 

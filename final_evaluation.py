@@ -357,8 +357,8 @@ def table_data(results):
         counts = [run["settings"][key] for key in ("vae_steps", "unet_steps", "eval_samples", "probe_samples")]
         rows.append([dataset, run["data_note"], run["budget"], *map(show, counts), run["features"],
                      cell(runs, name, "floor")])
-    return markdown(["data", "note", "budget", "VAE steps", "U-Net steps", "samples", "samples of other rows", "features",
-                     "floor: fd of held-out images"], rows)
+    return markdown(["data", "note", "budget", "VAE steps", "U-Net steps", "samples", "samples of other rows",
+                     "features", "floor: fd of held-out images"], rows)
 
 
 def table_reproduced(results, committed):

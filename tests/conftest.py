@@ -32,5 +32,5 @@ def tiny():
     vae, diffusion = common.build_vae(settings()), common.Diffusion("v")
     nn.init.normal_(vae.decoder.body[-1].weight, std=2)
     vae = common.frozen(vae, vae.state_dict(), CPU)
-    return common.Model(CPU, (3, 32, 32), (vae,), vae, {"gaussian": common.GaussianMixture.standard_normal(8)}, diffusion,
-                        lambda x_hat, z: oracle(diffusion, x_hat))
+    priors = {"gaussian": common.GaussianMixture.standard_normal(8)}
+    return common.Model(CPU, (3, 32, 32), (vae,), vae, priors, diffusion, lambda x_hat, z: oracle(diffusion, x_hat))

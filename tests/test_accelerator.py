@@ -17,7 +17,8 @@ import stage1_baseline as stage1
 import stage2_joint as stage2
 import stage3_adaptive as stage3
 
-COMMANDS = [(stage1, "--variant guided uncond --export 40"), (stage2, "--loss kendall --sampler ddim"), (stage3, ""), (bonus, "")]
+COMMANDS = [(stage1, "--variant guided uncond --export 40"), (stage2, "--loss kendall --sampler ddim"), (stage3, ""),
+            (bonus, "")]
 FLAGS = [*f"--budget smoke --device {pretend.NAME} --resume --eval-samples 20 --sample-steps 2".split(),
          *"--set vae_steps=3 unet_steps=2 flow_steps=2 every=1 batch=8 dropout=0.1 probe_steps=1 grid=[]".split()]
 
