@@ -10,16 +10,14 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
                   unit variance. The scaling is undone before decoding.
     diffusion     The DDPM process on z', with z drawn anew from q(z|x0) in every step. The predicted z' is not clamped,
                   since it has no range like [-1, 1].
-    frozen        The autoencoder is trained first; then it stays fixed. Were it trained by the diffusion loss, too, it
-                  could lower this loss by shrinking the latent, until the noise is all that is left to predict.
+    frozen        The autoencoder is trained first; then it stays fixed. The diffusion loss would shrink its latent.
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
 Expect  fewer minutes than stage 1, and a table of scores. The last lines say what latent diffusion saves against stage
-        1's refiner in percent, measured on this machine (a negative number: it costs more). In batches it takes less
-        than half of the seconds. `ceiling` in metrics.json has the scores of the autoencoder's own reconstructions,
-        which latent diffusion can hardly surpass. torch.profiler's tables of the costliest operators are in
-        profile-pixel.txt and profile-latent.txt.
+        1's refiner in percent, measured on this machine: more than half of the seconds. `ceiling` in metrics.json has
+        the scores of the autoencoder's own reconstructions, which latent diffusion can hardly surpass. torch.profiler's
+        tables of the costliest operators are in profile-pixel.txt and profile-latent.txt.
 """
 
 import argparse

@@ -13,8 +13,8 @@ Conventions, used by every file:
     `x_hat` is the coarse image that the VAE decodes from its code z, also in [-1, 1].
     Times `t` run from 1 to T. Time 0 is the clean image, so alpha_bar[0] = 1.
     Losses have the shape (B,), one value per image. A KL or a bound is in nats.
-    Every random draw comes from a generator that is seeded with --seed and its purpose. Only initial weights and
-    dropout use torch's global generator, which is seeded just before them.
+    Random draws come from generators that are seeded with --seed and a purpose. Only initial weights and dropout use
+    torch's global generator, which is seeded just before them.
     Networks train and sample in float32 on a CPU, in bfloat16 on a GPU (`autocast`). Their outputs are float32.
 """
 
@@ -144,7 +144,7 @@ def time_grid(start, steps):
     """The times that sampling in `steps` steps visits, in rising order: 0 = tau_0 < ... < tau_steps = start.
 
     tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided.
-    The maximum with i keeps the first times apart, which would round to the same number."""
+    The maximum with i keeps the first times apart."""
     return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
 
 
@@ -201,10 +201,9 @@ def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True):
 # ---- 2. Networks -----------------------------------------------------------------------------------------------------
 
 class BottleneckBlock(nn.Module):
-    """The VAE's residual block (VDVAE, Child 2021, as DiffuseVAE uses it): (B, C, H, W) -> the same shape.
-
-    Four convolutions (1x1, 3x3, 3x3, 1x1) with a GELU before each, half as many channels in between, and no
-    normalisation. At resolution 1 all of a 3x3 window but its centre is padding, so the convolutions are 1x1."""
+    """The VAE's residual block (VDVAE, Child 2021, as DiffuseVAE uses it): (B, C, H, W) -> the same shape. Four
+    convolutions with a GELU before each, half as many channels in between, and no normalisation. At resolution 1 all of
+    a 3x3 window but its centre is padding, so the convolutions are 1x1."""
 
     def __init__(self, width, resolution=None):
         super().__init__()
@@ -223,8 +222,8 @@ class BottleneckBlock(nn.Module):
 
 
 def keep_variance(conv, fan_in):
-    """Draw a layer's weights so that its output has its input's variance. `fan_in`: inputs that add up to an output.
-    (No skip connection leads around the strided layers, and torch's own weights would shrink the variance there.)"""
+    """Draw a layer's weights so that its output has its input's variance, which torch's own weights would shrink.
+    `fan_in`: inputs that add up to an output."""
     nn.init.normal_(conv.weight, std=fan_in**-0.5)
     return conv
 
@@ -305,8 +304,8 @@ def reparameterise(mu, logvar, noise):
 
 
 def squared_error(x_hat, x0):
-    """Sum of squared differences of two images (B, 3, H, W) in [-1, 1], in units of images in [0, 1]: (B,). The range
-    [-1, 1] is twice as wide, which makes squares four times as large; hence the division."""
+    """Sum of squared differences of two images (B, 3, H, W) in [-1, 1], in units of images in [0, 1]: (B,). (Squares are
+    four times as large in the wider range.)"""
     return ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
 
 
@@ -327,15 +326,15 @@ def active_units(mu):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with 32 groups as published, or fewer in narrow layers, so that a group has at least four channels.
-    Widths 128, 96 and 48 have 32, 8 and 4 groups: the largest power of two that divides a quarter of the width."""
+    """GroupNorm with 32 groups as published, or fewer in narrow layers, so that a group has at least four channels:
+    widths 128, 96 and 48 have 32, 8 and 4 groups."""
 
     def __init__(self, width):
         super().__init__(math.gcd(32, width // 4), width)
 
 
 def zero_init(module):
-    """Set a layer's parameters to zero. If it is the last one of a residual block, the block adds nothing at first."""
+    """Set a layer's parameters to zero. If it is the last one of a block, the block adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -343,8 +342,7 @@ def zero_init(module):
 
 class ResidualBlock(nn.Module):
     """The U-Net's block (DDPM): GroupNorm, SiLU, 3x3 convolution, twice, with the time embedding added in between.
-    x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). `emb` has been through a SiLU already, once for all
-    blocks."""
+    x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). `emb` has been through a SiLU already."""
 
     def __init__(self, width_in, width_out, emb_dim, dropout):
         super().__init__()
@@ -382,17 +380,16 @@ class UNet(nn.Module):
     `table` lists (resolution, width, blocks on the way down, blocks on the way up), from the image down. With
     [(32, 32, 1, 1), (16, 64, 1, 1)], and ---> for a feature map that is joined to a block's input later:
 
-        stem                                                                           block --> out
-         |  block (32 wide) ---------------------------------------------------------->  |
-        halve                                                                          double
-                     block (64 wide) ------------------------------------> block
-                                        middle: block, attention, block
+        stem                                                               block --> out
+            block (32 wide) -------------------------------------------->
+                halve                                             double
+                    block (64 wide) ---------------------->  block
+                                   block, attention, block
 
-    A level keeps its input and the output of each of its blocks. On the way up each block takes the map that its level
+    A level keeps its input and the output of each of its blocks, and on the way up each block takes the map that was
     kept last. In DDPM each level has one more block up than down, so all maps are taken: (32, 128, 2, 3). Our small
-    networks save some of those blocks, and the levels' inputs are not used again.
-    `attention` lists the resolutions that have self-attention beside the middle. `extra` (B, 4 * first width), if
-    given, is added to the time embedding; stage 3 uses it."""
+    networks save some of those blocks. `attention` lists the resolutions that have self-attention beside the middle.
+    `extra` (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
         super().__init__()
@@ -477,10 +474,8 @@ def frozen(network, weights, device):
 
 class GaussianMixture:
     """A Gaussian mixture, fitted after the VAE is trained ("ex post") by expectation maximisation (EM; Bishop 2006,
-    9.2.2).
-
-    As published, each of K components has a covariance of its own. If they are `tied`, all share one; then even
-    thousands of components can be fitted. Attributes, float32 on the CPU:
+    9.2.2). As published, each of K components has a covariance of its own. If they are `tied`, all share one; then
+    thousands can be fitted. Attributes, float32 on the CPU:
         weights (K,)
         means   (K, d)
         factors (K, d, d) or, if tied, (1, d, d): the lower Cholesky factors of the covariances"""
@@ -597,7 +592,7 @@ def encode(encoder, images, device, batch=100):
 
 def draw_codes(vae, images, seed, device):
     """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted: about 60,000, but at
-    most ten of each image, since more of the same image add little."""
+    most ten of each image."""
     mu, logvar = encode(vae.encoder, images, device)
     gen = generator(seed, "codes of training images")
     draws = max(1, min(10, 60_000 // len(mu)))
@@ -667,7 +662,7 @@ def generate(model, settings, z=None, damage=0.0):
 
 def kl_step(diffusion, x0, x0_predicted, t):
     """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
-    predicted x0 in place of x0, and the same variance. So the means differ by x0_factor * (x0 - x0_predicted)."""
+    predicted x0 in place of x0, and the same variance."""
     x0_factor, _, variance = diffusion.posterior(t.cpu(), t.cpu() - 1)  # (B,)
     factor = (x0_factor**2 / (2 * variance)).float().to(x0.device)
     return factor * ((x0 - x0_predicted) ** 2).flatten(1).sum(1)
@@ -688,7 +683,7 @@ def data_nats(diffusion, x0, x0_predicted):
 
     A pixel's probability is the mass of N(x0_predicted, sd^2) between the edges of its bin, x0 - 1/255 and x0 + 1/255;
     the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is the variance at t = 2, and no
-    probability counts as less than 1e-12. In float64 on the CPU."""
+    probability is below 1e-12. In float64 on the CPU."""
     sd = float(diffusion.posterior(2, 1)[2].sqrt())
     x, mean = x0.cpu().double(), x0_predicted.cpu().double()
     ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
@@ -705,11 +700,11 @@ FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "det
 
 
 def draw_shapes(count, seed, flat_spots=False):
-    """The built-in data set: `count` anti-aliased shapes on a grey ground, drawn in random sizes, places and colours.
+    """The built-in data set: `count` anti-aliased shapes on a grey ground, of random sizes, places and colours.
 
     A third of the shapes are plain, a third have broad bands, a third are spotted. Outline, colour and bands fit into
-    the code of a small VAE. Where each spot lies does not: there are too many. So the VAE draws a flat tone in place of
-    spots, and the refiner has to invent them. `flat_spots` draws that: each spotted shape in its mean tone.
+    the code of a small VAE. Where each spot lies does not. So the VAE draws a flat tone in place of spots, and the
+    refiner has to invent them. `flat_spots` draws each spotted shape in its mean tone.
     Returns uint8 images (count, 3, 32, 32), int64 labels (count,) and the FACTORS, float32 (count, 11) in about -1..1.
     """
     gen = torch.Generator().manual_seed(seed)
@@ -728,8 +723,8 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
     lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
     dark, spot = uniform(0.25, 0.7), uniform(0.7, 1.2)  # the darker tone, relative to the lighter; size of the spots
-    # HSV to RGB at full saturation and value. Hues are a circle of 360 degrees, with red at 0, green at 120 and blue at
-    # 240. A channel is 1 within 60 degrees of its own hue, and falls to 0 over the next 60.
+    # HSV to RGB at full saturation and value: red is at hue 0, green at 2/6, blue at 4/6 of the circle. A channel is 1
+    # within 1/6 of its own hue, and falls to 0 over the next 1/6.
     channels = torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1)
     pure_hue = ((hue[:, None] * 6 + channels) % 6 - 3).abs().sub(1).clamp(0, 1)  # (N, 3, 1, 1)
 
@@ -754,8 +749,8 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     distance = distances[torch.arange(count), label]  # (N, H, W)
     cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # in pixels; share of the pixel inside the outline
 
-    # Spots: white noise, of which a band of frequencies is kept, so that they have one size. A Gaussian blur of sd s
-    # multiplies each frequency f by exp(-2 pi^2 f^2 s^2). The band is the difference of two blurs.
+    # Spots: white noise, of which a band of frequencies is kept, the difference of two Gaussian blurs. A blur of sd s
+    # multiplies each frequency f by exp(-2 pi^2 f^2 s^2).
     frequency = torch.fft.fftfreq(size)
     f2 = frequency[:, None] ** 2 + frequency**2  # (H, W)
     band = torch.exp(-2 * math.pi**2 * f2 * spot**2) - torch.exp(-2 * math.pi**2 * f2 * (2 * spot) ** 2)
@@ -849,7 +844,7 @@ def read_image(path):
 # ---- 8. Settings -----------------------------------------------------------------------------------------------------
 
 # `settings` is one flat dictionary: TRAINING and EVALUATION, with what CHANGES says of the budget and the data set, and
-# with what --set and other flags change. Most values were found by short sweeps on the built-in data.
+# with what flags change. Most values were found by short sweeps on the built-in data.
 TRAINING = {
     "batch": 32,  # images per step
     "vae_steps": 4000, "unet_steps": 4000,  # optimisation steps
@@ -891,14 +886,14 @@ EVALUATION = {  # how a trained model is sampled and scored
 CHANGES = {  # by image size, data set, budget, and pairs of them; what comes later in budget_settings wins
     # Rows of vae_table: (resolution, width, blocks of the encoder, blocks of the decoder).
     # Rows of unet_table: (resolution, width, blocks on the way down, blocks on the way up).
-    # Sized for two CPU cores: minutes on shapes, three quarters of an hour on photographs
+    # Sized for two CPU cores: minutes on shapes, an hour on photographs
     "32": {"vae_table": [[32, 32, 1, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
            "unet_table": [[32, 32, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]]},
     "64": {"vae_table": [[64, 16, 1, 1], [32, 32, 2, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
            "unet_table": [[64, 32, 0, 1], [32, 48, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
            "vae_steps": 2300, "unet_steps": 2300, "flow_steps": 2300},
     # A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands
-    # of components. A mirrored shape could have slanted bands that run the other way, as in no image of the data.
+    # of components. No mirroring: slanted bands would run the other way, as in no image of the data.
     "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},
     "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
                    "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
@@ -925,8 +920,7 @@ CHANGES = {  # by image size, data set, budget, and pairs of them; what comes la
               "even_levels": False, "start": 1000, "beta": 1.0, "attention": [16], "heads": 8, "vae_flip": False,
               "ae_width": 128, "latent_table": [[1, 256, 2, 3], [2, 512, 2, 3]], "every": 100,
               "sampler": "ddpm", "sample_steps": 1000, "eval_samples": 50_000, "eval_batch": 500,
-              "grid": [["ddim", 10], ["ddim", 100], ["dpm", 10], ["dpm", 25]], "probe_samples": 10_000,
-              "probe_steps": 25},
+              "probe_samples": 10_000, "probe_steps": 25},
     "paper 32": {"vae_table": [[32, 64, 8, 15], [16, 128, 5, 7], [8, 256, 5, 3], [4, 256, 4, 2], [1, 512, 3, 1]],
                  "unet_table": [[32, 128, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 256, 2, 3]],
                  "vae_steps": 195_000, "unet_steps": 1_110_000, "dropout": 0.3, "components": 50},
@@ -962,12 +956,12 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--prior", choices=priors, default=prior, help="over z (default: %(default)s)")
     add("--sampler", choices=("ddpm", "ddim", "dpm"))
-    add("--sample-steps", type=int, help="steps of the sampler")
+    add("--sample-steps", type=int)
     add("--temperature", type=float, help="of the noise that sampling starts from: below 1 cleaner, less detail")
-    add("--eval-samples", type=int, help="images generated for the scores")
+    add("--eval-samples", type=int)
     add("--export", type=int, metavar="N", help="write N samples as PNG files")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="network of the scores")
-    add("--weights", help="file of the feature network")
+    add("--weights", help="of the feature network")
     add("--dry-run", action="store_true", help="print all settings and stop")
 
 
@@ -1075,14 +1069,13 @@ def load_split(dataset, split, folder):
             CelebA(str(folder), split="all", download=True)  # needs the package gdown
     except Exception as error:  # no network, no gdown, a broken archive: the remedy is the same
         fail(f"no images of {dataset} in --data-dir {folder.resolve()}, and no download "
-             f"({error!r:.80}); name the folder in which {LAYOUTS[dataset]} lies, or use shapes")
+             f"({error!r:.80}); name the folder of {LAYOUTS[dataset]}")
     files = list_files(dataset, split, folder)
     if len(files) < 6:
         fail(f"--data-dir {folder.resolve()}: {len(files)} images of {dataset} in the {split} part; more are needed")
     images = torch.from_numpy(decode_files(dataset, split, files, DATASETS[dataset]))
     width, height = read_image(files[0]).size
     kind = "JPEG" if files[0].suffix.lower() in (".jpg", ".jpeg") else "lossless"
-    note = f"{kind} copies at {width}x{height}" if dataset != "folder" else f"{kind} files"
     labels = None
     if dataset == "cifar10":
         classes = sorted({path.parent.name for path in files})
@@ -1090,7 +1083,7 @@ def load_split(dataset, split, folder):
     if split == "test":  # files may come class by class; in random order the first N images stand for all
         order = torch.randperm(len(images), generator=generator(0, "order of held-out images"))
         images, labels = images[order], None if labels is None else labels[order]
-    return ImageData(images, note, labels)
+    return ImageData(images, f"{kind} copies at {width}x{height}", labels)
 
 
 def list_files(dataset, split, folder):
@@ -1165,7 +1158,7 @@ def choose_device(name):
 
 
 def autocast(device):
-    """A context in which networks run in bfloat16 on a GPU, and in float32 elsewhere."""
+    """A context in which networks run in bfloat16 on a GPU."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -1207,7 +1200,8 @@ class Muon(torch.optim.Optimizer):
     """Gradient descent with an orthogonalised momentum (Jordan et al. 2024). The update of a weight matrix has singular
     values near 1, so directions that are rare in the gradients move as far as common ones.
 
-    A convolution's weights count as a matrix (out, in k k). (torch's own Muon takes matrices alone.)"""
+    A convolution's weights count as a matrix (out, in k k), a transposed convolution's as (in, out k k). (torch's own
+    Muon takes matrices alone.)"""
 
     def __init__(self, params, momentum=0.95):
         super().__init__(params, {"lr": 0.0, "momentum": momentum})
@@ -1231,9 +1225,9 @@ class Muon(torch.optim.Optimizer):
 def level_weight(settings, diffusion, t):
     """The weight of the refiner's loss at times t (B,): (B,).
 
-    The plain squared error of v was measured to be about 0.01 / sigma_t: far larger at the lowest noise levels, where
-    only the grain of the image is decided, than at the highest, where shapes are. With the weight 100 sigma_t, all
-    levels count alike, as Karras et al. 2024 (arXiv:2312.02696, eq. 14 to 21) reach by learning each level's loss."""
+    The plain squared error of v, on our data, is about 0.01 / sigma_t: far larger at the lowest noise levels, where the
+    grain of the image is decided, than at the highest, where shapes are. The weight 100 sigma_t lets all count alike.
+    (Karras et al. 2024, arXiv:2312.02696, eq. 14 to 21, learn such a weight.)"""
     return 100 * diffusion.eps_scale[t] if settings["even_levels"] else torch.ones_like(diffusion.eps_scale[t])
 
 
@@ -1300,12 +1294,12 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers]})
 
     def __iter__(self):
-        began, saved = time.time() - self.seconds, time.time()
+        self.began, saved = time.time() - self.seconds, time.time()
         with tqdm(total=self.steps, initial=self.steps_taken, unit="step", desc=self.folder.name) as bar:
             while self.steps_taken < self.steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts
                 bar.update()
-                self.seconds = time.time() - began
+                self.seconds = time.time() - self.began
                 if self.steps_taken % self.settings["every"] == 0 or self.steps_taken == self.steps:
                     self.write_row(bar)
                     if time.time() - saved > 60:  # here, since the sums of the log are empty and need not be saved
@@ -1372,8 +1366,8 @@ class Training:
     def finish(self, base=None, **parts):
         """Save the finished checkpoint and return it, on the CPU: the averaged weights of each network under its name,
         and `parts`, whatever else the model consists of (which win over averages of the same name). Its `minutes`
-        contain those of `base`, the checkpoint that it builds on."""
-        minutes = self.seconds / 60 + (base["minutes"] if base else 0)
+        contain what was fitted after training, and those of `base`, the checkpoint that it builds on."""
+        minutes = (time.time() - self.began) / 60 + (base["minutes"] if base else 0)
         checkpoint = {"settings": self.settings, "minutes": minutes, "log": self.log} | self.averages | parts
         save_state(self.folder / "checkpoint.pt", checkpoint)
         if RANK == 0:
@@ -1391,8 +1385,8 @@ def learning_rate(base, step, steps, settings):
 
 
 def ridge_regression(x, y, ridge=1e-3):
-    """Linear regression in closed form, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is
-    standardised first, so that the penalty ridge * N * |weight|^2 does not depend on its units."""
+    """Linear regression, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is standardised, so
+    that the penalty ridge * N * |weight|^2 does not depend on its units."""
     mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
     a = (x - mean) / sd
     penalty = ridge * len(a) * torch.eye(a.shape[1])
@@ -1441,17 +1435,12 @@ def this_commit():
 
 
 def export(folder, model, settings):
-    """Write settings["export"] samples as FOLDER/samples/00000.png, ... and, of a model with a VAE and a refiner, the
-    VAE's images as FOLDER/samples-vae/00000.png, ..."""
-    x_hat, images, _ = generate(model, settings | {"eval_samples": settings["export"]})
-    parts = {"samples": images}
-    if model.vae is not None and model.denoiser is not None:
-        parts["samples-vae"] = x_hat
-    for name, part in parts.items():
-        for k, image in enumerate(part):
-            pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
-            write_with(folder / name / f"{k:05}.png", Image.fromarray(pixels).save, format="png")
-        print(folder / name)
+    """Write settings["export"] samples as FOLDER/samples/00000.png, ..."""
+    _, images, _ = generate(model, settings | {"eval_samples": settings["export"]})
+    for k, image in enumerate(images):
+        pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+        write_with(folder / "samples" / f"{k:05}.png", Image.fromarray(pixels).save, format="png")
+    print(folder / "samples")
 
 
 # ---- 13. Pictures ----------------------------------------------------------------------------------------------------
@@ -1486,16 +1475,3 @@ def draw_samples(folder, parts):
             if len(images) > 12 * i:
                 rows[f"{label} {i}"] = images[12 * i : 12 * i + 12]
     save_grid(folder / "samples.png", rows)
-
-
-def draw_training(folder, log):
-    """training.png: a chart of every column of the log, a list of rows."""
-    from matplotlib.figure import Figure
-    names = [name for name in log[0] if name != "step"]
-    figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
-    for i, name in enumerate(names, 1):
-        axis = figure.add_subplot(1, len(names), i)
-        axis.plot([row["step"] for row in log], [row[name] for row in log])
-        axis.set(title=f"{folder.name}: {name}", xlabel="step")
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # from zero, so that small differences look small
-    write_with(folder / "training.png", figure.savefig, format="png", dpi=110)

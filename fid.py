@@ -392,23 +392,22 @@ def load_scorer(args, settings, device):
 
 # ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
 #
-# A VAE draws z from a prior, and decodes it to x_hat. A refiner turns noise and x_hat into an image. Three attributes
-# of a common.Model (section 4 there) tell its kind:
+# Three attributes of a common.Model (section 4 there) tell its kind:
 #
 #                         vae    denoiser   decode
 #     VAE alone           set    None       None     its image is x_hat
-#     diffusion alone     None   set        None     turns noise into an image
-#     VAE and refiner     set    set        None     turns noise and x_hat into an image
-#     latent diffusion    None   set        set      turns noise into a latent, and decodes it; it has no x_hat
+#     diffusion alone     None   set        None
+#     VAE and refiner     set    set        None
+#     latent diffusion    None   set        set      it has no x_hat
 #
-# A function a question: `score`, `robustness`, `latent_space`. `settings` are those of common.EVALUATION; `probe` makes
+# A function a question: `score`, `robustness`, `latent_space`. `settings` are those of common.EVALUATION; `quick` makes
 # those of a quick measurement.
 
 # The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
 NOISE = (0.0, 0.1, 0.2, 0.4)
 
 
-def probe(settings):
+def quick(settings):
     """The settings of a quick measurement."""
     return settings | {"eval_samples": settings["probe_samples"], "sampler": "dpm",
                        "sample_steps": settings["probe_steps"]}
@@ -483,7 +482,7 @@ def robustness(folder, model, settings, scorer):
     robustness.png."""
     by_sd, pictures = {}, {}
     for sd in NOISE:
-        row, x_hat, images = measure(model, probe(settings), scorer, sd)
+        row, x_hat, images = measure(model, quick(settings), scorer, sd)
         by_sd[str(sd)] = row[scorer.distance]["value"]
         pictures |= {f"noise {sd}": x_hat[:12], f"noise {sd}: image": images[:12]}
     common.save_grid(folder / "robustness.png", pictures)
@@ -526,10 +525,10 @@ def latent_space(folder, model, settings, scorer, pairs=16):
 
     Draws reconstructions.png, and interpolation.png with paths between samples."""
     train, test = scorer.data
-    probed = probe(settings)
+    fewer = quick(settings)
     mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
-    real = test.images[: probed["eval_samples"]]
-    x_hat, images, _ = common.generate(model, probed, z=mu[: len(real)])
+    real = test.images[: fewer["eval_samples"]]
+    x_hat, images, _ = common.generate(model, fewer, z=mu[: len(real)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
     result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
               "active_units": int(common.active_units(mu).sum()), "latent_dim": mu.shape[1],
@@ -538,14 +537,14 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
 
     pairs = min(pairs, len(mu) // 2)
-    _, images = images_along_paths(model, probed, mu[:pairs], mu[pairs : 2 * pairs])
+    _, images = images_along_paths(model, fewer, mu[:pairs], mu[pairs : 2 * pairs])
     features, _ = extract(scorer.extractor, images.flatten(0, 1))  # (pairs * points, f), and logits
     features = features.view(*images.shape[:2], -1)  # (pairs, points, f)
     result["path_over_distance"] = path_over_distance(features)
     result["end_distance"] = float((features[:, -1] - features[:, 0]).norm(dim=1).mean())
     z = model.priors[settings["prior"]].sample(6, generator(settings["seed"], "paths"))
     rows = {}
-    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, probed, z[:3], z[3:]), strict=True), 1):
+    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, fewer, z[:3], z[3:]), strict=True), 1):
         rows |= {f"VAE {i}": vae_path, f"refined {i}": path}
     common.save_grid(folder / "interpolation.png", rows)
 
@@ -577,10 +576,9 @@ def write_metrics(folder, checkpoint, model, settings, scorer, rows, tables):
     run = {"dataset": settings["dataset"], "variant": name, "budget": settings["budget"], "seed": settings["seed"],
            "data_note": scorer.data.train.note, "features": scorer.extractor.name, "minutes": checkpoint["minutes"],
            "parameters": sum(map(common.count_parameters, model.networks)), "device": str(model.device),
-           "commit": common.this_commit(), "torch": torch.__version__, "settings": settings}
-    common.draw_training(folder, checkpoint["log"])
+           "commit": common.this_commit(), "settings": settings}
     common.write_json(folder / "metrics.json",
-                      {"schema": 1, "run": run, "rows": rows, "tables": tables | {"training": checkpoint["log"][-1]}})
+                      {"schema": 1, "run": run, "rows": rows, "tables": tables | {"training": checkpoint["log"]}})
 
 
 def print_results(settings, scorer):
@@ -626,9 +624,8 @@ def main(argv=None):
     parser.add_argument("--weights", metavar="FILE", help="of the feature network")
     parser.add_argument("--count", type=int, metavar="N", help="use N of the generated images, a seeded choice")
     parser.add_argument("--data-dir", default="data", help="where a data set named as REAL lies (default: data)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args(argv)
-    extractor = load_extractor(args.features, args.real, args.weights, common.choose_device(args.device))
+    extractor = load_extractor(args.features, args.real, args.weights, common.choose_device("auto"))
     dataset, folder = (args.real, args.data_dir) if args.real in common.DATASETS else ("folder", args.real)
     generated = read_folder(args.generated, common.DATASETS[dataset], args.count)  # as large as the real ones
     data = common.load_data(dataset, folder)

@@ -38,13 +38,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 FORM1 = "stage1-form1"  # the baseline
 ANNEAL, NO_GRADIENT = "stage2-anneal", "stage2-anneal-grad-none"  # joint training, and its control
-FILM = "stage3-film"
+FILM = "stage3-flow-film"
 
 VARIANTS = (  # in the order of the lessons
     "stage1-vae", "stage1-uncond", FORM1, "stage1-form2", "stage1-guided", "stage1-augmented",
     "stage2-sum", ANNEAL, NO_GRADIENT, "stage2-kendall", "stage2-bound", "stage2-bound-grad-none",
-    "stage3-vae-flow", "stage3-fixed", "stage3-fade", "stage3-fade-posterior", FILM, "stage3-coupling",
-    "bonus-latent",
+    "stage3-vae-flow", "stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-fade-posterior", FILM,
+    "stage3-flow-coupling", "bonus-latent",
 )
 
 # Settings in which the budgets depart from the paper. A run that changes only these tells what such a departure does.
@@ -143,7 +143,7 @@ TABLES = {
     ),
     "departures": ("", ("fd", "Δ fd", "hf_energy", "fd under noise")),
     "priors": (
-        (FORM1, "stage3-fixed", FILM),
+        (FORM1, "stage3-flow-fixed", FILM),
         [f"{number}, {prior}" for number in ("fd", "log density") for prior in ("gaussian", "gmm", "flow")],
     ),
 }

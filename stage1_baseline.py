@@ -10,8 +10,9 @@ model decides *how it looks*.
                       becomes harder to model how codes are distributed (see 3).
 
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
-                          x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = MSE(target, U-Net(x_t, x_hat, t))
-                      where abar_t (`alpha_bar` in common.Diffusion) falls from nearly 1 at t = 1 to nearly 0 at t = T.
+                          x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = w_t MSE(target, U-Net(x_t, x_hat, t))
+                      where abar_t (`alpha_bar` in common.Diffusion) falls from nearly 1 at t = 1 to nearly 0 at t = T,
+                      and w_t lets all noise levels count alike (common.level_weight; as published it is 1).
                       The target is eps as published (--budget paper), and otherwise
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
                       There are two ways to show x_hat to the U-Net. Its input is, with concatenation as [.., ..],
@@ -198,16 +199,19 @@ def draw_pretrained(args, settings, device):
     x_hat, images, _ = common.generate(model, settings | {"eval_samples": 36, "eval_batch": 36})
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
+    if settings["export"]:
+        common.export(folder, model, settings)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
 def evaluate(folder, checkpoint, settings, scorer, device):
     """Measure the model of a checkpoint, and write pictures and metrics.json."""
-    model, tables = load_model(checkpoint, device), {}
+    model, variant, tables = load_model(checkpoint, device), checkpoint["variant"], {}
     rows = fid.score(folder, model, settings, scorer)
     if model.vae is not None:
         tables["robustness"] = fid.robustness(folder, model, settings, scorer)
+    if variant not in ("vae", "uncond"):
         tables["latent_space"] = fid.latent_space(folder, model, settings, scorer)
     fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
 

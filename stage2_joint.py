@@ -120,8 +120,7 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def train_joint(folder, settings, loss, gradient, data, device):
-    """Train VAE and refiner together, from scratch. Returns the checkpoint, with the same entries as that of stage 1's
-    form1 (and `balance`, under `kendall`)."""
+    """Train VAE and refiner together, from scratch. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
     vae, unet = common.build_vae(settings), common.build_unet(settings, 6)
     diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])

@@ -8,13 +8,12 @@ needs more steps. Elsewhere refinement may not be needed at all.
 The flow prior
     u = f(z) with an invertible network f, and log p(z) = log N(u; 0, I) + log |det df/dz|.
     VAE and flow are trained together. In the first 60% of the steps the VAE has the KL to N(0, I), as in stage 1, and
-    the flow is fitted to its codes. A VAE whose codes chased the flow from the beginning would chase a prior that is
-    chasing them. In the last 40% the KL to the flow takes the place of the KL to N(0, I). It is estimated from one
-    sample z ~ q(z|x), as log q(z|x) - log p(z). Then the VAE is finished, and the flow is fitted further to its codes.
+    the flow is fitted to its codes. (At first, the flow is no prior worth following.) In the last 40% the KL to the
+    flow takes the place of the KL to N(0, I). Then the VAE is finished, and the flow is fitted further to its codes.
     The rival is the Gaussian mixture of stage 1, fitted to the same codes.
 
 Uncertainty
-    s(z) says how large an error of x_hat = Dec(z) is to be expected: (B,), with mean 0 and standard deviation 1 over
+    s says how large an error of x_hat = Dec(z) is to be expected: (B,), with mean 0 and standard deviation 1 over
     training images. When images are generated there is no x to compare x_hat with, so s is computed from
 
         z ---> x_hat = Dec(z) ---> log-variances of Enc(x_hat)        phi = [z, z^2, log-variances, 1]: (B, 3d + 1)
@@ -268,15 +267,17 @@ def build_vae_and_flow(settings):
 
 
 def vae_loss(vae, flow, x0, noise, beta, flow_is_prior):
-    """The loss of the VAE and its flow, (B,), and its terms for the log. In both parts of the training the flow follows
-    the gradient of -log p(z). The VAE follows that of SSE + beta KL: the KL to N(0, I) or, if `flow_is_prior`, to the
-    flow, whose -log p(z) reaches the VAE with the weight beta."""
+    """The loss of the VAE and its flow, (B,), and its terms for the log. One backward pass serves both:
+        the flow follows the gradient of   -log p(z), always
+        the VAE follows that of            SSE + beta KL, with the KL to N(0, I) or, if `flow_is_prior`, to the flow:
+                                           log q(z|x) - log p(z), of one sample z
+    So the gradient that -log p(z) passes back to z is multiplied by 0 or beta."""
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
-    log_p = flow.log_prob(common.scale_gradient(z, beta if flow_is_prior else 0.0))  # (B,)
     log_q = common.gaussian_log_prob(z, mu, logvar)  # (B,)
-    loss = sse + beta * (log_q if flow_is_prior else kl) - log_p  # scale_gradient has put beta into log_p for the VAE
+    log_p = flow.log_prob(common.scale_gradient(z, beta if flow_is_prior else 0.0))  # (B,)
+    loss = sse + beta * (log_q if flow_is_prior else kl) - log_p
     return loss, {"sse": sse, "kl_nats": kl, "kl_flow_nats": log_q - log_p}
 
 
@@ -357,7 +358,7 @@ def load_model(checkpoint, device, shuffled=False):
 # --- What it shows: does it pay to know s? ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def decode(model, z, w):
+def decode_with_s(model, z, w):
     """Codes z (N, d) -> x_hat = Dec(z), uint8, and s (N,), both on the CPU."""
     images, s = [], []
     for part in z.to(model.device).split(100):
@@ -380,17 +381,17 @@ def terciles(folder, model, checkpoint, settings, scorer):
         sure, middle, unsure     by thirds of s, of the VAE's images and of the refined ones
         own_s, shuffled_s        of all refined images, with their own s and with that of another image
     Draws uncertainty.png."""
-    probe = fid.probe(settings)
+    quick = fid.quick(settings)
     real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(model.vae.encoder, real, model.device)
-    x_hat, s = decode(model, mu, checkpoint["w"])
-    _, refined, _ = common.generate(model, probe, z=mu)
+    x_hat, s = decode_with_s(model, mu, checkpoint["w"])
+    _, refined, _ = common.generate(model, quick, z=mu)
     draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
     table = {"images": len(real)}
     for name, third in zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True):
         table[name] = {"vae": fid.fd_to_originals(scorer, x_hat[third], real[third]),
                        "refined": fid.fd_to_originals(scorer, refined[third], real[third])}
-    _, control, _ = common.generate(load_model(checkpoint, model.device, shuffled=True), probe, z=mu)
+    _, control, _ = common.generate(load_model(checkpoint, model.device, shuffled=True), quick, z=mu)
     table["own_s"] = fid.fd_to_originals(scorer, refined, real)
     table["shuffled_s"] = fid.fd_to_originals(scorer, control, real)
     return table
@@ -402,7 +403,7 @@ def strategies(folder, model, checkpoint, settings, scorer, prior):
     count, full = 3 * (settings["eval_samples"] // 3), settings["probe_steps"]
     z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
     clock = time.time()
-    x_hat, s = decode(model, z, checkpoint["w"])
+    x_hat, s = decode_with_s(model, z, checkpoint["w"])
     decoding = (time.time() - clock) / count
     other = s.roll(1)  # the s of another image
     table = {"images": count}
@@ -413,8 +414,8 @@ def strategies(folder, model, checkpoint, settings, scorer, prior):
         images, seconds = x_hat.clone(), decoding
         for third, n in zip(sorted_by.argsort().tensor_split(3), steps, strict=True):
             if n > 0:
-                probe = fid.probe(settings) | {"sample_steps": n}
-                _, images[third], per_image = common.generate(model, probe, z=z[third])
+                quick = fid.quick(settings) | {"sample_steps": n}
+                _, images[third], per_image = common.generate(model, quick, z=z[third])
                 seconds += per_image / 3
         if name == "all":
             draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
@@ -448,7 +449,7 @@ def main(argv=None):
     rows = fid.score(folder, model, settings, scorer)
     fid.write_metrics(folder, base, model, settings, scorer, rows, {"rank_correlation": correlations})
 
-    name = f"stage3-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
+    name = f"stage3-flow-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
     folder = common.run_folder(settings, name)
     checkpoint = (common.finished(folder, settings, args.resume)
                   or train_refiner(folder, settings, args.conditioning, args.uncertainty, base, scorer.data, device))

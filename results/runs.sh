@@ -20,8 +20,8 @@ run() {
 run /stage1-augmented stage1_baseline.py --variant vae uncond form1 guided augmented
 run /stage2-anneal stage2_joint.py
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
-run /stage3-fixed stage3_adaptive.py --conditioning fixed
-run /stage3-film stage3_adaptive.py --conditioning film
+run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
+run /stage3-flow-film stage3_adaptive.py --conditioning film
 
 # The other variants have seeds 0 to 2 on shapes, 0 elsewhere.
 if [ "$seed" = 0 ] || { [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; }; then
@@ -29,8 +29,8 @@ if [ "$seed" = 0 ] || { [ "$dataset" = shapes ] && [ "$seed" -lt 3 ]; }; then
     run /stage2-sum stage2_joint.py --loss sum
     run /stage2-kendall stage2_joint.py --loss kendall
     run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
-    run /stage3-fade stage3_adaptive.py --conditioning fade
-    run /stage3-fade-posterior stage3_adaptive.py --conditioning fade --uncertainty posterior
-    run /stage3-coupling stage3_adaptive.py --conditioning coupling
+    run /stage3-flow-fade stage3_adaptive.py --conditioning fade
+    run /stage3-flow-fade-posterior stage3_adaptive.py --conditioning fade --uncertainty posterior
+    run /stage3-flow-coupling stage3_adaptive.py --conditioning coupling
     run /bonus-latent bonus_latent.py
 fi

@@ -59,7 +59,7 @@ PICTURES = {  # of all runs that a command makes and scores
                "stage1-guided": REFINER},
     "stage2": {"stage2-anneal": REFINER},
     "stage3": {"stage3-vae-flow": BASE,
-               "stage3-film": REFINER | {"uncertainty", "generated-gmm", "generated-flow"}},
+               "stage3-flow-film": REFINER | {"uncertainty", "generated-gmm", "generated-flow"}},
     "bonus": {"bonus-latent": BASE | {"robustness", "reconstructions"}}}
 
 

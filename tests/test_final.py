@@ -85,7 +85,8 @@ def cells(text, name):
 
 def a_few():
     """Results of several variants, three seeds each. Joint training has 0.8 of form1's fd, up to a little noise."""
-    factors = {"stage1-form1": 1.0, "stage1-uncond": 3.0, "stage2-anneal": 0.8, "stage3-film": 1.1, "bonus-latent": 5.0}
+    factors = {"stage1-form1": 1.0, "stage1-uncond": 3.0, "stage2-anneal": 0.8, "stage3-flow-film": 1.1,
+               "bonus-latent": 5.0}
     random = np.random.RandomState(0)
     return [metrics_of(variant, seed, fd=2 * factor * (1 + 0.2 * random.rand()))
             for variant, factor in factors.items() for seed in range(3)]
@@ -121,18 +122,18 @@ def test_mean_and_spread():
 
 @pytest.mark.parametrize("key", ["fd_local", "fid"])
 def test_places_of_numbers(project, key):
-    names = ("stage3-fade-posterior", "stage3-film", "bonus-latent")
+    names = ("stage3-flow-fade-posterior", "stage3-flow-film", "bonus-latent")
     runs = results_of(project, *(metrics_of(name, key=key) for name in names))["shapes"]
     expected = {"fd": 2.0, "fd before": 6.0, "fd, 2 steps": 4.0, "fd, 10 DDIM steps": 2.4, "is": 2.5, "sd 0.4": 8.0,
                 "fd under noise": 6.0, "probe_r2": 0.7, "own s": 1.1, "seconds per image": 0.03, "nfe": 10,
                 "log density, gmm": -60.0, "by_s, flow, fd": 6.0, "unsure_third, gmm, evaluations": 10 / 3}
-    assert {number: final.values(runs, "stage3-film", number)[0] for number in expected} == pytest.approx(expected)
+    assert {number: final.values(runs, "stage3-flow-film", number)[0] for number in expected} == pytest.approx(expected)
     assert [final.values(runs, name, "ceiling") for name in names] == [{}, {}, {0: 5.5}]
     assert [final.values(runs, name, "rank correlation") for name in names] == [{0: 0.3}, {0: 0.64}, {}]
 
 
 def test_every_number_is_found_somewhere(project):
-    flow = metrics_of("stage3-fixed")
+    flow = metrics_of("stage3-flow-fixed")
     flow["tables"]["likelihood"]["log_density"]["flow"] = -50.0
     flow["rows"].append(score_row(3.0, "gmm", count=300))
     runs = results_of(project, flow, metrics_of("stage1-form1"), metrics_of("bonus-latent"))["shapes"]
@@ -184,7 +185,7 @@ def test_answers(project):
     quality, efficiency, *_ = [final.table_question(results, pairs) for pairs in final.QUESTIONS.values()]
     percent, _, p = final.compare(*(final.values(results["shapes"], run, "fd") for run in (final.ANNEAL, final.FORM1)))
     assert cells(quality, "stage2-anneal against stage1-form1: fd")["shapes"] == f"{percent:+.0f}%, n 3, p {p:.2g}"
-    row = "stage3-film: unsure_third, gmm, {0} against all, gmm, {0}"
+    row = "stage3-flow-film: unsure_third, gmm, {0} against all, gmm, {0}"
     assert cells(efficiency, row.format("fd"))["shapes"] == "+10%, n 3"  # the same ratio for every seed
     assert cells(efficiency, row.format("evaluations"))["shapes"] == "-67%, n 3"
     assert cells(efficiency, row.format("seconds_per_image"))["shapes"] == "-44%, n 3, p < 0.001"
@@ -209,7 +210,7 @@ def test_missing_runs_leave_out_rows_columns_tables_and_charts(project):
 def test_all_tables_and_charts(project):
     weights = [metrics_of("stage2-anneal", fd=1.7, changes={"diffusion_weight": weight}) for weight in (0.003, 0.3)]
     put(project, *a_few(), *weights, metrics_of(fd=3.0, changes={"objective": "eps"}),
-        *(metrics_of(variant, dataset="cifar10", fd=9.0) for variant in ("stage1-form1", "stage3-film")))
+        *(metrics_of(variant, dataset="cifar10", fd=9.0) for variant in ("stage1-form1", "stage3-flow-film")))
     final.main([])
     text = (project / "results" / "TABLES.md").read_text()
     headings = re.findall(r"^## (\w+)", text, re.M)
@@ -224,7 +225,7 @@ def test_all_tables_and_charts(project):
 def test_tables_of_all_runs_are_small(project, monkeypatch):
     monkeypatch.setattr(final, "draw_charts", lambda results, folder: [])
     random = np.random.RandomState(0)
-    few_seeds = ("stage1-form2", "stage2-sum", "stage2-kendall", "stage3-fade-posterior", "stage3-coupling")
+    few_seeds = ("stage1-form2", "stage2-sum", "stage2-kendall", "stage3-flow-fade-posterior", "stage3-flow-coupling")
     runs = [(variant, {}) for variant in final.VARIANTS if "bound" not in variant]
     runs += [(variant, {"vae_steps": 1650}) for variant in ("stage1-vae", "stage1-form1", "stage2-anneal")]
     runs += [("stage2-anneal", {"diffusion_weight": 1}), ("stage1-form1", {"beta": 1})]
@@ -241,7 +242,7 @@ def test_tables_of_all_runs_are_small(project, monkeypatch):
 def test_points_of_charts(project):
     joint = [metrics_of("stage2-anneal", seed, fd) for seed, fd in ((0, 1.0), (1, 1.4))]
     weak = metrics_of("stage2-anneal", fd=1.5, changes={"diffusion_weight": 0.003})
-    runs = results_of(project, metrics_of(fd=2.0), *joint, weak, metrics_of("stage3-film", fd=1.0))["shapes"]
+    runs = results_of(project, metrics_of(fd=2.0), *joint, weak, metrics_of("stage3-flow-film", fd=1.0))["shapes"]
     weights = final.lines_of_weights(runs)
     assert weights["stage2-anneal"] == [([0.003], [1.5]), ([0.03], [1.0, 1.4])]
     assert weights["stage1-form1"] == [([0.003], [2.0]), ([0.03], [2.0])]

@@ -90,7 +90,7 @@ def test_killed_and_resumed_is_never_stopped(killed_at, goes_on_from, whole, tmp
         train(kind, tmp_path, vae)
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "unfinished.pt").exists() == (goes_on_from > 0)
     assert same(train(kind, tmp_path, vae), expected)
-    assert taken[killed_at:] == [*range(goes_on_from + 1, 9)] and [row["step"] for row in expected["log"]] == [3, 6]
+    assert taken[killed_at:] == [*range(goes_on_from + 1, 9)] and [row["step"] for row in expected["log"]] == [3, 6, 8]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert same(common.load_state(tmp_path / "checkpoint.pt"), expected)
 
@@ -127,23 +127,30 @@ def test_minutes(tmp_path, monkeypatch):
 # --- The loop by hand -------------------------------------------------------------------------------------------------
 
 def test_log_by_hand(tmp_path):
-    """Every row of the log holds the means since the last row. A run of fewer steps than `every` has one row. What was
-    not logged yet holds no graph, whose memory would grow."""
-    training = train_weights(tmp_path, lambda i, w: 0 * w + i, steps=8, every=3)
-    rows = [{"step": 3, "loss": 1.0, "net": 1.0}, {"step": 6, "loss": 4.0, "net": 1.0}]
-    assert training.log == rows and training.finish(extra=3)["log"] == rows
-    assert float(training.sums["loss"]) == 13 and not training.sums["loss"].requires_grad
-    for steps, at, mean in ((1, 1, 0.0), (2, 2, 0.5), (5, 3, 1.0)):
-        row, = train_weights(tmp_path / str(steps), lambda i, w: 0 * w + i, steps=steps, every=3).log
-        assert (row["step"], row["loss"]) == (at, mean)
+    """Every row of the log holds the means since the last row, and the last step has a row. What is not logged yet
+    holds no graph, whose memory would grow."""
+    step, graphs = common.Training.step, []
+
+    def loss(i, w):
+        return 0 * w + i
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Training, "step", lambda training, *how: (step(training, *how), graphs.extend(
+            total.requires_grad for total in training.sums.values())))
+        training = train_weights(tmp_path, loss, steps=8, every=3)
+    rows = [{"step": 3, "loss": 1.0, "net": 1.0}, {"step": 6, "loss": 4.0, "net": 1.0},
+            {"step": 8, "loss": 6.5, "net": 1.0}]
+    assert training.log == rows and training.finish()["log"] == rows and len(graphs) == 16 and not any(graphs)
+    assert train_weights(tmp_path / "short", loss, steps=2, every=3).log == [{"step": 2, "loss": 0.5, "net": 1.0}]
 
 
-@pytest.mark.parametrize("spoil", [lambda w: w * math.nan, lambda w: w * math.inf, lambda w: (0 * w).sqrt()])
-def test_what_is_not_finite(spoil, tmp_path, capsys):
+@pytest.mark.parametrize("spoil,at,row", [(lambda w: w * math.nan, 2, 4), (lambda w: w * math.inf, 7, 8),
+                                          (lambda w: (0 * w).sqrt(), 2, 4)])
+def test_what_is_not_finite(spoil, at, row, tmp_path, capsys):
     """One line names the run, what is not finite, and the step of the row. (The last loss is finite, but its gradient
     is not, and ruins the weights.)"""
-    expect_error(capsys, lambda: train_weights(tmp_path / "run", lambda i, w: spoil(w) if i == 2 else w, every=4),
-                 "run: loss is", "step 4", "learning rate")
+    expect_error(capsys, lambda: train_weights(tmp_path / "run", lambda i, w: spoil(w) if i == at else w, every=4),
+                 "run: loss is", f"step {row}", "learning rate")
     assert not (tmp_path / "run").exists()
 
 
