@@ -304,13 +304,13 @@ def reparameterise(mu, logvar, noise):
 
 
 def squared_error(x_hat, x0):
-    """Sum of squared differences of two images (B, 3, H, W) in [-1, 1], in units of images in [0, 1]: (B,). (Squares are
-    four times as large in the wider range.)"""
+    """Sum of squared differences of two images (B, 3, H, W) in [-1, 1], in units of images in [0, 1]: (B,). (Squares
+    are four times as large in the wider range.)"""
     return ((x_hat - x0) ** 2).flatten(1).sum(1) / 4
 
 
 def gaussian_kl(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, I)), summed over all dimensions but the first: (B,) nats."""
+    """KL(N(mu, exp(logvar)) || N(0, I)) of each image: (B,) nats."""
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 

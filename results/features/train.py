@@ -10,7 +10,6 @@ similar features, and those of other images shall not. It takes 5 to 25 minutes 
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -142,8 +141,7 @@ def main(argv=None):
     net.load_state_dict(state["state"])  # as it will be loaded
     report = examine(net, data)
     common.write_json(path.with_suffix(".json"), report)
-    print(json.dumps(report, indent=1))
-    print(f"use it with --weights {path}")
+    print(report, f"use it with --weights {path}", sep="\n")
 
 
 if __name__ == "__main__":
