@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 
 def seed_of(seed, purpose):
-    """A number below 2^56 from a seed and a purpose, a text. Another seed or purpose gives another number."""
+    """A number below 2^56 that is another one for another seed or purpose, a text."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "little")
 
 
@@ -569,7 +569,7 @@ class Model:
     vae: VAE | None = None
     priors: dict = field(default_factory=dict)  # over z, by name; each has sample(count, gen) and log_prob(z)
     diffusion: Diffusion | None = None  # none in a VAE alone
-    # denoiser(x_hat, z) is called for each batch, and returns the denoise(x, t) of `sample`. (Only stage 3 uses z.)
+    # denoiser(x_hat, z), called for each batch, returns the denoise(x, t) of `sample`. (Only stage 3 uses z.)
     denoiser: Callable | None = None
     decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
     evaluations: int = 1  # how many networks run in each sampling step
@@ -989,8 +989,8 @@ def read_settings(args):
         changes |= {"batch": args.batch_size}
     for text in args.set:
         key, _, value = text.partition("=")
-        if key not in TRAINING | EVALUATION:
-            fail(f"--set {text}: no such setting; there are {', '.join(TRAINING | EVALUATION)}")
+        if key not in settings or key in ("dataset", "image_size", "budget"):
+            fail(f"--set {text}: no such setting; there are {', '.join(settings)}")
         try:
             value = json.loads(value)
         except ValueError:
@@ -1001,7 +1001,7 @@ def read_settings(args):
         changes[key] = value
     settings |= changes
     settings["probe_samples"] = min(settings["probe_samples"], settings["eval_samples"])
-    changes = {key: value for key, value in changes.items() if key in TRAINING}
+    changes = {key: value for key, value in changes.items() if key not in EVALUATION}
     name = "-".join([f"{args.dataset}-{budget}", *(f"{key}={value}" for key, value in changes.items())])
     if args.dataset == "folder":
         name = f"{Path(args.data_dir).resolve().name}-{name}"

@@ -752,7 +752,7 @@ def test_missing_and_broken_data_say_what_to_do(home, monkeypatch, capsys):
                                   ("celeba64", "CelebA", "celeba/img_align_celeba/")):
         monkeypatch.setattr(f"torchvision.datasets.{kind}", no_network)
         expect_error(capsys, lambda d=dataset: common.load_data(d, "data"), f"no images of {dataset}",
-                     f"--data-dir {home / 'data'}", "no network", f"the folder in which {layout}", "use shapes")
+                     f"--data-dir {home / 'data'}", "no network", layout)
     expect_error(capsys, lambda: common.load_data("folder", "nowhere"), "nowhere: 0 images", "--data-dir")
     for i in range(30):
         save(home / "photos" / f"{i:02}.png", noise_image(i))
