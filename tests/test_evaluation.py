@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CPU, data_of, draw_all, oracle, settings
-from PIL import Image
 from test_fid import Colours, save_folder, smooth_images
 
 import common
