@@ -879,7 +879,7 @@ EVALUATION = {  # how a trained model is sampled and scored
     "eval_batch": 100,  # images sampled at a time
     "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10]],  # samplers and steps of further rows
     "probe_samples": 300,  # images of each further row, and of other measurements (noise, paths)
-    "probe_steps": 10,  # DPM-Solver++ steps in other measurements
+    "probe_steps": 5,  # DPM-Solver++ steps in other measurements
     "features": "local",  # network of the scores: local or inception
     "export": 0,  # how many samples are written as PNG files
 }

@@ -400,7 +400,7 @@ def terciles(folder, model, checkpoint, settings, scorer):
 def strategies(folder, model, checkpoint, settings, scorer, prior):
     """Generated images whose number of steps depends on s, with codes of one prior: for each strategy the Frechet
     distance, hf_energy, evaluations of the U-Net and seconds per image. Draws generated-PRIOR.png."""
-    count, full = 3 * (settings["eval_samples"] // 3), settings["probe_steps"]
+    count, full = 3 * (settings["eval_samples"] // 3), settings["sample_steps"]
     z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
     clock = time.time()
     x_hat, s = decode_with_s(model, z, checkpoint["w"])
