@@ -42,7 +42,7 @@ FILM = "stage3-flow-film"
 
 VARIANTS = (  # in the order of the lessons
     "stage1-vae", "stage1-uncond", FORM1, "stage1-form2", "stage1-guided", "stage1-augmented",
-    "stage2-sum", ANNEAL, NO_GRADIENT, "stage2-kendall", "stage2-bound", "stage2-bound-grad-none",
+    "stage2-sum", ANNEAL, NO_GRADIENT, "stage2-kendall", "stage2-bound",
     "stage3-vae-flow", "stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-fade-posterior", FILM,
     "stage3-flow-coupling", "bonus-latent",
 )

@@ -406,7 +406,7 @@ def strategies(folder, model, checkpoint, settings, scorer, prior):
     x_hat, s = decode_with_s(model, z, checkpoint["w"])
     decoding = (time.time() - clock) / count
     other = s.roll(1)  # the s of another image
-    table = {"images": count}
+    table = {}
     for name, sorted_by, steps in (  # steps of the third with the lowest s, the middle, and the highest
             ("all", s, (full, full, full)), ("two_steps", s, (2, 2, 2)), ("by_s", s, (1, 2, 3)),  # two on average
             ("by_s_shuffled", other, (1, 2, 3)), ("unsure_third", s, (0, 0, full)),
@@ -465,7 +465,6 @@ def main(argv=None):
     fid.print_results(settings, scorer)
     print(f"rank correlation of s with the error of held-out images: {correlations}")
     for prior, table in tables["strategies"].items():
-        table.pop("images")
         for strategy, numbers in table.items():
             print(f"{prior:5}{strategy:24}" + "  ".join(f"{key} {value:.3g}" for key, value in numbers.items()))
 
