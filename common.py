@@ -848,7 +848,7 @@ def read_image(path):
 TRAINING = {
     "batch": 32,  # images per step
     "vae_steps": 4000, "unet_steps": 4000,  # optimisation steps
-    "flow_steps": 4000,  # of fitting the flow after the VAE is trained (stage 3)
+    "flow_steps": 4000,  # of fitting flow and uncertainty after the VAE is trained (stage 3)
     "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # learning rate of Muon, for matrices (section 11); 0: Adam for all
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 200,  # steps in which the rates rise from 0

@@ -50,8 +50,8 @@ VARIANTS = (  # in the order of the lessons
 # Settings in which the budgets depart from the paper. A run that changes only these tells what such a departure does.
 DEPARTURES = {"objective", "unet_muon_lr", "vae_muon_lr", "start", "even_levels", "beta"}
 
-# Number: its place in the metrics, and whether lower or higher is better. The parts `headline`, `before`, `steps`,
-# `priors` and `rank_correlation` are added by `read_metrics`.
+# Number: its place in the metrics, and whether lower or higher is better. The parts `headline`, `before`, `steps`
+# and `priors` are added by `read_metrics`.
 NUMBERS = {
     "fd": ("headline/fd", "↓"),
     "fd before": ("before/fd", "↓"),  # of the VAE's images of the same codes, before refinement
@@ -74,7 +74,7 @@ NUMBERS = {
     "path_over_distance": ("tables/latent_space/path_over_distance", "↓"),
     "probe_r2": ("tables/latent_space/probe_r2", "↑"),
     "probe_accuracy": ("tables/latent_space/probe_accuracy", "↑"),
-    "rank correlation": ("rank_correlation", "↑"),  # of s with the error of held-out images
+    "rank correlation": ("tables/rank_correlation", "↑"),  # of s with the error of held-out images
     "own s": ("tables/terciles/own_s", "↓"),  # fd of reconstructions
     "shuffled s": ("tables/terciles/shuffled_s", "↓"),
     "seconds saved, %": ("tables/savings/saved_percent/seconds_per_image", "↑"),
@@ -167,7 +167,6 @@ def simplify(part):
 def read_metrics(path):
     """A metrics.json, with some of its parts under names of their own."""
     metrics = json.loads(path.read_text(), object_hook=simplify)
-    run, tables = metrics["run"], metrics["tables"]
     first, *others = metrics["rows"]
     metrics["headline"] = first
     for row in others:
@@ -178,10 +177,7 @@ def read_metrics(path):
     # Rows of other priors have fewer images than the headline, and so have those of other samplers and steps.
     metrics["priors"] = {row["prior"]: row["fd"] for row in others
                          if (row["sampler"], row["steps"]) == (first["sampler"], first["steps"])}
-    if "rank_correlation" in tables:
-        kind = "posterior" if run["variant"].endswith("-posterior") else "regressed"
-        metrics["rank_correlation"] = tables["rank_correlation"][kind]
-    latent_space = tables.get("latent_space", {})
+    latent_space = metrics["tables"].get("latent_space", {})
     if "probe_r2" in latent_space:  # the mean over the factors
         latent_space["probe_r2"] = float(np.mean([*latent_space["probe_r2"].values()]))
     return metrics

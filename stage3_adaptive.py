@@ -13,16 +13,11 @@ The flow prior
     The rival is the Gaussian mixture of stage 1, fitted to the same codes.
 
 Uncertainty
-    s says how large an error of x_hat = Dec(z) is to be expected: (B,), with mean 0 and standard deviation 1 over
-    training images. When images are generated there is no x to compare x_hat with, so s is computed from
-
-        z ---> x_hat = Dec(z) ---> log-variances of Enc(x_hat)        phi = [z, z^2, log-variances, 1]: (B, 3d + 1)
-        s = w . phi, limited to -3..3
-
-    `--uncertainty` says where w comes from.
-        regressed   a ridge regression of log |x_hat - x0|^2 on phi, over training images
-        posterior   the average of the log-variances over the dimensions in use: the variance of q(z|x), the obvious
-                    measure. It needs x. So in training Enc(x0) is used; in sampling Enc(x_hat) takes its place.
+    s says how large an error of x_hat is to be expected: (B,), with mean 0 and standard deviation 1 over training
+    images. When images are generated there is no x to compare x_hat with, so s is computed from z and x_hat = Dec(z).
+    `--uncertainty` says how.
+        regressed   a small network of z, fitted to log |x_hat - x0|^2 of training images
+        posterior   the mean log-variance of q(z|x), the obvious measure. It needs x, and Enc(x_hat) takes its place.
 
 Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which sampling begins, keeps the whole x_hat.)
     fixed      x_hat as it is. This is stage 1.
@@ -43,7 +38,7 @@ Run     python stage3_adaptive.py                                     flow prior
         python stage3_adaptive.py --dataset celeba64                  on faces; uses the GPU, if there is one
 Expect  on shapes, one and a half times the minutes of stage 1. All conditionings share one VAE. The flow draws better
         codes than N(0, I), but worse ones than the mixture. The command prints how well s ranks the errors of held-out
-        images (a rank correlation of about 0.6 on shapes), and a table of the strategies. In uncertainty.png and
+        images (a rank correlation of about 0.9 on shapes), and a table of the strategies. In uncertainty.png and
         generated-gmm.png images are sorted by s: spotted shapes are on the right.
 """
 
@@ -148,54 +143,69 @@ def fit_flow(flow, mu, logvar, settings, batch=256):
 
 # --- Uncertainty -----------------------------------------------------------------------------------------------------
 
-def phi(z, logvar):
-    """What s is a linear function of, (B, 3d + 1), from codes and log-variances, each (B, d). The 1 at the end is for
-    the bias."""
-    return torch.cat([z, z**2, logvar, torch.ones_like(z[:, :1])], 1)
+KINDS = "regressed", "posterior"
 
+class Uncertainty(nn.Module):
+    """s (B,), from codes z (B, d) and x_hat (B, 3, H, W): `raw`, standardised and limited to -3..3."""
 
-def uncertainty(vae, z, image, w):
-    """s (B,), from codes z (B, d) and the image that the encoder is shown: Dec(z) or, in training with `posterior`, x0.
-    In float32: the log-variances of different images differ by little."""
-    with torch.autocast(image.device.type, enabled=False):
-        _, logvar = vae.encoder(image)
-        return (phi(z, logvar) @ w.to(image.device)).clamp(-3, 3)
+    def __init__(self, kind, d, hidden=128):
+        super().__init__()
+        self.kind = kind
+        self.regressor = nn.Sequential(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                       nn.Linear(hidden, 1))
+        self.register_buffer("mean", torch.zeros(()))  # of `raw`, over training images
+        self.register_buffer("sd", torch.ones(()))
+
+    def raw(self, vae, z, x_hat):
+        """In float32: the log-variances of different images differ by little."""
+        with torch.autocast(z.device.type, enabled=False):
+            if self.kind == "regressed":
+                return self.regressor(z)[:, 0]
+            _, logvar = vae.encoder(x_hat)
+            return logvar.mean(1)
+
+    def forward(self, vae, z, x_hat):
+        return ((self.raw(vae, z, x_hat) - self.mean) / self.sd).clamp(-3, 3)
 
 
 @torch.no_grad()
-def round_trip(vae, images, seed, device):
-    """uint8 images (N, 3, H, W) go through the VAE and back into its encoder: x -> z -> x_hat -> Enc(x_hat). Returns a
-    dictionary of z, mu and logvar of q(z|x), logvar_of_x_hat, each (N, d), and sse (N,), the squared error of x_hat."""
-    mu, logvar = common.encode(vae.encoder, images, device)
-    z = common.reparameterise(mu, logvar, common.randn(mu.shape, common.generator(seed, "round trip")))
-    logvars, errors = [], []
-    for image_part, z_part in zip(images.split(500), z.split(500), strict=True):
-        x_hat = vae.decoder(z_part.to(device))
-        logvars.append(vae.encoder(x_hat)[1].cpu())
-        errors.append(common.squared_error(x_hat, to_float(image_part.to(device))).cpu())
-    return {"z": z, "mu": mu, "logvar": logvar, "logvar_of_x_hat": torch.cat(logvars), "sse": torch.cat(errors)}
+def decode(vae, z, measure, device):
+    """Codes z (N, d) -> x_hat = Dec(z), uint8 (N, 3, H, W), and measure(vae, z, x_hat), (N,), both on the CPU."""
+    images, numbers = [], []
+    for part in z.to(device).split(100):
+        x_hat = vae.decoder(part)
+        images.append(to_uint8(x_hat).cpu())
+        numbers.append(measure(vae, part, x_hat).cpu())
+    return torch.cat(images), torch.cat(numbers)
 
 
-def fit_uncertainty(trip):
-    """The weights w (3d + 1,) of both kinds of uncertainty, from the round trip of training images."""
-    d = trip["z"].shape[1]
-    phi_of_x_hat, phi_of_x = phi(trip["z"], trip["logvar_of_x_hat"]), phi(trip["z"], trip["logvar"])
-    regression, _ = common.ridge_regression(phi_of_x_hat, trip["sse"].log()[:, None])
-    average = torch.cat([torch.zeros(2 * d), common.active_units(trip["mu"]).float(), torch.zeros(1)])
-    weights = {}
-    for kind, features, w in (("regressed", phi_of_x_hat, regression[:, 0]), ("posterior", phi_of_x, average)):
-        raw = features @ w  # scaled and shifted so that s has mean 0 and standard deviation 1
-        weights[kind] = w / raw.std().clamp(min=1e-6)
-        weights[kind][-1] = -raw.mean() / raw.std().clamp(min=1e-6)
-    return weights
+def fit_uncertainty(kind, vae, images, settings, device, batch=256):
+    """The Uncertainty of a kind, fitted to uint8 images (N, 3, H, W). Codes are drawn anew in each step."""
+    mu, logvar = (x.to(device) for x in common.encode(vae.encoder, images, device))  # (N, d)
+    uncertainty = Uncertainty(kind, mu.shape[1]).to(device)
+    x_hat, raw = decode(vae, mu, uncertainty.raw, device)
+    if kind == "regressed":
+        log_error = common.squared_error(to_float(x_hat), to_float(images)).log().to(device)  # (N,)
+        gen = common.generator(settings["seed"], "uncertainty", device)
+        optimizer, steps = torch.optim.Adam(uncertainty.parameters()), settings["flow_steps"]
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, settings)
+            index = torch.randint(len(mu), (batch,), generator=gen, device=device)
+            z = common.reparameterise(mu[index], logvar[index], common.randn((batch, mu.shape[1]), gen))
+            loss = (uncertainty.raw(vae, z, None) - log_error[index]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        raw = uncertainty.raw(vae, mu, None).detach()
+    uncertainty.mean, uncertainty.sd = raw.mean(), raw.std()
+    return uncertainty.cpu()
 
 
-def rank_errors(trip, weights):
-    """Does s rank the errors of held-out images? Spearman's rank correlation with the squared error of x_hat, for both
-    kinds of uncertainty. `posterior` has the s that it has in training, made from Enc(x)."""
-    logvars = {"regressed": trip["logvar_of_x_hat"], "posterior": trip["logvar"]}
-    return {kind: float(spearmanr(phi(trip["z"], logvar) @ weights[kind], trip["sse"]).statistic)
-            for kind, logvar in logvars.items()}
+def rank_errors(vae, uncertainty, images, device):
+    """Does s rank the errors of held-out images? Spearman's rank correlation with the squared error of x_hat."""
+    mu, _ = common.encode(vae.encoder, images, device)
+    x_hat, s = decode(vae, mu, uncertainty, device)
+    return float(spearmanr(s, common.squared_error(to_float(x_hat), to_float(images))).statistic)
 
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------
@@ -282,8 +292,8 @@ def vae_loss(vae, flow, x0, noise, beta, flow_is_prior):
 
 
 def train_vae(folder, settings, data, device):
-    """Train the VAE and its flow. Then fit to the finished VAE: the mixture, the flow, and the weights of the
-    uncertainty, from at most 10,000 training images. Returns the checkpoint."""
+    """Train the VAE and its flow. Then fit to the finished VAE: the flow, the mixture and both kinds of uncertainty.
+    Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
     network, images = build_vae_and_flow(settings), data.train.images
     training = common.Training(folder, settings, device, images, steps=settings["vae_steps"],
@@ -298,9 +308,8 @@ def train_vae(folder, settings, data, device):
     vae = network["vae"].eval().requires_grad_(False)
     mu, logvar = common.encode(vae.encoder, images, device)
     flow = fit_flow(network["flow"], mu, logvar, settings)
-    chosen = torch.randperm(len(images), generator=common.generator(0, "round trip"))[:10_000]
-    trip = round_trip(vae, images[chosen], settings["seed"], device)
-    return training.finish(vae=vae.state_dict(), flow=flow.state_dict(), uncertainty=fit_uncertainty(trip),
+    uncertainties = {kind: fit_uncertainty(kind, vae, images, settings, device).state_dict() for kind in KINDS}
+    return training.finish(vae=vae.state_dict(), flow=flow.state_dict(), uncertainty=uncertainties,
                            gmm=common.fit_mixture(vae, images, settings, device))
 
 
@@ -310,7 +319,7 @@ def train_refiner(folder, settings, conditioning, kind, base, data, device):
     torch.manual_seed(settings["seed"])
     refiner = build_refiner(settings, conditioning)
     vae = common.frozen(common.build_vae(settings), base["vae"], device)
-    w = base["uncertainty"][kind]
+    uncertainty = load_uncertainty(kind, vae, base, device)
     diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
     training = common.Training(folder, settings, device, data.train.images, steps=settings["unet_steps"],
                                flip=settings["unet_flip"], unet=refiner)
@@ -322,16 +331,19 @@ def train_refiner(folder, settings, conditioning, kind, base, data, device):
                 mu, logvar = vae.encoder(x0)
                 z = common.reparameterise(mu, logvar, training.normal(vae.latent_dim))  # (B, d)
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
-                s = None  # `fixed` needs none
-                if conditioning != "fixed":
-                    s = uncertainty(vae, z, x0 if kind == "posterior" else x_hat, w)  # (B,)
+                s = uncertainty(vae, z, x_hat)  # (B,)
             mse = diffusion.simple_loss(denoiser(refiner, x_hat, s), x0, t, eps)  # (B,)
         training.step(common.level_weight(settings, diffusion, t) * mse, {f"{settings['objective']}_mse": mse})
-    return training.finish(base, conditioning=conditioning, w=w,
-                           **{key: base[key] for key in ("vae", "flow", "gmm")})
+    return training.finish(base, conditioning=conditioning, kind=kind,
+                           **{key: base[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
+
+def load_uncertainty(kind, vae, base, device):
+    """The Uncertainty of a kind that was fitted to the VAE of the checkpoint `base`."""
+    return common.frozen(Uncertainty(kind, vae.latent_dim), base["uncertainty"][kind], device)
+
 
 def load_model(checkpoint, device, shuffled=False):
     """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE. If `shuffled`, a control, each image is
@@ -343,10 +355,10 @@ def load_model(checkpoint, device, shuffled=False):
     if "conditioning" in checkpoint:
         refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
 
+        uncertainty = load_uncertainty(checkpoint["kind"], vae, checkpoint, device)
+
         def make_denoiser(x_hat, z):
-            s = None
-            if checkpoint["conditioning"] != "fixed":
-                s = uncertainty(vae, z, x_hat, checkpoint["w"]).roll(1 if shuffled else 0)
+            s = uncertainty(vae, z, x_hat).roll(1 if shuffled else 0)
             return denoiser(refiner, x_hat, s)
 
         model.networks += (refiner,)
@@ -357,17 +369,6 @@ def load_model(checkpoint, device, shuffled=False):
 
 # --- What it shows: does it pay to know s? ---------------------------------------------------------------------------
 
-@torch.no_grad()
-def decode_with_s(model, z, w):
-    """Codes z (N, d) -> x_hat = Dec(z), uint8, and s (N,), both on the CPU."""
-    images, s = [], []
-    for part in z.to(model.device).split(100):
-        x_hat = model.vae.decoder(part)
-        images.append(to_uint8(x_hat).cpu())
-        s.append(uncertainty(model.vae, part, x_hat, w).cpu())
-    return torch.cat(images), torch.cat(s)
-
-
 def draw_by_s(path, s, rows):
     """A picture of twelve images, from the surest on, with their s (N,) above. `rows` holds one or more versions of the
     same N images: {label: uint8 (N, 3, H, W)}."""
@@ -376,34 +377,34 @@ def draw_by_s(path, s, rows):
                      columns=[f"s = {value:.1f}" for value in s[shown].tolist()])
 
 
-def terciles(folder, model, checkpoint, settings, scorer):
+def terciles(folder, model, control, uncertainty, settings, scorer):
     """The Frechet distance of reconstructions of held-out images to the originals:
         sure, middle, unsure     by thirds of s, of the VAE's images and of the refined ones
-        own_s, shuffled_s        of all refined images, with their own s and with that of another image
+        own_s, shuffled_s        of all refined images, by the model and by `control`, which has the s of another image
     Draws uncertainty.png."""
     quick = fid.quick(settings)
     real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(model.vae.encoder, real, model.device)
-    x_hat, s = decode_with_s(model, mu, checkpoint["w"])
+    x_hat, s = decode(model.vae, mu, uncertainty, model.device)
     _, refined, _ = common.generate(model, quick, z=mu)
     draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
     table = {"images": len(real)}
     for name, third in zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True):
         table[name] = {"vae": fid.fd_to_originals(scorer, x_hat[third], real[third]),
                        "refined": fid.fd_to_originals(scorer, refined[third], real[third])}
-    _, control, _ = common.generate(load_model(checkpoint, model.device, shuffled=True), quick, z=mu)
+    _, other, _ = common.generate(control, quick, z=mu)
     table["own_s"] = fid.fd_to_originals(scorer, refined, real)
-    table["shuffled_s"] = fid.fd_to_originals(scorer, control, real)
+    table["shuffled_s"] = fid.fd_to_originals(scorer, other, real)
     return table
 
 
-def strategies(folder, model, checkpoint, settings, scorer, prior):
+def strategies(folder, model, uncertainty, settings, scorer, prior):
     """Generated images whose number of steps depends on s, with codes of one prior: for each strategy the Frechet
     distance, hf_energy, evaluations of the U-Net and seconds per image. Draws generated-PRIOR.png."""
     count, full = 3 * (settings["eval_samples"] // 3), settings["sample_steps"]
     z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
     clock = time.time()
-    x_hat, s = decode_with_s(model, z, checkpoint["w"])
+    x_hat, s = decode(model.vae, z, uncertainty, model.device)
     decoding = (time.time() - clock) / count
     other = s.roll(1)  # the s of another image
     table = {}
@@ -432,7 +433,7 @@ def main(argv=None):
     common.add_flags(parser, priors=("gaussian", "gmm", "flow"), prior="flow")
     parser.add_argument("--conditioning", choices=("fixed", "fade", "film", "coupling"), default="film",
                         help="how the refiner uses x_hat (default: %(default)s)")
-    parser.add_argument("--uncertainty", choices=("regressed", "posterior"), default="regressed",
+    parser.add_argument("--uncertainty", choices=KINDS, default="regressed",
                         help="where s comes from (default: %(default)s); see the top of the file")
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
@@ -444,26 +445,25 @@ def main(argv=None):
     folder = common.run_folder(settings, "stage3-vae-flow")
     base = common.finished(folder, settings, args.resume) or train_vae(folder, settings, scorer.data, device)
     model = load_model(base, device)
-    trip = round_trip(model.vae, scorer.data.test.images, args.seed, device)
-    correlations = rank_errors(trip, base["uncertainty"])
     rows = fid.score(folder, model, settings, scorer)
-    fid.write_metrics(folder, base, model, settings, scorer, rows, {"rank_correlation": correlations})
+    fid.write_metrics(folder, base, model, settings, scorer, rows, {})
 
     name = f"stage3-flow-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
     folder = common.run_folder(settings, name)
     checkpoint = (common.finished(folder, settings, args.resume)
                   or train_refiner(folder, settings, args.conditioning, args.uncertainty, base, scorer.data, device))
-    model = load_model(checkpoint, device)
+    model, control = load_model(checkpoint, device), load_model(checkpoint, device, shuffled=True)
+    uncertainty = load_uncertainty(args.uncertainty, model.vae, base, device)
     rows = fid.score(folder, model, settings, scorer)
-    tables = {"rank_correlation": correlations,
+    tables = {"rank_correlation": rank_errors(model.vae, uncertainty, scorer.data.test.images, device),
               "robustness": fid.robustness(folder, model, settings, scorer),
               "latent_space": fid.latent_space(folder, model, settings, scorer),
-              "terciles": terciles(folder, model, checkpoint, settings, scorer),
-              "strategies": {prior: strategies(folder, model, checkpoint, settings, scorer, prior)
+              "terciles": terciles(folder, model, control, uncertainty, settings, scorer),
+              "strategies": {prior: strategies(folder, model, uncertainty, settings, scorer, prior)
                              for prior in ("gmm", "flow")}}
     fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
     fid.print_results(settings, scorer)
-    print(f"rank correlation of s with the error of held-out images: {correlations}")
+    print(f"rank correlation of s with the error of held-out images: {tables['rank_correlation']:.2f}")
     for prior, table in tables["strategies"].items():
         for strategy, numbers in table.items():
             print(f"{prior:5}{strategy:24}" + "  ".join(f"{key} {value:.3g}" for key, value in numbers.items()))

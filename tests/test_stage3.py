@@ -118,46 +118,54 @@ def test_gradients_of_the_vae_and_its_flow():
 
 # A VAE that keeps z in the first row of an 8x8 image and leaves the rest grey. Its log-variances depend on the image,
 # but not on how large the error is.
-PLANTED = SimpleNamespace(encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
-                          decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
+PLANTED = SimpleNamespace(
+    encoder=lambda x: (2 * x[:, 0, 0], 0.1 * torch.sin(80 * x[:, 0, 0]) - 9), latent_dim=8,
+    decoder=lambda z: torch.nn.functional.pad(z[:, None, None] / 2, (0, 0, 0, 7, 0, 2)))
 
 
-def planted_images(count, purpose):
-    """What PLANTED leaves grey is noise whose size depends on z."""
+def planted_images(count, purpose, size):
+    """What PLANTED leaves grey is noise of the size size(z)."""
     z, noise = normal(count, 8, purpose=purpose).clamp(-1.9, 1.9), 0.2 * normal(count, 3, 8, 8, purpose=f"{purpose} 2")
     noise[:, 0, 0] = 0
-    size = (0.4 * z[:, 0] - 0.3 * z[:, 1] + 0.2 * z[:, 2] ** 2).exp()
-    return common.to_uint8(PLANTED.decoder(z) + size[:, None, None, None] * noise)
+    return common.to_uint8(PLANTED.decoder(z) + size(z)[:, None, None, None] * noise)
+
+
+def of_z(z):
+    return (0.4 * z[:, 0] - 0.3 * z[:, 1] + 0.4 * z[:, 2] * z[:, 3]).exp()
+
+
+def of_the_variance(z):
+    _, logvar = PLANTED.encoder(common.to_float(common.to_uint8(PLANTED.decoder(z))))
+    return (4 * (logvar.mean(1) + 9)).exp()
 
 
 def test_s_by_hand():
-    """s = w . [z, z^2, log-variances of the image, 1], within -3..3."""
+    """The mean log-variance of x_hat, standardised and limited to -3..3."""
     vae = SimpleNamespace(encoder=lambda image: (None, image))
-    w = torch.tensor([1.0, 0, 0, 0.1, 0, -0.5, 0.25])
-    z, logvar = torch.tensor([[1.0, 2], [2, -1], [9, 0], [0, 0]]), torch.tensor([[2.0, 3], [0, 9], [0, 0], [0, 8]])
-    s = stage3.uncertainty(vae, z, logvar, w)
-    assert s.tolist() == pytest.approx([1 + 0.4 - 1.5 + 0.25, 2 + 0.1 - 4.5 + 0.25, 3, -3])
+    uncertainty = stage3.Uncertainty("posterior", 2)
+    uncertainty.mean, uncertainty.sd = torch.tensor(1.0), torch.tensor(0.5)
+    logvar = torch.tensor([[2.0, 3], [0, 3], [0, 0], [0, 8]])
+    assert uncertainty(vae, torch.zeros(4, 2), logvar).tolist() == [3, 1, -2, 3]
 
 
-def test_fitted_uncertainty():
-    """s has mean 0 and sd 1. Only `regressed` finds errors that depend on z, also on other images."""
-    images, others = planted_images(2000, "train"), planted_images(1000, "held out")
-    trip, held_out = (stage3.round_trip(PLANTED, x, 0, CPU) for x in (images, others))
-    x_hat, weights = PLANTED.decoder(trip["z"]), stage3.fit_uncertainty(trip)
-    assert torch.allclose(trip["sse"], ((x_hat - common.to_float(images)) / 2).square().sum((1, 2, 3)), rtol=1e-4)
-    for kind in ("regressed", "posterior"):
-        s = stage3.uncertainty(PLANTED, trip["z"], x_hat, weights[kind])
+@pytest.mark.parametrize("size, finds", [(of_z, "regressed"), (of_the_variance, "posterior")])
+def test_fitted_uncertainty(size, finds):
+    """s has mean 0 and sd 1. Each kind finds the errors that depend on what it sees, also on other images."""
+    images, others = planted_images(2000, "train", size), planted_images(1000, "held out", size)
+    z, _ = common.encode(PLANTED.encoder, images, CPU)
+    for kind in stage3.KINDS:
+        own = settings(flow_steps=400)
+        uncertainty = stage3.fit_uncertainty(kind, PLANTED, images, own, CPU)
+        x_hat, s = stage3.decode(PLANTED, z, uncertainty, CPU)
+        assert torch.equal(x_hat, common.to_uint8(PLANTED.decoder(z)))
         assert abs(s.mean()) < 0.03 and s.std() == pytest.approx(1, abs=0.02)
-    ranks = stage3.rank_errors(held_out, weights)
-    assert ranks["regressed"] > 0.8 and abs(ranks["posterior"]) < 0.1
-    rising = held_out | {"sse": held_out["logvar"].sum(1)}  # errors that rise with the variance of q(z|x)
-    assert stage3.rank_errors(rising, weights)["posterior"] == pytest.approx(1, abs=1e-3)
+        rank = stage3.rank_errors(PLANTED, uncertainty, others, CPU)
+        assert rank > 0.8 if kind == finds else abs(rank) < 0.5
 
 
 @pytest.mark.parametrize("kind,conditioning", [("regressed", "film"), ("posterior", "fade")])
 def test_same_s_in_training_and_sampling(kind, conditioning, tmp_path, monkeypatch):
-    """s is made of z and x_hat in both; `posterior` is trained with the log-variances of x0. In the control, each image
-    has the s of the image before it."""
+    """s is made of z and x_hat in both. In the control, each image has the s of the image before it."""
     data, own, seen, x0s, draws = data_of(60), settings(2), [], [], []
     denoiser, batch, draw = stage3.denoiser, common.Training.batch, common.Training.normal
     base = stage3.train_vae(tmp_path / "vae", own, data, CPU)
@@ -165,32 +173,34 @@ def test_same_s_in_training_and_sampling(kind, conditioning, tmp_path, monkeypat
     monkeypatch.setattr(common.Training, "batch", lambda training: x0s.append(batch(training)) or x0s[-1])
     monkeypatch.setattr(common.Training, "normal", lambda *args: draws.append(draw(*args)) or draws[-1])
     state = stage3.train_refiner(tmp_path / "refiner", own, conditioning, kind, base, data, CPU)
-    model, w = stage3.load_model(state, CPU), base["uncertainty"][kind]
+    model = stage3.load_model(state, CPU)
+    uncertainty = stage3.load_uncertainty(kind, model.vae, state, CPU)
     assert same(state["vae"], base["vae"]) and same(dict(model.networks[2].state_dict()), state["unet"])
     for (x_hat, s), x0, z_noise in zip(seen, x0s, draws[1::2], strict=True):  # the first draw of a step is eps
         z = common.reparameterise(*model.vae.encoder(x0), z_noise)
         assert torch.allclose(model.vae.decoder(z), x_hat, atol=1e-5)
-        found = [stage3.uncertainty(model.vae, z, image, w) for image in (x_hat, x0)]
-        own_s, other_s = found[::-1] if kind == "posterior" else found
-        assert torch.allclose(own_s, s, atol=1e-4) and not torch.allclose(other_s, s, atol=1e-2)
+        assert torch.allclose(uncertainty(model.vae, z, x_hat), s, atol=1e-4) and s.std() > 0.1
     z = normal(3, model.vae.latent_dim)
-    x_hat = model.vae.decoder(z) + 0.1  # damaged: then s is that of the damaged image
-    expected = stage3.uncertainty(model.vae, z, x_hat, w)
+    x_hat = model.vae.decoder(z) + 0.1
+    expected = uncertainty(model.vae, z, x_hat)
     for control in (False, True):
         stage3.load_model(state, CPU, shuffled=control).denoiser(x_hat, z)
         assert torch.equal(seen[-1][1], expected[[2, 0, 1]] if control else expected)
 
 
 def test_density_and_uncertainty_stay_in_float32():
-    """Networks may run in bfloat16. These two do not: they are the same, bit for bit, beside such networks."""
+    """Networks may run in bfloat16. These do not: they are the same, bit for bit, beside such networks."""
     torch.manual_seed(0)
     vae, x0 = common.build_vae(settings()), common.to_float(data_of(4).train.images)
     flow, z = shaken(stage3.RealNVP(8), 0.2), torch.randn(4, 8)
-    w = torch.randn(25)
-    exact, logvar = (flow.log_prob(z), stage3.uncertainty(vae, z, x0, w)), vae.encoder(x0)[1]
+    kinds = [shaken(stage3.Uncertainty(kind, 8), 0.2) for kind in stage3.KINDS]
+
+    def numbers():
+        return [flow.log_prob(z), *(uncertainty.raw(vae, z, x0) for uncertainty in kinds)]
+
+    exact, logvar = numbers(), vae.encoder(x0)[1]
     with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(vae.encoder(x0)[1], logvar)
-        assert same((flow.log_prob(z), stage3.uncertainty(vae, z, x0, w)), exact)
+        assert not torch.equal(vae.encoder(x0)[1], logvar) and same(numbers(), exact)
 
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------
@@ -271,14 +281,18 @@ def test_training_of_the_vae(tmp_path, monkeypatch):
 
 @pytest.fixture
 def by_first(monkeypatch):
-    """A model of PLANTED, in which s is the first number of z. Refinement adds its number of steps to every pixel."""
+    """A model of PLANTED. Refinement adds its number of steps to every pixel."""
     def generate(model, settings, z):
         x_hat = common.to_uint8(PLANTED.decoder(z))
         return x_hat, x_hat + settings["sample_steps"], 0.5
 
-    monkeypatch.setattr(stage3, "uncertainty", lambda vae, z, image, w: z[:, 0])
     monkeypatch.setattr(common, "generate", generate)
     return common.Model(CPU, (3, 8, 8), (), PLANTED, {"gmm": common.GaussianMixture.standard_normal(8)})
+
+
+def first(vae, z, x_hat):
+    """In place of the uncertainty: the first number of z."""
+    return z[:, 0]
 
 
 def test_strategies(by_first, tmp_path, monkeypatch):
@@ -292,7 +306,7 @@ def test_strategies(by_first, tmp_path, monkeypatch):
     scorer.distance = "fd"
     monkeypatch.setattr(common, "save_grid", lambda path, rows, columns: pictures.append((rows, columns)))
     own = settings(eval_samples=31, sample_steps=5)
-    table = stage3.strategies(tmp_path, by_first, {"w": None}, own, scorer, "gmm")
+    table = stage3.strategies(tmp_path, by_first, first, own, scorer, "gmm")
     z = common.GaussianMixture.standard_normal(8).sample(30, common.generator(0, "strategies"))
     third, other = z[:, 0].argsort().argsort() // 10, z[:, 0].roll(1).argsort().argsort() // 10  # 0 sure, 2 unsure
     expected = {"all": 5 + 0 * third, "two_steps": 2 + 0 * third, "by_s": 1 + third,
@@ -314,16 +328,15 @@ def test_terciles(by_first, tmp_path, monkeypatch):
     def mean_difference(scorer, images, originals):
         return (images.float() - originals.float()).mean().item(), len(images)
 
-    others = []
     monkeypatch.setattr(fid, "fd_to_originals", mean_difference)
-    monkeypatch.setattr(stage3, "load_model", lambda state, device, shuffled: others.append(shuffled) or by_first)
     z = normal(33, 8).clamp(-1.9, 1.9)
     real = common.to_uint8(PLANTED.decoder(z))
     third = z[:, 0].argsort().argsort() // 10
     real[:30] -= third[:30, None, None, None].to(torch.uint8)  # errors 0, 1, 2 of the VAE's images
     splits = common.Data(None, common.ImageData(real, ""))
-    table = stage3.terciles(tmp_path, by_first, {"w": None}, settings(eval_samples=30), SimpleNamespace(data=splits))
-    assert table["images"] == 30 and others == [True] and (tmp_path / "uncertainty.png").is_file()
+    data = SimpleNamespace(data=splits)
+    table = stage3.terciles(tmp_path, by_first, by_first, first, settings(eval_samples=30), data)
+    assert table["images"] == 30 and (tmp_path / "uncertainty.png").is_file()
     means = [table[name] for name in ("sure", "middle", "unsure")]
     assert [mean["vae"][1] for mean in means] == [10] * 3 and table["own_s"] == table["shuffled_s"]
     errors = [mean["vae"][0] for mean in means]
