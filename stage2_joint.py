@@ -38,7 +38,7 @@ details into z in a hidden form: the KL rises, and x_hat stops looking like an i
 Run     python stage2_joint.py                       shapes, on a laptop; stage1_baseline.py first, to compare with it
         python stage2_joint.py --loss kendall        with learned weights
         python stage2_joint.py --dataset celeba64    on faces; uses the GPU, if there is one
-Expect  as many minutes as stage 1 takes for both networks. All runs of the folder are printed as one table. On shapes
+Expect  no more minutes than stage 1 takes for both networks. All runs of the folder are printed as one table. On shapes
         the refiner tolerates noise on x_hat far better than in stage 1 (`robustness` in metrics.json), and the KL is
         higher. interpolation.png shows paths through the latent space.
 """
@@ -57,12 +57,6 @@ import fid
 def denoiser(unet, x_hat):
     """`denoise(x, t)` with x_hat (B, 3, H, W) concatenated to the U-Net's input: Formulation 1 of stage 1."""
     return lambda x, t: unet(torch.cat([x, x_hat], 1), t)
-
-
-def joint_steps(settings):
-    """The number of steps of joint training: half of what stage 1 takes for its two networks together. One joint step
-    trains both, so joint training takes about as long as stage 1."""
-    return (settings["vae_steps"] + settings["unet_steps"]) // 2
 
 
 class Balance(nn.Module):
@@ -87,7 +81,7 @@ def loss_weights(settings, loss, gradient, step, balance):
     """w_E and w_M at a step (see the table at the top): two numbers or scalar tensors."""
     w_E, w_M = 1.0, settings["diffusion_weight"]  # sum
     if loss == "anneal":
-        progress = min(1.0, step / (0.6 * joint_steps(settings)))
+        progress = min(1.0, step / (0.6 * settings["unet_steps"]))
         w_M = settings["diffusion_weight"] * 0.1 ** (1 - progress)
     elif loss == "kendall":
         a, b = balance.a_and_b.detach()
@@ -120,14 +114,14 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def train_joint(folder, settings, loss, gradient, data, device):
-    """Train VAE and refiner together, from scratch. Returns the checkpoint."""
+    """Train VAE and refiner together, from scratch, for as many steps as stage 1's refiner. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
     vae, unet = common.build_vae(settings), common.build_unet(settings, 6)
     diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
     D = data.train.images[0].numel()  # the number of pixel values
     balance = Balance(D)
     networks = {"vae": vae, "unet": unet} | ({"balance": balance} if loss == "kendall" else {})
-    training = common.Training(folder, settings | BALANCE, device, data.train.images, steps=joint_steps(settings),
+    training = common.Training(folder, settings | BALANCE, device, data.train.images, steps=settings["unet_steps"],
                                flip=settings["unet_flip"], **networks)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
         u, eps = training.uniform(), training.normal(*x0.shape[1:])  # (B,), (B, 3, H, W)

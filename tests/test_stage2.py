@@ -158,18 +158,18 @@ def test_the_bound_pulls_back_what_is_out_of_range():
 
 
 def test_anneal_raises_the_weight(tmp_path):
-    """w_M rises log-linearly from a tenth of lambda over the first 60% of the steps, half of stage 1's. The log holds
+    """w_M rises log-linearly from a tenth of lambda over the first 60% of the steps. The log holds
     it."""
     def weight(own, step):
         w_E, w_M = stage2.loss_weights(own, "anneal", "full", step, None)
         assert w_E == 1
         return w_M
 
-    own = {"diffusion_weight": 3.0, "vae_steps": 81, "unet_steps": 120}  # 100 steps
+    own = {"diffusion_weight": 3.0, "unet_steps": 100}
     weights = [weight(own, step) for step in range(101)]
     assert weights[0] == pytest.approx(0.3) and weights[30] == pytest.approx(3 * 0.1**0.5)
     assert weights[60:] == pytest.approx([3.0] * 41) and weights == sorted(weights)
-    own = settings(every=1, vae_steps=6, unet_steps=11)
+    own = settings(every=1, unet_steps=8)
     log = stage2.train_joint(tmp_path, own, "anneal", "full", data_of(60), CPU)["log"]
     assert [row["weight"] for row in log] == pytest.approx([weight(own, step) for step in range(8)])
 
