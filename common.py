@@ -591,11 +591,11 @@ def encode(encoder, images, device, batch=100):
 
 
 def draw_codes(vae, images, seed, device):
-    """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted: about 60,000, but at
+    """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted: about 30,000, but at
     most ten of each image."""
     mu, logvar = encode(vae.encoder, images, device)
     gen = generator(seed, "codes of training images")
-    draws = max(1, min(10, 60_000 // len(mu)))
+    draws = max(1, min(10, 30_000 // len(mu)))
     return torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
 
 
@@ -897,7 +897,7 @@ CHANGES = {  # by image size, data set, budget, and pairs of them; what comes la
     "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},
     "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
                    "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
-                   "vae_steps": 900, "unet_steps": 600, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
+                   "vae_steps": 600, "unet_steps": 600, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
                    "probe_samples": 200},
     "smoke": {"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
               "ae_width": 16, "latent_table": [[1, 16, 1, 1]], "every": 4,
