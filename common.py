@@ -874,7 +874,7 @@ TRAINING = {
 EVALUATION = {  # how a trained model is sampled and scored
     "prior": "gmm",  # over z: gaussian, gmm or (stage 3) flow
     "sampler": "dpm", "sample_steps": 10,
-    "temperature": 1.0,  # factor of the noise that sampling starts from
+    "temperature": 1.0,  # factor of the noise in x_start; above 1 it makes up for detail that x_hat lacks
     "eval_samples": 1000,  # images of the first row of scores
     "eval_batch": 100,  # images sampled at a time
     "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10]],  # samplers and steps of further rows
@@ -898,7 +898,7 @@ CHANGES = {  # by image size, data set, budget, and pairs of them; what comes la
     "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
                    "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
                    "vae_steps": 600, "unet_steps": 600, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
-                   "probe_samples": 200},
+                   "sample_steps": 5, "temperature": 1.1, "probe_samples": 200},
     "smoke": {"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
               "ae_width": 16, "latent_table": [[1, 16, 1, 1]], "every": 4,
               "sample_steps": 4, "eval_samples": 60, "eval_batch": 64, "grid": [["ddim", 2]], "probe_samples": 60,
