@@ -128,16 +128,14 @@ class Diffusion:
         return x0, (x_t - a * x0) / sigma
 
     def posterior(self, t, t_next):
-        """q(x at t_next | x_t, x0) for t_next < t, a Gaussian with the mean x0_factor x0 + xt_factor x_t (DDPM eq.
-        6-7). Returns x0_factor, xt_factor and the variance, float64. The times are numbers or tensors (B,).
-
-        ("Next" means next in sampling, which runs backwards in time. With t_next = t - 1 these are DDPM's formulas.
-        Other values describe a process that skips times.)"""
+        """q(x at t_next | x_t, x0), where t_next < t is the next time that sampling visits. It is a Gaussian with the
+        mean x0_factor x0 + xt_factor x_t (DDPM eq. 6-7, if t_next = t - 1). Returns x0_factor, xt_factor and the
+        variance, float64. The times are numbers or tensors (B,)."""
         bar_t, bar_next = self.alpha_bar[t], self.alpha_bar[t_next]
-        beta = 1 - bar_t / bar_next  # variance of the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
-        x0_factor = bar_next.sqrt() * beta / (1 - bar_t)
+        added = 1 - bar_t / bar_next  # variance of the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
+        x0_factor = bar_next.sqrt() * added / (1 - bar_t)
         xt_factor = (bar_t / bar_next).sqrt() * (1 - bar_next) / (1 - bar_t)
-        return x0_factor, xt_factor, beta * (1 - bar_next) / (1 - bar_t)
+        return x0_factor, xt_factor, added * (1 - bar_next) / (1 - bar_t)
 
 
 def time_grid(start, steps):
@@ -312,17 +310,6 @@ def squared_error(x_hat, x0):
 def gaussian_kl(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, I)) of each image: (B,) nats."""
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-
-
-def gaussian_log_prob(z, mu, logvar):
-    """log N(z; mu, exp(logvar)), summed over the dimensions of (B, d): (B,) nats."""
-    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(1)
-
-
-def active_units(mu):
-    """Which dimensions of the code are in use: those whose mean mu (N, d) has a variance above 0.01 over the images
-    (the threshold of Burda et al. 2016, 5.2): (d,) of bool."""
-    return mu.var(0) > 0.01
 
 
 class GroupNorm(nn.GroupNorm):
@@ -634,7 +621,7 @@ def generate(model, settings, z=None, damage=0.0):
     for first in tqdm(range(0, count, batch)[RANK::RANKS], desc="sampling", leave=False, disable=count <= batch):
         clock, seed, n = time.time(), settings["seed"], min(batch, count - first)
         gen = generator(seed, f"noise {first}")
-        extra = damage * randn((n, *model.shape), gen).to(model.device)
+        damage_noise = damage * randn((n, *model.shape), gen).to(model.device)
         codes, x_hat = None, torch.zeros(n, *model.shape, device=model.device)
         if model.vae is not None:
             if z is None:
@@ -642,11 +629,11 @@ def generate(model, settings, z=None, damage=0.0):
             else:
                 codes = z[first : first + n].to(model.device)
             with autocast(model.device):
-                x_hat = model.vae.decoder(codes) + extra
+                x_hat = model.vae.decoder(codes) + damage_noise
         x = refine(model, settings, x_hat, codes, gen)
         if model.decode is not None:
             with autocast(model.device):
-                x = model.decode(x + extra)
+                x = model.decode(x + damage_noise)
         parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
     before, after, seconds = zip(*gather(parts), strict=True)
     return torch.cat(before), torch.cat(after), sum(seconds) / count
@@ -883,7 +870,7 @@ EVALUATION = {  # how a trained model is sampled and scored
     "features": "local",  # network of the scores: local or inception
     "export": 0,  # how many samples are written as PNG files
 }
-CHANGES = {  # by image size, data set, budget, and pairs of them; what comes later in budget_settings wins
+CHANGES = {  # by size, data set, budget, "budget size" and "budget dataset": in this order, and the last one wins
     # Rows of vae_table: (resolution, width, blocks of the encoder, blocks of the decoder).
     # Rows of unet_table: (resolution, width, blocks on the way down, blocks on the way up).
     # Sized for two CPU cores: minutes on shapes, an hour on photographs
@@ -1382,17 +1369,6 @@ def learning_rate(base, step, steps, settings):
     rise = (step + 1) / max(1, settings["warmup"])
     fall = (steps - step) / max(1, steps - settings["warmup"]) if settings["decay"] else 1
     return base * min(1, rise, fall)
-
-
-def ridge_regression(x, y, ridge=1e-3):
-    """Linear regression, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is standardised, so
-    that the penalty ridge * N * |weight|^2 does not depend on its units."""
-    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
-    a = (x - mean) / sd
-    penalty = ridge * len(a) * torch.eye(a.shape[1])
-    weight = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))  # (d, k), for standardised x
-    weight = weight / sd[:, None]
-    return weight, y.mean(0) - mean @ weight
 
 
 # ---- 12. Runs --------------------------------------------------------------------------------------------------------

@@ -514,10 +514,22 @@ def images_along_paths(model, settings, first, last, points=9):
     return torch.stack(x_hat, 1), torch.stack(images, 1)
 
 
+def ridge_regression(x, y, ridge=1e-3):
+    """Linear regression, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is standardised, so
+    that the penalty ridge * N * |weight|^2 does not depend on its units."""
+    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
+    a = (x - mean) / sd
+    penalty = ridge * len(a) * torch.eye(a.shape[1])
+    weight = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))  # (d, k), for standardised x
+    weight = weight / sd[:, None]
+    return weight, y.mean(0) - mean @ weight
+
+
 def latent_space(folder, model, settings, scorer, pairs=16):
     """The latent space of a VAE and a refiner, measured on held-out images. Their codes are the means of q(z|x).
 
-        kl_nats, active_units, posterior_variance     how much of the code is in use
+        kl_nats, active_units, posterior_variance     how much of the code is in use (active: the mean
+                                                      varies by more than 0.01; Burda et al. 2016, 5.2)
         log_density                                   mean log density of the codes under each prior, in nats
         path_over_distance, end_distance              of refined images along paths between codes, in features
         probe_accuracy, probe_r2                      how well a linear function of the code tells an image's class and,
@@ -531,7 +543,7 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     x_hat, images, _ = common.generate(model, fewer, z=mu[: len(real)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
     result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
-              "active_units": int(common.active_units(mu).sum()), "latent_dim": mu.shape[1],
+              "active_units": int((mu.var(0) > 0.01).sum()), "latent_dim": mu.shape[1],
               "posterior_variance": float(logvar.exp().mean())}
     codes = common.reparameterise(mu, logvar, randn(mu.shape, generator(settings["seed"], "held-out codes")))
     result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
@@ -551,10 +563,10 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     chosen = torch.randperm(len(train.images), generator=generator(0, "probe"))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
     if train.labels is not None:
-        weight, bias = common.ridge_regression(train_mu, F.one_hot(train.labels[chosen]).float())
+        weight, bias = ridge_regression(train_mu, F.one_hot(train.labels[chosen]).float())
         result["probe_accuracy"] = float(((mu @ weight + bias).argmax(1) == test.labels).float().mean())
     if train.factors is not None:
-        weight, bias = common.ridge_regression(train_mu, train.factors[chosen])
+        weight, bias = ridge_regression(train_mu, train.factors[chosen])
         errors = (mu @ weight + bias - test.factors).square().mean(0)
         r2 = 1 - errors / test.factors.var(0)
         result["probe_r2"] = dict(zip(common.FACTORS, r2.tolist(), strict=True))

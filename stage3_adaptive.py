@@ -270,6 +270,11 @@ def denoiser(refiner, x_hat, s):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
+def gaussian_log_prob(z, mu, logvar):
+    """log N(z; mu, exp(logvar)), summed over the dimensions of (B, d): (B,) nats."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(1)
+
+
 def build_vae_and_flow(settings):
     """The VAE and its flow, trained as one network with the settings vae_*."""
     vae = common.build_vae(settings)
@@ -285,8 +290,9 @@ def vae_loss(vae, flow, x0, noise, beta, flow_is_prior):
     mu, logvar = vae.encoder(x0)
     z = common.reparameterise(mu, logvar, noise)
     sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
-    log_q = common.gaussian_log_prob(z, mu, logvar)  # (B,)
-    log_p = flow.log_prob(common.scale_gradient(z, beta if flow_is_prior else 0.0))  # (B,)
+    log_q = gaussian_log_prob(z, mu, logvar)  # (B,)
+    z_for_flow = common.scale_gradient(z, beta if flow_is_prior else 0.0)
+    log_p = flow.log_prob(z_for_flow)  # (B,)
     loss = sse + beta * (log_q if flow_is_prior else kl) - log_p
     return loss, {"sse": sse, "kl_nats": kl, "kl_flow_nats": log_q - log_p}
 
@@ -295,19 +301,19 @@ def train_vae(folder, settings, data, device):
     """Train the VAE and its flow. Then fit to the finished VAE: the flow, the mixture and both kinds of uncertainty.
     Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    network, images = build_vae_and_flow(settings), data.train.images
+    vae_and_flow, images = build_vae_and_flow(settings), data.train.images
     training = common.Training(folder, settings, device, images, steps=settings["vae_steps"],
-                               flip=settings["vae_flip"], vae=network)
+                               flip=settings["vae_flip"], vae=vae_and_flow)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.normal(network["vae"].latent_dim)  # (B, d)
+        noise = training.normal(vae_and_flow["vae"].latent_dim)  # (B, d)
         with common.autocast(device):
-            loss, terms = vae_loss(network["vae"], network["flow"], x0, noise, settings["beta"],
+            loss, terms = vae_loss(vae_and_flow["vae"], vae_and_flow["flow"], x0, noise, settings["beta"],
                                    flow_is_prior=training.steps_taken >= 0.6 * settings["vae_steps"])
         training.step(loss, terms)
-    network.load_state_dict(training.averages["vae"])
-    vae = network["vae"].eval().requires_grad_(False)
+    vae_and_flow.load_state_dict(training.averages["vae"])
+    vae = vae_and_flow["vae"].eval().requires_grad_(False)
     mu, logvar = common.encode(vae.encoder, images, device)
-    flow = fit_flow(network["flow"], mu, logvar, settings)
+    flow = fit_flow(vae_and_flow["flow"], mu, logvar, settings)
     uncertainties = {kind: fit_uncertainty(kind, vae, images, settings, device).state_dict() for kind in KINDS}
     return training.finish(vae=vae.state_dict(), flow=flow.state_dict(), uncertainty=uncertainties,
                            gmm=common.fit_mixture(vae, images, settings, device))

@@ -19,6 +19,8 @@ from scipy.cluster.vq import kmeans2
 from torch import nn
 
 import common
+import fid
+import stage3_adaptive as stage3
 
 T = 1000
 SAMPLERS = ("ddpm", "ddim", "dpm")
@@ -255,7 +257,7 @@ def test_densities_and_errors_against_torch_distributions():
     mu, logvar, z = (common.randn((5, 7), gen) for _ in range(3))
     q = Normal(mu, (0.5 * logvar).exp())
     assert torch.allclose(common.gaussian_kl(mu, logvar), kl_divergence(q, Normal(0, 1)).sum(1), rtol=1e-5)
-    assert torch.allclose(common.gaussian_log_prob(z, mu, logvar), q.log_prob(z).sum(1), rtol=1e-5)
+    assert torch.allclose(stage3.gaussian_log_prob(z, mu, logvar), q.log_prob(z).sum(1), rtol=1e-5)
     assert torch.allclose(q.cdf(common.reparameterise(mu, logvar, z)), Normal(0, 1).cdf(z), atol=1e-6)
     standard = common.GaussianMixture.standard_normal(7)
     assert torch.allclose(standard.log_prob(z), Normal(0, 1).log_prob(z).sum(1))
@@ -460,13 +462,13 @@ def test_ridge_regression():
     x, noise = common.randn((300, 4), gen) + 2, 0.1 * common.randn((300, 2), gen)
     y = x @ common.randn((4, 2), gen) + 3 + noise
     ones = torch.ones(300, 1)
-    weight, bias = common.ridge_regression(x, y, ridge=0)
+    weight, bias = fid.ridge_regression(x, y, ridge=0)
     exact = torch.linalg.lstsq(torch.cat([x, ones], 1), y).solution
     assert torch.allclose(torch.cat([weight, bias[None]]), exact, atol=1e-4)
     units = torch.tensor([1e-3, 1.0, 50.0, 1e3])
     predictions = []
     for values in (x, x * units, torch.cat([x, ones], 1)):
-        weight, bias = common.ridge_regression(values, y, ridge=0.5)
+        weight, bias = fid.ridge_regression(values, y, ridge=0.5)
         predictions.append(values @ weight + bias)
     assert all(torch.allclose(p, predictions[0], atol=1e-3) for p in predictions)
     assert predictions[0].std() < 0.9 * y.std()

@@ -96,7 +96,7 @@ def test_gradients_of_the_vae_and_its_flow():
     noise = torch.randn(4, vae.latent_dim)
     mu, logvar = vae.encoder(x0)
     z = mu + (0.5 * logvar).exp() * noise
-    kl = common.gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
+    kl = stage3.gaussian_log_prob(z, mu, logvar) - flow.log_prob(z)
     loss_of_stage1, sse, kl_normal = stage1.vae_loss(vae, x0, noise, 0.25)
     of_vae, of_flow = list(vae.parameters()), list(flow.parameters())
 
