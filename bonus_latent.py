@@ -107,7 +107,8 @@ def train_autoencoder(folder, settings, data, device):
         with common.autocast(device):
             mu, logvar = autoencoder["encoder"](x0)
             x_hat = autoencoder["decoder"](common.reparameterise(mu, logvar, noise))
-            sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
+            sse = common.squared_error(x_hat, x0)
+            kl = common.gaussian_kl(mu, logvar)
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
     autoencoder = common.frozen(build_autoencoder(settings), training.averages["vae"], device)
     # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of exp(logvar).
@@ -128,7 +129,8 @@ def train_latent(folder, settings, base, data, device):
     # Scaled once. A Training draws batches from a single tensor, so mean and log-variance lie side by side.
     latents = torch.cat([(mu - base["mean"]) / base["sd"], logvar - 2 * base["sd"].log()], 1)  # (N, 8, h, w)
     torch.manual_seed(settings["seed"])
-    unet, diffusion = build_latent_unet(settings), common.Diffusion(settings["objective"], device=device)
+    unet = build_latent_unet(settings)
+    diffusion = common.Diffusion(settings["objective"], device=device)
     training = common.Training(folder, settings, device, latents, steps=settings["unet_steps"], flip=False, unet=unet)
     for latent in training:  # (B, 8, h, w)
         mu, logvar = latent.chunk(2, 1)
@@ -145,7 +147,9 @@ def train_latent(folder, settings, base, data, device):
 
 def load_model(checkpoint, device):
     """The common.Model of a checkpoint. Its networks are the autoencoder and the U-Net."""
-    settings, mean, sd = checkpoint["settings"], checkpoint["mean"].to(device), checkpoint["sd"].to(device)
+    settings = checkpoint["settings"]
+    mean = checkpoint["mean"].to(device)
+    sd = checkpoint["sd"].to(device)
     autoencoder = common.frozen(build_autoencoder(settings), checkpoint["vae"], device)
     unet = common.frozen(build_latent_unet(settings), checkpoint["unet"], device)
     return common.Model(device, shape=latent_shape(settings), networks=(autoencoder, unet),
@@ -220,7 +224,8 @@ def savings(folder, model, settings):
 @torch.no_grad()
 def ceiling(folder, model, settings, scorer):
     """Scores of the autoencoder's reconstructions of held-out images. Draws reconstructions.png."""
-    autoencoder, real = model.networks[0], scorer.data.test.images[: settings["eval_samples"]]
+    autoencoder = model.networks[0]
+    real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(autoencoder["encoder"], real, model.device)
     decoded = torch.cat([to_uint8(autoencoder["decoder"](part.to(model.device))).cpu() for part in mu.split(500)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": decoded[:12]})

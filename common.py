@@ -80,7 +80,9 @@ class Diffusion:
 
     def __init__(self, objective, T=1000, device="cpu", start=None):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-        self.T, self.objective, self.start = T, objective, start or T
+        self.T = T
+        self.objective = objective
+        self.start = start or T
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.x0_scale = self.alpha_bar.sqrt().float().to(device)  # (T + 1,), the factor of x0 in x_t
         self.eps_scale = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,), the factor of eps in x_t
@@ -131,7 +133,8 @@ class Diffusion:
         """q(x at t_next | x_t, x0), where t_next < t is the next time that sampling visits. It is a Gaussian with the
         mean x0_factor x0 + xt_factor x_t (DDPM eq. 6-7, if t_next = t - 1). Returns x0_factor, xt_factor and the
         variance, float64. The times are numbers or tensors (B,)."""
-        bar_t, bar_next = self.alpha_bar[t], self.alpha_bar[t_next]
+        bar_t = self.alpha_bar[t]
+        bar_next = self.alpha_bar[t_next]
         added = 1 - bar_t / bar_next  # variance of the noise added from t_next to t; DDPM's beta_t if t_next = t - 1
         x0_factor = bar_next.sqrt() * added / (1 - bar_t)
         xt_factor = (bar_t / bar_next).sqrt() * (1 - bar_next) / (1 - bar_t)
@@ -158,7 +161,8 @@ def dpm_step(diffusion, x, x0, t, t_next, previous):
     With x0 in the place of x0_middle, this is a step of DDIM: exact, if the prediction stayed the same during the step.
     It does not, so the solver takes it at the middle of the step: the line through the last two predictions, as a
     function of lambda, is extended by half a step."""
-    a_t, a_next = float(diffusion.alpha_bar[t].sqrt()), float(diffusion.alpha_bar[t_next].sqrt())
+    a_t = float(diffusion.alpha_bar[t].sqrt())
+    a_next = float(diffusion.alpha_bar[t_next].sqrt())
     sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
     if previous is not None and t_next > 0:  # lambda is infinite at time 0
         t_before, x0_before = previous
@@ -286,7 +290,8 @@ class VAE(nn.Module):
 
     def __init__(self, table, pool):
         super().__init__()
-        self.encoder, self.decoder = Encoder(table, pool), Decoder(table, pool)
+        self.encoder = Encoder(table, pool)
+        self.decoder = Decoder(table, pool)
         self.latent_dim = table[-1][1]
 
     def forward(self, x0, noise):
@@ -333,9 +338,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in, width_out, emb_dim, dropout):
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm1 = GroupNorm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, width_out)
-        self.norm2, self.dropout = GroupNorm(width_out), nn.Dropout(dropout)
+        self.norm2 = GroupNorm(width_out)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(width_out, width_out, 3, padding=1))
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
@@ -350,7 +357,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads, self.norm = heads, GroupNorm(width)
-        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), zero_init(nn.Conv2d(width, width, 1))
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = zero_init(nn.Conv2d(width, width, 1))
 
     def forward(self, x):
         b, c, h, w = x.shape
@@ -392,7 +400,8 @@ class UNet(nn.Module):
 
         # The way down. `here` is the width at the place that we have reached, kept_widths those of the maps kept.
         here, kept_widths = first_width, []
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()
+        self.shrink = nn.ModuleList()
         for resolution, width, down_blocks, _ in table:
             kept_widths.append([here])
             self.down.append(nn.ModuleList())
@@ -415,7 +424,8 @@ class UNet(nn.Module):
             highest = resolution == table[0][0]
             self.grow.append(nn.Identity() if highest else
                              nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(here, here, 3, padding=1)))
-        self.norm, self.out = GroupNorm(here), zero_init(nn.Conv2d(here, out_channels, 3, padding=1))
+        self.norm = GroupNorm(here)
+        self.out = zero_init(nn.Conv2d(here, out_channels, 3, padding=1))
 
     def forward(self, x, t, extra=None):
         # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
@@ -468,7 +478,9 @@ class GaussianMixture:
         factors (K, d, d) or, if tied, (1, d, d): the lower Cholesky factors of the covariances"""
 
     def __init__(self, weights, means, factors):
-        self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
+        self.weights = weights.float()
+        self.means = means.float()
+        self.factors = factors.float()
 
     @classmethod
     def standard_normal(cls, d):
@@ -506,7 +518,8 @@ class GaussianMixture:
         products = torch.zeros(1 if tied else K, d, d)  # of z z^T
         for part in z.split(1000):  # n at a time
             belongs = self.log_joint(part).softmax(1)  # (n, K), rows add up to 1
-            mass, sums = mass + belongs.sum(0), sums + belongs.T @ part
+            mass = mass + belongs.sum(0)
+            sums = sums + belongs.T @ part
             if tied:  # summed over all components: sum_k belongs_k z z^T = z z^T, since each row adds up to 1
                 products[0] += part.T @ part
             else:
@@ -616,13 +629,17 @@ def generate(model, settings, z=None, damage=0.0):
     before it is decoded: a test of how well a model copes with a bad x_hat.
     Every batch has its own generators, so image k is made from the same z and noise whatever the sampler, its steps and
     the damage. Several processes share the batches (section 10: this one is RANK of RANKS)."""
-    count, batch = len(z) if z is not None else settings["eval_samples"], settings["eval_batch"]
+    count = len(z) if z is not None else settings["eval_samples"]
+    batch = settings["eval_batch"]
     parts = []
     for first in tqdm(range(0, count, batch)[RANK::RANKS], desc="sampling", leave=False, disable=count <= batch):
-        clock, seed, n = time.time(), settings["seed"], min(batch, count - first)
+        clock = time.time()
+        seed = settings["seed"]
+        n = min(batch, count - first)
         gen = generator(seed, f"noise {first}")
         damage_noise = damage * randn((n, *model.shape), gen).to(model.device)
-        codes, x_hat = None, torch.zeros(n, *model.shape, device=model.device)
+        codes = None
+        x_hat = torch.zeros(n, *model.shape, device=model.device)
         if model.vae is not None:
             if z is None:
                 codes = model.priors[settings["prior"]].sample(n, generator(seed, f"codes {first}")).to(model.device)
@@ -672,7 +689,8 @@ def data_nats(diffusion, x0, x0_predicted):
     the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is the variance at t = 2, and no
     probability is below 1e-12. In float64 on the CPU."""
     sd = float(diffusion.posterior(2, 1)[2].sqrt())
-    x, mean = x0.cpu().double(), x0_predicted.cpu().double()
+    x = x0.cpu().double()
+    mean = x0_predicted.cpu().double()
     ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
     # 1 for the value 255, whose bin has no upper edge; 0 for the value 0, whose bin has no lower one
     below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)
@@ -707,7 +725,11 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     label = torch.randint(6, (count,), generator=gen)
     detail = torch.randint(3, (count, 1, 1), generator=gen)  # 0 plain, 1 broad bands, 2 spotted
     direction = torch.randint(3, (count, 1, 1), generator=gen)  # of bands: horizontal, vertical or diagonal
-    radius, cx, cy, tilt, hue = uniform(9, 12), uniform(13, 19), uniform(13, 19), uniform(-0.25, 0.25), uniform(0, 1)
+    radius = uniform(9, 12)
+    cx = uniform(13, 19)
+    cy = uniform(13, 19)
+    tilt = uniform(-0.25, 0.25)
+    hue = uniform(0, 1)
     lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
     dark, spot = uniform(0.25, 0.7), uniform(0.7, 1.2)  # the darker tone, relative to the lighter; size of the spots
     # HSV to RGB at full saturation and value: red is at hue 0, green at 2/6, blue at 4/6 of the circle. A channel is 1
@@ -723,7 +745,8 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     rho = torch.hypot(u, v)
     half = math.pi / 5  # half the angle between two tips of the star
     to_tip = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()  # angle to the star's nearest tip
-    arm, bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.33), torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
+    arm = torch.maximum(u.abs() - 0.95, v.abs() - 0.33)
+    bar = torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
     distances = torch.stack([
         rho - 0.9,  # disc
         (rho - 0.68).abs() - 0.25,  # ring
@@ -1069,7 +1092,8 @@ def load_split(dataset, split, folder):
         labels = torch.tensor([classes.index(path.parent.name) for path in files])
     if split == "test":  # files may come class by class; in random order the first N images stand for all
         order = torch.randperm(len(images), generator=generator(0, "order of held-out images"))
-        images, labels = images[order], None if labels is None else labels[order]
+        images = images[order]
+        labels = None if labels is None else labels[order]
     return ImageData(images, f"{kind} copies at {width}x{height}", labels)
 
 
@@ -1241,8 +1265,13 @@ class Training:
     goes on from there and, on a CPU, ends with the same bits as if it had never been stopped."""
 
     def __init__(self, folder, settings, device, images, steps, flip, **networks):
-        self.folder, self.settings, self.device, self.networks = Path(folder), settings, device, networks
-        self.images, self.flip, self.steps = images.to(device), flip, steps
+        self.folder = Path(folder)
+        self.settings = settings
+        self.device = device
+        self.networks = networks
+        self.images = images.to(device)
+        self.flip = flip
+        self.steps = steps
         self.averages, self.optimizers = {}, []  # optimizers: pairs of an optimizer and its learning rate
         for name, network in networks.items():
             network.to(device, memory_format=torch.channels_last).train()
@@ -1266,7 +1295,9 @@ class Training:
             self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
         for (optimizer, _), its_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
-        self.steps_taken, self.seconds, self.log = state["steps"], state["seconds"], state["log"]
+        self.steps_taken = state["steps"]
+        self.seconds = state["seconds"]
+        self.log = state["log"]
         if RANK == 0:
             self.gen.set_state(state["generator"])
         else:  # only the first process's generator is saved; a new one for the others
@@ -1281,7 +1312,8 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers]})
 
     def __iter__(self):
-        self.began, saved = time.time() - self.seconds, time.time()
+        self.began = time.time() - self.seconds
+        saved = time.time()
         with tqdm(total=self.steps, initial=self.steps_taken, unit="step", desc=self.folder.name) as bar:
             while self.steps_taken < self.steps:
                 yield self.batch()  # the stage computes the loss and calls self.step, which counts

@@ -138,7 +138,9 @@ class LocalNet(nn.Module):
 
     def __init__(self, classes, size=32):
         super().__init__()
-        self.classes, self.size, self.name = classes, size, "local"
+        self.classes = classes
+        self.size = size
+        self.name = "local"
         self.body = nn.Sequential(
             conv_bn(3, 32, stride=size // 32),  # (B, 32, 32, 32)
             conv_bn(32, 64, stride=2),
@@ -417,9 +419,12 @@ def measure(model, settings, scorer, damage=0.0):
     """Generate images as the settings say and score them. `damage`: see common.generate. Returns one row of the
     metrics, and the images before and after refinement."""
     x_hat, images, seconds = common.generate(model, settings, damage=damage)
-    prior, sampler, steps = settings["prior"] if model.vae else "none", "none", 0
+    prior = settings["prior"] if model.vae else "none"
+    sampler = "none"
+    steps = 0
     if model.denoiser is not None:
-        sampler, steps = settings["sampler"], min(settings["sample_steps"], model.diffusion.start)
+        sampler = settings["sampler"]
+        steps = min(settings["sample_steps"], model.diffusion.start)
     row = {"prior": prior, "sampler": sampler, "steps": steps,
            "nfe": steps * model.evaluations,  # number of evaluations of a network; a guided step has two
            "n_generated": len(images), "seconds_per_image": seconds}

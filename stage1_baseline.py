@@ -73,7 +73,8 @@ def vae_loss(vae, x0, noise, beta):
     With beta = 1 this is the negative ELBO, up to a constant, of a Gaussian decoder with variance 1/2 on images in
     [0, 1]: -log N(x; x_hat, 1/2) = SSE / (2 * 1/2) + constant."""
     x_hat, mu, logvar = vae(x0, noise)
-    sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)
+    sse = common.squared_error(x_hat, x0)
+    kl = common.gaussian_kl(mu, logvar)
     return sse + beta * kl, sse, kl
 
 
@@ -138,7 +139,8 @@ def train_refiner(folder, settings, variant, base, data, device):
     """Train a refiner behind the frozen VAE of the checkpoint `base`. Returns its checkpoint, which contains the VAE as
     well. `uncond` has no base. Of `guided`, the base is that of form1, and what is trained is the guide."""
     torch.manual_seed(settings["seed"])
-    unet, diffusion = build_unet(settings, variant), build_diffusion(settings, variant, device)
+    unet = build_unet(settings, variant)
+    diffusion = build_diffusion(settings, variant, device)
     vae = None if variant == "uncond" else common.frozen(common.build_vae(settings), base["vae"], device)
     steps = math.ceil(settings["unet_steps"] / 10) if variant == "guided" else settings["unet_steps"]
     training = common.Training(folder, settings, device, data.train.images, steps=steps, flip=settings["unet_flip"],
@@ -168,7 +170,9 @@ def train_refiner(folder, settings, variant, base, data, device):
 
 def load_model(checkpoint, device):
     """The common.Model of a checkpoint."""
-    settings, variant, size = checkpoint["settings"], checkpoint["variant"], checkpoint["settings"]["image_size"]
+    settings = checkpoint["settings"]
+    variant = checkpoint["variant"]
+    size = settings["image_size"]
     model = common.Model(device, shape=(3, size, size))
     if variant != "uncond":
         model.vae, model.priors = common.load_vae(checkpoint, device)
@@ -195,7 +199,8 @@ def draw_pretrained(args, settings, device):
     checkpoint = common.load_state(path)
     # To be small, the file has no encoder, which sampling does not use: an untrained one takes its place.
     checkpoint["vae"] = common.build_vae(checkpoint["settings"]).state_dict() | checkpoint["vae"]
-    model, folder = load_model(checkpoint, device), Path(args.out) / f"{args.dataset}-pretrained"
+    model = load_model(checkpoint, device)
+    folder = Path(args.out) / f"{args.dataset}-pretrained"
     x_hat, images, _ = common.generate(model, settings | {"eval_samples": 36, "eval_batch": 36})
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
@@ -207,7 +212,9 @@ def draw_pretrained(args, settings, device):
 
 def evaluate(folder, checkpoint, settings, scorer, device):
     """Measure the model of a checkpoint, and write pictures and metrics.json."""
-    model, variant, tables = load_model(checkpoint, device), checkpoint["variant"], {}
+    model = load_model(checkpoint, device)
+    variant = checkpoint["variant"]
+    tables = {}
     rows = fid.score(folder, model, settings, scorer)
     if model.vae is not None:
         tables["robustness"] = fid.robustness(folder, model, settings, scorer)
@@ -239,7 +246,8 @@ def main(argv=None):
     for variant in BASE:
         if variant not in wanted:
             continue
-        folder, base = common.run_folder(settings, f"stage1-{variant}"), checkpoints[BASE[variant]]
+        folder = common.run_folder(settings, f"stage1-{variant}")
+        base = checkpoints[BASE[variant]]
         checkpoint = common.finished(folder, settings, args.resume)
         if checkpoint is None and variant == "vae":
             checkpoint = train_vae(folder, settings, scorer.data, device)

@@ -116,7 +116,8 @@ def bound_loss(diffusion, denoise, x0, u, eps):
 def train_joint(folder, settings, loss, gradient, data, device):
     """Train VAE and refiner together, from scratch, for as many steps as stage 1's refiner. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    vae, unet = common.build_vae(settings), common.build_unet(settings, 6)
+    vae = common.build_vae(settings)
+    unet = common.build_unet(settings, 6)
     diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
     D = data.train.images[0].numel()  # the number of pixel values
     balance = Balance(D)
@@ -152,7 +153,8 @@ def train_joint(folder, settings, loss, gradient, data, device):
 
 def load_model(checkpoint, device):
     """The common.Model of a checkpoint."""
-    settings, size = checkpoint["settings"], checkpoint["settings"]["image_size"]
+    settings = checkpoint["settings"]
+    size = settings["image_size"]
     vae, priors = common.load_vae(checkpoint, device)
     unet = common.frozen(common.build_unet(settings, 6), checkpoint["unet"], device)
     return common.Model(device, shape=(3, size, size), networks=(vae, unet), vae=vae, priors=priors,

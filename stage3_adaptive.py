@@ -93,7 +93,8 @@ class RealNVP(nn.Module):
 
     def __init__(self, d, hidden=128, couplings=6):
         super().__init__()
-        self.d, self.couplings = d, nn.ModuleList(Coupling(d, hidden) for _ in range(couplings))
+        self.d = d
+        self.couplings = nn.ModuleList(Coupling(d, hidden) for _ in range(couplings))
         gen = common.generator(0, "flow permutations")
         swapped = torch.arange(d).roll(-(d // 2))  # the second half of the dimensions first
         orders = [torch.randperm(d, generator=gen) if i % 2 == 0 else swapped for i in range(couplings)]
@@ -127,7 +128,9 @@ class RealNVP(nn.Module):
 def fit_flow(flow, mu, logvar, settings, batch=256):
     """Fit a flow further to codes z ~ N(mu, exp(logvar)), with mu and logvar (N, d), by maximum likelihood. The codes
     are drawn anew in each step, so that the flow cannot learn the noise of one draw. All this happens on the CPU."""
-    flow, gen, steps = flow.cpu().train(), common.generator(settings["seed"], "flow"), settings["flow_steps"]
+    flow = flow.cpu().train()
+    gen = common.generator(settings["seed"], "flow")
+    steps = settings["flow_steps"]
     optimizer = torch.optim.Adam(flow.parameters())
     for step in tqdm(range(steps), desc="fitting the flow", leave=False):
         optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, settings)
@@ -187,7 +190,8 @@ def fit_uncertainty(kind, vae, images, settings, device, batch=256):
     if kind == "regressed":
         log_error = common.squared_error(to_float(x_hat), to_float(images)).log().to(device)  # (N,)
         gen = common.generator(settings["seed"], "uncertainty", device)
-        optimizer, steps = torch.optim.Adam(uncertainty.parameters()), settings["flow_steps"]
+        optimizer = torch.optim.Adam(uncertainty.parameters())
+        steps = settings["flow_steps"]
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, settings)
             index = torch.randint(len(mu), (batch,), generator=gen, device=device)
@@ -197,7 +201,8 @@ def fit_uncertainty(kind, vae, images, settings, device, batch=256):
             loss.backward()
             optimizer.step()
         raw = uncertainty.raw(vae, mu, None).detach()
-    uncertainty.mean, uncertainty.sd = raw.mean(), raw.std()
+    uncertainty.mean = raw.mean()
+    uncertainty.sd = raw.std()
     return uncertainty.cpu()
 
 
@@ -301,7 +306,8 @@ def train_vae(folder, settings, data, device):
     """Train the VAE and its flow. Then fit to the finished VAE: the flow, the mixture and both kinds of uncertainty.
     Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    vae_and_flow, images = build_vae_and_flow(settings), data.train.images
+    vae_and_flow = build_vae_and_flow(settings)
+    images = data.train.images
     training = common.Training(folder, settings, device, images, steps=settings["vae_steps"],
                                flip=settings["vae_flip"], vae=vae_and_flow)
     for x0 in training:  # (B, 3, H, W) in [-1, 1]
@@ -354,7 +360,8 @@ def load_uncertainty(kind, vae, base, device):
 def load_model(checkpoint, device, shuffled=False):
     """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE. If `shuffled`, a control, each image is
     refined with the s of another one."""
-    settings, size = checkpoint["settings"], checkpoint["settings"]["image_size"]
+    settings = checkpoint["settings"]
+    size = settings["image_size"]
     vae, priors = common.load_vae(checkpoint, device)
     flow = common.frozen(RealNVP(vae.latent_dim), checkpoint["flow"], device)
     model = common.Model(device, shape=(3, size, size), networks=(vae, flow), vae=vae, priors=priors | {"flow": flow})
@@ -407,7 +414,8 @@ def terciles(folder, model, control, uncertainty, settings, scorer):
 def strategies(folder, model, uncertainty, settings, scorer, prior):
     """Generated images whose number of steps depends on s, with codes of one prior: for each strategy the Frechet
     distance, hf_energy, evaluations of the U-Net and seconds per image. Draws generated-PRIOR.png."""
-    count, full = 3 * (settings["eval_samples"] // 3), settings["sample_steps"]
+    count = 3 * (settings["eval_samples"] // 3)
+    full = settings["sample_steps"]
     z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
     clock = time.time()
     x_hat, s = decode(model.vae, z, uncertainty, model.device)
@@ -458,7 +466,8 @@ def main(argv=None):
     folder = common.run_folder(settings, name)
     checkpoint = (common.finished(folder, settings, args.resume)
                   or train_refiner(folder, settings, args.conditioning, args.uncertainty, base, scorer.data, device))
-    model, control = load_model(checkpoint, device), load_model(checkpoint, device, shuffled=True)
+    model = load_model(checkpoint, device)
+    control = load_model(checkpoint, device, shuffled=True)
     uncertainty = load_uncertainty(args.uncertainty, model.vae, base, device)
     rows = fid.score(folder, model, settings, scorer)
     tables = {"rank_correlation": rank_errors(model.vae, uncertainty, scorer.data.test.images, device),

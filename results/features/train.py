@@ -40,12 +40,14 @@ def augment(x, gen):
     # `scale` is the side of the view, as a share of the image's: the root of its share of the area.
     scale, pixel = draw(0.25, 1).sqrt(), 2 / x.shape[-1]
     dx, dy = ((draw(-1, 1) * (1 - scale) / pixel).round() * pixel for _ in range(2))  # shifts by whole pixels
-    mirror, zero = torch.where(draw(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(scale)
+    mirror = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(scale)
     # For each image the matrix with the rows (mirror * scale, 0, dx) and (0, scale, dy).
     theta = torch.cat([scale * mirror, zero, dx, zero, scale, dy], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
+    grey = x.mean(1, keepdim=True)
+    mean = x.mean((1, 2, 3), keepdim=True)
     x = grey + (x - grey) * draw(0.4, 1.6)  # colour
     return mean + (x - mean) * draw(0.6, 1.4) + draw(-0.3, 0.3)  # contrast and brightness
 
@@ -62,15 +64,19 @@ def train(data, name):
     """Train a fid.LocalNet on the training images of a common.ImageData and return it, in evaluation mode."""
     torch.manual_seed(0)  # the initial weights
     gen = common.generator(0, "features")
-    images, labels, factors = data.images, data.labels, data.factors
+    images = data.images
+    labels = data.labels
+    factors = data.factors
     classes = CLUSTERS if labels is None else int(labels.max()) + 1
     net = fid.LocalNet(classes, images.shape[-1]).to(memory_format=torch.channels_last)
     # A second head, for training only, regresses the factors or, without labels, is SimCLR's projection.
     extra_head, peak_rate = nn.Identity(), 0.4  # learning rates were found by trying
     if labels is None:
-        extra_head, peak_rate = nn.Sequential(nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim)), 0.2
+        extra_head = nn.Sequential(nn.Linear(net.dim, 128), nn.ReLU(), nn.Linear(128, net.dim))
+        peak_rate = 0.2
     if factors is not None:
-        extra_head, peak_rate = nn.Linear(net.dim, factors.shape[1]), 0.1
+        extra_head = nn.Linear(net.dim, factors.shape[1])
+        peak_rate = 0.1
         factors = (factors - factors.mean(0)) / factors.std(0)  # so that all count alike, such as the size of spots
     batch = min(256, len(images))
     steps = math.ceil(min(IMAGES_SEEN.get(name, 200_000), 100 * len(images)) / batch)
@@ -131,7 +137,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", default="data", help="where cifar10/ or celeba/ lie (default: data)")
     args = parser.parse_args(argv)
     if args.name in common.DATASETS:
-        data, path = common.load_data(args.name, args.data_dir), fid.FEATURES / f"{args.name}.pt"
+        data = common.load_data(args.name, args.data_dir)
+        path = fid.FEATURES / f"{args.name}.pt"
     else:
         data = common.load_data("folder", args.name)
         path = Path("data") / "features" / f"{Path(args.name).resolve().name}.pt"
