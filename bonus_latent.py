@@ -111,6 +111,7 @@ def train_autoencoder(folder, settings, data, device):
             kl = common.gaussian_kl(mu, logvar)
         training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
     autoencoder = common.frozen(build_autoencoder(settings), training.averages["vae"], device)
+
     # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of exp(logvar).
     mu, logvar = common.encode(autoencoder["encoder"], data.train.images, device)
     mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
@@ -122,10 +123,12 @@ def train_latent(folder, settings, base, data, device):
     """Train the U-Net on scaled latents, with the autoencoder of the checkpoint `base` frozen. Returns its checkpoint.
     """
     autoencoder = common.frozen(build_autoencoder(settings), base["vae"], device)
+
     # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = data.train.images
     images = torch.cat([images, images.flip(3)]) if settings["unet_flip"] else images
     mu, logvar = common.encode(autoencoder["encoder"], images, device)
+
     # Scaled once. A Training draws batches from a single tensor, so mean and log-variance lie side by side.
     latents = torch.cat([(mu - base["mean"]) / base["sd"], logvar - 2 * base["sd"].log()], 1)  # (N, 8, h, w)
     torch.manual_seed(settings["seed"])
@@ -197,6 +200,7 @@ def peak_memory_mb(model, settings, path):
     common.write(path, table.encode())
     if cuda:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
     # The profiler's raw events include one for each allocation (bytes > 0) and each release (bytes < 0).
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

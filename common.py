@@ -413,6 +413,7 @@ class UNet(nn.Module):
             self.shrink.append(nn.Identity() if lowest else nn.Conv2d(here, here, 3, stride=2, padding=1))
         self.middle = nn.ModuleList([ResidualBlock(here, here, emb_dim, dropout), Attention(here, heads),
                                      ResidualBlock(here, here, emb_dim, dropout)])
+
         # The way up, from the lowest level to the highest.
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for resolution, width, _, up_blocks in reversed(table):
@@ -512,6 +513,7 @@ class GaussianMixture:
     def em_round(self, z, tied):
         """One round of EM on z (N, d): the mixture that follows this one."""
         K, d = self.means.shape
+
         # E step: the sums over all z that the M step needs, each z weighted by how much it belongs to a component.
         mass = torch.full((K,), 1e-9)  # positive so that it can be divided by
         sums = torch.zeros(K, d)  # of z
@@ -524,6 +526,7 @@ class GaussianMixture:
                 products[0] += part.T @ part
             else:
                 products += torch.einsum("nk,ni,nj->kij", belongs, part, part)
+
         # M step: new weights, means and covariances. A covariance is E[z z^T] - mean mean^T. If it is shared, it is
         # 1/N sum_n z z^T - 1/N sum_k mass_k mean_k mean_k^T, where mass_k mean_k = sums_k.
         means = sums / mass[:, None]
@@ -692,6 +695,7 @@ def data_nats(diffusion, x0, x0_predicted):
     x = x0.cpu().double()
     mean = x0_predicted.cpu().double()
     ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
+
     # 1 for the value 255, whose bin has no upper edge; 0 for the value 0, whose bin has no lower one
     below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)
     below_lower = torch.where(x > -0.999, ndtr((x - 1 / 255 - mean) / sd), 0.0)
@@ -732,6 +736,7 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     hue = uniform(0, 1)
     lightness, lighter_side = uniform(0.1, 0.55), uniform(0, 2 * math.pi)  # of the ground, and where it gets lighter
     dark, spot = uniform(0.25, 0.7), uniform(0.7, 1.2)  # the darker tone, relative to the lighter; size of the spots
+
     # HSV to RGB at full saturation and value: red is at hue 0, green at 2/6, blue at 4/6 of the circle. A channel is 1
     # within 1/6 of its own hue, and falls to 0 over the next 1/6.
     channels = torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1)
@@ -1353,6 +1358,7 @@ class Training:
             optimizer.zero_grad()
         loss.mean().backward()
         average_over_processes([p.grad for network in self.networks.values() for p in network.parameters()])
+
         # Clip them and update the weights.
         for name, network in self.networks.items():
             nn.utils.clip_grad_norm_(network.parameters(), self.settings[f"{name}_clip"])
@@ -1360,6 +1366,7 @@ class Training:
             optimizer.param_groups[0]["lr"] = learning_rate(base_rate, self.steps_taken, self.steps, self.settings)
             optimizer.step()
         self.steps_taken += 1
+
         # Update the moving averages. Early on the decay is smaller: 2/11, 3/12, ... towards 1. With 0.9999 alone, a
         # third of the average of a run of 10,000 steps would be its initial weights (0.9999^10000 = 0.37).
         early = (1 + self.steps_taken) / (10 + self.steps_taken)
@@ -1367,6 +1374,7 @@ class Training:
             decay = min(self.settings[f"{name}_ema"], early)
             # average += (1 - decay) * (weight - average), for all tensors at once
             torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
+
         # Log.
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().mean()

@@ -36,12 +36,14 @@ def augment(x, gen):
     the features must not ignore noise and blur."""
     def draw(low, high):  # uniform, a number for each image: (B, 1, 1, 1)
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=gen)
+
     # grid_sample counts from -1 to 1 along each side. A view reads at (mirror * scale * x + dx, scale * y + dy).
     # `scale` is the side of the view, as a share of the image's: the root of its share of the area.
     scale, pixel = draw(0.25, 1).sqrt(), 2 / x.shape[-1]
     dx, dy = ((draw(-1, 1) * (1 - scale) / pixel).round() * pixel for _ in range(2))  # shifts by whole pixels
     mirror = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(scale)
+
     # For each image the matrix with the rows (mirror * scale, 0, dx) and (0, scale, dy).
     theta = torch.cat([scale * mirror, zero, dx, zero, scale, dy], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
@@ -69,6 +71,7 @@ def train(data, name):
     factors = data.factors
     classes = CLUSTERS if labels is None else int(labels.max()) + 1
     net = fid.LocalNet(classes, images.shape[-1]).to(memory_format=torch.channels_last)
+
     # A second head, for training only, regresses the factors or, without labels, is SimCLR's projection.
     extra_head, peak_rate = nn.Identity(), 0.4  # learning rates were found by trying
     if labels is None:
