@@ -154,8 +154,9 @@ class Uncertainty(nn.Module):
     def __init__(self, kind, d, hidden=128):
         super().__init__()
         self.kind = kind
-        self.regressor = nn.Sequential(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                       nn.Linear(hidden, 1))
+        if kind == "regressed":
+            self.regressor = nn.Sequential(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                           nn.Linear(hidden, 1))
         self.register_buffer("mean", torch.zeros(()))  # of `raw`, over training images
         self.register_buffer("sd", torch.ones(()))
 
@@ -367,7 +368,6 @@ def load_model(checkpoint, device, shuffled=False):
     model = common.Model(device, shape=(3, size, size), networks=(vae, flow), vae=vae, priors=priors | {"flow": flow})
     if "conditioning" in checkpoint:
         refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
-
         uncertainty = load_uncertainty(checkpoint["kind"], vae, checkpoint, device)
 
         def make_denoiser(x_hat, z):
