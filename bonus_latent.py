@@ -91,7 +91,7 @@ def build_latent_unet(settings):
     _, size, _ = latent_shape(settings)
     table = [(size // shrink, width, down, up) for shrink, width, down, up in settings["latent_table"]]
     return common.UNet(table, in_channels=CHANNELS, out_channels=CHANNELS, attention=[size], heads=settings["heads"],
-                       dropout=settings["dropout"])
+                       dropout=settings["dropout"], pool=settings["pool"])
 
 
 # --- Training --------------------------------------------------------------------------------------------------------

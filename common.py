@@ -384,9 +384,10 @@ class UNet(nn.Module):
     A level keeps its input and the output of each of its blocks, and on the way up each block takes the map that was
     kept last. In DDPM each level has one more block up than down, so all maps are taken: (32, 128, 2, 3). Our small
     networks save some of those blocks. `attention` lists the resolutions that have self-attention beside the middle.
-    `extra` (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it."""
+    `extra` (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it. To double the resolution, a
+    convolution follows nearest upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
 
-    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0):
+    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0, pool=True):
         super().__init__()
         first_width = table[0][1]
         self.frequency_count = first_width // 2  # the time embedding has a sine and a cosine for each
@@ -423,8 +424,8 @@ class UNet(nn.Module):
                 self.up[-1].append(block(here + widths.pop(), width, resolution))
                 here = width
             highest = resolution == table[0][0]
-            self.grow.append(nn.Identity() if highest else
-                             nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(here, here, 3, padding=1)))
+            double, conv = nn.Upsample(scale_factor=2), nn.Conv2d(here, here, 3, padding=1)
+            self.grow.append(nn.Identity() if highest else nn.Sequential(*([double, conv] if pool else [conv, double])))
         self.norm = GroupNorm(here)
         self.out = zero_init(nn.Conv2d(here, out_channels, 3, padding=1))
 
@@ -459,7 +460,7 @@ def build_vae(settings):
 def build_unet(settings, in_channels):
     """The U-Net of `settings`. Its input is x_t (3 channels), followed by what conditions it."""
     return UNet(settings["unet_table"], in_channels, attention=settings["attention"], heads=settings["heads"],
-                dropout=settings["dropout"])
+                dropout=settings["dropout"], pool=settings["pool"])
 
 
 def frozen(network, weights, device):
@@ -874,11 +875,11 @@ TRAINING = {
     "even_levels": True,  # weight noise levels so that all count alike; see level_weight
     "start": 400,  # time at which refinement begins, of 1000; without an x_hat it is always 1000
     "beta": 0.25,  # weight of the KL in the VAE's loss
-    "pool": False,  # True: resolution changes in the VAE as published; see Encoder
+    "pool": False,  # True: resolution changes as published; see Encoder and UNet
     "attention": [],  # resolutions at which the U-Net has attention, beside its middle
     "heads": 1,  # of the attention
     "dropout": 0.0,  # of the U-Net
-    "guidance": 0.5,  # `guided` adds guidance * (refiner - guide) to the prediction (stage 1)
+    "guidance": 0.3,  # `guided` adds guidance * (refiner - guide) to the prediction (stage 1)
     "diffusion_weight": 0.03,  # lambda of joint training (stage 2)
     "vae_flip": True, "unet_flip": True,  # whether training images are mirrored at random
     "components": 30, "tied": False,  # of the mixture that is fitted ex post; see GaussianMixture
@@ -906,13 +907,14 @@ CHANGES = {  # by size, data set, budget, "budget size" and "budget dataset": in
            "unet_table": [[32, 32, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]]},
     "64": {"vae_table": [[64, 16, 1, 1], [32, 32, 2, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
            "unet_table": [[64, 32, 0, 1], [32, 48, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
-           "vae_steps": 2300, "unet_steps": 2300, "flow_steps": 2300},
+           "vae_steps": 2000, "unet_steps": 2400, "flow_steps": 2300},
+    "cifar10": {"guidance": 0.5},
     # A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands
     # of components. No mirroring: slanted bands would run the other way, as in no image of the data.
     "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},
     "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
                    "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
-                   "vae_steps": 600, "unet_steps": 600, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
+                   "vae_steps": 550, "unet_steps": 550, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
                    "sample_steps": 5, "temperature": 1.1, "probe_samples": 200},
     "smoke": {"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
               "ae_width": 16, "latent_table": [[1, 16, 1, 1]], "every": 4,

@@ -331,11 +331,12 @@ def test_strided_layers_keep_the_variance():
         assert float(layer(torch.randn(8, 64, 8, 8)).detach().var()) == pytest.approx(1, rel=0.1)
 
 
-def test_unet_starts_at_zero_and_uses_time_extra_and_every_skip():
+@pytest.mark.parametrize("pool", [False, True])
+def test_unet_starts_at_zero_and_uses_time_extra_and_every_skip(pool):
     """The output is zero at first. With other weights it depends on t and on `extra`, and every parameter has a
     gradient."""
     torch.manual_seed(0)
-    unet = common.UNet([(16, 8, 2, 3), (8, 16, 2, 3)], 6, attention=(8,), heads=2)
+    unet = common.UNet([(16, 8, 2, 3), (8, 16, 2, 3)], 6, attention=(8,), heads=2, pool=pool)
     x, t = torch.randn(2, 6, 16, 16), torch.tensor([1, 1000])
     assert torch.equal(unet(x, t), torch.zeros(2, 3, 16, 16))
     for parameter in unet.parameters():
