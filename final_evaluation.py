@@ -143,7 +143,7 @@ TABLES = {
     ),
     "departures": ("", ("fd", "Δ fd", "hf_energy", "fd under noise")),
     "priors": (
-        (FORM1, "stage3-flow-fixed", FILM),
+        (FORM1, "stage3-vae-flow", "stage3-flow-fixed", FILM),
         [f"{number}, {prior}" for number in ("fd", "log density") for prior in ("gaussian", "gmm", "flow")],
     ),
 }
@@ -174,8 +174,8 @@ def read_metrics(path):
             metrics["before"] = row
     metrics["steps"] = {f"{row['sampler']} {row['steps']}": row for row in others
                         if row["prior"] == first["prior"] and row["nfe"] > 0}
-    # Rows of other priors have fewer images than the headline, and so have those of other samplers and steps.
-    metrics["priors"] = {row["prior"]: row["fd"] for row in others
+    # Rows of other priors have fewer images than the headline. So has the last row of the headline's own prior.
+    metrics["priors"] = {row["prior"]: row["fd"] for row in metrics["rows"]
                          if (row["sampler"], row["steps"]) == (first["sampler"], first["steps"])}
     latent_space = metrics["tables"].get("latent_space", {})
     if "probe_r2" in latent_space:  # the mean over the factors
