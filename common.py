@@ -424,8 +424,10 @@ class UNet(nn.Module):
                 self.up[-1].append(block(here + widths.pop(), width, resolution))
                 here = width
             highest = resolution == table[0][0]
-            double, conv = nn.Upsample(scale_factor=2), nn.Conv2d(here, here, 3, padding=1)
-            self.grow.append(nn.Identity() if highest else nn.Sequential(*([double, conv] if pool else [conv, double])))
+            double = nn.Upsample(scale_factor=2)
+            conv = nn.Conv2d(here, here, 3, padding=1)
+            grow = [double, conv] if pool else [conv, double]
+            self.grow.append(nn.Identity() if highest else nn.Sequential(*grow))
         self.norm = GroupNorm(here)
         self.out = zero_init(nn.Conv2d(here, out_channels, 3, padding=1))
 
@@ -908,7 +910,7 @@ CHANGES = {  # by size, data set, budget, "budget size" and "budget dataset": in
     "64": {"vae_table": [[64, 16, 1, 1], [32, 32, 2, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
            "unet_table": [[64, 32, 0, 1], [32, 48, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
            "vae_steps": 2000, "unet_steps": 2400, "flow_steps": 2300},
-    "cifar10": {"guidance": 0.5},
+    "cifar10": {"guidance": 0.5},  # which elsewhere adds more detail than real images have
     # A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands
     # of components. No mirroring: slanted bands would run the other way, as in no image of the data.
     "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},

@@ -132,9 +132,13 @@ TABLES = {
         (FORM1, "stage2-"),
         ("fd", "hf_energy", "kl_nats", "fd under noise", "path_over_distance", "probe_r2", "probe_accuracy"),
     ),
-    "conditioning": ("stage3-", ("fd", "rank correlation", "own s", "shuffled s")),
-    "conditioning: strategies, codes of the mixture": ("stage3-", [f"{strategy}, gmm, fd" for strategy in STRATEGIES]),
-    "conditioning: strategies, codes of the flow": ("stage3-", [f"{strategy}, flow, fd" for strategy in STRATEGIES]),
+    "conditioning": ("stage3-flow", ("fd", "rank correlation", "own s", "shuffled s")),
+    "conditioning: strategies, codes of the mixture": (
+        "stage3-flow", [f"{strategy}, gmm, fd" for strategy in STRATEGIES],
+    ),
+    "conditioning: strategies, codes of the flow": (
+        "stage3-flow", [f"{strategy}, flow, fd" for strategy in STRATEGIES],
+    ),
     "noise": ("stage", ("sd 0.0", "sd 0.4", "fd under noise")),
     "cost": ("", ("seconds per image", "nfe", "minutes", "parameters", "fd, 2 steps", "fd, 5 DDIM steps")),
     "cost: what latent diffusion saves": (
@@ -185,8 +189,7 @@ def read_metrics(path):
 
 def read_results():
     """The metrics of all files in results/."""
-    paths = sorted(path for path in RESULTS.glob("*/*.json") if '"minutes"' in path.read_text())  # version 3 had none
-    return [read_metrics(path) for path in paths]
+    return [read_metrics(path) for path in sorted(RESULTS.glob("*/*.json")) if path.parent.name != "features"]
 
 
 def name_of(run):

@@ -30,8 +30,8 @@ model decides *how it looks*.
 
     5. Guidance       Train a second U-Net of the same size for a tenth of the steps: the guide. It makes the same
                       errors as the refiner, but larger ones. So the difference of their predictions points away from
-                      these errors, and `guided` adds a part of it to the refiner's:
-                          prediction = refiner + 0.3 (refiner - guide)
+                      these errors, and `guided` adds a part of it, `guidance`, to the refiner's:
+                          prediction = refiner + guidance (refiner - guide)
                       Each sampling step evaluates both networks.
 
     6. Augmentation   `augmented` is form1, trained with noise on x_hat, so that the refiner learns to expect errors in
