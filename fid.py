@@ -540,7 +540,7 @@ def latent_space(folder, model, settings, scorer, pairs=16):
         probe_accuracy, probe_r2                      how well a linear function of the code tells an image's class and,
                                                       of shapes, its factors
 
-    Draws reconstructions.png, and interpolation.png with paths between samples."""
+    Draws reconstructions.png, and interpolation.png with paths between held-out images."""
     train, test = scorer.data
     fewer = quick(settings)
     mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
@@ -554,16 +554,15 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
 
     pairs = min(pairs, len(mu) // 2)
-    _, images = images_along_paths(model, fewer, mu[:pairs], mu[pairs : 2 * pairs])
-    features, _ = extract(scorer.extractor, images.flatten(0, 1))  # (pairs * points, f), and logits
-    features = features.view(*images.shape[:2], -1)  # (pairs, points, f)
+    vae_paths, paths = images_along_paths(model, fewer, mu[:pairs], mu[pairs : 2 * pairs])
+    rows = {}
+    for i in range(min(3, pairs)):
+        rows |= {f"VAE {i + 1}": vae_paths[i], f"refined {i + 1}": paths[i]}
+    common.save_grid(folder / "interpolation.png", rows)
+    features, _ = extract(scorer.extractor, paths.flatten(0, 1))  # (pairs * points, f), and logits
+    features = features.view(*paths.shape[:2], -1)  # (pairs, points, f)
     result["path_over_distance"] = path_over_distance(features)
     result["end_distance"] = float((features[:, -1] - features[:, 0]).norm(dim=1).mean())
-    z = model.priors[settings["prior"]].sample(6, generator(settings["seed"], "paths"))
-    rows = {}
-    for i, (vae_path, path) in enumerate(zip(*images_along_paths(model, fewer, z[:3], z[3:]), strict=True), 1):
-        rows |= {f"VAE {i}": vae_path, f"refined {i}": path}
-    common.save_grid(folder / "interpolation.png", rows)
 
     chosen = torch.randperm(len(train.images), generator=generator(0, "probe"))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
