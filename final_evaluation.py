@@ -102,24 +102,22 @@ QUESTIONS = {
         (f"{ANNEAL}: fd", "stage1-augmented: fd"),
     ],
     "Efficiency: how does adaptive conditioning affect sampling time?": [
-        (f"{FILM}: {ours}, {prior}, {key}", f"{FILM}: {theirs}, {prior}, {key}")
-        for prior in ("gmm", "flow")
+        (f"{FILM}: {ours}, gmm, {key}", f"{FILM}: {theirs}, gmm, {key}")
         for ours, theirs, key in (
-            ("unsure_third", "all", "fd"),
-            ("unsure_third", "all", "evaluations"),
             ("unsure_third", "all", "seconds_per_image"),
+            ("unsure_third", "all", "fd"),
             ("unsure_third", "unsure_third_shuffled", "fd"),
+            ("by_s", "two_steps", "seconds_per_image"),
             ("by_s", "two_steps", "fd"),
             ("by_s", "by_s_shuffled", "fd"),
         )
     ],
     "Robustness: how does each model handle noisy VAE outputs?": [
         (f"{name}: fd under noise", f"{FORM1}: fd under noise")
-        for name in VARIANTS if name not in (FORM1, "bonus-latent")
+        for name in ("stage1-guided", "stage1-augmented", ANNEAL, NO_GRADIENT, "stage3-flow-fixed", FILM)
     ],
     "Coherence: is the latent space smoother or more interpretable with joint training?": [
-        (f"{name}: {number}", f"{FORM1}: {number}")
-        for name in (ANNEAL, NO_GRADIENT) for number in ("path_over_distance", "probe_r2", "probe_accuracy")
+        (f"{ANNEAL}: {number}", f"{FORM1}: {number}") for number in ("path_over_distance", "probe_r2", "probe_accuracy")
     ],
 }
 
@@ -247,6 +245,11 @@ def values(runs, name, number):
 
 # ---- 3. Comparing ----------------------------------------------------------------------------------------------------
 
+def ratios(ours, theirs):
+    """Two sides {seed: value} -> ours / theirs as an array, of the seeds that both have."""
+    return np.array([ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)], dtype=float)
+
+
 def compare(ours, theirs):
     """Two sides {seed: value} -> by how many percent the mean of ours is above that of theirs, the number of seeds that
     both have, and the p-value; None if they have none. p is None if there is nothing to test: a single seed, ratios
@@ -332,18 +335,25 @@ def table_of(results, beginnings, columns, departures=False):
     return markdown(["data", "run", *header], rows)
 
 
+def sides_of(runs, pair):
+    """The two sides {seed: value} of a pair of QUESTIONS."""
+    return [values(runs, *side.split(": ")) for side in pair]
+
+
+def show_pair(pair):
+    """A pair of QUESTIONS as text, in which nothing stands twice."""
+    ours, theirs = pair
+    name, number = theirs.split(": ")
+    return f"{ours} / {number.split(',')[0] if ours.startswith(f'{name}:') else name}"
+
+
 def table_question(results, pairs):
     """The answers to one of QUESTIONS: a row for each comparison, a column for each data set."""
     rows = []
     for pair in pairs:
-        (our_name, our_number), (their_name, their_number) = (side.split(": ") for side in pair)
-        cells = [show_comparison(values(runs, our_name, our_number), values(runs, their_name, their_number))
-                 for runs in results.values()]
-        text = f"{our_name} against {pair[1]}"
-        if our_name == their_name:
-            text = f"{pair[0]} against {their_number}"
+        cells = [show_comparison(*sides_of(runs, pair)) for runs in results.values()]
         if any(cells):
-            rows.append([text, *cells])
+            rows.append([show_pair(pair), *cells])
     return markdown(["comparison", *results], rows)
 
 
@@ -476,21 +486,35 @@ def draw_lines(path, panels, x_label, x_scale):
     common.write_with(path, figure.savefig, format="png", dpi=110)
 
 
-def draw_summary(path, results):
-    """Draw the fd of all runs relative to the mean of form1: a dot for each seed, a stroke at the mean."""
-    figure = Figure(figsize=(6 * len(results), 8), layout="constrained")
-    for i, (dataset, runs) in enumerate(results.items(), 1):
-        (base,) = lists(runs, FORM1, "fd")
-        names = [name for name, seeds in runs.items() if not is_departure(first_run(seeds))]
-        axis = figure.add_subplot(1, len(results), i)
+def ratios_of_questions(runs):
+    """The ratios of QUESTIONS: a row for each pair."""
+    pairs = [pair for pairs in QUESTIONS.values() for pair in pairs]
+    return {show_pair(pair): ratios(*sides_of(runs, pair)) for pair in pairs}
+
+
+def ratios_of_runs(runs):
+    """The fd of each run relative to that of form1 with the same seed."""
+    return {name: ratios(values(runs, name, "fd"), values(runs, FORM1, "fd"))
+            for name, seeds in runs.items() if not is_departure(first_run(seeds))}
+
+
+def draw_ratios(path, panels, label):
+    """Draw {data set: {row: ratios}}, a panel for each data set: a dot for each seed. With three seeds or more, a bar shows
+    the 95% interval of their mean."""
+    rows = list(dict.fromkeys(row for part in panels.values() for row in part))
+    figure = Figure(figsize=(4 + 4 * len(panels), 1.5 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (dataset, part) in zip(axes, panels.items(), strict=True):
         axis.axvline(1, color="grey")
-        for y, name in enumerate(names):
-            ratios = np.divide(*lists(runs, name, "fd"), np.mean(base))
-            axis.plot(ratios, [y] * len(ratios), "o", color="C0", alpha=0.6)
-            axis.plot(np.mean(ratios), y, "|", color="black", markersize=14)
-        axis.set(title=dataset, xlabel=f"fd / fd of {FORM1}", xscale="log", yticks=range(len(names)), yticklabels=names)
-        axis.invert_yaxis()
+        for row, found in part.items():
+            y = [rows.index(row)] * len(found)
+            if len(found) > 2 and np.ptp(found) > 0:
+                low, high = ttest_1samp(np.log(found), 0).confidence_interval()
+                axis.plot(np.exp([low, high]), y[:2], color="black")
+            axis.plot(found, y, "o", color="C0", alpha=0.6)
+        axis.set(title=dataset, xlabel=label, xscale="log", yticks=range(len(rows)), yticklabels=rows)
         plain_ticks(axis.xaxis)
+    axes[0].invert_yaxis()
     common.write_with(path, figure.savefig, format="png", dpi=110)
 
 
@@ -499,8 +523,10 @@ def draw_charts(results, folder):
     paths = []
     with_base = {dataset: runs for dataset, runs in results.items() if FORM1 in runs}
     if with_base:
-        paths.append(folder / "summary.png")
-        draw_summary(paths[-1], with_base)
+        for name, ratios_in, label in (("questions", ratios_of_questions, "ratio"),
+                                       ("summary", ratios_of_runs, f"fd / fd of {FORM1}")):
+            paths.append(folder / f"{name}.png")
+            draw_ratios(paths[-1], {dataset: ratios_in(runs) for dataset, runs in with_base.items()}, label)
     for name, (lines_of, x_label, x_scale) in CHARTS.items():
         panels = {}
         for dataset, runs in results.items():

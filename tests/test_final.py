@@ -182,10 +182,9 @@ def test_answers(project):
     results = results_of(project, *a_few())
     quality, efficiency, *_ = [final.table_question(results, pairs) for pairs in final.QUESTIONS.values()]
     percent, _, p = final.compare(*(final.values(results["shapes"], run, "fd") for run in (final.ANNEAL, final.FORM1)))
-    assert cells(quality, "stage2-anneal against stage1-form1: fd")["shapes"] == f"{percent:+.0f}%, n 3, p {p:.2g}"
-    row = "stage3-flow-film: unsure_third, gmm, {0} against all, gmm, {0}"
+    assert cells(quality, "stage2-anneal: fd / stage1-form1")["shapes"] == f"{percent:+.0f}%, n 3, p {p:.2g}"
+    row = "stage3-flow-film: unsure_third, gmm, {0} / all"
     assert cells(efficiency, row.format("fd"))["shapes"] == "+10%, n 3"  # the same ratio for every seed
-    assert cells(efficiency, row.format("evaluations"))["shapes"] == "-67%, n 3"
     assert cells(efficiency, row.format("seconds_per_image"))["shapes"] == "-44%, n 3, p < 0.001"
 
 
@@ -215,7 +214,7 @@ def test_all_tables_and_charts(project):
     assert set(headings) == {"questions", "scores", "losses", "conditioning", "noise", "cost", "departures", "data",
                              "priors"} and headings.count("questions") == 4
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert links == [f"figures/{name}.png" for name in ("summary", "cost", "noise", "weights", "thirds")]
+    assert links == [f"figures/{name}.png" for name in ("questions", "summary", "cost", "noise", "weights", "thirds")]
     assert all((project / "results" / link).read_bytes()[:4] == b"\x89PNG" for link in links)
     assert "nan" not in text and cells(text, "drawn")["samples"] == "1,000"
 
@@ -245,6 +244,7 @@ def test_points_of_charts(project):
     assert weights["stage2-anneal"] == [([0.003], [1.5]), ([0.03], [1.0, 1.4])]
     assert weights["stage1-form1"] == [([0.003], [2.0]), ([0.03], [2.0])]
     assert final.lines_of_noise(runs)["stage1-form1"][3] == ([0.4], [8.0])
+    assert final.ratios_of_runs(runs)["stage2-anneal"] == pytest.approx([0.5])  # seed 0, which both have
     seconds, fd = final.lines_of_cost(runs)["stage1-form1"][0]
     assert seconds == pytest.approx([0.014]) and fd == [4.0]
     assert final.lines_of_thirds(runs)["unsure_third"] == [[[10 / 3], [2.2]]]
