@@ -247,21 +247,21 @@ def values(runs, name, number):
 
 def ratios(ours, theirs):
     """Two sides {seed: value} -> ours / theirs as an array, of the seeds that both have."""
-    return np.array([ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)], dtype=float)
+    return np.array([ours[seed] / theirs[seed] for seed in ours if seed in theirs])
 
 
 def compare(ours, theirs):
     """Two sides {seed: value} -> by how many percent the mean of ours is above that of theirs, the number of seeds that
     both have, and the p-value; None if they have none. p is None if there is nothing to test: a single seed, ratios
     that are all the same, or numbers without a logarithm."""
-    seeds = ours.keys() & theirs.keys()
-    a, b = (np.array([side[seed] for seed in seeds], dtype=float) for side in (ours, theirs))
-    if not seeds or b.mean() == 0:
+    found = ratios(ours, theirs)
+    if not len(found):
         return None
     p = None
-    if len(seeds) > 1 and (a * b > 0).all() and np.ptp(np.log(a / b)) > 1e-9:
-        p = min(1.0, 4 * float(ttest_1samp(np.log(a / b), 0).pvalue))
-    return float(100 * (a.mean() / b.mean() - 1)), len(seeds), p
+    if len(found) > 1 and (found > 0).all() and np.ptp(np.log(found)) > 1e-9:
+        p = min(1.0, 4 * float(ttest_1samp(np.log(found), 0).pvalue))
+    means = [np.mean([side[seed] for seed in ours.keys() & theirs.keys()]) for side in (ours, theirs)]
+    return float(100 * (means[0] / means[1] - 1)), len(found), p
 
 
 def base_of(runs, name):
@@ -499,8 +499,8 @@ def ratios_of_runs(runs):
 
 
 def draw_ratios(path, panels, label):
-    """Draw {data set: {row: ratios}}, a panel for each data set: a dot for each seed. With three seeds or more, a bar shows
-    the 95% interval of their mean."""
+    """Draw {data set: {row: ratios}}, a panel for each data set: a dot for each seed, and with three seeds a bar
+    over the 95% interval of their mean."""
     rows = list(dict.fromkeys(row for part in panels.values() for row in part))
     figure = Figure(figsize=(4 + 4 * len(panels), 1.5 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
