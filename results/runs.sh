@@ -17,17 +17,23 @@ run() {
     fi
 }
 
+if [ "$dataset" != shapes ] && [ "$seed" != 0 ]; then  # a second training of photographs: the first question alone
+    run /stage1-guided stage1_baseline.py --variant vae form1 guided
+    run /stage2-anneal stage2_joint.py
+    exit
+fi
 run /stage1-augmented stage1_baseline.py --variant vae uncond form1 guided augmented
 run /stage2-anneal stage2_joint.py
 run /stage3-flow-film stage3_adaptive.py --conditioning film
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
 run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
-
-# The other variants: seeds 0 to 2 on shapes, fewer of them and seed 0 alone on photographs.
-if [ "$seed" -gt 2 ] || { [ "$dataset" != shapes ] && [ "$seed" != 0 ]; }; then
+if [ "$seed" -gt 2 ]; then
     exit
 fi
+
+# The other variants: seeds 0 to 2.
 run /bonus-latent bonus_latent.py
+run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 
 # Rivals: the VAE alone and `uncond`, each trained for about the seconds of VAE and refiner together.
 case $dataset in
@@ -37,15 +43,16 @@ case $dataset in
 esac
 run -vae_steps=$vae_steps/stage1-vae stage1_baseline.py --variant vae --set vae_steps=$vae_steps
 run -unet_steps=$unet_steps/stage1-uncond stage1_baseline.py --variant uncond --set unet_steps=$unet_steps
-run /stage2-sum stage2_joint.py --loss sum
 run /stage2-kendall stage2_joint.py --loss kendall
-run /stage3-flow-fade stage3_adaptive.py --conditioning fade
 if [ "$dataset" != shapes ]; then
     exit
 fi
-run /stage1-form2 stage1_baseline.py --variant form2
-run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
+
+# Shapes alone.
+run /stage2-sum stage2_joint.py --loss sum
 run -diffusion_weight=0.3/stage2-anneal stage2_joint.py --set diffusion_weight=0.3
+run /stage3-flow-fade stage3_adaptive.py --conditioning fade
+run /stage1-form2 stage1_baseline.py --variant form2
 run /stage3-flow-fade-posterior stage3_adaptive.py --conditioning fade --uncertainty posterior
 run /stage3-flow-coupling stage3_adaptive.py --conditioning coupling
 
