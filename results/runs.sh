@@ -26,9 +26,7 @@ run /stage1-augmented stage1_baseline.py --variant vae uncond form1 guided augme
 run /stage2-anneal stage2_joint.py
 run /stage3-flow-film stage3_adaptive.py --conditioning film
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
-if [ "$dataset" = shapes ]; then
-    run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
-fi
+run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
 if [ "$seed" -gt 2 ]; then
     exit
 fi
