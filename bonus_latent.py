@@ -14,10 +14,10 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
 
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
-Expect  about the minutes of stage 1, and a table of scores. The last lines say what latent diffusion saves against stage
-        1's refiner in percent, measured on this machine: some 40% of the seconds, 70% of the memory. `ceiling` in metrics.json has
-        the scores of the autoencoder's own reconstructions, which latent diffusion can hardly surpass. torch.profiler's
-        tables of the costliest operators are in profile-pixel.txt and profile-latent.txt.
+Expect  about the minutes of stage 1, and a table of scores. The last lines say what latent diffusion saves against
+        stage 1's refiner in percent, measured on this machine: some 40% of the seconds, 70% of the memory. `ceiling`
+        in metrics.json has the scores of the autoencoder's own reconstructions, which latent diffusion can hardly
+        surpass. torch.profiler's tables of the costliest operators are in profile-pixel.txt and profile-latent.txt.
 """
 
 import argparse

@@ -93,31 +93,41 @@ for prior in ("gaussian", "gmm", "flow"):
         for key in ("fd", "evaluations", "seconds_per_image"):
             NUMBERS[f"{strategy}, {prior}, {key}"] = (f"tables/strategies/{prior}/{strategy}/{key}", "↓")
 
-# Question: pairs of "RUN: NUMBER", of which the first is compared with the second
+# Question: comparisons, each with its name and its two sides "RUN: NUMBER"
 QUESTIONS = {
     "Quality: does joint training improve fd?": [
-        (f"{ANNEAL}: fd", f"{FORM1}: fd"),
-        (f"{ANNEAL}: fd", f"{NO_GRADIENT}: fd"),
-        (f"{NO_GRADIENT}: fd", f"{FORM1}: fd"),
-        (f"{ANNEAL}: fd", "stage1-augmented: fd"),
+        ("fd: joint training / stage 1", f"{ANNEAL}: fd", f"{FORM1}: fd"),
+        ("fd: joint training / without the refiner's gradient", f"{ANNEAL}: fd", f"{NO_GRADIENT}: fd"),
+        ("fd: without the refiner's gradient / stage 1", f"{NO_GRADIENT}: fd", f"{FORM1}: fd"),
+        ("fd: joint training / stage 1 with noise in training", f"{ANNEAL}: fd", "stage1-augmented: fd"),
     ],
     "Efficiency: how does adaptive conditioning affect sampling time?": [
-        (f"{FILM}: {ours}, gmm, {key}", f"{FILM}: {theirs}, gmm, {key}")
-        for ours, theirs, key in (
-            ("unsure_third", "all", "seconds_per_image"),
-            ("unsure_third", "all", "fd"),
-            ("unsure_third", "unsure_third_shuffled", "fd"),
-            ("by_s", "two_steps", "seconds_per_image"),
-            ("by_s", "two_steps", "fd"),
-            ("by_s", "by_s_shuffled", "fd"),
+        (words, f"{FILM}: {ours}, gmm, {key}", f"{FILM}: {theirs}, gmm, {key}")
+        for words, ours, theirs, key in (
+            ("seconds: refining the unsure third / all", "unsure_third", "all", "seconds_per_image"),
+            ("fd: refining the unsure third / all", "unsure_third", "all", "fd"),
+            ("fd: refining the unsure third / another third", "unsure_third", "unsure_third_shuffled", "fd"),
+            ("fd: 1, 2 or 3 steps by s / 2 steps for all", "by_s", "two_steps", "fd"),
+            ("fd: 1, 2 or 3 steps by s / by the s of another image", "by_s", "by_s_shuffled", "fd"),
         )
     ],
     "Robustness: how does each model handle noisy VAE outputs?": [
-        (f"{name}: fd under noise", f"{FORM1}: fd under noise")
-        for name in ("stage1-guided", "stage1-augmented", ANNEAL, NO_GRADIENT, "stage3-flow-fixed", FILM)
+        (f"fd under noise: {words} / stage 1", f"{name}: fd under noise", f"{FORM1}: fd under noise")
+        for words, name in (
+            ("joint training", ANNEAL),
+            ("without the refiner's gradient", NO_GRADIENT),
+            ("stage 1 with noise in training", "stage1-augmented"),
+            ("guided", "stage1-guided"),
+            ("film", FILM),
+        )
     ],
     "Coherence: is the latent space smoother or more interpretable with joint training?": [
-        (f"{ANNEAL}: {number}", f"{FORM1}: {number}") for number in ("path_over_distance", "probe_r2", "probe_accuracy")
+        (f"{words}: joint training / stage 1", f"{ANNEAL}: {number}", f"{FORM1}: {number}")
+        for words, number in (
+            ("length of paths", "path_over_distance"),
+            ("R² of a linear probe", "probe_r2"),
+            ("accuracy of a linear probe", "probe_accuracy"),
+        )
     ],
 }
 
@@ -335,25 +345,18 @@ def table_of(results, beginnings, columns, departures=False):
     return markdown(["data", "run", *header], rows)
 
 
-def sides_of(runs, pair):
-    """The two sides {seed: value} of a pair of QUESTIONS."""
-    return [values(runs, *side.split(": ")) for side in pair]
+def sides_of(runs, ours, theirs):
+    """The two sides {seed: value} of a comparison of QUESTIONS."""
+    return [values(runs, *side.split(": ")) for side in (ours, theirs)]
 
 
-def show_pair(pair):
-    """A pair of QUESTIONS as text, in which nothing stands twice."""
-    ours, theirs = pair
-    name, number = theirs.split(": ")
-    return f"{ours} / {number.split(',')[0] if ours.startswith(f'{name}:') else name}"
-
-
-def table_question(results, pairs):
+def table_question(results, comparisons):
     """The answers to one of QUESTIONS: a row for each comparison, a column for each data set."""
     rows = []
-    for pair in pairs:
-        cells = [show_comparison(*sides_of(runs, pair)) for runs in results.values()]
+    for words, *sides in comparisons:
+        cells = [show_comparison(*sides_of(runs, *sides)) for runs in results.values()]
         if any(cells):
-            rows.append([show_pair(pair), *cells])
+            rows.append([words, *cells])
     return markdown(["comparison", *results], rows)
 
 
@@ -392,8 +395,8 @@ def write_tables(results, path, figures, committed=None):
     tables = {}
     if committed is not None:
         tables["here / committed = ratio"] = table_reproduced(results, committed)
-    for question, pairs in QUESTIONS.items():
-        tables[f"questions. {question}"] = table_question(results, pairs)
+    for question, comparisons in QUESTIONS.items():
+        tables[f"questions. {question}"] = table_question(results, comparisons)
     for heading, (beginnings, columns) in TABLES.items():
         tables[heading] = table_of(results, beginnings, columns, heading == "departures")
     tables["data"] = table_data(results)
@@ -470,9 +473,9 @@ def draw_lines(path, panels, x_label, x_scale):
     standard deviation. Shuffled controls have the colours of what they control, and empty dots."""
     labels = list(dict.fromkeys(label.removesuffix("_shuffled") for lines in panels.values() for label in lines))
     figure = Figure(figsize=(1 + 4.5 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     handles = {}
-    for i, (dataset, lines) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(1, len(panels), i)
+    for axis, (dataset, lines) in zip(axes, panels.items(), strict=True):
         for label, points in lines.items():
             color = f"C{labels.index(label.removesuffix('_shuffled'))}"
             handles[label] = axis.errorbar(
@@ -480,16 +483,17 @@ def draw_lines(path, panels, x_label, x_scale):
                 [np.mean(y) for _, y in points],
                 [spread(y) for _, y in points],
                 marker="o", color=color, markerfacecolor="white" if label.endswith("_shuffled") else color)
-        axis.set(title=dataset, xlabel=x_label, ylabel="fd", xscale=x_scale, yscale="log")
+        axis.set(title=dataset, xlabel=x_label, xscale=x_scale, yscale="log")
         plain_ticks(axis.yaxis)
+    axes[0].set_ylabel("fd")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     common.write_with(path, figure.savefig, format="png", dpi=110)
 
 
 def ratios_of_questions(runs):
-    """The ratios of QUESTIONS: a row for each pair."""
-    pairs = [pair for pairs in QUESTIONS.values() for pair in pairs]
-    return {show_pair(pair): ratios(*sides_of(runs, pair)) for pair in pairs}
+    """The ratios of QUESTIONS: a row for each comparison."""
+    return {f"{question.split(':')[0]}. {words}": ratios(*sides_of(runs, *sides))
+            for question, comparisons in QUESTIONS.items() for words, *sides in comparisons}
 
 
 def ratios_of_runs(runs):
