@@ -27,13 +27,13 @@ run /stage2-anneal stage2_joint.py
 run /stage3-flow-film stage3_adaptive.py --conditioning film
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
 run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
+run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 if [ "$seed" -gt 2 ]; then
     exit
 fi
 
 # The other variants: seeds 0 to 2. A rival is trained for about the seconds of VAE and refiner together.
 run /bonus-latent bonus_latent.py
-run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 case $dataset in
     shapes) unet_steps=1000 ;;
     celeba64) unet_steps=3300 ;;
@@ -45,6 +45,7 @@ if [ "$dataset" != shapes ]; then
 fi
 
 # Shapes alone.
+run -beta=1.0/stage1-form1 stage1_baseline.py --set beta=1.0
 run -vae_steps=1600/stage1-vae stage1_baseline.py --variant vae --set vae_steps=1600
 run -diffusion_weight=0.3/stage2-anneal stage2_joint.py --set diffusion_weight=0.3
 run /stage2-kendall stage2_joint.py --loss kendall
@@ -59,7 +60,7 @@ run /stage1-form2 stage1_baseline.py --variant form2
 run /stage3-flow-fade stage3_adaptive.py --conditioning fade
 run /stage3-flow-coupling stage3_adaptive.py --conditioning coupling
 for change in "vae_steps=1100 unet_steps=1100" objective=eps "vae_muon_lr=0.0 unet_muon_lr=0.0" start=1000 \
-    even_levels=false beta=1.0; do
+    even_levels=false; do
     run "-$(echo "$change" | sed 's/ /-/; s/false/False/')/stage1-form1" stage1_baseline.py --set $change
 done
 run -vae_steps=1100-unet_steps=1100/stage2-anneal stage2_joint.py --set vae_steps=1100 unet_steps=1100
