@@ -77,6 +77,10 @@ NUMBERS = {
     "rank correlation": ("tables/rank_correlation", "↑"),  # of s with the error of held-out images
     "own s": ("tables/terciles/own_s", "↓"),  # fd of reconstructions
     "shuffled s": ("tables/terciles/shuffled_s", "↓"),
+    "sure third, VAE": ("tables/terciles/sure/vae", "↓"),
+    "sure third, refined": ("tables/terciles/sure/refined", "↓"),
+    "unsure third, VAE": ("tables/terciles/unsure/vae", "↓"),
+    "unsure third, refined": ("tables/terciles/unsure/refined", "↓"),
     "seconds saved, %": ("tables/savings/saved_percent/seconds_per_image", "↑"),
     "memory saved, %": ("tables/savings/saved_percent/peak_memory_mb", "↑"),
     "operations saved, %": ("tables/savings/saved_percent/gflops_per_image", "↑"),
@@ -140,7 +144,11 @@ TABLES = {
         (FORM1, "stage2-"),
         ("fd", "hf_energy", "kl_nats", "fd under noise", "path_over_distance", "probe_r2", "probe_accuracy"),
     ),
-    "conditioning": ("stage3-flow", ("fd", "rank correlation", "own s", "shuffled s")),
+    "conditioning": (
+        "stage3-flow",
+        ("fd", "rank correlation", "own s", "shuffled s", "sure third, VAE", "sure third, refined",
+         "unsure third, VAE", "unsure third, refined"),
+    ),
     "conditioning: strategies, codes of the mixture": (
         "stage3-flow", [f"{strategy}, gmm, fd" for strategy in STRATEGIES],
     ),
@@ -485,6 +493,8 @@ def draw_lines(path, panels, x_label, x_scale):
                 marker="o", color=color, markerfacecolor="white" if label.endswith("_shuffled") else color)
         axis.set(title=dataset, xlabel=x_label, xscale=x_scale, yscale="log")
         plain_ticks(axis.yaxis)
+        if x_scale == "log":
+            plain_ticks(axis.xaxis)
     axes[0].set_ylabel("fd")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     common.write_with(path, figure.savefig, format="png", dpi=110)

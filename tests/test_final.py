@@ -40,7 +40,8 @@ def metrics_of(variant="stage1-form1", seed=0, fd=2.0, dataset="shapes", changes
                              "seconds_per_image": 0.01 + 0.002 * evaluations + 0.0001 * seed}
                       for name, (factor, evaluations) in STRATEGIES.items()}
         tables |= {"rank_correlation": 0.3 if variant.endswith("posterior") else 0.64,
-                   "terciles": {"images": 300, "own_s": 1.1, "shuffled_s": 1.9},
+                   "terciles": {"images": 300, "own_s": 1.1, "shuffled_s": 1.9, "sure": {"vae": 0.5, "refined": 0.8},
+                                "unsure": {"vae": 43.0, "refined": 3.8}},
                    "strategies": {"gmm": strategies, "flow": strategies}}
     if variant == "bonus-latent":
         saved = {"seconds_per_image": 71.0, "peak_memory_mb": -59.0,
