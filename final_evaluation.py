@@ -503,8 +503,11 @@ def draw_lines(path, panels, x_label, x_scale):
 
 def ratios_of_questions(runs):
     """The ratios of QUESTIONS: a row for each comparison."""
-    return {f"{question.split(':')[0]}. {words}": ratios(*sides_of(runs, *sides))
-            for question, comparisons in QUESTIONS.items() for words, *sides in comparisons}
+    rows = {}
+    for question, comparisons in QUESTIONS.items():
+        for words, *sides in comparisons:
+            rows[f"{question.split(':')[0]}. {words}"] = ratios(*sides_of(runs, *sides))
+    return rows
 
 
 def ratios_of_runs(runs):
