@@ -112,8 +112,6 @@ QUESTIONS = {
             ("seconds: refining the unsure third / all", "unsure_third", "all", "seconds_per_image"),
             ("fd: refining the unsure third / all", "unsure_third", "all", "fd"),
             ("fd: refining the unsure third / another third", "unsure_third", "unsure_third_shuffled", "fd"),
-            ("fd: 1, 2 or 3 steps by s / 2 steps for all", "by_s", "two_steps", "fd"),
-            ("fd: 1, 2 or 3 steps by s / by the s of another image", "by_s", "by_s_shuffled", "fd"),
         )
     ],
     "Robustness: how does each model handle noisy VAE outputs?": [
@@ -510,13 +508,7 @@ def ratios_of_questions(runs):
     return rows
 
 
-def ratios_of_runs(runs):
-    """The fd of each run relative to that of form1 with the same seed."""
-    return {name: ratios(values(runs, name, "fd"), values(runs, FORM1, "fd"))
-            for name, seeds in runs.items() if not is_departure(first_run(seeds))}
-
-
-def draw_ratios(path, panels, label):
+def draw_ratios(path, panels):
     """Draw {data set: {row: ratios}}, a panel for each data set: a dot for each seed, and with three seeds a bar
     over the 95% interval of their mean."""
     rows = list(dict.fromkeys(row for part in panels.values() for row in part))
@@ -530,7 +522,7 @@ def draw_ratios(path, panels, label):
                 low, high = ttest_1samp(np.log(found), 0).confidence_interval()
                 axis.plot(np.exp([low, high]), y[:2], color="black")
             axis.plot(found, y, "o", color="C0", alpha=0.6)
-        axis.set(title=dataset, xlabel=label, xscale="log", yticks=range(len(rows)), yticklabels=rows)
+        axis.set(title=dataset, xlabel="ratio", xscale="log", yticks=range(len(rows)), yticklabels=rows)
         plain_ticks(axis.xaxis)
     axes[0].invert_yaxis()
     common.write_with(path, figure.savefig, format="png", dpi=110)
@@ -539,12 +531,10 @@ def draw_ratios(path, panels, label):
 def draw_charts(results, folder):
     """Draw all charts for which there are numbers. Returns their paths."""
     paths = []
-    with_base = {dataset: runs for dataset, runs in results.items() if FORM1 in runs}
-    if with_base:
-        for name, ratios_in, label in (("questions", ratios_of_questions, "ratio"),
-                                       ("summary", ratios_of_runs, f"fd / fd of {FORM1}")):
-            paths.append(folder / f"{name}.png")
-            draw_ratios(paths[-1], {dataset: ratios_in(runs) for dataset, runs in with_base.items()}, label)
+    panels = {dataset: ratios_of_questions(runs) for dataset, runs in results.items() if FORM1 in runs}
+    if panels:
+        paths.append(folder / "questions.png")
+        draw_ratios(paths[-1], panels)
     for name, (lines_of, x_label, x_scale) in CHARTS.items():
         panels = {}
         for dataset, runs in results.items():

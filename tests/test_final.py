@@ -215,7 +215,7 @@ def test_all_tables_and_charts(project):
     assert set(headings) == {"questions", "scores", "losses", "conditioning", "noise", "cost", "departures", "data",
                              "priors"} and headings.count("questions") == 4
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert links == [f"figures/{name}.png" for name in ("questions", "summary", "cost", "noise", "weights", "thirds")]
+    assert links == [f"figures/{name}.png" for name in ("questions", "cost", "noise", "weights", "thirds")]
     assert all((project / "results" / link).read_bytes()[:4] == b"\x89PNG" for link in links)
     assert "nan" not in text and cells(text, "drawn")["samples"] == "1,000"
 
@@ -245,7 +245,8 @@ def test_points_of_charts(project):
     assert weights["stage2-anneal"] == [([0.003], [1.5]), ([0.03], [1.0, 1.4])]
     assert weights["stage1-form1"] == [([0.003], [2.0]), ([0.03], [2.0])]
     assert final.lines_of_noise(runs)["stage1-form1"][3] == ([0.4], [8.0])
-    assert final.ratios_of_runs(runs)["stage2-anneal"] == pytest.approx([0.5])  # seed 0, which both have
+    ratio = final.ratios_of_questions(runs)["Quality. fd: joint training / stage 1"]
+    assert ratio == pytest.approx([0.5])  # of seed 0, which both have
     seconds, fd = final.lines_of_cost(runs)["stage1-form1"][0]
     assert seconds == pytest.approx([0.014]) and fd == [4.0]
     assert final.lines_of_thirds(runs)["unsure_third"] == [[[10 / 3], [2.2]]]
