@@ -17,36 +17,30 @@ run() {
     fi
 }
 
-if [ "$dataset" != shapes ] && [ "$seed" != 0 ]; then  # a second training of photographs: the first question alone
-    run /stage1-guided stage1_baseline.py --variant vae form1 guided
-    run /stage2-anneal stage2_joint.py
-    exit
-fi
 run /stage1-augmented stage1_baseline.py --variant vae uncond form1 guided augmented
 run /stage2-anneal stage2_joint.py
+run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 run /stage3-flow-film stage3_adaptive.py --conditioning film
+if [ "$dataset" = celeba64 ]; then  # an hour each
+    exit
+fi
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
 run /stage3-flow-fixed stage3_adaptive.py --conditioning fixed
-run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 if [ "$seed" -gt 2 ]; then
     exit
 fi
 
-# The other variants: seeds 0 to 2. A rival is trained for about the seconds of VAE and refiner together.
+# The other variants: of shapes with seeds 0 to 2.
 run /bonus-latent bonus_latent.py
-case $dataset in
-    shapes) unet_steps=1000 ;;
-    celeba64) unet_steps=3300 ;;
-    cifar10) unet_steps=6200 ;;
-esac
-run -unet_steps=$unet_steps/stage1-uncond stage1_baseline.py --variant uncond --set unet_steps=$unet_steps
 if [ "$dataset" != shapes ]; then
     exit
 fi
 
-# Shapes alone.
-run -beta=1.0/stage1-form1 stage1_baseline.py --set beta=1.0
+# Rivals, trained for about the seconds of VAE and refiner together.
 run -vae_steps=1600/stage1-vae stage1_baseline.py --variant vae --set vae_steps=1600
+run -unet_steps=1000/stage1-uncond stage1_baseline.py --variant uncond --set unet_steps=1000
+
+run -beta=1.0/stage1-form1 stage1_baseline.py --set beta=1.0
 run -diffusion_weight=0.3/stage2-anneal stage2_joint.py --set diffusion_weight=0.3
 run /stage2-kendall stage2_joint.py --loss kendall
 run /stage2-sum stage2_joint.py --loss sum
