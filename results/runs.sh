@@ -21,7 +21,7 @@ run /stage1-augmented stage1_baseline.py --variant vae uncond form1 guided augme
 run /stage2-anneal stage2_joint.py
 run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 run /stage3-flow-film stage3_adaptive.py --conditioning film
-if [ "$dataset" = celeba64 ]; then  # an hour each
+if [ "$dataset" = celeba64 ]; then  # the others take an hour each
     exit
 fi
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
