@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/python stage1_baseline.py --budget cpu --resume
 
 # Runs seven variants on the built-in shapes with seed 0, and writes runs/report/shapes-cpu/REPORT.md, which puts their
-# numbers beside the committed ones. It takes half an hour on two slow cores.
+# numbers beside the committed ones. It takes 25 minutes on two cores.
 report: .venv/ready
 	$(BIN)/python stage1_baseline.py --variant vae form1 guided augmented --budget cpu --out runs/report --resume
 	$(BIN)/python stage2_joint.py --budget cpu --out runs/report --resume

@@ -967,8 +967,6 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     add("--data-dir", default="data", help="where cifar10/ or celeba/ lie, or a folder of images (default: data)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto", help="gpu with CUDA, else cpu")
-    add("--steps", type=int, help="optimisation steps of each network")
-    add("--batch-size", type=int, help="images per step")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[], help="change settings (see --dry-run)")
     add("--seed", type=int, default=0)
     add("--out", default="runs", help="folder for runs (default: runs)")
@@ -976,7 +974,6 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     add("--prior", choices=priors, default=prior, help="over z (default: %(default)s)")
     add("--sampler", choices=("ddpm", "ddim", "dpm"))
     add("--sample-steps", type=int)
-    add("--temperature", type=float, help="of the noise that sampling starts from: below 1 cleaner, less detail")
     add("--eval-samples", type=int)
     add("--export", type=int, metavar="N", help="write N samples as PNG files")
     add("--features", choices=("auto", "inception", "local"), default="auto", help="network of the scores")
@@ -985,9 +982,9 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
 
 
 def read_settings(args):
-    """The settings that the flags choose, and the device. The training settings that --steps, --batch-size and --set
-    change become a part of the name of the folder settings["home"], such as runs/shapes-cpu-beta=0.1. So all runs in a
-    folder share all training settings but the seed."""
+    """The settings that the flags choose, and the device. The training settings that --set changes become a part of the
+    name of the folder settings["home"], such as runs/shapes-cpu-beta=0.1. So all runs in a folder share all training
+    settings but the seed."""
     device = choose_device(args.device)
     budget = args.budget
     if budget == "auto":
@@ -997,15 +994,11 @@ def read_settings(args):
         settings["features"] = args.features
     elif budget in ("gpu", "paper") and args.dataset != "shapes":
         settings["features"] = "inception"
-    for key in ("prior", "sampler", "sample_steps", "temperature", "eval_samples", "export"):
+    for key in ("prior", "sampler", "sample_steps", "eval_samples", "export"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
 
     changes = {}
-    if args.steps:
-        changes |= {"vae_steps": args.steps, "unet_steps": args.steps, "flow_steps": args.steps}
-    if args.batch_size:
-        changes |= {"batch": args.batch_size}
     for text in args.set:
         key, _, value = text.partition("=")
         if key not in settings or key in ("dataset", "image_size", "budget"):

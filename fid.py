@@ -533,12 +533,11 @@ def ridge_regression(x, y, ridge=1e-3):
 def latent_space(folder, model, settings, scorer, pairs=16):
     """The latent space of a VAE and a refiner, measured on held-out images. Their codes are the means of q(z|x).
 
-        kl_nats, active_units, posterior_variance     how much of the code is in use (active: the mean
-                                                      varies by more than 0.01; Burda et al. 2016, 5.2)
-        log_density                                   mean log density of the codes under each prior, in nats
-        path_over_distance, end_distance              of refined images along paths between codes, in features
-        probe_accuracy, probe_r2                      how well a linear function of the code tells an image's class and,
-                                                      of shapes, its factors
+        kl_nats                     how much a code tells of its image, in nats
+        log_density                 mean log density of the codes under each prior, in nats
+        path_over_distance          of refined images along paths between codes, in features
+        probe_accuracy, probe_r2    how well a linear function of the code tells an image's class and, of shapes, its
+                                    factors
 
     Draws reconstructions.png, and interpolation.png with paths between held-out images."""
     train, test = scorer.data
@@ -547,9 +546,7 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     real = test.images[: fewer["eval_samples"]]
     x_hat, images, _ = common.generate(model, fewer, z=mu[: len(real)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
-    result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean()),
-              "active_units": int((mu.var(0) > 0.01).sum()), "latent_dim": mu.shape[1],
-              "posterior_variance": float(logvar.exp().mean())}
+    result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
     codes = common.reparameterise(mu, logvar, randn(mu.shape, generator(settings["seed"], "held-out codes")))
     result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
 
@@ -562,7 +559,6 @@ def latent_space(folder, model, settings, scorer, pairs=16):
     features, _ = extract(scorer.extractor, paths.flatten(0, 1))  # (pairs * points, f), and logits
     features = features.view(*paths.shape[:2], -1)  # (pairs, points, f)
     result["path_over_distance"] = path_over_distance(features)
-    result["end_distance"] = float((features[:, -1] - features[:, 0]).norm(dim=1).mean())
 
     chosen = torch.randperm(len(train.images), generator=generator(0, "probe"))[:5000]  # enough to fit d weights
     train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)

@@ -66,7 +66,6 @@ NUMBERS = {
     "seconds per image": ("headline/seconds_per_image", "↓"),
     "nfe": ("headline/nfe", "↓"),
     "fd, 2 steps": ("steps/dpm 2/fd", "↓"),
-    "fd, 5 steps": ("steps/dpm 5/fd", "↓"),
     "fd, 5 DDIM steps": ("steps/ddim 5/fd", "↓"),
     "minutes": ("run/minutes", "↓"),
     "parameters": ("run/parameters", ""),

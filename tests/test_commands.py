@@ -193,15 +193,15 @@ def test_dry_run(name, small, monkeypatch, capsys):
     """It prints all settings with what the flags change, and names the folder by it. Nothing is loaded or written."""
     monkeypatch.setattr(fid, "load_scorer", refuse)
     path = COMMANDS[name].__globals__["__file__"]
-    flags = "--dataset celeba64 --budget cpu --steps 5 --set beta=1 objective=eps --dry-run"
+    flags = "--dataset celeba64 --budget cpu --set vae_steps=5 beta=1 objective=eps --dry-run"
     monkeypatch.setattr(sys, "argv", [path, *flags.split()])
     runpy.run_path(path, run_name="__main__")
     printed = json.loads(capsys.readouterr().out)
-    expected = common.budget_settings("cpu", "celeba64") | {"beta": 1, "objective": "eps"} | dict.fromkeys(
-        ("vae_steps", "unet_steps", "flow_steps"), 5)
+    expected = common.budget_settings("cpu", "celeba64") | {
+        "vae_steps": 5, "beta": 1, "objective": "eps"}
     assert {key: value for key, value in printed.items() if expected.get(key) != value}.keys() <= {
         "networks", "changes", "seed", "home", "prior"}
-    assert printed["home"] == "runs/celeba64-cpu-vae_steps=5-unet_steps=5-flow_steps=5-beta=1-objective=eps"
+    assert printed["home"] == "runs/celeba64-cpu-vae_steps=5-beta=1-objective=eps"
     assert all(count > 10_000 for count in printed["networks"].values()) and not list(small.iterdir())
 
 

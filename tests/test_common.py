@@ -843,16 +843,16 @@ def read(text):
 
 
 def test_flags_replace_the_budget():
-    """A flag changes its own setting and nothing else; --steps, those of all networks. What only concerns sampling and
-    scores names no folder."""
+    """A flag changes its own setting and nothing else. What only concerns sampling and scores names no folder."""
     plain = common.budget_settings("smoke", "shapes")
-    found = read("--steps 5 --batch-size 3 --seed 7")
-    changes = {"vae_steps": 5, "unet_steps": 5, "flow_steps": 5, "batch": 3}
-    name = "shapes-smoke-vae_steps=5-unet_steps=5-flow_steps=5-batch=3"
-    assert found == plain | changes | {"changes": changes, "seed": 7, "home": os.path.join("runs", name)}
+    found = read("--set vae_steps=5 batch=3 temperature=0.8 --seed 7")
+    changes = {"vae_steps": 5, "batch": 3}
+    name = "shapes-smoke-vae_steps=5-batch=3"
+    assert found == plain | changes | {"temperature": 0.8, "changes": changes, "seed": 7,
+                                       "home": os.path.join("runs", name)}
     assert common.run_folder(found, "stage1-vae") == Path("runs") / name / "stage1-vae-s7"
-    sampling = {"prior": "gaussian", "sampler": "ddim", "sample_steps": 99, "temperature": 0.8, "eval_samples": 50,
-                "export": 4, "features": "inception"}
+    sampling = {"prior": "gaussian", "sampler": "ddim", "sample_steps": 99, "eval_samples": 50, "export": 4,
+                "features": "inception"}
     found = read(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in sampling.items()))
     assert found == plain | sampling | {"probe_samples": 50, "changes": {}, "seed": 0,
                                         "home": os.path.join("runs", "shapes-smoke")}
@@ -869,7 +869,7 @@ def test_data_sets_have_their_sizes_and_features(text, size, features):
 def test_settings_that_are_changed():
     """Every value has its setting's type, and of two the last one counts. In the folder's name they come in the order
     in which they are given. The photos of two folders do not share a folder of runs."""
-    found = read("--batch-size 3 --set beta=2 start=300 tied=true objective=eps vae_lr=1e-5 attention=[8] "
+    found = read("--set batch=3 beta=2 start=300 tied=true objective=eps vae_lr=1e-5 attention=[8] "
                  "--set beta=0.5 batch=6")
     changes = {"batch": 6, "beta": 0.5, "start": 300, "tied": True, "objective": "eps", "vae_lr": 1e-5,
                "attention": [8]}
