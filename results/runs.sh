@@ -22,6 +22,9 @@ run /stage2-anneal stage2_joint.py
 run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 run /stage3-flow-film stage3_adaptive.py --conditioning film
 if [ "$dataset" = celeba64 ]; then  # the others take an hour each
+    # With more steps: the weights of --pretrained
+    run -vae_steps=3500-unet_steps=5200/stage1-guided stage1_baseline.py --variant guided \
+        --set vae_steps=3500 unet_steps=5200
     exit
 fi
 run /stage2-anneal-grad-none stage2_joint.py --gradient none
