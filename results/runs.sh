@@ -22,6 +22,7 @@ run /stage2-anneal stage2_joint.py
 run -diffusion_weight=0.003/stage2-anneal stage2_joint.py --set diffusion_weight=0.003
 run /stage3-flow-film stage3_adaptive.py --conditioning film
 if [ "$dataset" = celeba64 ]; then  # the others take an hour each
+    run /bonus-latent bonus_latent.py
     # About twice the steps
     run -vae_steps=3500-unet_steps=5200/stage1-guided stage1_baseline.py --variant guided \
         --set vae_steps=3500 unet_steps=5200
