@@ -1,10 +1,9 @@
-"""The ground that every stage stands on: the models (Part I, to be read) and the machinery (Part II, to be looked up).
+"""What the stages share, to be called by name: primitives, no frame. Nothing here knows a stage.
 
-Part I    1 diffusion, 2 networks, 3 priors over z, 4 a model: what a stage hands to sampling
-Part II   5 the likelihood bound, 6 the built-in data, 7 files, 8 settings, 9 data sets, 10 devices and processes,
-          11 training, 12 runs, 13 pictures
+Part I    1 diffusion, 2 networks, 3 priors over z, 4 training
+Part II   5 the built-in data, 6 files, 7 settings, 8 data sets, 9 devices and processes, 10 runs and pictures
 
-For stage 1, read Part I, the settings (section 8) and the class Training (section 11).
+For stage 1, read Diffusion, VAE, UNet and Part I's section 4. Look up the rest when its name comes along.
 
 Conventions, used by every file:
     "As published" refers to DiffuseVAE (Pandey et al. 2022), which stage 1 replicates.
@@ -15,13 +14,12 @@ Conventions, used by every file:
     Losses have the shape (B,), one value per image. A KL or a bound is in nats.
     Random draws come from generators that are seeded with --seed and a purpose. Only initial weights and dropout use
     torch's global generator, which is seeded just before them.
-    Networks train and sample in float32 on a CPU, in bfloat16 on a GPU (`autocast`). Their outputs are float32.
+    `settings` is one flat dictionary (section 7).
 """
 
 import atexit
 import datetime
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -29,8 +27,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +40,14 @@ from scipy.cluster.vq import kmeans2
 from torch import distributed, nn
 from tqdm import tqdm
 
-
-def seed_of(seed, purpose):
-    """A number below 2^56 that is another one for another seed or purpose, a text."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "little")
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process, their number: see 9
+bar = partial(tqdm, leave=False, delay=1, disable=RANK > 0)  # a progress bar with the time left
 
 
 def generator(seed, purpose, device="cpu"):
-    """A torch.Generator on `device` for a purpose."""
-    return torch.Generator(device).manual_seed(seed_of(seed, purpose))
+    """A torch.Generator on `device`, another one for another seed or purpose (a text)."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def randn(shape, gen):
@@ -78,11 +75,11 @@ class Diffusion:
     From v it follows without one. `start` is the time at which the reverse process begins: T, or a smaller one where an
     x_hat already shows roughly what x0 looks like. Only the times 1..start are trained and sampled."""
 
-    def __init__(self, objective, T=1000, device="cpu", start=None):
+    def __init__(self, objective, start=1000, device="cpu", T=1000):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         self.T = T
         self.objective = objective
-        self.start = start or T
+        self.start = start
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # (T + 1,), [0] = 1
         self.x0_scale = self.alpha_bar.sqrt().float().to(device)  # (T + 1,), the factor of x0 in x_t
         self.eps_scale = (1 - self.alpha_bar).sqrt().float().to(device)  # (T + 1,), the factor of eps in x_t
@@ -96,38 +93,48 @@ class Diffusion:
         a, sigma = self.scales(t)
         return a * x0 + sigma * eps
 
-    def draw_t(self, u):
-        """Uniform random numbers u in [0, 1), (B,) -> training times, uniform on 1..start, (B,)."""
-        return (self.start * u).long() + 1
-
-    def x_start(self, x_hat, eps):
-        """The noisy image from which the reverse process begins: x_hat (B, C, H, W) takes the place of x0. If the
-        process begins at T this is `eps` alone, as published."""
-        if self.start == self.T:
-            return eps
-        return self.x0_scale[self.start] * x_hat + self.eps_scale[self.start] * eps
+    def draw_t(self, count, gen):
+        """`count` training times, uniform on 1..start."""
+        return (self.start * torch.rand(count, generator=gen, device=gen.device)).long() + 1
 
     def target(self, x0, t, eps):
         """What the network is trained to predict at x_t."""
         a, sigma = self.scales(t)
         return eps if self.objective == "eps" else a * eps - sigma * x0
 
-    def simple_loss(self, denoise, x0, t, eps):
-        """Squared error of the network's prediction `denoise(x_t, t)`, mean over pixel values: (B,). (DDPM eq. 14, if
-        the network predicts eps.)"""
-        prediction = denoise(self.q_sample(x0, t, eps), t)  # (B, C, H, W)
-        return ((prediction - self.target(x0, t, eps)) ** 2).flatten(1).mean(1)
+    def level_weight(self, t):
+        """A weight of the squared error at times t (B,), so that all noise levels count alike: (B,).
 
-    def to_x0_and_eps(self, prediction, x_t, t, clamp=True):
-        """Solve the network's prediction at x_t for x0 and eps. `clamp` limits x0 to [-1, 1]; eps is computed from the
-        clamped x0, so that both still add up to x_t."""
+        The plain squared error of v, on our data, is about 0.01 / sigma_t: far larger at the lowest noise levels, where
+        the grain of the image is decided, than at the highest, where shapes are. (Karras et al. 2024, arXiv:2312.02696,
+        eq. 14 to 21, learn such a weight.)"""
+        return 100 * self.eps_scale[t]
+
+    def times(self, settings):
+        """The times that sampling visits, falling from `start` to 0: start (i / steps)^2, rounded. The square puts most
+        steps at small times, where fine detail is decided. The maximum with i keeps the last times apart.
+
+        A process that begins with pure noise needs more steps, and has a setting of its own for their number."""
+        steps = settings["sample_steps" if self.start < self.T else "sample_steps_from_T"]
+        steps = min(steps, self.start)
+        return [max(round(self.start * (i / steps) ** 2), i) for i in range(steps, -1, -1)]
+
+    def x_start(self, x_hat, eps, temperature=1.0):
+        """The noisy image from which the reverse process begins: x_hat (B, C, H, W) takes the place of x0. A
+        `temperature` above 1 makes up for detail that x_hat lacks. If the process begins at T, this is `eps` alone, as
+        published."""
+        if self.start == self.T:
+            return eps
+        return self.x0_scale[self.start] * x_hat + self.eps_scale[self.start] * temperature * eps
+
+    def to_x0(self, prediction, x_t, t, clamp=True):
+        """Solve the network's prediction at x_t for x0. `clamp` limits it to [-1, 1]."""
         a, sigma = self.scales(t)
         if self.objective == "eps":
             x0 = (x_t - sigma * prediction) / a  # from x_t = a x0 + sigma eps
         else:
             x0 = a * x_t - sigma * prediction  # a x_t - sigma v = (a^2 + sigma^2) x0 = x0
-        x0 = x0.clamp(-1, 1) if clamp else x0
-        return x0, (x_t - a * x0) / sigma
+        return x0.clamp(-1, 1) if clamp else x0
 
     def posterior(self, t, t_next):
         """q(x at t_next | x_t, x0), where t_next < t is the next time that sampling visits. It is a Gaussian with the
@@ -140,64 +147,33 @@ class Diffusion:
         xt_factor = (bar_t / bar_next).sqrt() * (1 - bar_next) / (1 - bar_t)
         return x0_factor, xt_factor, added * (1 - bar_next) / (1 - bar_t)
 
+    def step(self, sampler, x, x0, times, i, x0_before=None, gen=None):
+        """One step of sampling: x at times[i] -> x at times[i + 1]. x0 is the prediction at times[i], x0_before that of
+        the step before.
 
-def time_grid(start, steps):
-    """The times that sampling in `steps` steps visits, in rising order: 0 = tau_0 < ... < tau_steps = start.
-
-    tau_i = max(round(start (i / steps)^2), i). The square puts most steps at small times, where fine detail is decided.
-    The maximum with i keeps the first times apart."""
-    return [max(round(start * (i / steps) ** 2), i) for i in range(steps + 1)]
-
-
-def dpm_step(diffusion, x, x0, t, t_next, previous):
-    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). With x_t = a_t x0 + sigma_t eps and lambda =
-    log(a / sigma),
-
-        x_next    = sigma_next / sigma_t x_t + (a_next - a_t sigma_next / sigma_t) x0_middle
-        x0_middle = x0 + (x0 - x0_before) / (2 r)
-        r         = (lambda_t - lambda_before) / (lambda_next - lambda_t)
-
-    x0 is the prediction at t, x0_before that of the step before; `previous` is (its time, x0_before), or None at first.
-    With x0 in the place of x0_middle, this is a step of DDIM: exact, if the prediction stayed the same during the step.
-    It does not, so the solver takes it at the middle of the step: the line through the last two predictions, as a
-    function of lambda, is extended by half a step."""
-    a_t = float(diffusion.alpha_bar[t].sqrt())
-    a_next = float(diffusion.alpha_bar[t_next].sqrt())
-    sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
-    if previous is not None and t_next > 0:  # lambda is infinite at time 0
-        t_before, x0_before = previous
-        bar = diffusion.alpha_bar[[t_before, t, t_next]]
-        lambda_before, lambda_t, lambda_next = 0.5 * (bar / (1 - bar)).log()
-        r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))
-        x0 = x0 + (x0 - x0_before) / (2 * r)
-    return sigma_ratio * x + (a_next - a_t * sigma_ratio) * x0
-
-
-@torch.no_grad()
-def sample(diffusion, denoise, x, sampler, steps, gen=None, clamp=True):
-    """Run the reverse process from x = x_start (B, C, H, W) to a clean image, calling `denoise(x, t) -> prediction`
-    once in each of `steps` steps (at most `start`: there cannot be more steps than times).
-
-    `sampler` is one of
-        ddpm   random (DDPM, algorithm 2). The noise that each step adds comes from `gen`, a CPU generator.
-        ddim   deterministic, of first order (Song et al. 2021, eq. 12 with sigma_t = 0)
-        dpm    deterministic, of second order (DPM-Solver++)"""
-    steps = min(steps, diffusion.start)
-    previous = None  # (t, x0) of the step before, for dpm
-    times = time_grid(diffusion.start, steps)
-    for i in range(steps, 0, -1):
-        t, t_next = times[i], times[i - 1]
-        t_batch = torch.full((len(x),), t, device=x.device)  # (B,)
-        x0, eps = diffusion.to_x0_and_eps(denoise(x, t_batch), x, t_batch, clamp)
-        if sampler == "ddpm":  # the posterior's mean, and noise of its variance (which is 0 in the last step)
-            x0_factor, xt_factor, variance = map(float, diffusion.posterior(t, t_next))
-            x = x0_factor * x0 + xt_factor * x + math.sqrt(variance) * randn(x.shape, gen).to(x.device)
-        elif sampler == "ddim":  # the same x0 and eps, mixed with the factors of t_next
-            x = diffusion.q_sample(x0, torch.full_like(t_batch, t_next), eps)
-        else:
-            x = dpm_step(diffusion, x, x0, t, t_next, previous)
-            previous = t, x0
-    return x
+        ddpm   Random (DDPM, algorithm 2): a draw from the posterior. The noise comes from `gen`, a CPU generator.
+        ddim   Deterministic (Song et al. 2021, eq. 12 with sigma_t = 0). With x_t = a_t x0 + sigma_t eps it keeps x0
+               and eps, and mixes them with the factors of t_next:
+                   x_next = sigma_next / sigma_t x_t + (a_next - a_t sigma_next / sigma_t) x0
+        dpm    DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). DDIM is exact if the prediction x0 stays the same during
+               the step. It does not, so this solver takes it at the middle of the step: the line through the last two
+               predictions, as a function of lambda = log(a / sigma), is extended by half a step:
+                   x0_middle = x0 + (x0 - x0_before) / (2 r)
+                   r = (lambda_t - lambda_before) / (lambda_next - lambda_t)
+        """
+        t, t_next = times[i], times[i + 1]
+        if sampler == "ddpm":
+            x0_factor, xt_factor, variance = map(float, self.posterior(t, t_next))  # the last variance is 0
+            return x0_factor * x0 + xt_factor * x + math.sqrt(variance) * randn(x.shape, gen).to(x.device)
+        if sampler == "dpm" and i > 0 and t_next > 0:  # lambda is infinite at time 0
+            alpha_bar = self.alpha_bar[[times[i - 1], t, t_next]]
+            lambda_before, lambda_t, lambda_next = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
+            r = float((lambda_t - lambda_before) / (lambda_next - lambda_t))
+            x0 = x0 + (x0 - x0_before) / (2 * r)
+        a_t = float(self.alpha_bar[t].sqrt())
+        a_next = float(self.alpha_bar[t_next].sqrt())
+        sigma_ratio = math.sqrt((1 - a_next**2) / (1 - a_t**2))
+        return sigma_ratio * x + (a_next - a_t * sigma_ratio) * x0
 
 
 # ---- 2. Networks -----------------------------------------------------------------------------------------------------
@@ -333,10 +309,11 @@ def zero_init(module):
 
 
 class ResidualBlock(nn.Module):
-    """The U-Net's block (DDPM): GroupNorm, SiLU, 3x3 convolution, twice, with the time embedding added in between.
-    x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). `emb` has been through a SiLU already."""
+    """The U-Net's block (DDPM): GroupNorm, SiLU, 3x3 convolution, twice, with the time embedding added in between; then
+    attention, if it has `heads`. x (B, width_in, H, W), emb (B, emb_dim) -> (B, width_out, H, W). `emb` has been
+    through a SiLU already."""
 
-    def __init__(self, width_in, width_out, emb_dim, dropout):
+    def __init__(self, width_in, width_out, emb_dim, dropout, heads=0):
         super().__init__()
         self.norm1 = GroupNorm(width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
@@ -345,10 +322,11 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(width_out, width_out, 3, padding=1))
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+        self.attention = Attention(width_out, heads) if heads else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h)))))
 
 
 class Attention(nn.Module):
@@ -372,64 +350,59 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """The U-Net of DDPM: x (B, in_channels, H, W), t (B,) in 1..T -> (B, out_channels, H, W), zero before training.
 
-    `table` lists (resolution, width, blocks on the way down, blocks on the way up), from the image down. With
-    [(32, 32, 1, 1), (16, 64, 1, 1)], and ---> for a feature map that is joined to a block's input later:
+    `table` lists its levels (resolution, width, blocks on the way down, blocks on the way up), from the image down.
+    With [(32, 32, 1, 1), (16, 64, 1, 1)], and ---> for a feature map (a skip) that is joined to a block's input later:
 
-        stem                                                               block --> out
-            block (32 wide) -------------------------------------------->
-                halve                                             double
-                    block (64 wide) ---------------------->  block
-                                   block, attention, block
+        stem, block (32 wide) ------------------------------------> block --> out
+              halve, block (64 wide) -----------------> block, double
+                     block with attention, block
 
-    A level keeps its input and the output of each of its blocks, and on the way up each block takes the map that was
-    kept last. In DDPM each level has one more block up than down, so all maps are taken: (32, 128, 2, 3). Our small
-    networks save some of those blocks. `attention` lists the resolutions that have self-attention beside the middle.
-    `extra` (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it. To double the resolution, a
-    convolution follows nearest upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
+    Each block down leaves a skip, and each block up takes the one that was left last. In DDPM each level has one more
+    block up than down, (32, 128, 2, 3), which takes the level's input. Our small networks save some of those blocks.
+    `attention` lists the resolutions that have self-attention beside the middle. `extra` (B, 4 * first width), if
+    given, is added to the time embedding; stage 3 uses it. To double the resolution, a convolution follows nearest
+    upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
 
     def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0, pool=True):
         super().__init__()
-        first_width = table[0][1]
-        self.frequency_count = first_width // 2  # the time embedding has a sine and a cosine for each
-        emb_dim = 4 * first_width  # as in DDPM
-        self.time = nn.Sequential(nn.Linear(first_width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.stem = nn.Conv2d(in_channels, first_width, 3, padding=1)
+        width = table[0][1]  # at the place that we have reached
+        self.frequency_count = width // 2  # the time embedding has a sine and a cosine for each
+        emb_dim = 4 * width  # as in DDPM
+        self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        skip_widths = []
 
-        def block(width_in, width_out, resolution):
-            return nn.ModuleList([ResidualBlock(width_in, width_out, emb_dim, dropout),
-                                  Attention(width_out, heads) if resolution in attention else nn.Identity()])
-
-        # The way down. `here` is the width at the place that we have reached, kept_widths those of the maps kept.
-        here, kept_widths = first_width, []
         self.down = nn.ModuleList()
-        self.shrink = nn.ModuleList()
-        for resolution, width, down_blocks, _ in table:
-            kept_widths.append([here])
-            self.down.append(nn.ModuleList())
+        self.input_is_skip = [up_blocks > down_blocks for _, _, down_blocks, up_blocks in table]  # of each level
+        for level, (resolution, level_width, down_blocks, _) in enumerate(table):
+            if level == 0:
+                enter = nn.Conv2d(in_channels, width, 3, padding=1)
+            else:
+                enter = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            if self.input_is_skip[level]:
+                skip_widths.append(width)
+            blocks = nn.ModuleList()
             for _ in range(down_blocks):
-                self.down[-1].append(block(here, width, resolution))
-                here = width
-                kept_widths[-1].append(here)
-            lowest = resolution == table[-1][0]
-            self.shrink.append(nn.Identity() if lowest else nn.Conv2d(here, here, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([ResidualBlock(here, here, emb_dim, dropout), Attention(here, heads),
-                                     ResidualBlock(here, here, emb_dim, dropout)])
+                blocks.append(ResidualBlock(width, level_width, emb_dim, dropout, heads * (resolution in attention)))
+                width = level_width
+                skip_widths.append(width)
+            self.down.append(nn.ModuleDict({"enter": enter, "blocks": blocks}))
+        self.middle = nn.ModuleList([ResidualBlock(width, width, emb_dim, dropout, heads),
+                                     ResidualBlock(width, width, emb_dim, dropout)])
 
-        # The way up, from the lowest level to the highest.
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        for resolution, width, _, up_blocks in reversed(table):
-            widths = kept_widths.pop()
-            self.up.append(nn.ModuleList())
+        self.up = nn.ModuleList()
+        for level, (resolution, level_width, _, up_blocks) in reversed([*enumerate(table)]):
+            blocks = nn.ModuleList()
             for _ in range(up_blocks):
-                self.up[-1].append(block(here + widths.pop(), width, resolution))
-                here = width
-            highest = resolution == table[0][0]
-            double = nn.Upsample(scale_factor=2)
-            conv = nn.Conv2d(here, here, 3, padding=1)
-            grow = [double, conv] if pool else [conv, double]
-            self.grow.append(nn.Identity() if highest else nn.Sequential(*grow))
-        self.norm = GroupNorm(here)
-        self.out = zero_init(nn.Conv2d(here, out_channels, 3, padding=1))
+                blocks.append(ResidualBlock(width + skip_widths.pop(), level_width, emb_dim, dropout,
+                                            heads * (resolution in attention)))
+                width = level_width
+            leave = nn.Identity()
+            if level > 0:
+                conv, double = nn.Conv2d(width, width, 3, padding=1), nn.Upsample(scale_factor=2)
+                leave = nn.Sequential(double, conv) if pool else nn.Sequential(conv, double)
+            self.up.append(nn.ModuleDict({"blocks": blocks, "leave": leave}))
+        self.norm = GroupNorm(width)
+        self.out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x, t, extra=None):
         # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
@@ -437,30 +410,30 @@ class UNet(nn.Module):
         angle = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)  # (B, frequency_count)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
         emb = F.silu(emb if extra is None else emb + extra)
-        h, kept = self.stem(x), []  # kept: for each level a list of feature maps
-        for blocks, shrink in zip(self.down, self.shrink, strict=True):
-            kept.append([h])
-            for residual, attention in blocks:
-                h = attention(residual(h, emb))
-                kept[-1].append(h)
-            h = shrink(h)
-        residual1, attention, residual2 = self.middle
-        h = residual2(attention(residual1(h, emb)), emb)
-        for blocks, grow in zip(self.up, self.grow, strict=True):
-            maps = kept.pop()
-            for residual, attention in blocks:
-                h = attention(residual(torch.cat([h, maps.pop()], 1), emb))
-            h = grow(h)
+        h, skips = x, []
+        for level, input_is_skip in zip(self.down, self.input_is_skip, strict=True):
+            h = level["enter"](h)
+            if input_is_skip:
+                skips.append(h)
+            for block in level["blocks"]:
+                h = block(h, emb)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        for level in self.up:
+            for block in level["blocks"]:
+                h = block(torch.cat([h, skips.pop()], 1), emb)
+            h = level["leave"](h)
         return self.out(F.silu(self.norm(h))).float()
 
 
 def build_vae(settings):
-    """The VAE of `settings`, a dictionary (section 8)."""
+    """The VAE of the settings."""
     return VAE(settings["vae_table"], settings["pool"])
 
 
 def build_unet(settings, in_channels):
-    """The U-Net of `settings`. Its input is x_t (3 channels), followed by what conditions it."""
+    """The U-Net of the settings. Its input is x_t (3 channels), followed by what conditions it."""
     return UNet(settings["unet_table"], in_channels, attention=settings["attention"], heads=settings["heads"],
                 dropout=settings["dropout"], pool=settings["pool"])
 
@@ -469,6 +442,14 @@ def frozen(network, weights, device):
     """Load weights into a network; put it on the device, in evaluation mode and without gradients. Returns it."""
     network.load_state_dict(weights)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(encoder, images, device, batch=100):
+    """uint8 images (N, 3, H, W) -> mu, logvar of q(z | x), each (N, d) on the CPU."""
+    parts = [encoder(to_float(part.to(device))) for part in images.split(batch)]
+    mu, logvar = zip(*parts, strict=True)
+    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
 
 # ---- 3. Priors over z ------------------------------------------------------------------------------------------------
@@ -503,7 +484,7 @@ class GaussianMixture:
         nearest = torch.cat([torch.cdist(part, means).argmin(1) for part in z.split(1000)])  # (N,)
         covariance = (z - means[nearest]).T.cov()  # (d, d); cov wants a row for each dimension
         mixture = cls(torch.full((components,), 1 / components), means, cls.factors_of(covariance[None]))
-        for _ in tqdm(range(rounds), desc=f"fitting {components:,} Gaussians", unit="round", leave=False):
+        for _ in bar(range(rounds), desc=f"fitting {components:,} Gaussians", unit="round"):
             mixture = mixture.em_round(z, tied)
         return mixture
 
@@ -563,22 +544,14 @@ class GaussianMixture:
         return self.means[k] + (factors @ noise)[:, :, 0]
 
 
-# ---- 4. A model: draw z, decode it to x_hat, add noise (x_start), refine ---------------------------------------------
-
-@dataclass
-class Model:
-    """What every stage hands to sampling and evaluation: a VAE, a diffusion model, or both."""
-
-    device: torch.device
-    shape: tuple  # (C, H, W) of what is diffused
-    networks: tuple = ()  # all that it consists of: their parameters are counted
-    vae: VAE | None = None
-    priors: dict = field(default_factory=dict)  # over z, by name; each has sample(count, gen) and log_prob(z)
-    diffusion: Diffusion | None = None  # none in a VAE alone
-    # denoiser(x_hat, z), called for each batch, returns the denoise(x, t) of `sample`. (Only stage 3 uses z.)
-    denoiser: Callable | None = None
-    decode: Callable | None = None  # from latents to images, if it is latents that are diffused (bonus_latent.py)
-    evaluations: int = 1  # how many networks run in each sampling step
+def fit_mixture(vae, images, settings, device):
+    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images, about 30,000, but at most ten of each
+    image. Returns its attributes, for a checkpoint."""
+    mu, logvar = encode(vae.encoder, images, device)
+    gen = generator(settings["seed"], "codes of training images")
+    draws = max(1, min(10, 30_000 // len(mu)))
+    z = torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
+    return vars(GaussianMixture.fit(z, settings["components"], settings["seed"], settings["tied"]))
 
 
 def load_vae(checkpoint, device):
@@ -588,124 +561,201 @@ def load_vae(checkpoint, device):
                  "gmm": GaussianMixture(**checkpoint["gmm"])}
 
 
-@torch.no_grad()
-def encode(encoder, images, device, batch=100):
-    """uint8 images (N, 3, H, W) -> mu, logvar of q(z | x), each (N, d) on the CPU."""
-    parts = [encoder(to_float(part.to(device))) for part in images.split(batch)]
-    mu, logvar = zip(*parts, strict=True)
-    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
+# ---- 4. Training -----------------------------------------------------------------------------------------------------
+
+def draw_batch(images, settings, gen, flip):
+    """A random batch of uint8 images (N, 3, H, W) as floats (B, 3, H, W), each mirrored with a probability of one half
+    if `flip`. Several processes share a batch."""
+    index = torch.randint(len(images), (settings["batch"] // RANKS,), generator=gen, device=gen.device)
+    x = to_float(images[index]).contiguous(memory_format=torch.channels_last)
+    if flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=gen, device=gen.device) < 0.5, x.flip(3), x)
+    return x
 
 
-def draw_codes(vae, images, seed, device):
-    """Codes z ~ q(z | x) of the training images, (N, d) on the CPU, to which priors are fitted: about 30,000, but at
-    most ten of each image."""
-    mu, logvar = encode(vae.encoder, images, device)
-    gen = generator(seed, "codes of training images")
-    draws = max(1, min(10, 30_000 // len(mu)))
-    return torch.cat([reparameterise(mu, logvar, randn(mu.shape, gen)) for _ in range(draws)])
+def orthogonalise(matrices, rounds=5):
+    """Matrices (K, m, n), each U S V^T -> about U V^T: the singular values become 0.7 to 1.2, except for tiny ones.
+
+    Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x = U S^3 V^T. So matrix products alone
+    can turn every singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which each round does."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values between 0 and 1
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
 
 
-def fit_mixture(vae, images, settings, device):
-    """The Gaussian mixture fitted to codes of the training images: its attributes, for a checkpoint."""
-    z = draw_codes(vae, images, settings["seed"], device)
-    return vars(GaussianMixture.fit(z, settings["components"], settings["seed"], settings["tied"]))
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with an orthogonalised momentum (Jordan et al. 2024). The update of a weight matrix has singular
+    values near 1, so directions that are rare in the gradients move as far as common ones.
+
+    A convolution's weights count as a matrix (out, in k k), a transposed convolution's as (in, out k k). (torch's own
+    Muon takes matrices alone.)"""
+
+    def __init__(self, params, momentum=0.95):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        momentum, updates = group["momentum"], {}  # updates: by shape, since equal shapes are faster together
+        for p in group["params"]:
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 1 - momentum)  # average = momentum average + (1 - momentum) gradient
+            update = p.grad.lerp(average, momentum).flatten(1)  # Nesterov: (1 - momentum) gradient + momentum average
+            updates.setdefault(update.shape, []).append((p, update))
+        for (rows, columns), pairs in updates.items():
+            scale = max(1, rows / columns) ** 0.5  # Jordan's: the root of outputs / inputs
+            orthogonal = orthogonalise(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, orthogonal, strict=True):
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-@torch.no_grad()
-def refine(model, settings, x_hat, z, gen):
-    """Refine x_hat (B, C, H, W) with its code z (B, d): images in [-1, 1], or latents. Of a VAE alone, x_hat itself
-    comes back. The noise comes from `gen`, a CPU generator, so that it is the same on every device. `settings` has the
-    sampler, its steps, and the temperature: the factor of the noise in x_start."""
-    if model.denoiser is None:
-        return x_hat
-    noise = settings["temperature"] * randn(x_hat.shape, gen).to(model.device)
-    with autocast(model.device):
-        return sample(model.diffusion, model.denoiser(x_hat, z), model.diffusion.x_start(x_hat, noise),
-                      settings["sampler"], settings["sample_steps"], gen,
-                      clamp=model.decode is None)  # a latent has no range to be clamped to
+class Optimizer:
+    """Muon for the weight matrices of a network, Adam for all other parameters; Adam for all if the setting
+    NAME_muon_lr is 0. The base learning rates are NAME_lr (Adam) and NAME_muon_lr (Muon)."""
+
+    def __init__(self, network, settings, name):
+        muon_lr = settings[f"{name}_muon_lr"]
+        matrices = [p for p in network.parameters() if p.dim() > 1 and muon_lr > 0]
+        others = [p for p in network.parameters() if p.dim() <= 1 or muon_lr == 0]
+        self.parts = [(torch.optim.Adam(others), settings[f"{name}_lr"])]  # optimizers and their base rates
+        if matrices:
+            self.parts.append((Muon(matrices), muon_lr))
+
+    def zero_grad(self):
+        for optimizer, _ in self.parts:
+            optimizer.zero_grad()
+
+    def step(self, rate):
+        """One step at `rate` times the base learning rates."""
+        for optimizer, base_rate in self.parts:
+            optimizer.param_groups[0]["lr"] = rate * base_rate
+            optimizer.step()
+
+    def state_dict(self):
+        return {"parts": [optimizer.state_dict() for optimizer, _ in self.parts]}
+
+    def load_state_dict(self, state):
+        for (optimizer, _), its_state in zip(self.parts, state["parts"], strict=True):
+            optimizer.load_state_dict(its_state)
 
 
-@torch.no_grad()
-def generate(model, settings, z=None, damage=0.0):
-    """Generate settings["eval_samples"] images, with codes from settings["prior"], or one image for each of the codes z
-    (N, d). Returns x_hat and the refined images, uint8 (N, 3, H, W) on the CPU, and the seconds per image. (Without a
-    VAE, x_hat is grey.)
-
-    `damage` is the standard deviation of noise that is added to x_hat before it is refined, or to a diffused latent
-    before it is decoded: a test of how well a model copes with a bad x_hat.
-    Every batch has its own generators, so image k is made from the same z and noise whatever the sampler, its steps and
-    the damage. Several processes share the batches (section 10: this one is RANK of RANKS)."""
-    count = len(z) if z is not None else settings["eval_samples"]
-    batch = settings["eval_batch"]
-    parts = []
-    for first in tqdm(range(0, count, batch)[RANK::RANKS], desc="sampling", leave=False, disable=count <= batch):
-        clock = time.time()
-        seed = settings["seed"]
-        n = min(batch, count - first)
-        gen = generator(seed, f"noise {first}")
-        damage_noise = damage * randn((n, *model.shape), gen).to(model.device)
-        codes = None
-        x_hat = torch.zeros(n, *model.shape, device=model.device)
-        if model.vae is not None:
-            if z is None:
-                codes = model.priors[settings["prior"]].sample(n, generator(seed, f"codes {first}")).to(model.device)
-            else:
-                codes = z[first : first + n].to(model.device)
-            with autocast(model.device):
-                x_hat = model.vae.decoder(codes) + damage_noise
-        x = refine(model, settings, x_hat, codes, gen)
-        if model.decode is not None:
-            with autocast(model.device):
-                x = model.decode(x + damage_noise)
-        parts.append((to_uint8(x_hat).cpu(), to_uint8(x).cpu(), time.time() - clock))
-    before, after, seconds = zip(*gather(parts), strict=True)
-    return torch.cat(before), torch.cat(after), sum(seconds) / count
+def learning_rate(step, steps, settings):
+    """The learning rate at a step as a share of the base rate: a linear rise, then constant or, with `decay`, a linear
+    fall to 0 at the end."""
+    rise = (step + 1) / max(1, settings["warmup"])
+    fall = (steps - step) / max(1, steps - settings["warmup"]) if settings["decay"] else 1
+    return min(1, rise, fall)
 
 
-# ==== Part II, the machinery: how the models above are fed, trained and kept. To be looked up. ========================
+class MovingAverage:
+    """The moving average of a network's weights, {name: tensor}, which is what is sampled from.
 
-# ---- 5. The likelihood bound of a diffusion model --------------------------------------------------------------------
+    Early on the decay is smaller: 2/11, 3/12, ... towards 1. With 0.9999 alone, a third of the average of a run of
+    10,000 steps would be its initial weights (0.9999^10000 = 0.37)."""
 
-# The variational bound of a diffusion model, in nats per image (DDPM eq. 5):
-#     -log p(x0) <= KL(q(x_start | x0) || p(x_start)) + sum over t = 2..start of KL_t + L_0
-# Stage 2 trains with it (--loss bound).
+    def __init__(self, network, decay):
+        self.network = network
+        self.decay = decay
+        self.weights = {name: value.clone() for name, value in network.state_dict().items()}
 
-def kl_step(diffusion, x0, x0_predicted, t):
-    """KL_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for times t (B,) from 2 on, (B,) nats. The model p has the
-    predicted x0 in place of x0, and the same variance."""
-    x0_factor, _, variance = diffusion.posterior(t.cpu(), t.cpu() - 1)  # (B,)
-    factor = (x0_factor**2 / (2 * variance)).float().to(x0.device)
-    return factor * ((x0 - x0_predicted) ** 2).flatten(1).sum(1)
+    def update(self, step):
+        decay = min(self.decay, (2 + step) / (11 + step))
+        # average += (1 - decay) * (weight - average), for all tensors at once
+        torch._foreach_lerp_([*self.weights.values()], [*self.network.state_dict().values()], 1 - decay)
 
+    def state_dict(self):
+        return self.weights
 
-def kl_prior(diffusion, x0, x_hat=None):
-    """The bound's first term, KL(q(x_start | x0) || p(x_start)), (B,) nats. If the process begins at T, p is N(0, I).
-    If it begins earlier, p and q have the same variance, and their means are sqrt(alpha_bar) x_hat and
-    sqrt(alpha_bar) x0."""
-    bar = float(diffusion.alpha_bar[diffusion.start])
-    if diffusion.start == diffusion.T:
-        return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
-    return bar / (2 * (1 - bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
+    def load_state_dict(self, weights):
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
 
 
-def data_nats(diffusion, x0, x0_predicted):
-    """The bound's last term, L_0 = -log p(x0 | x_1), (B,) nats, where x0 = to_float(pixels) (DDPM eq. 13).
+class Progress:
+    """Counts the steps of a training, with a progress bar, a log, and a file to go on from:
 
-    A pixel's probability is the mass of N(x0_predicted, sd^2) between the edges of its bin, x0 - 1/255 and x0 + 1/255;
-    the bins of the values 0 and 255 reach to infinity. As in DDPM's code, sd^2 is the variance at t = 2, and no
-    probability is below 1e-12. In float64 on the CPU."""
-    sd = float(diffusion.posterior(2, 1)[2].sqrt())
-    x = x0.cpu().double()
-    mean = x0_predicted.cpu().double()
-    ndtr = torch.special.ndtr  # the distribution function of N(0, 1)
+        progress = Progress(folder, settings, steps, gen, vae=vae, optimizer=optimizer, average=average)
+        for step in progress:
+            ...
+            progress.log(sse=sse)
+        checkpoint = progress.finish(vae=average.weights)
 
-    # 1 for the value 255, whose bin has no upper edge; 0 for the value 0, whose bin has no lower one
-    below_upper = torch.where(x < 0.999, ndtr((x + 1 / 255 - mean) / sd), 1.0)
-    below_lower = torch.where(x > -0.999, ndtr((x - 1 / 255 - mean) / sd), 0.0)
-    return -(below_upper - below_lower).clamp(min=1e-12).log().flatten(1).sum(1).float().to(x0.device)
+    `parts` are all that has a state_dict. About once a minute their states are saved in FOLDER/unfinished.pt, with
+    those of the generators. A Progress that finds this file goes on from there and, on a CPU with one process, ends
+    with the same bits as if it had never been stopped."""
+
+    def __init__(self, folder, settings, steps, gen, **parts):
+        self.folder, self.settings, self.steps, self.gen, self.parts = folder, settings, steps, gen, parts
+        self.done, self.seconds = 0, 0.0  # so far
+        self.commit = this_commit()
+        self.rows, self.sums = [], {}  # of the log; sums of the logged terms since the last row
+        if (folder / "unfinished.pt").is_file():
+            state = load_state(folder / "unfinished.pt")
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.done, self.seconds, self.rows = state["done"], state["seconds"], state["rows"]
+            self.commit = state["commit"]
+            gen.set_state(state["generator"])
+            torch.set_rng_state(state["dropout"])
+            if RANK > 0:  # what is saved is that of the first process
+                gen.manual_seed(self.done * RANKS + RANK)
+
+    def __iter__(self):
+        saved = time.time()
+        self.began = saved - self.seconds
+        with bar(total=self.steps, initial=self.done, unit="step", desc=self.folder.name, leave=True) as progress_bar:
+            while self.done < self.steps:
+                yield self.done
+                self.done += 1
+                self.seconds = time.time() - self.began
+                progress_bar.update()
+                if self.done % self.settings["every"] == 0 or self.done == self.steps:
+                    self.write_row(progress_bar)
+                    if time.time() - saved > 60:  # here, since the sums of the log are empty and need not be saved
+                        self.save()
+                        saved = time.time()
+
+    def log(self, **terms):
+        """Log tensors or numbers, as means over the steps since the last row of the log."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().mean()
+
+    def write_row(self, progress_bar):
+        """Add a row to the log. Exits if a mean is not finite."""
+        steps = self.done - (self.rows[-1]["step"] if self.rows else 0)
+        means = {name: float(value) / steps for name, value in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                fail(f"{self.folder.name}: {name} is {mean} by step {self.done}; try a lower learning rate")
+        self.rows.append({"step": self.done, **means})
+        self.sums = {}
+        progress_bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+
+    def save(self):
+        save_state(self.folder / "unfinished.pt", {
+            "settings": self.settings, "done": self.done, "seconds": self.seconds, "rows": self.rows,
+            "commit": self.commit, "generator": self.gen.get_state(), "dropout": torch.get_rng_state(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()}})
+
+    def finish(self, base=None, **parts):
+        """Save the finished checkpoint and return it, on the CPU: `parts`, all that the model consists of, with the
+        settings, the log, the commit of the code and the minutes, in which whatever was fitted after training counts,
+        and `base`, the checkpoint that this one builds on."""
+        minutes = (time.time() - self.began) / 60 + (base["minutes"] if base else 0)
+        save_state(self.folder / "checkpoint.pt", parts | {
+            "settings": self.settings, "minutes": minutes, "log": self.rows, "commit": self.commit})
+        if RANK == 0:
+            (self.folder / "unfinished.pt").unlink(missing_ok=True)
+        if RANKS > 1:
+            distributed.barrier()
+        return load_state(self.folder / "checkpoint.pt")
 
 
-# ---- 6. The built-in data --------------------------------------------------------------------------------------------
+# ---- 5. The built-in data --------------------------------------------------------------------------------------------
 
 FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "detail", "band direction", "contrast",
            "spot size")
@@ -789,7 +839,7 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, torch.cat(factors, 1)[:, :, 0]
 
 
-# ---- 7. Files --------------------------------------------------------------------------------------------------------
+# ---- 6. Files --------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -800,35 +850,14 @@ def fail(message):
     raise SystemExit(2)
 
 
-def write(path, data):
-    """Write bytes under a temporary name, then rename the file, so that nobody ever sees half of it. Of several
-    processes only the first writes."""
-    if RANK > 0:
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def write_with(path, save, **options):
-    """Write what `save(file, **options)` produces: a picture's .save, a figure's .savefig, np.savez."""
-    buffer = io.BytesIO()
-    save(buffer, **options)
-    write(path, buffer.getvalue())
-
-
-def write_json(path, data):
-    """Write `data` as JSON. Raises ValueError if a number in it is not finite."""
-    write(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-
-
 def save_state(path, state):
-    """Write `state` (tensors and plain values) with torch.save."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    """Write `state` (tensors and plain values) under a temporary name, then rename the file, so that nobody ever sees
+    half of it. Of several processes the first one writes."""
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
 
 
 def load_state(path):
@@ -859,24 +888,42 @@ def read_image(path):
         fail(f"{path}: cannot be read as an image ({error}); replace or remove this file")
 
 
-# ---- 8. Settings -----------------------------------------------------------------------------------------------------
+# ---- 7. Settings -----------------------------------------------------------------------------------------------------
 
-# `settings` is one flat dictionary: TRAINING and EVALUATION, with what CHANGES says of the budget and the data set, and
-# with what flags change. Most values were found by short sweeps on the built-in data.
-TRAINING = {
+# The settings of a run are DEFAULTS, with what BUDGETS changes for its budget and for the data set within it, and what
+# flags change. Most values were found by short sweeps.
+# Rows of vae_table: (resolution, width, blocks of the encoder, blocks of the decoder).
+# Rows of unet_table: (resolution, width, blocks on the way down, blocks on the way up).
+VAE_32 = [[32, 32, 1, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]]
+VAE_64 = [[64, 16, 1, 1], [32, 32, 2, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]]
+EVALUATION = {  # how a trained model is sampled and scored
+    "prior": "gmm",  # over z: gaussian, gmm or (stage 3) flow
+    "sampler": "dpm",  # see Diffusion.step
+    "sample_steps": 10,
+    "sample_steps_from_T": 25,  # of models that begin with pure noise: see Diffusion.times
+    "temperature": 1.0,  # factor of the noise in x_start
+    "eval_samples": 1000,  # images of the first row of scores
+    "eval_batch": 100,  # images sampled at a time
+    "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10], ["dpm", 25]],  # samplers and steps of further rows
+    "probe_samples": 300,  # images of each further row, and of other measurements (noise, paths)
+    "features": "local",  # network of the scores: local or inception
+    "export": False,  # whether these samples are written as PNG files, too
+}
+DEFAULTS = EVALUATION | {
     "batch": 32,  # images per step
     "vae_steps": 4000, "unet_steps": 4000,  # optimisation steps
     "flow_steps": 4000,  # of fitting flow and uncertainty after the VAE is trained (stage 3)
-    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # learning rate of Muon, for matrices (section 11); 0: Adam for all
+    "vae_muon_lr": 0.02, "unet_muon_lr": 0.01,  # learning rate of Muon, for matrices; 0: Adam for all
     "vae_lr": 2e-3, "unet_lr": 2e-3,  # learning rate of Adam, for all other parameters
     "warmup": 200,  # steps in which the rates rise from 0
     "decay": True,  # then they fall linearly to 0; False: they stay
     "vae_clip": 200.0, "unet_clip": 1.0,  # largest norm of a gradient (the VAE's loss is a sum over pixels)
     "vae_ema": 0.995, "unet_ema": 0.995,  # decay of the moving average of the weights; 0: the weights themselves
     "objective": "v",  # what the U-Net predicts, v or eps; see Diffusion
-    "even_levels": True,  # weight noise levels so that all count alike; see level_weight
+    "even_levels": True,  # weight noise levels so that all count alike; see Diffusion.level_weight
     "start": 400,  # time at which refinement begins, of 1000; without an x_hat it is always 1000
     "beta": 0.25,  # weight of the KL in the VAE's loss
+    "vae_table": VAE_32, "unet_table": [[32, 32, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
     "pool": False,  # True: resolution changes as published; see Encoder and UNet
     "attention": [],  # resolutions at which the U-Net has attention, beside its middle
     "heads": 1,  # of the attention
@@ -889,74 +936,65 @@ TRAINING = {
     "latent_table": [[1, 96, 1, 1], [2, 128, 1, 1]],  # its U-Net; see build_latent_unet there
     "every": 50,  # steps between two rows of the log
 }
-EVALUATION = {  # how a trained model is sampled and scored
-    "prior": "gmm",  # over z: gaussian, gmm or (stage 3) flow
-    "sampler": "dpm", "sample_steps": 10,
-    "temperature": 1.0,  # factor of the noise in x_start; above 1 it makes up for detail that x_hat lacks
-    "eval_samples": 1000,  # images of the first row of scores
-    "eval_batch": 100,  # images sampled at a time
-    "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10]],  # samplers and steps of further rows
-    "probe_samples": 300,  # images of each further row, and of other measurements (noise, paths)
-    "probe_steps": 5,  # DPM-Solver++ steps in other measurements
-    "features": "local",  # network of the scores: local or inception
-    "export": 0,  # how many samples are written as PNG files
-}
-CHANGES = {  # by size, data set, budget, "budget size" and "budget dataset": in this order, and the last one wins
-    # Rows of vae_table: (resolution, width, blocks of the encoder, blocks of the decoder).
-    # Rows of unet_table: (resolution, width, blocks on the way down, blocks on the way up).
+# A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands of
+# components. No mirroring: slanted bands would run the other way, as in no image of the data.
+SHAPES = {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False}
+BUDGETS = {  # budget: changes for all data sets, and for some
     # Sized for two CPU cores: minutes on shapes, an hour on photographs
-    "32": {"vae_table": [[32, 32, 1, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
-           "unet_table": [[32, 32, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]]},
-    "64": {"vae_table": [[64, 16, 1, 1], [32, 32, 2, 1], [16, 64, 2, 1], [8, 96, 2, 1], [4, 128, 2, 1], [1, 128, 1, 1]],
-           "unet_table": [[64, 32, 0, 1], [32, 48, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
-           "vae_steps": 2000, "unet_steps": 2400, "flow_steps": 2300},
-    "cifar10": {"guidance": 0.5},  # which elsewhere adds more detail than real images have
-    # A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands
-    # of components. No mirroring: slanted bands would run the other way, as in no image of the data.
-    "shapes": {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False},
-    "cpu shapes": {"vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
-                   "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
-                   "vae_steps": 550, "unet_steps": 550, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
-                   "sample_steps": 5, "temperature": 1.1, "probe_samples": 200},
-    "smoke": {"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
-              "ae_width": 16, "latent_table": [[1, 16, 1, 1]], "every": 4,
-              "sample_steps": 4, "eval_samples": 60, "eval_batch": 64, "grid": [["ddim", 2]], "probe_samples": 60,
-              "probe_steps": 2},
-    "smoke 32": {"vae_table": [[32, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
-                 "unet_table": [[32, 8, 1, 1], [16, 16, 1, 1]]},
-    "smoke 64": {"vae_table": [[64, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
-                 "unet_table": [[64, 8, 1, 1], [32, 8, 1, 1], [16, 16, 1, 1]]},
+    "cpu": ({}, {
+        "shapes": SHAPES | {
+            "vae_table": [[32, 32, 1, 1], [16, 64, 1, 0], [8, 96, 2, 1], [4, 128, 2, 1], [1, 64, 1, 1]],
+            "unet_table": [[32, 32, 0, 1], [16, 48, 1, 1], [8, 64, 1, 1]],
+            "vae_steps": 550, "unet_steps": 550, "flow_steps": 3000, "unet_muon_lr": 0.02, "warmup": 40,
+            "sample_steps": 5, "temperature": 1.1, "probe_samples": 200},
+        "cifar10": {"guidance": 0.5},  # which elsewhere adds more detail than real images have
+        "celeba64": {"vae_table": VAE_64, "unet_table": [[64, 32, 0, 1], [32, 48, 1, 1], [16, 64, 1, 1], [8, 96, 1, 1]],
+                     "vae_steps": 2000, "unet_steps": 2400, "flow_steps": 2300}}),
+    "smoke": ({"vae_steps": 8, "unet_steps": 8, "flow_steps": 8, "warmup": 0, "attention": [16], "components": 2,
+               "vae_table": [[32, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
+               "unet_table": [[32, 8, 1, 1], [16, 16, 1, 1]], "ae_width": 16, "latent_table": [[1, 16, 1, 1]],
+               "every": 4, "sample_steps": 4, "sample_steps_from_T": 4, "eval_samples": 60, "eval_batch": 64,
+               "grid": [["ddim", 2]], "probe_samples": 60}, {
+        "shapes": SHAPES | {"components": 2},
+        "celeba64": {"vae_table": [[64, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
+                     "unet_table": [[64, 8, 1, 1], [32, 8, 1, 1], [16, 16, 1, 1]]}}),
     # Sized for half an hour of one data-centre GPU; not timed
-    "gpu": {"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "warmup": 600, "unet_ema": 0.9995, "dropout": 0.1,
-            "attention": [16], "heads": 4, "ae_width": 96, "latent_table": [[1, 192, 2, 3], [2, 256, 2, 3]],
-            "sample_steps": 25, "eval_samples": 10_000, "eval_batch": 500, "probe_samples": 2000, "probe_steps": 25},
-    "gpu 32": {"unet_table": [[32, 96, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]},
-    "gpu 64": {"unet_table": [[64, 64, 2, 3], [32, 128, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]},
+    "gpu": ({"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "warmup": 600, "unet_ema": 0.9995,
+             "dropout": 0.1, "attention": [16], "heads": 4,
+             "unet_table": [[32, 96, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]], "ae_width": 96,
+             "latent_table": [[1, 192, 2, 3], [2, 256, 2, 3]],
+             "sample_steps": 25, "eval_samples": 10_000, "eval_batch": 500, "probe_samples": 2000}, {
+        "shapes": SHAPES,
+        "cifar10": {"guidance": 0.5},
+        "celeba64": {"vae_table": VAE_64,
+                     "unet_table": [[64, 64, 2, 3], [32, 128, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]}}),
     # The published configuration (cifar10/train.yaml and celeba64/train.yaml of DiffuseVAE's code): VAEs of 9.24M and
     # 14.01M parameters, for 500 and 245 epochs; U-Nets of 35.75M and 78.70M, for 2,850 and 500 epochs
-    "paper": {"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
-              "decay": False, "vae_clip": 1e9, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps",
-              "even_levels": False, "start": 1000, "beta": 1.0, "attention": [16], "heads": 8, "vae_flip": False,
-              "ae_width": 128, "latent_table": [[1, 256, 2, 3], [2, 512, 2, 3]], "every": 100,
-              "sampler": "ddpm", "sample_steps": 1000, "eval_samples": 50_000, "eval_batch": 500,
-              "probe_samples": 10_000, "probe_steps": 25},
-    "paper 32": {"vae_table": [[32, 64, 8, 15], [16, 128, 5, 7], [8, 256, 5, 3], [4, 256, 4, 2], [1, 512, 3, 1]],
-                 "unet_table": [[32, 128, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 256, 2, 3]],
-                 "vae_steps": 195_000, "unet_steps": 1_110_000, "dropout": 0.3, "components": 50},
-    "paper 64": {"vae_table": [[64, 64, 8, 10], [32, 128, 5, 8], [16, 256, 8, 7], [8, 256, 4, 3], [4, 256, 4, 2],
-                               [1, 512, 2, 1]],
-                 "unet_table": [[64, 128, 2, 3], [32, 256, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 512, 2, 3]],
-                 "batch": 32, "vae_steps": 1_246_000, "unet_steps": 2_543_000, "dropout": 0.1, "components": 75},
+    "paper": ({"batch": 128, "vae_lr": 1e-4, "unet_lr": 2e-4, "vae_muon_lr": 0.0, "unet_muon_lr": 0.0, "warmup": 5000,
+               "decay": False, "vae_clip": 1e9, "vae_ema": 0.0, "unet_ema": 0.9999, "pool": True, "objective": "eps",
+               "even_levels": False, "start": 1000, "beta": 1.0, "attention": [16], "heads": 8, "vae_flip": False,
+               "vae_table": [[32, 64, 8, 15], [16, 128, 5, 7], [8, 256, 5, 3], [4, 256, 4, 2], [1, 512, 3, 1]],
+               "unet_table": [[32, 128, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 256, 2, 3]],
+               "vae_steps": 195_000, "unet_steps": 1_110_000, "dropout": 0.3, "components": 50,
+               "ae_width": 128, "latent_table": [[1, 256, 2, 3], [2, 512, 2, 3]], "every": 100,
+               "sampler": "ddpm", "sample_steps": 1000, "sample_steps_from_T": 1000, "eval_samples": 50_000,
+               "eval_batch": 500, "probe_samples": 10_000}, {
+        "shapes": {"unet_flip": False},
+        "celeba64": {"vae_table": [[64, 64, 8, 10], [32, 128, 5, 8], [16, 256, 8, 7], [8, 256, 4, 3], [4, 256, 4, 2],
+                                   [1, 512, 2, 1]],
+                     "unet_table": [[64, 128, 2, 3], [32, 256, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 512, 2, 3]],
+                     "batch": 32, "vae_steps": 1_246_000, "unet_steps": 2_543_000, "dropout": 0.1,
+                     "components": 75}}),
 }
+CHOICES = {"objective": ("v", "eps"), "sampler": ("ddpm", "ddim", "dpm"), "features": ("local", "inception")}
+LEAST = {"warmup": 0, "eval_samples": 40, "probe_samples": 40}  # of other whole numbers it is 1
 
 
 def budget_settings(budget, dataset):
-    """The settings of a budget for a data set."""
-    size = DATASETS[dataset]
-    settings = {"dataset": dataset, "image_size": size, "budget": budget} | TRAINING | EVALUATION
-    for key in (str(size), dataset, budget, f"{budget} {size}", f"{budget} {dataset}"):
-        settings |= CHANGES.get(key, {})
-    return settings
+    """The settings of a budget for a data set. A folder of images has those of celeba64."""
+    for_all, for_some = BUDGETS[budget]
+    changes = for_some.get("celeba64" if dataset == "folder" else dataset, {})
+    return {"dataset": dataset, "image_size": DATASETS[dataset], "budget": budget} | DEFAULTS | for_all | changes
 
 
 def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
@@ -966,19 +1004,20 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     add("--dataset", choices=DATASETS, default="shapes", help="default: shapes; all others read --data-dir")
     add("--data-dir", default="data", help="where cifar10/ or celeba/ lie, or a folder of images (default: data)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--budget", choices=("auto", "smoke", "cpu", "gpu", "paper"), default="auto", help="gpu with CUDA, else cpu")
+    add("--budget", choices=("auto", *BUDGETS), default="auto", help="gpu with CUDA, else cpu")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", default=[], help="change settings (see --dry-run)")
     add("--seed", type=int, default=0)
     add("--out", default="runs", help="folder for runs (default: runs)")
     add("--resume", action="store_true", help="continue an unfinished run")
     add("--prior", choices=priors, default=prior, help="over z (default: %(default)s)")
-    add("--sampler", choices=("ddpm", "ddim", "dpm"))
+    add("--sampler", choices=CHOICES["sampler"])
     add("--sample-steps", type=int)
     add("--eval-samples", type=int)
-    add("--export", type=int, metavar="N", help="write N samples as PNG files")
-    add("--features", choices=("auto", "inception", "local"), default="auto", help="network of the scores")
+    add("--export", action="store_true", help="write the samples that are scored as PNG files, too")
+    add("--features", choices=("auto", *CHOICES["features"]), default="auto", help="network of the scores")
     add("--weights", help="of the feature network")
     add("--dry-run", action="store_true", help="print all settings and stop")
+    parser.set_defaults(priors=priors)
 
 
 def read_settings(args):
@@ -989,28 +1028,21 @@ def read_settings(args):
     budget = args.budget
     if budget == "auto":
         budget = "gpu" if device.type == "cuda" else "cpu"
-    settings = budget_settings(budget, args.dataset)
+    settings = budget_settings(budget, args.dataset) | {"prior": args.prior, "export": args.export}
     if args.features != "auto":
         settings["features"] = args.features
     elif budget in ("gpu", "paper") and args.dataset != "shapes":
         settings["features"] = "inception"
-    for key in ("prior", "sampler", "sample_steps", "eval_samples", "export"):
-        if getattr(args, key) is not None:
-            settings[key] = getattr(args, key)
-
+    texts = [f"{key}={getattr(args, key)}" for key in ("sampler", "sample_steps", "eval_samples")
+             if getattr(args, key) is not None]
+    if args.sample_steps is not None:
+        texts.append(f"sample_steps_from_T={args.sample_steps}")
     changes = {}
-    for text in args.set:
+    for text in texts + args.set:
         key, _, value = text.partition("=")
-        if key not in settings or key in ("dataset", "image_size", "budget"):
-            fail(f"--set {text}: no such setting; there are {', '.join(settings)}")
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass  # a text, such as eps
-        whole_number_for_float = type(value) is int and type(settings[key]) is float
-        if type(value) is not type(settings[key]) and not whole_number_for_float:
-            fail(f"--set {text}: not of the type of {settings[key]!r}")
-        changes[key] = value
+        if key not in DEFAULTS:
+            fail(f"--set {text}: no such setting; there are {', '.join(DEFAULTS)}")
+        changes[key] = parse(key, value, CHOICES | {"prior": args.priors})
     settings |= changes
     settings["probe_samples"] = min(settings["probe_samples"], settings["eval_samples"])
     changes = {key: value for key, value in changes.items() if key not in EVALUATION}
@@ -1018,6 +1050,36 @@ def read_settings(args):
     if args.dataset == "folder":
         name = f"{Path(args.data_dir).resolve().name}-{name}"
     return settings | {"changes": changes, "seed": args.seed, "home": str(Path(args.out) / name)}, device
+
+
+def parse(key, text, choices):
+    """The value of a setting from its text. It must have the type of the default, and be one that makes sense."""
+    default = DEFAULTS[key]
+    if isinstance(default, list):
+        fail(f"--set {key}: tables are changed in common.py")
+    if isinstance(default, bool):
+        allowed = "true or false"
+        value = {"true": True, "false": False}.get(text.lower())
+    elif isinstance(default, str):
+        allowed = " or ".join(choices[key])
+        value = text if text in choices[key] else None
+    else:
+        kind = type(default)
+        least = LEAST.get(key, 1) if kind is int else 0
+        most = 1000 if key == "start" else math.inf
+        allowed = f"a number from {least} on" if most == math.inf else f"a number from {least} to {most}"
+        try:
+            value = kind(text) if least <= kind(text) <= most and math.isfinite(kind(text)) else None
+        except ValueError:
+            value = None
+    if value is None:
+        fail(f"{key}={text}: {allowed} is wanted")
+    return value
+
+
+def steps(sampler, count):
+    """The evaluation settings of `count` steps of a sampler, wherever it begins."""
+    return {"sampler": sampler, "sample_steps": count, "sample_steps_from_T": count}
 
 
 def print_settings(settings, **networks):
@@ -1030,7 +1092,7 @@ def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-# ---- 9. Data sets ----------------------------------------------------------------------------------------------------
+# ---- 8. Data sets ----------------------------------------------------------------------------------------------------
 
 DATASETS = {"shapes": 32, "cifar10": 32, "celeba64": 64, "folder": 64}  # name: size of an image's side, in pixels
 LAYOUTS = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg}",
@@ -1039,7 +1101,7 @@ LAYOUTS = {"cifar10": "cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{p
 
 @dataclass
 class ImageData:
-    """One split of a data set, held whole in memory."""
+    """A set of images, held whole in memory."""
 
     images: torch.Tensor  # uint8 (N, 3, H, W)
     note: str  # what every result must say about its data, such as "JPEG copies"
@@ -1050,23 +1112,31 @@ class ImageData:
 class Data(NamedTuple):
     train: ImageData
     test: ImageData  # held out
+    reference: ImageData  # the real images of the scores: as usual the training images, but of shapes a fresh draw
 
 
 def load_data(dataset, data_dir="data"):
-    """Both splits of a data set, as Data. Decoded images are kept in data/cache. Of several processes the first one
-    goes first, so that it alone downloads and decodes."""
+    """A data set, as Data. Decoded images are kept in data/cache. Of several processes the first one goes first, so
+    that it alone downloads and decodes."""
     if RANKS > 1 and RANK > 0:
         distributed.barrier()
-    splits = []
-    for split, count in (("train", 20_000), ("test", 4_000)):
-        if dataset == "shapes":
-            images, labels, factors = draw_shapes(count, seed=len(splits) + 1)
-            splits.append(ImageData(images, "drawn by the program", labels, factors))
-        else:
-            splits.append(load_split(dataset, split, Path(data_dir)))
+    if dataset == "shapes":
+        data = []
+        for seed, count in ((1, 20_000), (2, 4_000), (3, 10_000)):
+            images, labels, factors = draw_shapes(count, seed)
+            data.append(ImageData(images, "drawn by the program", labels, factors))
+    else:
+        train, test = (load_split(dataset, split, Path(data_dir)) for split in ("train", "test"))
+        data = train, test, train
     if RANKS > 1 and RANK == 0:
         distributed.barrier()
-    return Data(*splits)
+    return Data(*data)
+
+
+def hash_images(images):
+    """A short text that is another one for other images. Settings hold that of the training images, so that a finished
+    run is not taken for one of other data."""
+    return hashlib.sha256(images.numpy().data).hexdigest()[:12]
 
 
 def load_split(dataset, split, folder):
@@ -1085,7 +1155,7 @@ def load_split(dataset, split, folder):
     files = list_files(dataset, split, folder)
     if len(files) < 6:
         fail(f"--data-dir {folder.resolve()}: {len(files)} images of {dataset} in the {split} part; more are needed")
-    images = torch.from_numpy(decode_files(dataset, split, files, DATASETS[dataset]))
+    images = decode_files(dataset, split, files, DATASETS[dataset])
     width, height = read_image(files[0]).size
     kind = "JPEG" if files[0].suffix.lower() in (".jpg", ".jpeg") else "lossless"
     labels = None
@@ -1117,17 +1187,17 @@ def list_files(dataset, split, folder):
 
 
 def decode_files(dataset, split, files, size):
-    """Image files -> uint8 array (N, 3, size, size), kept in data/cache until a file's path, size or time changes."""
+    """Image files -> uint8 (N, 3, size, size), kept in data/cache until a file's path, size or time changes."""
     listing = "".join(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
     key = hashlib.sha256(listing.encode()).hexdigest()[:8]
-    cache = Path("data") / "cache" / f"{dataset}-{split}-{size}-{key}.npy"
+    cache = Path("data") / "cache" / f"{dataset}-{split}-{size}-{key}.pt"
     if cache.is_file():
-        return np.load(cache)
+        return load_state(cache)
     images = np.empty((len(files), 3, size, size), np.uint8)
-    for i, path in enumerate(tqdm(files, desc=f"decoding {dataset} {split}", unit="image")):
+    for i, path in enumerate(bar(files, desc=f"decoding {dataset} {split}", unit="image")):
         images[i] = crop(read_image(path), dataset, size).transpose(2, 0, 1)
-    write_with(cache, np.save, arr=images)
-    return images
+    save_state(cache, torch.from_numpy(images))
+    return torch.from_numpy(images)
 
 
 def crop(image, dataset, size):
@@ -1140,12 +1210,11 @@ def crop(image, dataset, size):
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-# ---- 10. Devices and processes ---------------------------------------------------------------------------------------
+# ---- 9. Devices and processes ----------------------------------------------------------------------------------------
 
-# `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script. Each draws its own part of a batch,
-# and gradients are averaged, so their networks stay equal. They share the images to be sampled. The first one writes.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process's number; how many
-
+# `torchrun --nproc_per_node N stageX.py ...` starts N processes of the same script, numbered RANK = 0, ..., N - 1. Each
+# draws its own part of a batch, and gradients are averaged, so their networks stay equal. What comes after training,
+# sampling and scoring, is done by the first one alone.
 
 def choose_device(name):
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> torch.device, and meet the other processes, if there are any. Exits
@@ -1165,250 +1234,29 @@ def choose_device(name):
         patience = datetime.timedelta(hours=2)  # the others wait while the first one decodes images
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(distributed.destroy_process_group)
-        if RANK > 0:  # the first process speaks for all
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+        if RANK > 0:  # the first process speaks for all; errors of all are shown
+            sys.stdout = open(os.devnull, "w")
     return device
 
 
 def autocast(device):
-    """A context in which networks run in bfloat16 on a GPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """A context in which networks run in bfloat16 on GPUs that have it (compute capability 8.0, which T4, V100 and RTX
+    20 do not reach), and in float32 elsewhere."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
-def average_over_processes(tensors):
-    """Replace tensors, such as gradients, by their means over all processes, in place."""
+def average_gradients(*networks):
+    """Replace the gradients of networks by their means over all processes, in place."""
     if RANKS > 1:
-        flat = torch.cat([x.flatten() for x in tensors])  # one message in place of many
+        gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message in place of many
         distributed.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(total.view_as(x) / RANKS)
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient) / RANKS)
 
 
-def gather(parts):
-    """Process r has made the batches r, r + RANKS, r + 2 RANKS, ... Returns the list of all batches, in order."""
-    if RANKS == 1:
-        return parts
-    of_each = [None] * RANKS
-    distributed.all_gather_object(of_each, parts)
-    return [of_each[i % RANKS][i // RANKS] for i in range(sum(map(len, of_each)))]
-
-
-# ---- 11. Training ----------------------------------------------------------------------------------------------------
-
-def orthogonalise(matrices, rounds=5):
-    """Matrices (K, m, n), each U S V^T -> about U V^T: the singular values become 0.7 to 1.2, except for tiny ones.
-
-    Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x = U S^3 V^T. So matrix products alone
-    can turn every singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which each round does."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values between 0 and 1
-    for _ in range(rounds):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Gradient descent with an orthogonalised momentum (Jordan et al. 2024). The update of a weight matrix has singular
-    values near 1, so directions that are rare in the gradients move as far as common ones.
-
-    A convolution's weights count as a matrix (out, in k k), a transposed convolution's as (in, out k k). (torch's own
-    Muon takes matrices alone.)"""
-
-    def __init__(self, params, momentum=0.95):
-        super().__init__(params, {"lr": 0.0, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        [group] = self.param_groups
-        momentum, updates = group["momentum"], {}  # updates: by shape, since equal shapes are faster together
-        for p in group["params"]:
-            average = self.state[p].setdefault("average", torch.zeros_like(p))
-            average.lerp_(p.grad, 1 - momentum)  # average = momentum average + (1 - momentum) gradient
-            update = p.grad.lerp(average, momentum).flatten(1)  # Nesterov: (1 - momentum) gradient + momentum average
-            updates.setdefault(update.shape, []).append((p, update))
-        for (rows, columns), pairs in updates.items():
-            scale = max(1, rows / columns) ** 0.5  # Jordan's: the root of outputs / inputs
-            orthogonal = orthogonalise(torch.stack([update for _, update in pairs]))
-            for (p, _), update in zip(pairs, orthogonal, strict=True):
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
-
-
-def level_weight(settings, diffusion, t):
-    """The weight of the refiner's loss at times t (B,): (B,).
-
-    The plain squared error of v, on our data, is about 0.01 / sigma_t: far larger at the lowest noise levels, where the
-    grain of the image is decided, than at the highest, where shapes are. The weight 100 sigma_t lets all count alike.
-    (Karras et al. 2024, arXiv:2312.02696, eq. 14 to 21, learn such a weight.)"""
-    return 100 * diffusion.eps_scale[t] if settings["even_levels"] else torch.ones_like(diffusion.eps_scale[t])
-
-
-def scale_gradient(x, scale):
-    """The values of x, but gradients that pass back are multiplied by `scale`, a number or a scalar tensor."""
-    return x.detach() + scale * (x - x.detach())
-
-
-class Training:
-    """The training loop that all stages share. A stage iterates over batches, computes a loss from each, and hands it
-    to `step`:
-
-        training = Training(folder, settings, device, images, steps, flip, vae=vae)
-        for x0 in training:
-            with common.autocast(device):
-                loss = ...                          # (B,)
-            training.step(loss, {"sse": sse})       # what to log
-        checkpoint = training.finish(...)
-
-    `networks` are given by name. For each NAME, the settings hold the learning rates NAME_lr (Adam) and NAME_muon_lr
-    (Muon), the largest norm of a gradient NAME_clip, and the decay NAME_ema of the moving average of the weights.
-
-    About once a minute all that is needed to go on is saved in FOLDER/unfinished.pt. A Training that finds this file
-    goes on from there and, on a CPU, ends with the same bits as if it had never been stopped."""
-
-    def __init__(self, folder, settings, device, images, steps, flip, **networks):
-        self.folder = Path(folder)
-        self.settings = settings
-        self.device = device
-        self.networks = networks
-        self.images = images.to(device)
-        self.flip = flip
-        self.steps = steps
-        self.averages, self.optimizers = {}, []  # optimizers: pairs of an optimizer and its learning rate
-        for name, network in networks.items():
-            network.to(device, memory_format=torch.channels_last).train()
-            self.averages[name] = {key: value.clone() for key, value in network.state_dict().items()}
-            muon_lr = settings[f"{name}_muon_lr"]
-            matrices = [p for p in network.parameters() if p.dim() > 1 and muon_lr > 0]
-            others = [p for p in network.parameters() if p.dim() <= 1 or muon_lr == 0]
-            if matrices:
-                self.optimizers.append((Muon(matrices), muon_lr))
-            self.optimizers.append((torch.optim.Adam(others), settings[f"{name}_lr"]))
-        self.gen = generator(settings["seed"], f"training, process {RANK}", device)
-        self.steps_taken, self.seconds = 0, 0.0  # so far
-        self.log, self.sums = [], {}  # rows of the log; sums of the logged terms since the last row
-        if (self.folder / "unfinished.pt").is_file():
-            self.load(load_state(self.folder / "unfinished.pt"))
-
-    def load(self, state):
-        """Go on from what `save` saved."""
-        for name, network in self.networks.items():
-            network.load_state_dict(state["weights"][name])
-            self.averages[name] = {key: value.to(self.device) for key, value in state["averages"][name].items()}
-        for (optimizer, _), its_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its_state)
-        self.steps_taken = state["steps"]
-        self.seconds = state["seconds"]
-        self.log = state["log"]
-        if RANK == 0:
-            self.gen.set_state(state["generator"])
-        else:  # only the first process's generator is saved; a new one for the others
-            self.gen = generator(self.settings["seed"], f"process {RANK} from {self.steps_taken}", self.device)
-
-    def save(self):
-        """Write all that is needed to go on. (Of several processes the first one writes.)"""
-        save_state(self.folder / "unfinished.pt", {
-            "settings": self.settings, "steps": self.steps_taken, "seconds": self.seconds, "log": self.log,
-            "generator": self.gen.get_state(), "averages": self.averages,
-            "weights": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers]})
-
-    def __iter__(self):
-        self.began = time.time() - self.seconds
-        saved = time.time()
-        with tqdm(total=self.steps, initial=self.steps_taken, unit="step", desc=self.folder.name) as bar:
-            while self.steps_taken < self.steps:
-                yield self.batch()  # the stage computes the loss and calls self.step, which counts
-                bar.update()
-                self.seconds = time.time() - self.began
-                if self.steps_taken % self.settings["every"] == 0 or self.steps_taken == self.steps:
-                    self.write_row(bar)
-                    if time.time() - saved > 60:  # here, since the sums of the log are empty and need not be saved
-                        self.save()
-                        saved = time.time()
-
-    def batch(self):
-        """A random batch of training images, as floats, mirrored at random if `flip`. (The bonus trains on latents,
-        which are floats already.)"""
-        if self.settings["dropout"]:  # its masks depend on the step alone, so that a resumed run has the same
-            torch.manual_seed(seed_of(self.settings["seed"], f"dropout {self.steps_taken}, process {RANK}"))
-        size = self.settings["batch"] // RANKS
-        x = self.images[torch.randint(len(self.images), (size,), generator=self.gen, device=self.device)]
-        x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
-        if self.flip:
-            x = torch.where(self.uniform(1, 1, 1) < 0.5, x.flip(3), x)
-        return x
-
-    def normal(self, *shape):
-        """Standard normal noise (B, *shape)."""
-        return randn((self.settings["batch"] // RANKS, *shape), self.gen)
-
-    def uniform(self, *shape):
-        """Uniform random numbers in [0, 1), (B, *shape)."""
-        return torch.rand(self.settings["batch"] // RANKS, *shape, generator=self.gen, device=self.device)
-
-    def step(self, loss, terms):
-        """Take one step of every optimizer on the mean of `loss` (B,). The `terms` {name: tensor or number} are logged
-        as means over the steps since the last row of the log."""
-        # Compute gradients.
-        for optimizer, _ in self.optimizers:
-            optimizer.zero_grad()
-        loss.mean().backward()
-        average_over_processes([p.grad for network in self.networks.values() for p in network.parameters()])
-
-        # Clip them and update the weights.
-        for name, network in self.networks.items():
-            nn.utils.clip_grad_norm_(network.parameters(), self.settings[f"{name}_clip"])
-        for optimizer, base_rate in self.optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(base_rate, self.steps_taken, self.steps, self.settings)
-            optimizer.step()
-        self.steps_taken += 1
-
-        # Update the moving averages. Early on the decay is smaller: 2/11, 3/12, ... towards 1. With 0.9999 alone, a
-        # third of the average of a run of 10,000 steps would be its initial weights (0.9999^10000 = 0.37).
-        early = (1 + self.steps_taken) / (10 + self.steps_taken)
-        for name, network in self.networks.items():
-            decay = min(self.settings[f"{name}_ema"], early)
-            # average += (1 - decay) * (weight - average), for all tensors at once
-            torch._foreach_lerp_(list(self.averages[name].values()), list(network.state_dict().values()), 1 - decay)
-
-        # Log.
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().mean()
-
-    def write_row(self, bar):
-        """Add a row to the log: means since the last row. Exits if one is not finite."""
-        steps = self.steps_taken - (self.log[-1]["step"] if self.log else 0)
-        means = {name: float(value) / steps for name, value in self.sums.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                fail(f"{self.folder.name}: {name} is {mean} by step {self.steps_taken}; try a lower learning rate")
-        self.log.append({"step": self.steps_taken, **means})
-        self.sums = {}
-        bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
-
-    def finish(self, base=None, **parts):
-        """Save the finished checkpoint and return it, on the CPU: the averaged weights of each network under its name,
-        and `parts`, whatever else the model consists of (which win over averages of the same name). Its `minutes`
-        contain what was fitted after training, and those of `base`, the checkpoint that it builds on."""
-        minutes = (time.time() - self.began) / 60 + (base["minutes"] if base else 0)
-        checkpoint = {"settings": self.settings, "minutes": minutes, "log": self.log} | self.averages | parts
-        save_state(self.folder / "checkpoint.pt", checkpoint)
-        if RANK == 0:
-            (self.folder / "unfinished.pt").unlink(missing_ok=True)
-        if RANKS > 1:
-            distributed.barrier()
-        return load_state(self.folder / "checkpoint.pt")
-
-
-def learning_rate(base, step, steps, settings):
-    """The learning rate at a step: a linear rise, then constant or, with `decay`, a linear fall to 0 at the end."""
-    rise = (step + 1) / max(1, settings["warmup"])
-    fall = (steps - step) / max(1, steps - settings["warmup"]) if settings["decay"] else 1
-    return base * min(1, rise, fall)
-
-
-# ---- 12. Runs --------------------------------------------------------------------------------------------------------
+# ---- 10. Runs and pictures -------------------------------------------------------------------------------------------
 
 def run_folder(settings, name):
     """The folder of a run, such as runs/shapes-cpu/stage1-form1-s0."""
@@ -1420,14 +1268,16 @@ def finished(folder, settings, resume):
 
         checkpoint = common.finished(folder, settings, args.resume) or train_vae(folder, ...)
 
-    Exits if the folder holds a run with other settings (those of EVALUATION may differ), or an unfinished run and no
-    --resume was given."""
+    Exits if the folder holds a run with other settings (those of EVALUATION may differ) or other images, or an
+    unfinished run and no --resume was given."""
     for name in ("checkpoint.pt", "unfinished.pt"):
         if not (folder / name).is_file():
             continue
         state = load_state(folder / name)
         for key in settings:
             old, new = state["settings"].get(key), settings[key]
+            if key == "images" and old != new:
+                fail(f"{folder} holds a run on other training images; choose another --out or remove it")
             if key not in (*EVALUATION, "changes", "home") and old != new:
                 fail(f"{folder} holds a run with other settings ({key} was {old}, is now {new}); choose another --out "
                      "or remove it")
@@ -1436,6 +1286,17 @@ def finished(folder, settings, resume):
         if not resume:
             fail(f"{folder} holds an unfinished run; add --resume to continue it, or remove it")
     return None
+
+
+def what_to_sample(settings, priors, refines=True):
+    """The sets of samples that a stage scores: label, settings, number of images. The first is the headline, that of
+    the settings. Then come, with fewer images, all priors and, of a model that refines, other samplers and steps."""
+    sets = [("", settings, settings["eval_samples"])]
+    for prior in priors:
+        sets.append((prior, settings | {"prior": prior}, settings["probe_samples"]))
+    for sampler, count in settings["grid"] if refines else []:
+        sets.append((f"{sampler} {count}", settings | steps(sampler, count), settings["probe_samples"]))
+    return sets
 
 
 def this_commit():
@@ -1447,16 +1308,46 @@ def this_commit():
         return "unknown"
 
 
-def export(folder, model, settings):
-    """Write settings["export"] samples as FOLDER/samples/00000.png, ..."""
-    _, images, _ = generate(model, settings | {"eval_samples": settings["export"]})
+def write_metrics(folder, checkpoint, settings, scorer, rows, networks):
+    """Write metrics.json: facts of a finished run, and rows of what was measured of it. The first row is the headline.
+    """
+    run = {"dataset": settings["dataset"], "variant": folder.name.removesuffix(f"-s{settings['seed']}"),
+           "changes": settings["changes"], "budget": settings["budget"], "seed": settings["seed"],
+           "data_note": scorer.data.train.note, "features": scorer.extractor.name,
+           "minutes": checkpoint["minutes"], "parameters": sum(map(count_parameters, networks)),
+           "commit": checkpoint["commit"], "evaluated_at": this_commit(), "settings": settings}
+    metrics = {"schema": 1, "run": run, "rows": rows, "training": checkpoint["log"]}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+
+
+def print_results(settings, scorer):
+    """Print the headline scores of all runs in the folder of the settings as one table, and where pictures are."""
+    names = [scorer.distance, "floor", "is", "kid", "precision", "recall", "hf_energy"]
+    print("  ".join(f"{title:16}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
+    for path in sorted(Path(settings["home"]).glob("*/metrics.json")):
+        metrics = json.loads(path.read_text())
+        row = metrics["rows"][0]
+        cells = [f"{row['prior']}, {row['sampler']} {row['steps']}", str(row["n_generated"]),
+                 f"{row['seconds_per_image']:.3f}", f"{metrics['run']['minutes']:.1f}",
+                 *(show(row[name]) for name in names if name in row)]
+        print("  ".join([f"{path.parent.name:34}", *(f"{cell:16}" for cell in cells)]))
+    print(f"features {scorer.extractor.name}; data {settings['dataset']} ({scorer.data.train.note}); compare scores of "
+          f"equally many images\npictures and metrics.json: {settings['home']}")
+
+
+def show(score):
+    """A score as text: value [low, high]."""
+    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if "low" in score else ""
+    return f"{score['value']:.3g}{interval}"
+
+
+def export(folder, images):
+    """Write uint8 images (N, 3, H, W) as FOLDER/samples/00000.png, ..."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images):
-        pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
-        write_with(folder / "samples" / f"{k:05}.png", Image.fromarray(pixels).save, format="png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "samples" / f"{k:05}.png")
     print(folder / "samples")
 
-
-# ---- 13. Pictures ----------------------------------------------------------------------------------------------------
 
 def save_grid(path, rows, columns=()):
     """Save rows of uint8 images {label: (N, 3, H, W)} as one picture, with labels on the left and, if given, titles
@@ -1476,7 +1367,8 @@ def save_grid(path, rows, columns=()):
         for j, image in enumerate(row):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy())
             page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (margin + j * (side + 2), y))
-    write_with(path, page.save, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
 
 
 def draw_samples(folder, parts):

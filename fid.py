@@ -1,5 +1,4 @@
-"""Everything that measures: scores for generated images (FID, Inception Score, KID, precision and recall, diversity),
-and the evaluation of a trained model by them.
+"""Scores for generated images: FID, Inception Score, KID, precision and recall, diversity, sharpness.
 
 The claim behind the scores: two sets of images are alike if a trained network's features of them are. Each image
 becomes a vector: 2048 numbers from the Inception network of 2015, or 64 from a small network trained on the data set at
@@ -20,12 +19,11 @@ Three habits keep the scores honest.
     python fid.py cifar10 samples --features inception --count 10000
 
 Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 all scores of a set of images,
-6 evaluating a model, 7 the command. To learn the scores, read InceptionV3 in section 1, and sections 3 and 4.
+6 the command. To learn the scores, read InceptionV3 in section 1, and sections 3 and 4.
 """
 
 import argparse
 import hashlib
-import json
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -36,10 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
-from common import fail, generator, randn, to_float, to_uint8
+from common import fail, to_float
 
 FEATURES = Path(__file__).resolve().parent / "results" / "features"  # local networks; train.py there makes them
 
@@ -179,13 +176,13 @@ def load_extractor(features, dataset, weights=None, device="cpu"):
 # ---- 3. Features of many images, and their moments -------------------------------------------------------------------
 
 @torch.no_grad()
-def extract(extractor, images, progress=False):
+def extract(extractor, images):
     """The features (N, d) and logits (N, K) of uint8 images (N, 3, H, W), float32 on the CPU, where all statistics are
     computed."""
     device = next(extractor.parameters()).device
     outputs = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would round features coarsely
-        for batch in tqdm(images.split(extractor.batch), desc=f"features ({extractor.name})", disable=not progress):
+        for batch in common.bar(images.split(extractor.batch), desc=f"features ({extractor.name})"):
             outputs.append([output.cpu() for output in extractor(batch.to(device))])  # [features, logits]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
@@ -346,27 +343,31 @@ def shuffle(x, seed=0):
 
 
 class Scorer:
-    """Scores images against the real ones of a data set (common.Data), in the features of one network."""
+    """Scores images against the real ones of a common.Data, in the features of one network."""
 
     def __init__(self, extractor, data):
         self.extractor, self.data = extractor, data
         self.distance = extractor.distance  # the key of the Frechet distance in scores: "fid" or "fd_local"
         # The features of real images are kept, in a file that is named by all that they depend on.
         contents = hashlib.sha256()
-        for tensor in (data.train.images, data.test.images, *extractor.state_dict().values()):
+        for tensor in (data.reference.images, data.test.images, *extractor.state_dict().values()):
             contents.update(tensor.cpu().contiguous().numpy().data)
         path = Path("data") / "cache" / f"features-{contents.hexdigest()[:12]}.pt"
         if path.is_file():
             self.real, self.held_out = common.load_state(path)
         else:
-            self.real, _ = extract(extractor, shuffle(data.train.images), progress=True)  # (N, d)
+            self.real, _ = extract(extractor, shuffle(data.reference.images))  # (N, d)
             self.held_out, _ = extract(extractor, data.test.images)
             common.save_state(path, [self.real, self.held_out])
         self.moments = moments(self.real)
 
-    def __call__(self, images):
-        """Every score of uint8 images (N, 3, H, W): {name: {"value"}}, with a 95% interval, "low" and "high", for the
-        first two.
+    def fd(self, images):
+        """The Frechet distance of uint8 images (N, 3, H, W) alone, which takes a third of the time of all scores."""
+        return frechet_distance(moments(extract(self.extractor, images)[0]), self.moments)
+
+    def __call__(self, images, **facts):
+        """A row of metrics: the `facts`, the number of the uint8 images (N, 3, H, W), and each of their scores,
+        {"value"}, with a 95% interval, "low" and "high", for the first two.
 
             fid or fd_local     Frechet distance, with Inception's or local features
             is                  Inception Score, of the network's own classes
@@ -375,8 +376,9 @@ class Scorer:
         # Shuffled, since the groups of the jackknife and the parts of the Inception Score should not depend on an order
         # such as by class.
         features, logits = map(shuffle, extract(self.extractor, images))
-        row = {self.distance: jackknife(lambda x: frechet_distance(moments(x), self.moments), features),
-               "is": jackknife(inception_score, logits)}
+        row = facts | {"n_generated": len(images),
+                       self.distance: jackknife(lambda x: frechet_distance(moments(x), self.moments), features),
+                       "is": jackknife(inception_score, logits)}
         some = min(len(images), len(self.real), MOST)  # precision and recall depend on both numbers
         real, generated = self.real[:some], features[:some]
         precision, recall = precision_recall(real, generated)
@@ -386,235 +388,12 @@ class Scorer:
         return row | {name: {"value": value} for name, value in values.items()}
 
 
-def load_scorer(args, settings, device):
-    """The Scorer of a stage's command, with the data set in scorer.data."""
-    extractor = load_extractor(settings["features"], args.dataset, args.weights, device)
-    return Scorer(extractor, common.load_data(args.dataset, args.data_dir))
+def fd_between(extractor, images, originals):
+    """The Frechet distance between two sets of uint8 images, such as reconstructions and their originals."""
+    return frechet_distance(*(moments(extract(extractor, x)[0]) for x in (images, originals)))
 
 
-# ---- 6. Evaluating a model -------------------------------------------------------------------------------------------
-#
-# Three attributes of a common.Model (section 4 there) tell its kind:
-#
-#                         vae    denoiser   decode
-#     VAE alone           set    None       None     its image is x_hat
-#     diffusion alone     None   set        None
-#     VAE and refiner     set    set        None
-#     latent diffusion    None   set        set      it has no x_hat
-#
-# A function a question: `score`, `robustness`, `latent_space`. `settings` are those of common.EVALUATION; `quick` makes
-# those of a quick measurement.
-
-# The standard deviations of the noise in `robustness`. Images span [-1, 1]; diffused latents have an sd of about 1.
-NOISE = (0.0, 0.1, 0.2, 0.4)
-
-
-def quick(settings):
-    """The settings of a quick measurement."""
-    return settings | {"eval_samples": settings["probe_samples"], "sampler": "dpm",
-                       "sample_steps": settings["probe_steps"]}
-
-
-def measure(model, settings, scorer, damage=0.0):
-    """Generate images as the settings say and score them. `damage`: see common.generate. Returns one row of the
-    metrics, and the images before and after refinement."""
-    x_hat, images, seconds = common.generate(model, settings, damage=damage)
-    prior = settings["prior"] if model.vae else "none"
-    sampler = "none"
-    steps = 0
-    if model.denoiser is not None:
-        sampler = settings["sampler"]
-        steps = min(settings["sample_steps"], model.diffusion.start)
-    row = {"prior": prior, "sampler": sampler, "steps": steps,
-           "nfe": steps * model.evaluations,  # number of evaluations of a network; a guided step has two
-           "n_generated": len(images), "seconds_per_image": seconds}
-    return row | scorer(images), x_hat, images
-
-
-def score(folder, model, settings, scorer):
-    """Rows of scores of samples. The first, the headline, is that of the settings. If there is a VAE and a refiner, the
-    second is that of the same x_hat before refinement. Then come other priors, and other samplers and steps. Draws
-    samples.png and trajectory.png."""
-    row, x_hat, images = measure(model, settings, scorer)
-    rows = [row]
-    if model.vae is not None and model.denoiser is not None:
-        rows.append({"prior": row["prior"], "sampler": "none", "steps": 0, "nfe": 0, "n_generated": len(x_hat)}
-                    | scorer(x_hat))
-        common.draw_samples(folder, {"VAE": x_hat, "refined": images})
-        draw_trajectory(folder, model, settings)
-    else:
-        common.draw_samples(folder, {"": images})
-    fewer = settings | {"eval_samples": settings["eval_samples" if model.denoiser is None else "probe_samples"]}
-    for prior in model.priors:
-        if prior != settings["prior"]:
-            rows.append(measure(model, fewer | {"prior": prior}, scorer)[0])
-    if model.denoiser is not None:
-        for sampler, steps in settings["grid"]:
-            rows.append(measure(model, fewer | {"sampler": sampler, "sample_steps": steps}, scorer)[0])
-    return rows
-
-
-@torch.no_grad()
-def draw_trajectory(folder, model, settings):
-    """trajectory.png: how refinement goes from x_hat and noise to the image, for four codes. Two rows for each code:
-    the noisy image x_t, and the clean image that the network predicts from it."""
-    gen = generator(settings["seed"], "trajectory")
-    z = model.priors[settings["prior"]].sample(4, gen).to(model.device)
-    x_hat = model.vae.decoder(z)
-    noisy, predicted, titles = [x_hat], [x_hat], ["x_hat"]  # columns of the picture
-    denoise = model.denoiser(x_hat, z)
-
-    def recording(x, t):
-        prediction = denoise(x, t)
-        noisy.append(x)
-        predicted.append(model.diffusion.to_x0_and_eps(prediction, x, t)[0])
-        titles.append(f"t = {int(t[0])}")
-        return prediction
-
-    x_start = model.diffusion.x_start(x_hat, randn(x_hat.shape, gen).to(model.device))
-    image = common.sample(model.diffusion, recording, x_start, "dpm", settings["probe_steps"])
-    rows = {}
-    for k in range(4):
-        for label, columns in (("x_t", noisy), ("x0", predicted)):
-            rows[f"{k + 1} {label}"] = torch.stack([to_uint8(column[k]).cpu() for column in [*columns, image]])
-    common.save_grid(folder / "trajectory.png", rows, [*titles, "image"])
-
-
-def robustness(folder, model, settings, scorer):
-    """How the Frechet distance changes with noise on x_hat, before a refiner sees it, or on a latent, before it is
-    decoded: {"fd": {sd: distance}, "mean": that over the three strengths above 0}. Codes and the noise of sampling are
-    the same at every strength. (Of a VAE alone, these are the distances of the noisy x_hat itself.) Draws
-    robustness.png."""
-    by_sd, pictures = {}, {}
-    for sd in NOISE:
-        row, _, images = measure(model, quick(settings), scorer, sd)
-        by_sd[str(sd)] = row[scorer.distance]["value"]
-        pictures[f"noise {sd}"] = images[:12]
-    common.save_grid(folder / "robustness.png", pictures)
-    return {"images": row["n_generated"], "fd": by_sd, "mean": sum(list(by_sd.values())[1:]) / (len(NOISE) - 1)}
-
-
-def slerp(a, b, w):
-    """Spherical interpolation (Shoemake 1985): the point at w in [0, 1] on the arc from a to b, (N, d). In many
-    dimensions the codes of images have nearly the same length, and the middle of a straight line between two of them
-    would be much shorter."""
-    angle = torch.acos((F.normalize(a) * F.normalize(b)).sum(1, keepdim=True).clamp(-1, 1))
-    angle = angle.clamp(1e-4, math.pi - 1e-4)  # its sine must not be 0
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
-
-
-def path_over_distance(features):
-    """How directly one image turns into another, from features (P, K, f) of the K images along each of P paths: the
-    mean length of the paths over the mean distance of their ends. 1 is a straight line."""
-    lengths = (features[:, 1:] - features[:, :-1]).norm(dim=2).sum(1)  # (P,)
-    ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
-    return float(lengths.mean() / ends.mean())
-
-
-def images_along_paths(model, settings, first, last, points=9):
-    """Images along paths from row i of the codes `first` (P, d) to row i of `last`: those of the VAE and the refined
-    ones, each uint8 (P, points, 3, H, W). All points of a path are refined with the same noise."""
-    along = [common.generate(model, settings, z=slerp(first, last, w)) for w in torch.linspace(0, 1, points).tolist()]
-    x_hat, images, _ = zip(*along, strict=True)
-    return torch.stack(x_hat, 1), torch.stack(images, 1)
-
-
-def ridge_regression(x, y, ridge=1e-3):
-    """Linear regression, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is standardised, so
-    that the penalty ridge * N * |weight|^2 does not depend on its units."""
-    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
-    a = (x - mean) / sd
-    penalty = ridge * len(a) * torch.eye(a.shape[1])
-    weight = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))  # (d, k), for standardised x
-    weight = weight / sd[:, None]
-    return weight, y.mean(0) - mean @ weight
-
-
-def latent_space(folder, model, settings, scorer, pairs=16):
-    """The latent space of a VAE and a refiner, measured on held-out images. Their codes are the means of q(z|x).
-
-        kl_nats                     how much a code tells of its image, in nats
-        log_density                 mean log density of the codes under each prior, in nats
-        path_over_distance          of refined images along paths between codes, in features
-        probe_accuracy, probe_r2    how well a linear function of the code tells an image's class and, of shapes, its
-                                    factors
-
-    Draws reconstructions.png, and interpolation.png with paths between held-out images."""
-    train, test = scorer.data
-    fewer = quick(settings)
-    mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
-    real = test.images[: fewer["eval_samples"]]
-    x_hat, images, _ = common.generate(model, fewer, z=mu[: len(real)])
-    common.save_grid(folder / "reconstructions.png", {"real": real[:12], "VAE": x_hat[:12], "refined": images[:12]})
-    result = {"images": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
-    codes = common.reparameterise(mu, logvar, randn(mu.shape, generator(settings["seed"], "held-out codes")))
-    result["log_density"] = {name: float(prior.log_prob(codes).mean()) for name, prior in model.priors.items()}
-
-    pairs = min(pairs, len(mu) // 2)
-    vae_paths, paths = images_along_paths(model, fewer, mu[:pairs], mu[pairs : 2 * pairs])
-    rows = {}
-    for i in range(min(3, pairs)):
-        rows |= {f"VAE {i + 1}": vae_paths[i], f"refined {i + 1}": paths[i]}
-    common.save_grid(folder / "interpolation.png", rows)
-    features, _ = extract(scorer.extractor, paths.flatten(0, 1))  # (pairs * points, f), and logits
-    features = features.view(*paths.shape[:2], -1)  # (pairs, points, f)
-    result["path_over_distance"] = path_over_distance(features)
-
-    chosen = torch.randperm(len(train.images), generator=generator(0, "probe"))[:5000]  # enough to fit d weights
-    train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
-    if train.labels is not None:
-        weight, bias = ridge_regression(train_mu, F.one_hot(train.labels[chosen]).float())
-        result["probe_accuracy"] = float(((mu @ weight + bias).argmax(1) == test.labels).float().mean())
-    if train.factors is not None:
-        weight, bias = ridge_regression(train_mu, train.factors[chosen])
-        errors = (mu @ weight + bias - test.factors).square().mean(0)
-        r2 = 1 - errors / test.factors.var(0)
-        result["probe_r2"] = dict(zip(common.FACTORS, r2.tolist(), strict=True))
-    return result
-
-
-def fd_to_originals(scorer, images, originals):
-    """The Frechet distance between reconstructions and the very images that they reconstruct."""
-    features = [extract(scorer.extractor, x)[0] for x in (images, originals)]
-    return frechet_distance(*map(moments, features))
-
-
-def write_metrics(folder, checkpoint, model, settings, scorer, rows, tables):
-    """Write metrics.json, what a run has measured: facts of the run, rows of scores and further tables. With --export,
-    write samples, too."""
-    if settings["export"]:
-        common.export(folder, model, settings)
-    name = folder.name.removesuffix(f"-s{settings['seed']}")
-    run = {"dataset": settings["dataset"], "variant": name, "budget": settings["budget"], "seed": settings["seed"],
-           "data_note": scorer.data.train.note, "features": scorer.extractor.name, "minutes": checkpoint["minutes"],
-           "parameters": sum(map(common.count_parameters, model.networks)), "device": str(model.device),
-           "commit": common.this_commit(), "settings": settings}
-    common.write_json(folder / "metrics.json",
-                      {"schema": 1, "run": run, "rows": rows, "tables": tables | {"training": checkpoint["log"]}})
-
-
-def print_results(settings, scorer):
-    """Print the headline scores of all runs in the folder of the settings as one table, and where pictures are."""
-    names = [scorer.distance, "floor", "is", "kid", "precision", "recall", "hf_energy"]
-    print("  ".join(f"{title:16}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
-    for path in sorted(Path(settings["home"]).glob("*/metrics.json")):
-        metrics = json.loads(path.read_text())
-        row = metrics["rows"][0]
-        cells = [f"{row['prior']}, {row['sampler']} {row['steps']}", str(row["n_generated"]),
-                 f"{row['seconds_per_image']:.3f}", f"{metrics['run']['minutes']:.1f}",
-                 *(show(row[name]) for name in names if name in row)]
-        print("  ".join([f"{path.parent.name:34}", *(f"{cell:16}" for cell in cells)]))
-    print(f"features {scorer.extractor.name}; data {settings['dataset']} ({scorer.data.train.note}); compare scores of "
-          f"equally many images\npictures and metrics.json: {settings['home']}")
-
-
-def show(score):
-    """A score as text: value [low, high]."""
-    interval = f" [{score['low']:.3g}, {score['high']:.3g}]" if "low" in score else ""
-    return f"{score['value']:.3g}{interval}"
-
-
-# ---- 7. The command --------------------------------------------------------------------------------------------------
+# ---- 6. The command --------------------------------------------------------------------------------------------------
 
 def read_folder(folder, size, count=None):
     """The images of a folder, or a seeded choice of `count`, cut to the centred square and resized: uint8 (N, 3, size,
@@ -641,10 +420,12 @@ def main(argv=None):
     dataset, folder = (args.real, args.data_dir) if args.real in common.DATASETS else ("folder", args.real)
     generated = read_folder(args.generated, common.DATASETS[dataset], args.count)  # as large as the real ones
     data = common.load_data(dataset, folder)
-    print(f"{len(generated):,} images of {args.generated} against {len(data.train.images):,} of {args.real}, features "
-          f"{extractor.name}")
-    for name, value in Scorer(extractor, data)(generated).items():
-        print(f"  {name:12}{show(value)}")
+    print(f"{len(generated):,} images of {args.generated} against {len(data.reference.images):,} of {args.real}, "
+          f"features {extractor.name}")
+    row = Scorer(extractor, data)(generated)
+    row.pop("n_generated")
+    for name, value in row.items():
+        print(f"  {name:12}{common.show(value)}")
 
 
 if __name__ == "__main__":
