@@ -15,15 +15,16 @@ diffused instead, each of the many passes of the U-Net costs less. What the auto
 Run     python bonus_latent.py                        shapes, on a laptop
         python bonus_latent.py --dataset celeba64     faces; if there is a GPU, it is found by itself
 Expect  about the minutes of stage 1, and a table of scores. The last lines say what latent diffusion saves against
-        stage 1's refiner in percent, measured on this machine: some 40% of the seconds, 70% of the memory. `ceiling`
-        in metrics.json has the scores of the autoencoder's own reconstructions, which latent diffusion can hardly
-        surpass. torch.profiler's tables of the costliest operators are in profile-pixel.txt and profile-latent.txt.
+        stage 1's refiner in percent, measured on this machine: some 40% of the seconds, 70% of the memory. The row
+        `ceiling` in metrics.json has the scores of the autoencoder's own reconstructions. torch.profiler's tables of
+        the costliest operators are in profile-pixel.txt and profile-latent.txt.
 """
 
 import argparse
 import itertools
 import statistics
 import time
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import fid
-from common import to_uint8
+from common import randn, to_uint8
 
 CHANNELS = 4  # of the latent
 FACTOR = 4  # by how much the latent is smaller than the image, in each direction
@@ -99,24 +100,35 @@ def build_latent_unet(settings):
 def train_autoencoder(folder, settings, data, device):
     """Train the autoencoder with the settings of a VAE, and measure the scale of its latent. Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    autoencoder = build_autoencoder(settings)
-    training = common.Training(folder, settings, device, data.train.images, steps=settings["vae_steps"],
-                               flip=settings["vae_flip"], vae=autoencoder)
-    for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.normal(*latent_shape(settings))  # (B, 4, h, w)
+    autoencoder = build_autoencoder(settings).to(device, memory_format=torch.channels_last)
+    optimizer = common.Optimizer(autoencoder, settings, "vae")
+    average = common.MovingAverage(autoencoder, settings["vae_ema"])
+    images = data.train.images.to(device)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
+    steps = settings["vae_steps"]
+    progress = common.Progress(folder, settings, steps, gen, autoencoder=autoencoder, optimizer=optimizer,
+                               average=average)
+    for step in progress:
+        x0 = common.draw_batch(images, settings, gen, settings["vae_flip"])  # (B, 3, H, W) in [-1, 1]
+        noise = randn((len(x0), *latent_shape(settings)), gen)  # (B, 4, h, w)
         with common.autocast(device):
             mu, logvar = autoencoder["encoder"](x0)
             x_hat = autoencoder["decoder"](common.reparameterise(mu, logvar, noise))
-            sse = common.squared_error(x_hat, x0)
-            kl = common.gaussian_kl(mu, logvar)
-        training.step(sse + BETA * kl, {"sse": sse, "kl_nats": kl})
-    autoencoder = common.frozen(build_autoencoder(settings), training.averages["vae"], device)
+        sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
+        optimizer.zero_grad()
+        (sse + BETA * kl).mean().backward()
+        common.average_gradients(autoencoder)
+        nn.utils.clip_grad_norm_(autoencoder.parameters(), settings["vae_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(sse=sse, kl_nats=kl)
+    autoencoder = common.frozen(build_autoencoder(settings), average.weights, device)
 
     # Mean and variance of z ~ q(z|x) over all training images: Var z = Var mu + mean of exp(logvar).
     mu, logvar = common.encode(autoencoder["encoder"], data.train.images, device)
     mean = mu.mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
     variance = ((mu - mean) ** 2 + logvar.exp()).mean((0, 2, 3), keepdim=True)  # (1, 4, 1, 1)
-    return training.finish(mean=mean, sd=variance.sqrt())
+    return progress.finish(vae=average.weights, mean=mean, sd=variance.sqrt())
 
 
 def train_latent(folder, settings, base, data, device):
@@ -127,77 +139,110 @@ def train_latent(folder, settings, base, data, device):
     # Mirrored images are encoded, too, since a mirrored latent is not the latent of the mirrored image.
     images = data.train.images
     images = torch.cat([images, images.flip(3)]) if settings["unet_flip"] else images
-    mu, logvar = common.encode(autoencoder["encoder"], images, device)
+    mu, logvar = common.encode(autoencoder["encoder"], images, device)  # (N, 4, h, w)
+    mu = ((mu - base["mean"]) / base["sd"]).to(device)
+    sd = ((0.5 * logvar).exp() / base["sd"]).to(device)
 
-    # Scaled once. A Training draws batches from a single tensor, so mean and log-variance lie side by side.
-    latents = torch.cat([(mu - base["mean"]) / base["sd"], logvar - 2 * base["sd"].log()], 1)  # (N, 8, h, w)
     torch.manual_seed(settings["seed"])
-    unet = build_latent_unet(settings)
+    unet = build_latent_unet(settings).to(device, memory_format=torch.channels_last)
+    optimizer = common.Optimizer(unet, settings, "unet")
+    average = common.MovingAverage(unet, settings["unet_ema"])
     diffusion = common.Diffusion(settings["objective"], device=device)
-    training = common.Training(folder, settings, device, latents, steps=settings["unet_steps"], flip=False, unet=unet)
-    for latent in training:  # (B, 8, h, w)
-        mu, logvar = latent.chunk(2, 1)
-        z = common.reparameterise(mu, logvar, training.normal(*latent_shape(settings)))  # (B, 4, h, w), a new draw
-        t = diffusion.draw_t(training.uniform())  # (B,), in 1..T
-        eps = training.normal(*latent_shape(settings))  # (B, 4, h, w)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
+    steps = settings["unet_steps"]
+    progress = common.Progress(folder, settings, steps, gen, unet=unet, optimizer=optimizer, average=average)
+    for step in progress:
+        index = torch.randint(len(mu), (settings["batch"] // common.RANKS,), generator=gen, device=device)
+        z = mu[index] + sd[index] * randn(mu[index].shape, gen)  # (B, 4, h, w), a new draw from q(z|x0)
+        t = diffusion.draw_t(len(z), gen)  # (B,), in 1..T
+        eps = randn(z.shape, gen)
+        z_t = diffusion.q_sample(z, t, eps).contiguous(memory_format=torch.channels_last)
         with common.autocast(device):
-            mse = diffusion.simple_loss(unet, z.contiguous(memory_format=torch.channels_last), t, eps)  # (B,)
-        training.step(common.level_weight(settings, diffusion, t) * mse, {f"{settings['objective']}_mse": mse})
-    return training.finish(base, **{key: base[key] for key in ("vae", "mean", "sd")})
+            prediction = unet(z_t, t)  # (B, 4, h, w)
+        mse = (prediction - diffusion.target(z, t, eps)).square().flatten(1).mean(1)  # (B,)
+        loss = mse * diffusion.level_weight(t) if settings["even_levels"] else mse
+        optimizer.zero_grad()
+        loss.mean().backward()
+        common.average_gradients(unet)
+        nn.utils.clip_grad_norm_(unet.parameters(), settings["unet_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(mse=mse)
+    return progress.finish(base, unet=average.weights, **{key: base[key] for key in ("vae", "mean", "sd")})
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(checkpoint, device):
-    """The common.Model of a checkpoint. Its networks are the autoencoder and the U-Net."""
+    """The autoencoder, the U-Net and the scale of the latent of a checkpoint. There is no prior: nothing but the noise
+    decides what is drawn."""
     settings = checkpoint["settings"]
-    mean = checkpoint["mean"].to(device)
-    sd = checkpoint["sd"].to(device)
     autoencoder = common.frozen(build_autoencoder(settings), checkpoint["vae"], device)
     unet = common.frozen(build_latent_unet(settings), checkpoint["unet"], device)
-    return common.Model(device, shape=latent_shape(settings), networks=(autoencoder, unet),
-                        diffusion=common.Diffusion(settings["objective"], device=device),
-                        denoiser=lambda x_hat, z: unet,  # nothing conditions it
-                        decode=lambda scaled: autoencoder["decoder"](scaled * sd + mean))
+    return SimpleNamespace(settings=settings, device=device, autoencoder=autoencoder, unet=unet, priors={},
+                           networks=[autoencoder, unet], mean=checkpoint["mean"].to(device),
+                           sd=checkpoint["sd"].to(device),
+                           diffusion=common.Diffusion(settings["objective"], device=device))
 
 
-def pixel_model(settings, device):
-    """A VAE and a refiner as in stage 1, with random weights: no cost depends on them."""
-    vae, unet = common.build_vae(settings), common.build_unet(settings, 6)  # 6 channels: x_t and x_hat
-    vae, unet = (common.frozen(network, network.state_dict(), device) for network in (vae, unet))
-    size = settings["image_size"]
-    return common.Model(device, shape=(3, size, size), networks=(vae, unet), vae=vae,
-                        priors={"gaussian": common.GaussianMixture.standard_normal(vae.latent_dim)},
-                        diffusion=common.Diffusion(settings["objective"], device=device, start=settings["start"]),
-                        denoiser=lambda x_hat, z: lambda x, t: unet(torch.cat([x, x_hat], 1), t))
+def draw_codes(model, settings, count):
+    """What `generate` wants of a model that has no codes: (count, 0)."""
+    return torch.zeros(count, 0)
+
+
+@torch.no_grad()
+def generate(model, settings, z, corrupt=None):
+    """As many images as z (N, 0) has rows, uint8 (N, 3, H, W) on the CPU; twice, since there is no x_hat. `corrupt`, a
+    function, spoils the latent before it is decoded."""
+    diffusion = model.diffusion
+    times = diffusion.times(settings)  # falling from T to 0
+    images = []
+    for first in common.bar(range(0, len(z), settings["eval_batch"]), desc="sampling"):
+        n = min(settings["eval_batch"], len(z) - first)
+        gen = common.generator(settings["seed"], f"noise {first}")
+        x = randn((n, *latent_shape(model.settings)), gen).to(model.device)
+        x0 = None
+        with common.autocast(model.device):
+            for i in range(len(times) - 1):
+                t = torch.full((n,), times[i], device=model.device)  # (B,)
+                prediction = model.unet(x, t)
+                x0_before, x0 = x0, diffusion.to_x0(prediction, x, t, clamp=False)  # a latent has no range
+                x = diffusion.step(settings["sampler"], x, x0, times, i, x0_before, gen)
+            x = corrupt(x) if corrupt else x
+            images.append(to_uint8(model.autoencoder["decoder"](x * model.sd + model.mean)).cpu())
+    return torch.cat(images), torch.cat(images)
 
 
 # --- What it saves ---------------------------------------------------------------------------------------------------
 
-def seconds_per_image(models, settings, repeats=5):
-    """The median seconds per image of each of {name: model}, in batches of settings["eval_batch"]. The models sample in
-    turn, so that a machine that slows down slows all of them. The first round warms up."""
-    seconds = {name: [] for name in models}
-    for _ in range(repeats + 1):
-        for name, model in models.items():
-            clock = time.time()
-            common.generate(model, settings)
-            seconds[name].append((time.time() - clock) / settings["eval_samples"])
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+@torch.no_grad()
+def generate_in_pixel_space(vae, unet, diffusion, settings, count, device):
+    """One batch of stage 1's samples, to be measured; the networks may have random weights, since no cost depends on
+    them."""
+    gen = common.generator(0, "pixel space")
+    with common.autocast(device):
+        x_hat = vae.decoder(randn((count, vae.latent_dim), gen).to(device))
+        x, x0 = diffusion.x_start(x_hat, randn(x_hat.shape, gen).to(device)), None
+        times = diffusion.times(settings)
+        for i in range(len(times) - 1):
+            t = torch.full((count,), times[i], device=device)
+            x0_before, x0 = x0, diffusion.to_x0(unet(torch.cat([x, x_hat], 1), t), x, t)
+            x = diffusion.step(settings["sampler"], x, x0, times, i, x0_before, gen)
+    return to_uint8(x).cpu()
 
 
-def peak_memory_mb(model, settings, path):
-    """Peak memory of sampling one batch in MB (of 2^20 bytes), beyond what is in use before. Writes torch.profiler's
+def peak_memory_mb(sample, device, path):
+    """Peak memory of calling `sample` in MB (of 2^20 bytes), beyond what is in use before. Writes torch.profiler's
     table of the costliest operators."""
-    cuda = model.device.type == "cuda"
+    cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     if cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     with profile(activities=activities, profile_memory=True) as profiler:
-        common.generate(model, settings)
+        sample()
     table = profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=12)
-    common.write(path, table.encode())
+    path.write_text(table)
     if cuda:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
@@ -207,36 +252,72 @@ def peak_memory_mb(model, settings, path):
     return max(itertools.accumulate(event.nbytes() for event in events)) / 2**20
 
 
-def savings(folder, model, settings):
-    """Latent against pixel space on this machine, with equally many steps: seconds, memory and operations of sampling
-    with both, and what is saved in percent. The two U-Nets are those that the budget uses."""
-    models = {"pixel": pixel_model(settings, model.device), "latent": model}
-    batch = settings | {"prior": "gaussian", "eval_samples": settings["eval_batch"]}
-    seconds = seconds_per_image(models, batch)
-    table = {"device": str(model.device), "steps": settings["sample_steps"], "batch": settings["eval_batch"]}
-    for name in models:
+def savings(folder, model, settings, repeats=5):
+    """Latent against pixel space on this machine, with equally many steps: rows with the seconds, memory and operations
+    of sampling a batch, and what is saved in percent. The two U-Nets are those that the budget uses."""
+    count, device = settings["eval_batch"], model.device
+    settings = settings | common.steps(settings["sampler"], settings["sample_steps"])
+    vae, unet = common.build_vae(settings), common.build_unet(settings, 6)  # 6 channels: x_t and x_hat
+    vae, unet = (common.frozen(network, network.state_dict(), device) for network in (vae, unet))
+    diffusion = common.Diffusion(settings["objective"], settings["start"], device)
+
+    def pixel(count=count):
+        return generate_in_pixel_space(vae, unet, diffusion, settings, count, device)
+
+    def latent(count=count):
+        return generate(model, settings, torch.zeros(count, 0))
+
+    seconds = {pixel: [], latent: []}
+    for _ in range(repeats + 1):  # in turn, so that a machine that slows down slows both; the first round warms up
+        for sample in seconds:
+            clock = time.time()
+            sample()
+            seconds[sample].append((time.time() - clock) / count)
+    rows = []
+    for sample in seconds:
         # A multiply-add counts as two. Of attention only the plain form is counted on a CPU, not torch's fused one.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            common.generate(models[name], batch | {"eval_samples": 1})
-        table[name] = {"seconds_per_image": seconds[name],
-                       "peak_memory_mb": peak_memory_mb(models[name], batch, folder / f"profile-{name}.txt"),
-                       "gflops_per_image": counter.get_total_flops() / 1e9}
-    table["saved_percent"] = {key: 100 * (1 - table["latent"][key] / value) for key, value in table["pixel"].items()}
-    return table
+            sample(1)
+        rows.append({"label": f"{sample.__name__} space", "n_generated": count, "steps": settings["sample_steps"],
+                     "seconds_per_image": statistics.median(seconds[sample][1:]),
+                     "peak_memory_mb": peak_memory_mb(sample, device, folder / f"profile-{sample.__name__}.txt"),
+                     "gflops_per_image": counter.get_total_flops() / 1e9})
+    saved = {key: 100 * (1 - rows[1][key] / rows[0][key])
+             for key in ("seconds_per_image", "peak_memory_mb", "gflops_per_image")}
+    return [*rows, {"label": "saved %", "n_generated": count} | saved]
 
 
 @torch.no_grad()
 def ceiling(folder, model, settings, scorer):
-    """Scores of the autoencoder's reconstructions of held-out images. Draws reconstructions.png."""
-    autoencoder = model.networks[0]
+    """A row of scores of the autoencoder's reconstructions of held-out images, which latent diffusion can hardly
+    surpass. Draws reconstructions.png."""
     real = scorer.data.test.images[: settings["eval_samples"]]
-    mu, _ = common.encode(autoencoder["encoder"], real, model.device)
-    decoded = torch.cat([to_uint8(autoencoder["decoder"](part.to(model.device))).cpu() for part in mu.split(500)])
+    mu, _ = common.encode(model.autoencoder["encoder"], real, model.device)
+    decoded = torch.cat([to_uint8(model.autoencoder["decoder"](part.to(model.device))).cpu() for part in mu.split(500)])
     common.save_grid(folder / "reconstructions.png", {"real": real[:12], "autoencoder": decoded[:12]})
-    return scorer(decoded) | {"images": len(real)}
+    return scorer(decoded, label="ceiling")
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
+
+def evaluate(folder, checkpoint, settings, scorer, device):
+    """Write metrics.json and pictures of a finished model. Returns what is saved against pixel space."""
+    model = load_model(checkpoint, device)
+    rows, pictures = [], {}
+    for label, changed, count in common.what_to_sample(settings, model.priors):
+        clock = time.time()
+        pictures[label], _ = generate(model, changed, draw_codes(model, changed, count))
+        seconds = (time.time() - clock) / count
+        steps = len(model.diffusion.times(changed)) - 1
+        rows.append(scorer(pictures[label], label=label, prior="none", sampler=changed["sampler"], steps=steps,
+                           nfe=steps, seconds_per_image=seconds))
+    common.draw_samples(folder, {"": pictures[""]})
+    rows += [ceiling(folder, model, settings, scorer), *savings(folder, model, settings)]
+    common.write_metrics(folder, checkpoint, settings, scorer, rows, model.networks)
+    if settings["export"]:
+        common.export(folder, pictures[""])
+    return rows[-1]
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Bonus: diffusion in the latent space")
@@ -247,22 +328,21 @@ def main(argv=None):
         return common.print_settings(settings, autoencoder=build_autoencoder(settings),
                                      unet=build_latent_unet(settings))
 
-    scorer = fid.load_scorer(args, settings, device)
+    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    data = common.load_data(args.dataset, args.data_dir)
+    settings["images"] = common.hash_images(data.train.images)
     folder = common.run_folder(settings, "bonus-autoencoder")
-    base = (common.finished(folder, settings, args.resume)
-            or train_autoencoder(folder, settings, scorer.data, device))
+    base = common.finished(folder, settings, args.resume) or train_autoencoder(folder, settings, data, device)
     folder = common.run_folder(settings, "bonus-latent")
     checkpoint = (common.finished(folder, settings, args.resume)
-                  or train_latent(folder, settings, base, scorer.data, device))
-    model = load_model(checkpoint, device)
-    rows = fid.score(folder, model, settings, scorer)
-    tables = {"robustness": fid.robustness(folder, model, settings, scorer),
-              "ceiling": ceiling(folder, model, settings, scorer),
-              "savings": savings(folder, model, settings)}
-    fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
-    fid.print_results(settings, scorer)
-    for key, percent in tables["savings"]["saved_percent"].items():
-        print(f"saved against pixel space: {key} {percent:.0f}%")
+                  or train_latent(folder, settings, base, data, device))
+    if common.RANK > 0:
+        return
+    scorer = fid.Scorer(extractor, data)
+    saved = evaluate(folder, checkpoint, settings, scorer, device)
+    common.print_results(settings, scorer)
+    for key in ("seconds_per_image", "peak_memory_mb", "gflops_per_image"):
+        print(f"saved against pixel space: {key} {saved[key]:.0f}%")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ model decides *how it looks*.
     2. The refiner    It is a diffusion model that sees x_hat and learns to draw x0:
                           x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,   loss = w_t MSE(target, U-Net(x_t, x_hat, t))
                       where abar_t (`alpha_bar` in common.Diffusion) falls from nearly 1 at t = 1 to nearly 0 at t = T,
-                      and w_t lets all noise levels count alike (common.level_weight; as published it is 1).
+                      and w_t lets all noise levels count alike (Diffusion.level_weight; as published it is 1).
                       The target is eps as published (--budget paper), and otherwise
                           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0.
                       There are two ways to show x_hat to the U-Net. Its input is, with concatenation as [.., ..],
@@ -53,16 +53,20 @@ Expect  of the first command: 4 to 6 minutes on two CPU cores, a table of scores
 
 import argparse
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 import common
 import fid
+from common import randn, to_uint8
 
 # The variants in the order in which they are trained, and what each builds on
 BASE = {"vae": None, "uncond": None, "form1": "vae", "form2": "vae", "guided": "form1", "augmented": "vae"}
-AUGMENTATION = max(fid.NOISE)  # largest sd of the noise that `augmented` adds to x_hat: the strongest of the evaluation
+AUGMENTATION = 0.4  # largest sd of the noise that `augmented` adds to x_hat, whose pixels span -1 to 1
 PRETRAINED = Path(__file__).resolve().parent / "results"  # holds DATASET/pretrained.pt
 
 # --- The model and its losses ----------------------------------------------------------------------------------------
@@ -79,9 +83,8 @@ def vae_loss(vae, x0, noise, beta):
 
 
 def build_diffusion(settings, variant, device):
-    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T."""
-    start = None if variant == "uncond" else settings["start"]
-    return common.Diffusion(settings["objective"], device=device, start=start)
+    """The diffusion process of a variant. Without an x_hat to begin with (`uncond`), it begins at T = 1000."""
+    return common.Diffusion(settings["objective"], 1000 if variant == "uncond" else settings["start"], device)
 
 
 def build_unet(settings, variant):
@@ -89,31 +92,14 @@ def build_unet(settings, variant):
     return common.build_unet(settings, 3 if variant == "uncond" else 6)
 
 
-def denoiser(unet, x_hat, variant):
-    """The function (x_t, t) -> prediction for one batch, given its x_hat (B, 3, H, W), or None for `uncond`.
+def unet_input(variant, x_t, x_hat):
+    """What the U-Net is shown: x_t and x_hat (B, 3, H, W) -> (B, 6, H, W), or of `uncond` (B, 3, H, W).
 
     The paper describes Formulation 2 as a diffusion process of y_t = x_t + x_hat, which ends in noise around x_hat.
     That is the same, since y_t is x_t plus a known image: x0, eps and the target do not change."""
     if variant == "uncond":
-        return unet
-
-    def denoise(x_t, t):
-        shown = x_t + x_hat if variant == "form2" else x_t  # (B, 3, H, W)
-        return unet(torch.cat([shown, x_hat], 1), t)
-
-    return denoise
-
-
-def guided_denoiser(refiner, guide, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507) of two functions (x_t, t) -> prediction. `guidance` is the
-    paper's w - 1. (The paper guides the predicted image. We guide v or eps, which is the same, since at a given x_t
-    both are linear functions of the image.)"""
-
-    def denoise(x_t, t):
-        prediction = refiner(x_t, t)
-        return prediction + guidance * (prediction - guide(x_t, t))
-
-    return denoise
+        return x_t
+    return torch.cat([x_t + x_hat if variant == "form2" else x_t, x_hat], 1)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -122,73 +108,181 @@ def train_vae(folder, settings, data, device):
     """Train the VAE on the training images, then fit the Gaussian mixture to their codes. Returns the checkpoint, a
     dictionary of weights, settings and log."""
     torch.manual_seed(settings["seed"])
-    vae = common.build_vae(settings)
-    training = common.Training(folder, settings, device, data.train.images, steps=settings["vae_steps"],
-                               flip=settings["vae_flip"], vae=vae)
-    for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.normal(vae.latent_dim)  # (B, d)
+    vae = common.build_vae(settings).to(device, memory_format=torch.channels_last)
+    optimizer = common.Optimizer(vae, settings, "vae")
+    average = common.MovingAverage(vae, settings["vae_ema"])
+    images = data.train.images.to(device)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
+    steps = settings["vae_steps"]
+    progress = common.Progress(folder, settings, steps, gen, vae=vae, optimizer=optimizer, average=average)
+    for step in progress:
+        x0 = common.draw_batch(images, settings, gen, settings["vae_flip"])  # (B, 3, H, W) in [-1, 1]
+        noise = randn((len(x0), vae.latent_dim), gen)  # (B, d)
         with common.autocast(device):
-            loss, sse, kl = vae_loss(vae, x0, noise, settings["beta"])
-        training.step(loss, {"sse": sse, "kl_nats": kl})
-    # The checkpoint keeps the moving average of the weights, so the mixture is fitted to its codes.
-    vae = common.frozen(common.build_vae(settings), training.averages["vae"], device)
-    return training.finish(variant="vae", gmm=common.fit_mixture(vae, data.train.images, settings, device))
+            loss, sse, kl = vae_loss(vae, x0, noise, settings["beta"])  # (B,)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        common.average_gradients(vae)
+        nn.utils.clip_grad_norm_(vae.parameters(), settings["vae_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(sse=sse, kl_nats=kl)
+    # What is kept is the moving average of the weights, so the mixture is fitted to its codes.
+    vae = common.frozen(common.build_vae(settings), average.weights, device)
+    return progress.finish(variant="vae", vae=average.weights,
+                           gmm=common.fit_mixture(vae, data.train.images, settings, device))
 
 
 def train_refiner(folder, settings, variant, base, data, device):
     """Train a refiner behind the frozen VAE of the checkpoint `base`. Returns its checkpoint, which contains the VAE as
     well. `uncond` has no base. Of `guided`, the base is that of form1, and what is trained is the guide."""
     torch.manual_seed(settings["seed"])
-    unet = build_unet(settings, variant)
+    unet = build_unet(settings, variant).to(device, memory_format=torch.channels_last)
+    optimizer = common.Optimizer(unet, settings, "unet")
+    average = common.MovingAverage(unet, settings["unet_ema"])
     diffusion = build_diffusion(settings, variant, device)
-    vae = None if variant == "uncond" else common.frozen(common.build_vae(settings), base["vae"], device)
+    if variant != "uncond":
+        vae = common.frozen(common.build_vae(settings), base["vae"], device)
+    images = data.train.images.to(device)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
     steps = math.ceil(settings["unet_steps"] / 10) if variant == "guided" else settings["unet_steps"]
-    training = common.Training(folder, settings, device, data.train.images, steps=steps, flip=settings["unet_flip"],
-                               unet=unet)
-    for x0 in training:  # (B, 3, H, W) in [-1, 1]
+    progress = common.Progress(folder, settings, steps, gen, unet=unet, optimizer=optimizer, average=average)
+    for step in progress:
+        x0 = common.draw_batch(images, settings, gen, settings["unet_flip"])  # (B, 3, H, W) in [-1, 1]
         x_hat = None
         if variant != "uncond":  # as published, x_hat comes from a fresh sample of z in every step
             with torch.no_grad(), common.autocast(device):
-                x_hat, _, _ = vae(x0, training.normal(vae.latent_dim))  # (B, 3, H, W)
+                x_hat, _, _ = vae(x0, randn((len(x0), vae.latent_dim), gen))  # (B, 3, H, W)
         if variant == "augmented":  # each x_hat gets noise of a strength of its own
-            sd = AUGMENTATION * training.uniform(1, 1, 1)  # (B, 1, 1, 1)
-            x_hat = x_hat + sd * training.normal(*x0.shape[1:])
-        t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
-        eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
+            sd = AUGMENTATION * torch.rand(len(x0), 1, 1, 1, generator=gen, device=device)
+            x_hat = x_hat + sd * randn(x0.shape, gen)
+
+        # One denoising problem for each image: its noise level t, the noisy image, the prediction, the error.
+        t = diffusion.draw_t(len(x0), gen)  # (B,), in 1..start
+        eps = randn(x0.shape, gen)
+        x_t = diffusion.q_sample(x0, t, eps)  # (B, 3, H, W)
         with common.autocast(device):
-            mse = diffusion.simple_loss(denoiser(unet, x_hat, variant), x0, t, eps)  # (B,)
-        training.step(common.level_weight(settings, diffusion, t) * mse, {f"{settings['objective']}_mse": mse})
+            prediction = unet(unet_input(variant, x_t, x_hat), t)  # (B, 3, H, W)
+        mse = (prediction - diffusion.target(x0, t, eps)).square().flatten(1).mean(1)  # (B,)
+        loss = mse * diffusion.level_weight(t) if settings["even_levels"] else mse  # (DDPM eq. 14, if unweighted)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        common.average_gradients(unet)
+        nn.utils.clip_grad_norm_(unet.parameters(), settings["unet_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(mse=mse)
     if variant == "uncond":
-        return training.finish(variant=variant)
-    parts = {"vae": base["vae"], "gmm": base["gmm"]}
-    if variant == "guided":
-        parts |= {"unet": base["unet"], "guide": training.averages["unet"]}
-    return training.finish(base, variant=variant, **parts)
+        return progress.finish(variant=variant, unet=average.weights)
+    weights = {"unet": base["unet"], "guide": average.weights} if variant == "guided" else {"unet": average.weights}
+    return progress.finish(base, variant=variant, vae=base["vae"], gmm=base["gmm"], **weights)
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def load_model(checkpoint, device):
-    """The common.Model of a checkpoint."""
+    """The networks of a checkpoint, with its variant, its priors over z (`uncond` has none) and its diffusion."""
     settings = checkpoint["settings"]
-    variant = checkpoint["variant"]
-    size = settings["image_size"]
-    model = common.Model(device, shape=(3, size, size))
-    if variant != "uncond":
+    model = SimpleNamespace(variant=checkpoint["variant"], settings=settings, device=device, priors={}, networks=[])
+    model.diffusion = build_diffusion(settings, model.variant, device)
+    if model.variant != "uncond":
         model.vae, model.priors = common.load_vae(checkpoint, device)
-        model.networks += (model.vae,)
-    if variant != "vae":
-        unet = common.frozen(build_unet(settings, variant), checkpoint["unet"], device)
-        model.networks += (unet,)
-        model.diffusion = build_diffusion(settings, variant, device)
-        model.denoiser = lambda x_hat, z: denoiser(unet, x_hat, variant)
-    if variant == "guided":
-        guide = common.frozen(build_unet(settings, variant), checkpoint["guide"], device)
-        model.networks += (guide,)
-        model.evaluations = 2  # the refiner and the guide, in every step of sampling
-        model.denoiser = lambda x_hat, z: guided_denoiser(
-            denoiser(unet, x_hat, variant), denoiser(guide, x_hat, variant), settings["guidance"])
+        model.networks.append(model.vae)
+    if model.variant != "vae":
+        model.unet = common.frozen(build_unet(settings, model.variant), checkpoint["unet"], device)
+        model.networks.append(model.unet)
+    if model.variant == "guided":
+        model.guide = common.frozen(build_unet(settings, model.variant), checkpoint["guide"], device)
+        model.networks.append(model.guide)
     return model
+
+
+def draw_codes(model, settings, count):
+    """`count` codes from the prior of the settings, (count, d); of `uncond`, which has no codes, (count, 0)."""
+    if model.variant == "uncond":
+        return torch.zeros(count, 0)
+    return model.priors[settings["prior"]].sample(count, common.generator(settings["seed"], "codes"))
+
+
+@torch.no_grad()
+def generate(model, settings, z, corrupt=None, trajectory=None):
+    """Codes z (N, d) -> x_hat and the refined images, each uint8 (N, 3, H, W) on the CPU. (Of `vae` they are the same.
+    The x_hat of `uncond` is grey.) `corrupt`, a function, spoils x_hat before it is refined. A list `trajectory` gets
+    (t, x_t, x0) of each step. Noise is drawn on the CPU, so that it is the same on every device.
+
+    `guided` is autoguidance (Karras et al. 2024, arXiv:2406.02507); `guidance` is the paper's w - 1. (The paper guides
+    the predicted image. We guide v or eps, which is the same, since at a given x_t both are linear functions of it.)"""
+    diffusion, size = model.diffusion, model.settings["image_size"]
+    times = [] if model.variant == "vae" else diffusion.times(settings)  # falling from start to 0
+    before, after = [], []
+    for first in common.bar(range(0, len(z), settings["eval_batch"]), desc="sampling"):
+        codes = z[first : first + settings["eval_batch"]].to(model.device)  # (B, d)
+        gen = common.generator(settings["seed"], f"noise {first}")
+        with common.autocast(model.device):
+            grey = torch.zeros(len(codes), 3, size, size, device=model.device)
+            x_hat = grey if model.variant == "uncond" else model.vae.decoder(codes)
+            x = x_hat = corrupt(x_hat) if corrupt else x_hat
+            if times:
+                x = diffusion.x_start(x_hat, randn(x_hat.shape, gen).to(model.device), settings["temperature"])
+            x0 = None
+            for i in range(len(times) - 1):
+                t = torch.full((len(x),), times[i], device=model.device)  # (B,)
+                shown = unet_input(model.variant, x, x_hat)
+                prediction = model.unet(shown, t)
+                if model.variant == "guided":
+                    prediction = prediction + model.settings["guidance"] * (prediction - model.guide(shown, t))
+                x0_before, x0 = x0, diffusion.to_x0(prediction, x, t)
+                if trajectory is not None:
+                    trajectory.append((times[i], x, x0))
+                x = diffusion.step(settings["sampler"], x, x0, times, i, x0_before, gen)
+        before.append(to_uint8(x_hat).cpu())
+        after.append(to_uint8(x).cpu())
+    return torch.cat(before), torch.cat(after)
+
+
+# --- What is measured ------------------------------------------------------------------------------------------------
+
+def evaluate(folder, checkpoint, settings, scorer, device):
+    """Write metrics.json and pictures of a finished model. Rows: the samples of the settings (the headline); of other
+    priors; of other samplers and steps; and the headline's x_hat before refinement."""
+    model = load_model(checkpoint, device)
+    refines = model.variant != "vae"
+    rows, pictures = [], {}
+    for label, changed, count in common.what_to_sample(settings, model.priors, refines):
+        z = draw_codes(model, changed, count)
+        clock = time.time()
+        x_hat, images = generate(model, changed, z)
+        seconds = (time.time() - clock) / count
+        steps = len(model.diffusion.times(changed)) - 1 if refines else 0
+        rows.append(scorer(images, label=label, prior=changed["prior"] if model.priors else "none",
+                           sampler=changed["sampler"] if refines else "none", steps=steps,
+                           nfe=steps * (2 if model.variant == "guided" else 1),  # evaluations of a U-Net
+                           seconds_per_image=seconds))
+        pictures[label] = x_hat, images
+    x_hat, images = pictures[""]
+    if model.priors and refines:
+        rows.append(scorer(x_hat, label="before", prior=settings["prior"], sampler="none", steps=0, nfe=0))
+        common.draw_samples(folder, {"VAE": x_hat, "refined": images})
+        draw_trajectory(folder, model, settings)
+    else:
+        common.draw_samples(folder, {"": images})
+    common.write_metrics(folder, checkpoint, settings, scorer, rows, model.networks)
+    if settings["export"]:
+        common.export(folder, images)
+
+
+def draw_trajectory(folder, model, settings):
+    """trajectory.png: how refinement goes from x_hat and noise to the image, for four codes. Two rows for each code:
+    the noisy image x_t, and the clean image that the network predicts from it."""
+    trajectory = []
+    x_hat, images = generate(model, settings | common.steps("dpm", 5), draw_codes(model, settings, 4), None, trajectory)
+    columns = ["x_hat", *(f"t = {t}" for t, _, _ in trajectory), "image"]
+    rows = {}
+    for k in range(4):
+        for label, place in (("x_t", 1), ("x0", 2)):
+            between = [to_uint8(step[place][k]).cpu() for step in trajectory]
+            rows[f"{k + 1} {label}"] = torch.stack([x_hat[k], *between, images[k]])
+    common.save_grid(folder / "trajectory.png", rows, columns)
 
 
 def draw_pretrained(args, settings, device):
@@ -201,27 +295,15 @@ def draw_pretrained(args, settings, device):
     checkpoint["vae"] = common.build_vae(checkpoint["settings"]).state_dict() | checkpoint["vae"]
     model = load_model(checkpoint, device)
     folder = Path(args.out) / f"{args.dataset}-pretrained"
-    x_hat, images, _ = common.generate(model, settings | {"eval_samples": 36, "eval_batch": 36})
+    count = settings["eval_samples"] if settings["export"] else 36
+    x_hat, images = generate(model, settings, draw_codes(model, settings, count))
     common.draw_samples(folder, {"VAE": x_hat, "refined": images})
     print(folder / "samples.png")
     if settings["export"]:
-        common.export(folder, model, settings)
+        common.export(folder, images)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
-
-def evaluate(folder, checkpoint, settings, scorer, device):
-    """Measure the model of a checkpoint, and write pictures and metrics.json."""
-    model = load_model(checkpoint, device)
-    variant = checkpoint["variant"]
-    tables = {}
-    rows = fid.score(folder, model, settings, scorer)
-    if model.vae is not None:
-        tables["robustness"] = fid.robustness(folder, model, settings, scorer)
-    if variant not in ("vae", "uncond"):
-        tables["latent_space"] = fid.latent_space(folder, model, settings, scorer)
-    fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1: DiffuseVAE on images")
@@ -241,21 +323,26 @@ def main(argv=None):
         if variant in wanted:
             wanted.add(BASE[variant])
 
-    scorer = fid.load_scorer(args, settings, device)
-    checkpoints = {None: None}
-    for variant in BASE:
+    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    data = common.load_data(args.dataset, args.data_dir)
+    settings["images"] = common.hash_images(data.train.images)
+    checkpoints = {}
+    for variant, base in BASE.items():
         if variant not in wanted:
             continue
         folder = common.run_folder(settings, f"stage1-{variant}")
-        base = checkpoints[BASE[variant]]
         checkpoint = common.finished(folder, settings, args.resume)
         if checkpoint is None and variant == "vae":
-            checkpoint = train_vae(folder, settings, scorer.data, device)
+            checkpoint = train_vae(folder, settings, data, device)
         elif checkpoint is None:
-            checkpoint = train_refiner(folder, settings, variant, base, scorer.data, device)
+            checkpoint = train_refiner(folder, settings, variant, checkpoints.get(base), data, device)
         checkpoints[variant] = checkpoint
-        evaluate(folder, checkpoint, settings, scorer, device)
-    fid.print_results(settings, scorer)
+    if common.RANK > 0:
+        return
+    scorer = fid.Scorer(extractor, data)
+    for variant, checkpoint in checkpoints.items():
+        evaluate(common.run_folder(settings, f"stage1-{variant}"), checkpoint, settings, scorer, device)
+    common.print_results(settings, scorer)
 
 
 if __name__ == "__main__":

@@ -45,15 +45,15 @@ Expect  on shapes, one and a half times the minutes of stage 1. All conditioning
 import argparse
 import math
 import time
+from types import SimpleNamespace
 
 import torch
 from scipy.stats import spearmanr
 from torch import nn
-from tqdm import tqdm
 
 import common
 import fid
-from common import to_float, to_uint8
+from common import randn, to_float, to_uint8
 
 # --- The flow prior --------------------------------------------------------------------------------------------------
 
@@ -132,10 +132,10 @@ def fit_flow(flow, mu, logvar, settings, batch=256):
     gen = common.generator(settings["seed"], "flow")
     steps = settings["flow_steps"]
     optimizer = torch.optim.Adam(flow.parameters())
-    for step in tqdm(range(steps), desc="fitting the flow", leave=False):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, settings)
+    for step in common.bar(range(steps), desc="fitting the flow"):
+        optimizer.param_groups[0]["lr"] = 1e-3 * common.learning_rate(step, steps, settings)
         index = torch.randint(len(mu), (batch,), generator=gen)
-        z = common.reparameterise(mu[index], logvar[index], common.randn((batch, mu.shape[1]), gen))
+        z = common.reparameterise(mu[index], logvar[index], randn((batch, mu.shape[1]), gen))
         loss = -flow.log_prob(z).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -194,9 +194,9 @@ def fit_uncertainty(kind, vae, images, settings, device, batch=256):
         optimizer = torch.optim.Adam(uncertainty.parameters())
         steps = settings["flow_steps"]
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = common.learning_rate(1e-3, step, steps, settings)
+            optimizer.param_groups[0]["lr"] = 1e-3 * common.learning_rate(step, steps, settings)
             index = torch.randint(len(mu), (batch,), generator=gen, device=device)
-            z = common.reparameterise(mu[index], logvar[index], common.randn((batch, mu.shape[1]), gen))
+            z = common.reparameterise(mu[index], logvar[index], randn((batch, mu.shape[1]), gen))
             loss = (uncertainty.raw(vae, z, None) - log_error[index]).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -205,13 +205,6 @@ def fit_uncertainty(kind, vae, images, settings, device, batch=256):
     uncertainty.mean = raw.mean()
     uncertainty.sd = raw.std()
     return uncertainty.cpu()
-
-
-def rank_errors(vae, uncertainty, images, device):
-    """Does s rank the errors of held-out images? Spearman's rank correlation with the squared error of x_hat."""
-    mu, _ = common.encode(vae.encoder, images, device)
-    x_hat, s = decode(vae, mu, uncertainty, device)
-    return float(spearmanr(s, common.squared_error(to_float(x_hat), to_float(images))).statistic)
 
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------
@@ -267,13 +260,6 @@ def build_refiner(settings, conditioning):
     return nn.ModuleDict({"unet": common.build_unet(settings, 6), "conditioner": Conditioner(conditioning, emb_dim)})
 
 
-def denoiser(refiner, x_hat, s):
-    """`denoise(x, t)` for one batch, given its x_hat and s: Formulation 1 of stage 1, on what the conditioner makes of
-    x_hat."""
-    shown, extra = refiner["conditioner"](x_hat, s)
-    return lambda x, t: refiner["unet"](torch.cat([x, shown], 1), t, extra)
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def gaussian_log_prob(z, mu, logvar):
@@ -287,67 +273,87 @@ def build_vae_and_flow(settings):
     return nn.ModuleDict({"vae": vae, "flow": RealNVP(vae.latent_dim)})
 
 
-def vae_loss(vae, flow, x0, noise, beta, flow_is_prior):
-    """The loss of the VAE and its flow, (B,), and its terms for the log. One backward pass serves both:
-        the flow follows the gradient of   -log p(z), always
-        the VAE follows that of            SSE + beta KL, with the KL to N(0, I) or, if `flow_is_prior`, to the flow:
-                                           log q(z|x) - log p(z), of one sample z
-    So the gradient that -log p(z) passes back to z is multiplied by 0 or beta."""
-    mu, logvar = vae.encoder(x0)
-    z = common.reparameterise(mu, logvar, noise)
-    sse, kl = common.squared_error(vae.decoder(z), x0), common.gaussian_kl(mu, logvar)  # (B,)
-    log_q = gaussian_log_prob(z, mu, logvar)  # (B,)
-    z_for_flow = common.scale_gradient(z, beta if flow_is_prior else 0.0)
-    log_p = flow.log_prob(z_for_flow)  # (B,)
-    loss = sse + beta * (log_q if flow_is_prior else kl) - log_p
-    return loss, {"sse": sse, "kl_nats": kl, "kl_flow_nats": log_q - log_p}
-
-
 def train_vae(folder, settings, data, device):
     """Train the VAE and its flow. Then fit to the finished VAE: the flow, the mixture and both kinds of uncertainty.
     Returns the checkpoint."""
     torch.manual_seed(settings["seed"])
-    vae_and_flow = build_vae_and_flow(settings)
-    images = data.train.images
-    training = common.Training(folder, settings, device, images, steps=settings["vae_steps"],
-                               flip=settings["vae_flip"], vae=vae_and_flow)
-    for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        noise = training.normal(vae_and_flow["vae"].latent_dim)  # (B, d)
+    both = build_vae_and_flow(settings).to(device, memory_format=torch.channels_last)
+    vae, flow, beta = both["vae"], both["flow"], settings["beta"]
+    optimizer = common.Optimizer(both, settings, "vae")
+    average = common.MovingAverage(both, settings["vae_ema"])
+    images = data.train.images.to(device)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
+    steps = settings["vae_steps"]
+    progress = common.Progress(folder, settings, steps, gen, both=both, optimizer=optimizer, average=average)
+    for step in progress:
+        x0 = common.draw_batch(images, settings, gen, settings["vae_flip"])  # (B, 3, H, W) in [-1, 1]
+        noise = randn((len(x0), vae.latent_dim), gen)
         with common.autocast(device):
-            loss, terms = vae_loss(vae_and_flow["vae"], vae_and_flow["flow"], x0, noise, settings["beta"],
-                                   flow_is_prior=training.steps_taken >= 0.6 * settings["vae_steps"])
-        training.step(loss, terms)
-    vae_and_flow.load_state_dict(training.averages["vae"])
-    vae = vae_and_flow["vae"].eval().requires_grad_(False)
-    mu, logvar = common.encode(vae.encoder, images, device)
-    flow = fit_flow(vae_and_flow["flow"], mu, logvar, settings)
-    uncertainties = {kind: fit_uncertainty(kind, vae, images, settings, device).state_dict() for kind in KINDS}
-    return training.finish(vae=vae.state_dict(), flow=flow.state_dict(), uncertainty=uncertainties,
-                           gmm=common.fit_mixture(vae, images, settings, device))
+            mu, logvar = vae.encoder(x0)
+            z = common.reparameterise(mu, logvar, noise)  # (B, d)
+            x_hat = vae.decoder(z)
+        sse, kl = common.squared_error(x_hat, x0), common.gaussian_kl(mu, logvar)  # (B,)
+        log_q = gaussian_log_prob(z, mu, logvar)  # (B,)
+        if step < 0.6 * steps:  # 1) the VAE has the KL to N(0, I); the flow is fitted to its codes
+            log_p = flow.log_prob(z.detach())
+            loss = sse + beta * (kl - log_p)
+        else:  # 2) the KL to the flow, estimated from one z, takes its place
+            log_p = flow.log_prob(z)
+            loss = sse + beta * (log_q - log_p)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        common.average_gradients(both)
+        nn.utils.clip_grad_norm_(both.parameters(), settings["vae_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(sse=sse, kl_nats=kl, kl_flow_nats=log_q - log_p)
+    both.load_state_dict(average.weights)
+    vae = vae.eval().requires_grad_(False)
+    mu, logvar = common.encode(vae.encoder, data.train.images, device)
+    flow = fit_flow(flow, mu, logvar, settings)
+    uncertainties = {kind: fit_uncertainty(kind, vae, data.train.images, settings, device).state_dict()
+                     for kind in KINDS}
+    return progress.finish(vae=vae.state_dict(), flow=flow.state_dict(), uncertainty=uncertainties,
+                           gmm=common.fit_mixture(vae, data.train.images, settings, device))
 
 
 def train_refiner(folder, settings, conditioning, kind, base, data, device):
     """Train a refiner behind the frozen VAE of the checkpoint `base`. `kind` is that of the uncertainty. Returns its
     checkpoint, which contains the VAE as well."""
     torch.manual_seed(settings["seed"])
-    refiner = build_refiner(settings, conditioning)
+    refiner = build_refiner(settings, conditioning).to(device, memory_format=torch.channels_last)
+    optimizer = common.Optimizer(refiner, settings, "unet")
+    average = common.MovingAverage(refiner, settings["unet_ema"])
     vae = common.frozen(common.build_vae(settings), base["vae"], device)
     uncertainty = load_uncertainty(kind, vae, base, device)
-    diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
-    training = common.Training(folder, settings, device, data.train.images, steps=settings["unet_steps"],
-                               flip=settings["unet_flip"], unet=refiner)
-    for x0 in training:  # (B, 3, H, W) in [-1, 1]
-        t = diffusion.draw_t(training.uniform())  # (B,), in 1..start
-        eps = training.normal(*x0.shape[1:])  # (B, 3, H, W)
+    diffusion = common.Diffusion(settings["objective"], settings["start"], device)
+    images = data.train.images.to(device)
+    gen = common.generator(settings["seed"], f"training, process {common.RANK}", device)
+    steps = settings["unet_steps"]
+    progress = common.Progress(folder, settings, steps, gen, refiner=refiner, optimizer=optimizer, average=average)
+    for step in progress:
+        x0 = common.draw_batch(images, settings, gen, settings["unet_flip"])  # (B, 3, H, W) in [-1, 1]
+        t = diffusion.draw_t(len(x0), gen)  # (B,), in 1..start
+        eps = randn(x0.shape, gen)
+        x_t = diffusion.q_sample(x0, t, eps)  # (B, 3, H, W)
         with common.autocast(device):
             with torch.no_grad():
                 mu, logvar = vae.encoder(x0)
-                z = common.reparameterise(mu, logvar, training.normal(vae.latent_dim))  # (B, d)
+                z = common.reparameterise(mu, logvar, randn(mu.shape, gen))  # (B, d)
                 x_hat = vae.decoder(z)  # (B, 3, H, W)
                 s = uncertainty(vae, z, x_hat)  # (B,)
-            mse = diffusion.simple_loss(denoiser(refiner, x_hat, s), x0, t, eps)  # (B,)
-        training.step(common.level_weight(settings, diffusion, t) * mse, {f"{settings['objective']}_mse": mse})
-    return training.finish(base, conditioning=conditioning, kind=kind,
+            shown, extra = refiner["conditioner"](x_hat, s)
+            prediction = refiner["unet"](torch.cat([x_t, shown], 1), t, extra)
+        mse = (prediction - diffusion.target(x0, t, eps)).square().flatten(1).mean(1)  # (B,)
+        loss = mse * diffusion.level_weight(t) if settings["even_levels"] else mse
+        optimizer.zero_grad()
+        loss.mean().backward()
+        common.average_gradients(refiner)
+        nn.utils.clip_grad_norm_(refiner.parameters(), settings["unet_clip"])
+        optimizer.step(common.learning_rate(step, steps, settings))
+        average.update(step)
+        progress.log(mse=mse)
+    return progress.finish(base, conditioning=conditioning, kind=kind, unet=average.weights,
                            **{key: base[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
@@ -358,29 +364,85 @@ def load_uncertainty(kind, vae, base, device):
     return common.frozen(Uncertainty(kind, vae.latent_dim), base["uncertainty"][kind], device)
 
 
-def load_model(checkpoint, device, shuffled=False):
-    """The common.Model of a checkpoint: of a VAE, or of a refiner with its VAE. If `shuffled`, a control, each image is
-    refined with the s of another one."""
+def load_model(checkpoint, device):
+    """The networks of a checkpoint, with the priors over z and, of a refiner, the diffusion."""
     settings = checkpoint["settings"]
-    size = settings["image_size"]
     vae, priors = common.load_vae(checkpoint, device)
     flow = common.frozen(RealNVP(vae.latent_dim), checkpoint["flow"], device)
-    model = common.Model(device, shape=(3, size, size), networks=(vae, flow), vae=vae, priors=priors | {"flow": flow})
-    if "conditioning" in checkpoint:
-        refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
-        uncertainty = load_uncertainty(checkpoint["kind"], vae, checkpoint, device)
-
-        def make_denoiser(x_hat, z):
-            s = uncertainty(vae, z, x_hat).roll(1 if shuffled else 0)
-            return denoiser(refiner, x_hat, s)
-
-        model.networks += (refiner,)
-        model.diffusion = common.Diffusion(settings["objective"], device=device, start=settings["start"])
-        model.denoiser = make_denoiser
+    model = SimpleNamespace(settings=settings, device=device, vae=vae, networks=[vae, flow],
+                            priors=priors | {"flow": flow}, refines="conditioning" in checkpoint)
+    if model.refines:
+        model.refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
+        model.uncertainty = load_uncertainty(checkpoint["kind"], vae, checkpoint, device)
+        model.diffusion = common.Diffusion(settings["objective"], settings["start"], device)
+        model.networks.append(model.refiner)
     return model
 
 
-# --- What it shows: does it pay to know s? ---------------------------------------------------------------------------
+def draw_codes(model, settings, count):
+    """`count` codes from the prior of the settings, (count, d)."""
+    return model.priors[settings["prior"]].sample(count, common.generator(settings["seed"], "codes"))
+
+
+@torch.no_grad()
+def generate(model, settings, z, corrupt=None, shuffle_s=False):
+    """Codes z (N, d) -> x_hat and the refined images, each uint8 (N, 3, H, W) on the CPU. (Of the VAE alone they are
+    the same.) `corrupt`, a function, spoils x_hat before it is refined. With `shuffle_s`, a control, each image is
+    refined with the s of another one."""
+    times = model.diffusion.times(settings) if model.refines else []  # falling from start to 0
+    before, after = [], []
+    for first in common.bar(range(0, len(z), settings["eval_batch"]), desc="sampling"):
+        codes = z[first : first + settings["eval_batch"]].to(model.device)  # (B, d)
+        gen = common.generator(settings["seed"], f"noise {first}")
+        with common.autocast(model.device):
+            x_hat = model.vae.decoder(codes)
+            x = x_hat = corrupt(x_hat) if corrupt else x_hat
+            if times:
+                s = model.uncertainty(model.vae, codes, x_hat).roll(1 if shuffle_s else 0)  # (B,)
+                shown, extra = model.refiner["conditioner"](x_hat, s)
+                noise = randn(x_hat.shape, gen).to(model.device)
+                x = model.diffusion.x_start(x_hat, noise, settings["temperature"])
+            x0 = None
+            for i in range(len(times) - 1):
+                t = torch.full((len(x),), times[i], device=model.device)  # (B,)
+                prediction = model.refiner["unet"](torch.cat([x, shown], 1), t, extra)
+                x0_before, x0 = x0, model.diffusion.to_x0(prediction, x, t)
+                x = model.diffusion.step(settings["sampler"], x, x0, times, i, x0_before, gen)
+        before.append(to_uint8(x_hat).cpu())
+        after.append(to_uint8(x).cpu())
+    return torch.cat(before), torch.cat(after)
+
+
+# --- What is measured ------------------------------------------------------------------------------------------------
+
+def evaluate(folder, checkpoint, settings, scorer, device):
+    """Write metrics.json and pictures of a finished model, with the rows of stage 1 and, of a refiner, those of the
+    functions below. Returns the rows."""
+    model = load_model(checkpoint, device)
+    rows, pictures = [], {}
+    for label, changed, count in common.what_to_sample(settings, model.priors, model.refines):
+        z = draw_codes(model, changed, count)
+        clock = time.time()
+        x_hat, images = generate(model, changed, z)
+        seconds = (time.time() - clock) / count
+        steps = len(model.diffusion.times(changed)) - 1 if model.refines else 0
+        rows.append(scorer(images, label=label, prior=changed["prior"], steps=steps, nfe=steps,
+                           sampler=changed["sampler"] if model.refines else "none", seconds_per_image=seconds))
+        pictures[label] = x_hat, images
+    x_hat, images = pictures[""]
+    if model.refines:
+        rows.append(scorer(x_hat, label="before", prior=settings["prior"], sampler="none", steps=0, nfe=0))
+        rows += thirds(folder, model, settings, scorer)
+        for prior in ("gmm", "flow"):
+            rows += strategies(folder, model, settings | {"prior": prior}, scorer)
+        common.draw_samples(folder, {"VAE": x_hat, "refined": images})
+    else:
+        common.draw_samples(folder, {"": images})
+    common.write_metrics(folder, checkpoint, settings, scorer, rows, model.networks)
+    if settings["export"]:
+        common.export(folder, images)
+    return rows
+
 
 def draw_by_s(path, s, rows):
     """A picture of twelve images, from the surest on, with their s (N,) above. `rows` holds one or more versions of the
@@ -390,54 +452,55 @@ def draw_by_s(path, s, rows):
                      columns=[f"s = {value:.1f}" for value in s[shown].tolist()])
 
 
-def terciles(folder, model, control, uncertainty, settings, scorer):
-    """The Frechet distance of reconstructions of held-out images to the originals:
+def thirds(folder, model, settings, scorer):
+    """Does s tell where the VAE fails, and does refinement help there? Rows of held-out images: Spearman's rank
+    correlation of s with the squared error of x_hat, and Frechet distances of reconstructions to the originals:
         sure, middle, unsure     by thirds of s, of the VAE's images and of the refined ones
-        own_s, shuffled_s        of all refined images, by the model and by `control`, which has the s of another image
+        own s, shuffled s        of all refined images, and with the s of another image
     Draws uncertainty.png."""
-    quick = fid.quick(settings)
     real = scorer.data.test.images[: settings["eval_samples"]]
     mu, _ = common.encode(model.vae.encoder, real, model.device)
-    x_hat, s = decode(model.vae, mu, uncertainty, model.device)
-    _, refined, _ = common.generate(model, quick, z=mu)
+    x_hat, s = decode(model.vae, mu, model.uncertainty, model.device)
+    _, refined = generate(model, settings, mu)
+    _, other = generate(model, settings, mu, shuffle_s=True)
     draw_by_s(folder / "uncertainty.png", s, {"real": real, "VAE": x_hat, "refined": refined})
-    table = {"images": len(real)}
+    error = common.squared_error(to_float(x_hat), to_float(real))
+    rows = [{"label": "s", "n_generated": len(real), "rank_correlation": float(spearmanr(s, error).statistic)}]
+    sets = [("own s", refined, real), ("shuffled s", other, real)]
     for name, third in zip(("sure", "middle", "unsure"), s.argsort().tensor_split(3), strict=True):
-        table[name] = {"vae": fid.fd_to_originals(scorer, x_hat[third], real[third]),
-                       "refined": fid.fd_to_originals(scorer, refined[third], real[third])}
-    _, other, _ = common.generate(control, quick, z=mu)
-    table["own_s"] = fid.fd_to_originals(scorer, refined, real)
-    table["shuffled_s"] = fid.fd_to_originals(scorer, other, real)
-    return table
+        sets += [(f"{name} third, VAE", x_hat[third], real[third]), (f"{name} third", refined[third], real[third])]
+    for label, images, originals in sets:
+        fd = fid.fd_between(scorer.extractor, images, originals)
+        rows.append({"label": label, "n_generated": len(images), "fd_to_originals": fd})
+    return rows
 
 
-def strategies(folder, model, uncertainty, settings, scorer, prior):
-    """Generated images whose number of steps depends on s, with codes of one prior: for each strategy the Frechet
-    distance, hf_energy, evaluations of the U-Net and seconds per image. Draws generated-PRIOR.png."""
+def strategies(folder, model, settings, scorer):
+    """Generated images whose number of steps depends on s: a row for each strategy. Draws generated-PRIOR.png."""
     count = 3 * (settings["eval_samples"] // 3)
-    full = settings["sample_steps"]
-    z = model.priors[prior].sample(count, common.generator(settings["seed"], "strategies"))
+    prior, full = settings["prior"], settings["sample_steps"]
+    z = draw_codes(model, settings, count)
     clock = time.time()
-    x_hat, s = decode(model.vae, z, uncertainty, model.device)
+    x_hat, s = decode(model.vae, z, model.uncertainty, model.device)
     decoding = (time.time() - clock) / count
     other = s.roll(1)  # the s of another image
-    table = {}
+    rows = []
     for name, sorted_by, steps in (  # steps of the third with the lowest s, the middle, and the highest
-            ("all", s, (full, full, full)), ("two_steps", s, (2, 2, 2)), ("by_s", s, (1, 2, 3)),  # two on average
-            ("by_s_shuffled", other, (1, 2, 3)), ("unsure_third", s, (0, 0, full)),
-            ("unsure_third_shuffled", other, (0, 0, full))):
+            ("all", s, (full, full, full)), ("two steps", s, (2, 2, 2)), ("by s", s, (1, 2, 3)),  # two on average
+            ("by s, shuffled", other, (1, 2, 3)), ("unsure third", s, (0, 0, full)),
+            ("unsure third, shuffled", other, (0, 0, full))):
         images, seconds = x_hat.clone(), decoding
         for third, n in zip(sorted_by.argsort().tensor_split(3), steps, strict=True):
             if n > 0:
-                quick = fid.quick(settings) | {"sample_steps": n}
-                _, images[third], per_image = common.generate(model, quick, z=z[third])
-                seconds += per_image / 3
+                clock = time.time()
+                _, images[third] = generate(model, settings | common.steps("dpm", n), z[third])
+                seconds += (time.time() - clock) / count
         if name == "all":
             draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
-        scores = scorer(images)
-        table[name] = {scorer.distance: scores[scorer.distance]["value"], "hf_energy": scores["hf_energy"]["value"],
-                       "evaluations": sum(steps) / 3, "seconds_per_image": seconds}
-    return table
+        rows.append({"label": f"refine {name}, {prior}", "n_generated": count, scorer.distance: scorer.fd(images),
+                     "hf_energy": fid.hf_energy(images, scorer.data.test.images), "nfe": sum(steps) / 3,
+                     "seconds_per_image": seconds})
+    return rows
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -455,33 +518,27 @@ def main(argv=None):
         return common.print_settings(settings, vae=build_vae_and_flow(settings),
                                      unet=build_refiner(settings, args.conditioning))
 
-    scorer = fid.load_scorer(args, settings, device)
-    folder = common.run_folder(settings, "stage3-vae-flow")
-    base = common.finished(folder, settings, args.resume) or train_vae(folder, settings, scorer.data, device)
-    model = load_model(base, device)
-    rows = fid.score(folder, model, settings, scorer)
-    fid.write_metrics(folder, base, model, settings, scorer, rows, {})
-
+    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    data = common.load_data(args.dataset, args.data_dir)
+    settings["images"] = common.hash_images(data.train.images)
+    vae_folder = common.run_folder(settings, "stage3-vae-flow")
+    base = common.finished(vae_folder, settings, args.resume) or train_vae(vae_folder, settings, data, device)
     name = f"stage3-flow-{args.conditioning}" + ("-posterior" if args.uncertainty == "posterior" else "")
     folder = common.run_folder(settings, name)
     checkpoint = (common.finished(folder, settings, args.resume)
-                  or train_refiner(folder, settings, args.conditioning, args.uncertainty, base, scorer.data, device))
-    model = load_model(checkpoint, device)
-    control = load_model(checkpoint, device, shuffled=True)
-    uncertainty = load_uncertainty(args.uncertainty, model.vae, base, device)
-    rows = fid.score(folder, model, settings, scorer)
-    tables = {"rank_correlation": rank_errors(model.vae, uncertainty, scorer.data.test.images, device),
-              "robustness": fid.robustness(folder, model, settings, scorer),
-              "latent_space": fid.latent_space(folder, model, settings, scorer),
-              "terciles": terciles(folder, model, control, uncertainty, settings, scorer),
-              "strategies": {prior: strategies(folder, model, uncertainty, settings, scorer, prior)
-                             for prior in ("gmm", "flow")}}
-    fid.write_metrics(folder, checkpoint, model, settings, scorer, rows, tables)
-    fid.print_results(settings, scorer)
-    print(f"rank correlation of s with the error of held-out images: {tables['rank_correlation']:.2f}")
-    for prior, table in tables["strategies"].items():
-        for strategy, numbers in table.items():
-            print(f"{prior:5}{strategy:24}" + "  ".join(f"{key} {value:.3g}" for key, value in numbers.items()))
+                  or train_refiner(folder, settings, args.conditioning, args.uncertainty, base, data, device))
+    if common.RANK > 0:
+        return
+    scorer = fid.Scorer(extractor, data)
+    evaluate(vae_folder, base, settings, scorer, device)
+    rows = evaluate(folder, checkpoint, settings, scorer, device)
+    common.print_results(settings, scorer)
+    for row in rows:
+        if row["label"] == "s":
+            print(f"rank correlation of s with the error of held-out images: {row['rank_correlation']:.2f}")
+        if row["label"].startswith("refine "):
+            numbers = (f"{key} {row[key]:.3g}" for key in (scorer.distance, "hf_energy", "nfe", "seconds_per_image"))
+            print(f"{row['label']:36}" + "  ".join(numbers))
 
 
 if __name__ == "__main__":
