@@ -1,120 +1,277 @@
-"""Final evaluation: tables, charts, and the four questions of the assignment, answered by numbers. It trains nothing.
+"""Final evaluation: how finished runs take noise, what their latent space is like, what they cost; then tables, charts,
+and the four questions of the assignment, answered by numbers. It trains nothing.
 
     Quality      Does joint training improve fd? By how much?
     Efficiency   How does adaptive conditioning affect sampling time?
     Robustness   How does each model handle noisy VAE outputs?
     Coherence    Is the latent space smoother or more interpretable with joint training?
 
-Each run of a stage leaves a metrics.json. In results/ it is the file DATASET/VARIANT[-KEY=VALUE...]-sSEED.json, where
-KEY=VALUE are its changes by --set. Runs that differ only in the seed make one row of a table.
+A run's folder holds metrics.json, which its stage wrote, and evaluation.json, which this script writes. Both are lists
+of rows. results/scores.csv has all of them as one flat table: a line for each measure of each run.
 
 An answer compares two sides, such as joint training and stage 1, which have the same seeds. It says by how many percent
 the two means differ, how many seeds there are, and how easily chance alone would do that: the p-value of a paired
-t-test on log(ours / theirs). There are four questions, so p-values are multiplied by four (Bonferroni).
+t-test on log(ours / theirs), times the number of tests in the table (Bonferroni).
 
-Run     python final_evaluation.py --collect runs/shapes-cpu/*     copies finished runs' metrics.json into results/
-        python final_evaluation.py                 results/ -> results/TABLES.md and the charts in results/figures/
-        python final_evaluation.py --runs runs     new runs -> runs/REPORT.md, with their ratios to results/
-        python final_evaluation.py --check         are the results comparable, do the pictures of the texts exist?
+Run     python final_evaluation.py --measure runs/shapes-cpu/*     robustness and latent space of these runs
+        python final_evaluation.py --times runs/shapes-cpu/*       seconds per image: medians of runs in turn
+        python final_evaluation.py --collect runs/shapes-cpu/*     their rows -> results/scores.csv
+        python final_evaluation.py                 results/scores.csv -> results/TABLES.md, charts in results/figures/
+        python final_evaluation.py --runs runs     new runs -> runs/REPORT.md, with their ratios to results/scores.csv
 
-Contents: 1 what is measured and compared, 2 reading results, 3 comparing, 4 tables, 5 charts, 6 the command.
+Contents: 1 measuring runs, 2 the table of scores, 3 comparing, 4 tables, 5 charts, 6 the command.
 """
 
 import argparse
+import csv
 import json
-import re
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from scipy.stats import ttest_1samp
+from torchvision.transforms.functional import gaussian_blur
 
+import bonus_latent
 import common
+import fid
+import stage1_baseline
+import stage2_joint
+import stage3_adaptive
+from common import randn
 
 RESULTS = Path(__file__).resolve().parent / "results"
+STAGES = {"stage1": stage1_baseline, "stage2": stage2_joint, "stage3": stage3_adaptive, "bonus": bonus_latent}
 
-# ---- 1. What is measured and compared --------------------------------------------------------------------------------
+# ---- 1. Measuring runs -----------------------------------------------------------------------------------------------
+
+NOISE = (0.1, 0.2, 0.4)  # sd of the noise on x_hat, which spans -1..1, or on a diffused latent, whose sd is about 1
+
+
+def load_run(folder, device):
+    """The stage (a module), the model and the settings of a finished run."""
+    settings = json.loads((folder / "metrics.json").read_text())["run"]["settings"]
+    stage = STAGES[folder.name.split("-")[0]]
+    return stage, stage.load_model(common.load_state(folder / "checkpoint.pt"), device), settings
+
+
+def robustness(folder, stage, model, settings, scorer):
+    """Rows with the Frechet distance of samples whose x_hat was spoilt before refinement, or whose latent before
+    decoding: by noise; by a blur; and, where there is a code, by noise on it. Codes and the noise of sampling are the
+    same in all. (Of a VAE alone, these are the distances of the spoilt x_hat itself.) Draws robustness.png."""
+    z = stage.draw_codes(model, settings, settings["probe_samples"])
+    gen = common.generator(settings["seed"], "corruption")
+    corruptions = {"nothing": (z, None)}
+    for sd in NOISE:
+        corruptions[f"noise {sd}"] = z, lambda x, sd=sd: x + sd * randn(x.shape, gen).to(x.device)
+    for sd in (1, 2):  # in pixels
+        corruptions[f"blur {sd}"] = z, lambda x, sd=sd: gaussian_blur(x, 6 * sd + 1, sd)
+    if z.shape[1]:
+        corruptions["noise 0.5 on z"] = z + 0.5 * randn(z.shape, gen), None
+    rows, pictures = [], {}
+    for label, (codes, corrupt) in corruptions.items():
+        _, images = stage.generate(model, settings, codes, corrupt)
+        rows.append({"label": label, "n_generated": len(images), scorer.distance: scorer.fd(images)})
+        pictures[label] = images[:12]
+    common.save_grid(folder / "robustness.png", pictures)
+    mean = statistics.mean(row[scorer.distance] for row in rows if row["label"] in [f"noise {sd}" for sd in NOISE])
+    return [*rows, {"label": "mean over noise", "n_generated": len(z), scorer.distance: mean}]
+
+
+def path_over_distance(features):
+    """How directly one image turns into another, from features (P, K, f) of the K images along each of P paths: the
+    mean length of the paths over the mean distance of their ends. 1 is a straight line."""
+    lengths = (features[:, 1:] - features[:, :-1]).norm(dim=2).sum(1)  # (P,)
+    ends = (features[:, -1] - features[:, 0]).norm(dim=1)  # (P,)
+    return float(lengths.mean() / ends.mean())
+
+
+def ridge_regression(x, y, ridge=1e-3):
+    """Linear regression, y ~ x @ weight + bias: x (N, d), y (N, k) -> weight (d, k), bias (k,). x is standardised, so
+    that the penalty ridge * N * |weight|^2 does not depend on its units."""
+    mean, sd = x.mean(0), x.std(0).clamp(min=1e-6)
+    a = (x - mean) / sd
+    penalty = ridge * len(a) * torch.eye(a.shape[1])
+    weight = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))  # (d, k), for standardised x
+    weight = weight / sd[:, None]
+    return weight, y.mean(0) - mean @ weight
+
+
+def latent_space(folder, stage, model, settings, scorer, pairs=16, points=9):
+    """A row on the latent space of a VAE and its refiner, measured on held-out images. Their codes are the means of
+    q(z|x).
+
+        kl_nats                     how much a code tells of its image, in nats
+        log_density PRIOR           mean log density of the codes under each prior, in nats
+        path_over_distance          of refined images along paths between codes, in features
+        probe_accuracy, probe_r2    how well a linear function of the code tells an image's class and, of shapes, the
+                                    numbers that it was drawn from (mean over these)
+
+    Draws reconstructions.png."""
+    train, test = scorer.data.train, scorer.data.test
+    mu, logvar = common.encode(model.vae.encoder, test.images, model.device)  # (N, d)
+    x_hat, images = stage.generate(model, settings, mu[:12])
+    common.save_grid(folder / "reconstructions.png", {"real": test.images[:12], "VAE": x_hat, "refined": images})
+    row = {"label": "", "n_generated": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
+    codes = common.reparameterise(mu, logvar, randn(mu.shape, common.generator(settings["seed"], "held-out codes")))
+    for name, prior in model.priors.items():
+        row[f"log_density {name}"] = float(prior.log_prob(codes).mean())
+
+    pairs = min(pairs, len(mu) // 2)
+    features = []
+    for w in torch.linspace(0, 1, points).tolist():
+        _, images = stage.generate(model, settings, stage2_joint.slerp(mu[:pairs], mu[pairs : 2 * pairs], w))
+        features.append(fid.extract(scorer.extractor, images)[0])  # (pairs, f)
+    row["path_over_distance"] = path_over_distance(torch.stack(features, 1))
+
+    chosen = torch.randperm(len(train.images), generator=common.generator(0, "probe"))[:5000]  # enough to fit d weights
+    train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
+    if train.labels is not None:
+        weight, bias = ridge_regression(train_mu, F.one_hot(train.labels[chosen]).float())
+        row["probe_accuracy"] = float(((mu @ weight + bias).argmax(1) == test.labels).float().mean())
+    if train.factors is not None:
+        weight, bias = ridge_regression(train_mu, train.factors[chosen])
+        errors = (mu @ weight + bias - test.factors).square().mean(0)
+        row["probe_r2"] = float((1 - errors / test.factors.var(0)).mean())
+    return [row]
+
+
+def write_rows(folder, rows):
+    """Write rows into the folder's evaluation.json, in place of older ones with the same labels."""
+    path = folder / "evaluation.json"
+    labels = {row["label"] for row in rows}
+    kept = [row for row in json.loads(path.read_text()) if row["label"] not in labels] if path.is_file() else []
+    path.write_text(json.dumps(kept + rows, indent=1, allow_nan=False) + "\n")
+
+
+def measure(folders, device, data_dir):
+    """Measure finished runs of one data set."""
+    scorer = None
+    for folder in common.bar(folders, desc="measuring", unit="run"):
+        stage, model, settings = load_run(folder, device)
+        if scorer is None:
+            extractor = fid.load_extractor(settings["features"], settings["dataset"], device=device)
+            scorer = fid.Scorer(extractor, common.load_data(settings["dataset"], data_dir))
+        rows = robustness(folder, stage, model, settings, scorer)
+        if model.priors and "stage1-vae-" not in folder.name and "stage3-vae-" not in folder.name:
+            rows += latent_space(folder, stage, model, settings, scorer)
+        write_rows(folder, rows)
+
+
+def measure_times(folders, device, repeats=5):
+    """Measure the seconds per image of finished runs: the median of `repeats` batches each. The runs take turns, so
+    that a machine that slows down slows all of them. The first round warms up."""
+    runs = {folder: load_run(folder, device) for folder in folders}
+    seconds = {folder: [] for folder in folders}
+    for _ in common.bar(range(repeats + 1), desc="rounds"):
+        for folder, (stage, model, settings) in runs.items():
+            z = stage.draw_codes(model, settings, settings["eval_batch"])
+            clock = time.time()
+            stage.generate(model, settings, z)
+            seconds[folder].append((time.time() - clock) / len(z))
+    for folder, values in seconds.items():
+        write_rows(folder, [{"label": "timed", "seconds_per_image": statistics.median(values[1:])}])
+        print(f"{folder.name:34}{1000 * statistics.median(values[1:]):8.2f} ms per image")
+
+
+# ---- 2. The table of scores ------------------------------------------------------------------------------------------
+
+COLUMNS = ["dataset", "variant", "changes", "seed", "measure", "value", "low", "high", "images", "features", "commit",
+           "budget", "data"]
+FACTS = ("prior", "sampler", "label", "n_generated")  # keys of a row that are not measures
+
+
+def read_run(folder):
+    """The lines of the table that a run's folder makes, dictionaries of COLUMNS. A measure is called as in the row,
+    with the row's label, such as "fd, dpm 5". The Frechet distance is called fd, whatever the features are."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    run, rows = metrics["run"], metrics["rows"]
+    rows = [*rows, {"label": "", "minutes": run["minutes"], "parameters": run["parameters"]}]
+    if (folder / "evaluation.json").is_file():
+        rows += json.loads((folder / "evaluation.json").read_text())
+    changes = " ".join(f"{key}={value}" for key, value in run["changes"].items())
+    lines = []
+    for row in rows:
+        for key in row.keys() - FACTS:
+            score = row[key] if isinstance(row[key], dict) else {"value": row[key]}
+            measure = "fd" if key in ("fid", "fd_local") else key
+            lines.append({"dataset": run["dataset"], "variant": run["variant"], "changes": changes,
+                          "seed": str(run["seed"]), "measure": f"{measure}, {row['label']}".removesuffix(", "),
+                          **{name: f"{number:.6g}" for name, number in score.items()},
+                          "images": str(row.get("n_generated", "")), "features": run["features"],
+                          "commit": run["commit"], "budget": run["budget"], "data": run["data_note"]})
+    return lines
+
+
+def read_scores():
+    with (RESULTS / "scores.csv").open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def collect(folders):
+    """Put the lines of finished runs into results/scores.csv, in place of older ones of the same runs."""
+    def run_of(line):
+        return line["dataset"], line["variant"], line["changes"], line["seed"]
+
+    new = [line for folder in folders for line in read_run(folder)]
+    renewed = {run_of(line) for line in new}
+    lines = [line for line in read_scores() if run_of(line) not in renewed] + new
+    with (RESULTS / "scores.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda line: (*run_of(line), line["measure"])))
+
+
+def grouped(lines):
+    """Lines of the table -> {data set: {name: {measure: {seed: value}}}}, where a name is a variant with its changes,
+    in the order of the lessons."""
+    def order(line):
+        datasets, variants = [*common.DATASETS, line["dataset"]], [*VARIANTS, line["variant"]]  # unlisted ones last
+        return datasets.index(line["dataset"]), variants.index(line["variant"]), line["changes"], int(line["seed"])
+
+    results = {}
+    for line in sorted(lines, key=order):
+        name = f"{line['variant']} {line['changes']}".strip()
+        measures = results.setdefault(line["dataset"], {}).setdefault(name, {})
+        measures.setdefault(line["measure"], {})[int(line["seed"])] = float(line["value"])
+    return results
+
+
+# ---- 3. Comparing ----------------------------------------------------------------------------------------------------
 
 FORM1 = "stage1-form1"  # the baseline
 ANNEAL, NO_GRADIENT = "stage2-anneal", "stage2-anneal-grad-none"  # joint training, and its control
-LOW_WEIGHT = f"{ANNEAL}-diffusion_weight=0.003"  # a tenth of the weight
+LOW_WEIGHT = f"{ANNEAL} diffusion_weight=0.003"  # a tenth of the weight
 FILM = "stage3-flow-film"
+VARIANTS = ("stage1-vae", "stage1-uncond", FORM1, "stage1-form2", "stage1-guided", "stage1-augmented", "stage2-sum",
+            ANNEAL, NO_GRADIENT, "stage2-kendall", "stage2-bound", "stage3-vae-flow", "stage3-flow-fixed",
+            "stage3-flow-fade", "stage3-flow-fade-posterior", FILM, "stage3-flow-coupling", "bonus-latent")
+NOISY = "fd, mean over noise"
 
-VARIANTS = (  # in the order of the lessons
-    "stage1-vae", "stage1-uncond", FORM1, "stage1-form2", "stage1-guided", "stage1-augmented",
-    "stage2-sum", ANNEAL, NO_GRADIENT, "stage2-kendall", "stage2-bound",
-    "stage3-vae-flow", "stage3-flow-fixed", "stage3-flow-fade", "stage3-flow-fade-posterior", FILM,
-    "stage3-flow-coupling", "bonus-latent",
-)
-
-# Settings in which the budgets depart from the paper. A run that changes only these tells what such a departure does.
-DEPARTURES = {"objective", "unet_muon_lr", "vae_muon_lr", "start", "even_levels", "beta"}
-
-# Number: its place in the metrics, and whether lower or higher is better. The parts `headline`, `before`, `steps`
-# and `priors` are added by `read_metrics`.
-NUMBERS = {
-    "fd": ("headline/fd", "↓"),
-    "fd before": ("before/fd", "↓"),  # of the VAE's images of the same codes, before refinement
-    "floor": ("headline/floor", ""),
-    "is": ("headline/is", "↑"),
-    "kid": ("headline/kid", "↓"),
-    "precision": ("headline/precision", "↑"),
-    "recall": ("headline/recall", "↑"),
-    "diversity": ("headline/diversity", ""),
-    "hf_energy": ("headline/hf_energy", ""),  # 1 is as sharp as real images
-    "seconds per image": ("headline/seconds_per_image", "↓"),
-    "nfe": ("headline/nfe", "↓"),
-    "fd, 2 steps": ("steps/dpm 2/fd", "↓"),
-    "fd, 5 DDIM steps": ("steps/ddim 5/fd", "↓"),
-    "minutes": ("run/minutes", "↓"),
-    "parameters": ("run/parameters", ""),
-    "fd under noise": ("tables/robustness/mean", "↓"),  # mean over the three strengths above 0
-    "kl_nats": ("tables/latent_space/kl_nats", ""),
-    "path_over_distance": ("tables/latent_space/path_over_distance", "↓"),
-    "probe_r2": ("tables/latent_space/probe_r2", "↑"),
-    "probe_accuracy": ("tables/latent_space/probe_accuracy", "↑"),
-    "rank correlation": ("tables/rank_correlation", "↑"),  # of s with the error of held-out images
-    "own s": ("tables/terciles/own_s", "↓"),  # fd of reconstructions
-    "shuffled s": ("tables/terciles/shuffled_s", "↓"),
-    "sure third, VAE": ("tables/terciles/sure/vae", "↓"),
-    "sure third, refined": ("tables/terciles/sure/refined", "↓"),
-    "unsure third, VAE": ("tables/terciles/unsure/vae", "↓"),
-    "unsure third, refined": ("tables/terciles/unsure/refined", "↓"),
-    "seconds saved, %": ("tables/savings/saved_percent/seconds_per_image", "↑"),
-    "memory saved, %": ("tables/savings/saved_percent/peak_memory_mb", "↑"),
-    "operations saved, %": ("tables/savings/saved_percent/gflops_per_image", "↑"),
-    "ceiling": ("tables/ceiling/fd", "↓"),  # fd of the autoencoder's reconstructions
-}
-NOISE = (0.0, 0.1, 0.2, 0.4)  # sd of the noise on x_hat
-for sd in NOISE:
-    NUMBERS[f"sd {sd}"] = (f"tables/robustness/fd/{sd}", "↓")
-STRATEGIES = ("all", "unsure_third", "unsure_third_shuffled", "two_steps", "by_s", "by_s_shuffled")
-for prior in ("gaussian", "gmm", "flow"):
-    NUMBERS[f"fd, {prior}"] = (f"priors/{prior}", "↓")
-    NUMBERS[f"log density, {prior}"] = (f"tables/latent_space/log_density/{prior}", "↑")
-    for strategy in STRATEGIES:
-        for key in ("fd", "evaluations", "seconds_per_image"):
-            NUMBERS[f"{strategy}, {prior}, {key}"] = (f"tables/strategies/{prior}/{strategy}/{key}", "↓")
-
-# Question: comparisons, each with its name and its two sides "RUN: NUMBER"
+# Question: comparisons, each in words, with a name and a measure on each of its two sides
 QUESTIONS = {
     "Quality: does joint training improve fd?": [
-        ("fd: joint training / stage 1", f"{ANNEAL}: fd", f"{FORM1}: fd"),
-        ("fd: joint training, a tenth of the weight / stage 1", f"{LOW_WEIGHT}: fd", f"{FORM1}: fd"),
-        ("fd: without the refiner's gradient / stage 1", f"{NO_GRADIENT}: fd", f"{FORM1}: fd"),
-        ("fd: a tenth of the weight / without the refiner's gradient", f"{LOW_WEIGHT}: fd", f"{NO_GRADIENT}: fd"),
+        ("fd: joint training / stage 1", (ANNEAL, "fd"), (FORM1, "fd")),
+        ("fd: joint training, a tenth of the weight / stage 1", (LOW_WEIGHT, "fd"), (FORM1, "fd")),
+        ("fd: without the refiner's gradient / stage 1", (NO_GRADIENT, "fd"), (FORM1, "fd")),
+        ("fd: a tenth of the weight / without the refiner's gradient", (LOW_WEIGHT, "fd"), (NO_GRADIENT, "fd")),
     ],
     "Efficiency: how does adaptive conditioning affect sampling time?": [
-        (words, f"{FILM}: {ours}, gmm, {key}", f"{FILM}: {theirs}, gmm, {key}")
-        for words, ours, theirs, key in (
-            ("seconds: refining the unsure third / all", "unsure_third", "all", "seconds_per_image"),
-            ("fd: refining the unsure third / all", "unsure_third", "all", "fd"),
-            ("fd: refining the unsure third / another third", "unsure_third", "unsure_third_shuffled", "fd"),
+        (f"{words}: refining the unsure third / {other}", (FILM, f"{measure}, refine unsure third, gmm"),
+         (FILM, f"{measure}, refine {theirs}, gmm"))
+        for words, measure, other, theirs in (
+            ("seconds", "seconds_per_image", "all", "all"),
+            ("fd", "fd", "all", "all"),
+            ("fd", "fd", "another third", "unsure third, shuffled"),
         )
     ],
     "Robustness: how does each model handle noisy VAE outputs?": [
-        (f"fd under noise: {words} / stage 1", f"{name}: fd under noise", f"{FORM1}: fd under noise")
+        (f"fd under noise: {words} / stage 1", (name, NOISY), (FORM1, NOISY))
         for words, name in (
             ("joint training", ANNEAL),
             ("without the refiner's gradient", NO_GRADIENT),
@@ -124,8 +281,8 @@ QUESTIONS = {
         )
     ],
     "Coherence: is the latent space smoother or more interpretable with joint training?": [
-        (f"{words}: joint training / stage 1", f"{ANNEAL}: {number}", f"{FORM1}: {number}")
-        for words, number in (
+        (f"{words}: joint training / stage 1", (ANNEAL, measure), (FORM1, measure))
+        for words, measure in (
             ("length of paths", "path_over_distance"),
             ("R² of a linear probe", "probe_r2"),
             ("accuracy of a linear probe", "probe_accuracy"),
@@ -133,163 +290,51 @@ QUESTIONS = {
     ],
 }
 
-# Heading: variants (beginnings of their names), and numbers. "Δ fd" is the change of fd from that of `base_of`.
-TABLES = {
-    "scores": (
-        "", ("fd", "Δ fd", "fd before", "is", "kid", "precision", "recall", "diversity", "hf_energy"),
-    ),
-    "losses": (
-        (FORM1, "stage2-"),
-        ("fd", "hf_energy", "kl_nats", "fd under noise", "path_over_distance", "probe_r2", "probe_accuracy"),
-    ),
-    "conditioning": (
-        "stage3-flow",
-        ("fd", "rank correlation", "own s", "shuffled s", "sure third, VAE", "sure third, refined",
-         "unsure third, VAE", "unsure third, refined"),
-    ),
-    "conditioning: strategies, codes of the mixture": (
-        "stage3-flow", [f"{strategy}, gmm, fd" for strategy in STRATEGIES],
-    ),
-    "conditioning: strategies, codes of the flow": (
-        "stage3-flow", [f"{strategy}, flow, fd" for strategy in STRATEGIES],
-    ),
-    "noise": ("stage", ("sd 0.0", "sd 0.4", "fd under noise")),
-    "cost": ("", ("seconds per image", "nfe", "minutes", "parameters", "fd, 2 steps", "fd, 5 DDIM steps")),
-    "cost: what latent diffusion saves": (
-        "bonus-",
-        ("seconds saved, %", "memory saved, %", "operations saved, %", "fd", "ceiling"),
-    ),
-    "departures": ("", ("fd", "Δ fd", "hf_energy", "fd under noise")),
-    "priors": (
-        (FORM1, "stage3-vae-flow", "stage3-flow-fixed", FILM),
-        [f"{number}, {prior}" for number in ("fd", "log density") for prior in ("gaussian", "gmm", "flow")],
-    ),
-}
-HEADLINE = ("fd", "is", "kid", "precision", "recall", "hf_energy", "seconds per image", "minutes")  # of --runs
 
-LEGEND = """Mean±sd over seeds; ¹ a single run. ↓ lower is better, ↑ higher is better. fd: Frechet distance in the
-features of table *data*. Δ: change of the mean from `stage1-form1` (with the same changes, if it has been run; of
-*departures* from the variant without changes). n: seeds. p: paired t-test, times four."""
+def ratios(runs, ours, theirs):
+    """Two sides (name, measure) -> ours / theirs, of the seeds that both have, and by how many percent our mean is
+    higher."""
+    ours, theirs = (runs.get(name, {}).get(measure, {}) for name, measure in (ours, theirs))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return np.array([]), None
+    percent = 100 * (sum(ours[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds) - 1)
+    return np.array([ours[seed] / theirs[seed] for seed in seeds]), percent
 
 
-# ---- 2. Reading results ----------------------------------------------------------------------------------------------
-
-def simplify(part):
-    """Called for every object of a JSON file: a score {"value": 1.2, "low": 1.1, "high": 1.3} becomes its value, and
-    the Frechet distance is called fd, whatever the features are."""
-    if "value" in part:
-        return part["value"]
-    return {"fd" if key in ("fid", "fd_local") else key: value for key, value in part.items()}
-
-
-def read_metrics(path):
-    """A metrics.json, with some of its parts under names of their own."""
-    metrics = json.loads(path.read_text(), object_hook=simplify)
-    first, *others = metrics["rows"]
-    metrics["headline"] = first
-    for row in others:
-        if row["nfe"] == 0 and first["nfe"] > 0:
-            metrics["before"] = row
-    metrics["steps"] = {f"{row['sampler']} {row['steps']}": row for row in others
-                        if row["prior"] == first["prior"] and row["nfe"] > 0}
-    # Rows of other priors have fewer images than the headline. So has the last row of the headline's own prior.
-    metrics["priors"] = {row["prior"]: row["fd"] for row in metrics["rows"]
-                         if (row["sampler"], row["steps"]) == (first["sampler"], first["steps"])}
-    latent_space = metrics["tables"].get("latent_space", {})
-    if "probe_r2" in latent_space:  # the mean over the factors
-        latent_space["probe_r2"] = float(np.mean([*latent_space["probe_r2"].values()]))
-    return metrics
-
-
-def read_results():
-    """The metrics of all files in results/."""
-    return [read_metrics(path) for path in sorted(RESULTS.glob("*/*.json")) if path.parent.name != "features"]
-
-
-def name_of(run):
-    """The variant of a run with its changes, such as stage1-form1-beta=1."""
-    return "-".join([run["variant"], *(f"{key}={value}" for key, value in run["settings"]["changes"].items())])
-
-
-def check_comparable(everything):
-    """Exit with one line if runs of a data set differ in budget, features or number of generated images."""
-    expected = {}
-    for metrics in everything:
-        run = metrics["run"]
-        facts = run["budget"], run["features"], metrics["headline"]["n_generated"]
-        if facts != expected.setdefault(run["dataset"], facts):
-            common.fail(f"{run['dataset']}: {name_of(run)}-s{run['seed']} has budget, features and number of images "
-                        f"{facts}, others {expected[run['dataset']]}; they cannot be compared")
-
-
-def grouped(everything):
-    """A list of metrics -> {data set: {name: {seed: metrics}}}, in the order of tables."""
-    def rank(metrics):
-        run = metrics["run"]
-        datasets, variants = [*common.DATASETS, run["dataset"]], [*VARIANTS, run["variant"]]  # unlisted ones come last
-        return datasets.index(run["dataset"]), variants.index(run["variant"]), name_of(run), run["seed"]
-
-    results = {}
-    for metrics in sorted(everything, key=rank):
-        run = metrics["run"]
-        runs = results.setdefault(run["dataset"], {})
-        runs.setdefault(name_of(run), {})[run["seed"]] = metrics
-    return results
-
-
-def first_run(seeds):
-    """What is said of the first of {seed: metrics}: the entry "run"."""
-    return seeds[min(seeds)]["run"]
-
-
-def is_departure(run):
-    changes = run["settings"]["changes"]
-    return bool(changes) and set(changes) <= DEPARTURES
-
-
-def values(runs, name, number):
-    """{seed: value} of one of NUMBERS, or of a place, for all seeds of a run that have it."""
-    place, _ = NUMBERS.get(number, (number, ""))
-    found = {}
-    for seed, part in runs.get(name, {}).items():
-        for key in place.split("/"):
-            part = part.get(key, {})
-        if part != {}:
-            found[seed] = part
-    return found
-
-
-# ---- 3. Comparing ----------------------------------------------------------------------------------------------------
-
-def ratios(ours, theirs):
-    """Two sides {seed: value} -> ours / theirs as an array, of the seeds that both have."""
-    return np.array([ours[seed] / theirs[seed] for seed in ours if seed in theirs])
-
-
-def compare(ours, theirs):
-    """Two sides {seed: value} -> by how many percent the mean of ours is above that of theirs, the number of seeds that
-    both have, and the p-value; None if they have none. p is None if there is nothing to test: a single seed, ratios
-    that are all the same, or numbers without a logarithm."""
-    found = ratios(ours, theirs)
-    if not len(found):
+def p_value(found):
+    """Of the paired t-test on the logarithms of ratios; None if there is nothing to test: fewer than four seeds, or
+    ratios that are all the same."""
+    if len(found) < 4 or np.ptp(np.log(found)) < 1e-9:
         return None
-    p = None
-    if len(found) > 1 and (found > 0).all() and np.ptp(np.log(found)) > 1e-9:
-        p = min(1.0, 4 * float(ttest_1samp(np.log(found), 0).pvalue))
-    means = [np.mean([side[seed] for seed in ours.keys() & theirs.keys()]) for side in (ours, theirs)]
-    return float(100 * (means[0] / means[1] - 1)), len(found), p
-
-
-def base_of(runs, name):
-    """The name of the run with which a table compares a run."""
-    run = first_run(runs[name])
-    if is_departure(run):
-        return run["variant"]
-    same_changes = name.replace(run["variant"], FORM1)
-    return same_changes if same_changes in runs else FORM1
+    return float(ttest_1samp(np.log(found), 0).pvalue)
 
 
 # ---- 4. Tables -------------------------------------------------------------------------------------------------------
+
+# Heading: beginnings of names, measures
+TABLES = {
+    "scores": ("", ("fd", "fd, before", "is", "kid", "precision", "recall", "diversity", "hf_energy")),
+    "losses": ((FORM1, "stage2-"),
+               ("fd", "hf_energy", "kl_nats", NOISY, "path_over_distance", "probe_r2", "probe_accuracy")),
+    "conditioning: fd of reconstructions": (
+        "stage3-flow", ["rank_correlation, s", *(f"fd_to_originals, {label}" for label in (
+            "own s", "shuffled s", "sure third, VAE", "sure third", "unsure third, VAE", "unsure third"))]),
+    "conditioning: strategies, codes of the mixture": ("stage3-flow", [f"fd, refine {strategy}, gmm" for strategy in (
+        "all", "unsure third", "unsure third, shuffled", "two steps", "by s", "by s, shuffled")]),
+    "conditioning: strategies, codes of the flow": ("stage3-flow", [f"fd, refine {strategy}, flow" for strategy in (
+        "all", "unsure third", "unsure third, shuffled", "two steps", "by s", "by s, shuffled")]),
+    "robustness": ("", ["fd, nothing", *(f"fd, noise {sd}" for sd in NOISE), NOISY, "fd, blur 1", "fd, blur 2",
+                        "fd, noise 0.5 on z"]),
+    "steps": ("", ("fd, ddim 5", "fd, dpm 2", "fd, dpm 5", "fd, dpm 10", "fd, dpm 25")),
+    "cost": ("", ("seconds_per_image", "seconds_per_image, timed", "nfe", "minutes", "parameters")),
+    "cost: what latent diffusion saves": (
+        "bonus-", ("seconds_per_image, saved %", "peak_memory_mb, saved %", "gflops_per_image, saved %", "fd",
+                   "fd, ceiling")),
+    "priors": ((FORM1, "stage3-"), [f"{measure}{prior}" for measure in ("fd, ", "log_density ")
+                                    for prior in ("gaussian", "gmm", "flow")]),
+}
+
 
 def show(value, digits=3):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
@@ -306,17 +351,6 @@ def show_mean(numbers):
     return show(mean) + (f"±{show(sd, 2)}" if sd > 1e-9 * abs(mean) else "")
 
 
-def show_comparison(ours, theirs):
-    """What `compare` returns, as text."""
-    comparison = compare(ours, theirs)
-    if comparison is None:
-        return ""
-    percent, count, p = comparison
-    if count == 1:
-        return f"{percent:+.0f}% ¹"
-    return f"{percent:+.0f}%, n {count}" + ("" if p is None else ", p < 0.001" if p < 0.001 else f", p {p:.2g}")
-
-
 def markdown(header, rows):
     """A table as text, without columns that are empty. No text if there are no rows."""
     if not rows:
@@ -326,137 +360,127 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
-def cell(runs, name, column):
-    """The text of one cell. A column is one of NUMBERS, or "Δ " and one of them."""
-    number = column.removeprefix("Δ ")
-    found = values(runs, name, number)
-    if column == number:
-        return show_mean([*found.values()]) if found else ""
-    base = base_of(runs, name)
-    change = compare(found, values(runs, base, number))
-    return f"{change[0]:+.0f}%" if change and base != name else ""
-
-
-def table_of(results, beginnings, columns, departures=False):
-    """One of TABLES as text. Departures are in a table of their own."""
+def table_of(results, beginnings, measures):
+    """One of TABLES as text: a row for each name, a column for each measure."""
     rows = []
     for dataset, runs in results.items():
-        for name, seeds in runs.items():
-            run = first_run(seeds)
-            cells = [cell(runs, name, column) for column in columns]
-            if run["variant"].startswith(beginnings) and is_departure(run) == departures and any(cells):
-                rows.append([dataset, f"`{name}`" + (" ¹" if len(seeds) == 1 else ""), *cells])
-                dataset = ""  # its name stands in its first row alone
-    header = [f"{column} {NUMBERS[column.removeprefix('Δ ')][1]}".strip() for column in columns]
-    return markdown(["data", "run", *header], rows)
-
-
-def sides_of(runs, ours, theirs):
-    """The two sides {seed: value} of a comparison of QUESTIONS."""
-    return [values(runs, *side.split(": ")) for side in (ours, theirs)]
+        for name, values in runs.items():
+            cells = [show_mean([*values[measure].values()]) if measure in values else "" for measure in measures]
+            if name.startswith(beginnings) and any(cells):
+                seeds = max(map(len, values.values()))
+                rows.append([dataset, f"`{name}`", str(seeds), *cells])
+    return markdown(["data", "run", "seeds", *measures], rows)
 
 
 def table_question(results, comparisons):
     """The answers to one of QUESTIONS: a row for each comparison, a column for each data set."""
-    rows = []
-    for words, *sides in comparisons:
-        cells = [show_comparison(*sides_of(runs, *sides)) for runs in results.values()]
-        if any(cells):
-            rows.append([words, *cells])
+    columns = []
+    for runs in results.values():
+        found = [ratios(runs, ours, theirs) for _, ours, theirs in comparisons]
+        p_values = [p_value(values) for values, _ in found]
+        tests = sum(p is not None for p in p_values)
+        column = []
+        for (values, percent), p in zip(found, p_values, strict=True):
+            cell = "" if percent is None else f"{percent:+.0f}%, n {len(values)}"
+            column.append(cell if p is None else f"{cell}, p {min(1.0, tests * p):.2g}")
+        columns.append(column)
+    rows = [[words, *cells] for (words, _, _), *cells in zip(comparisons, *columns, strict=True) if any(cells)]
     return markdown(["comparison", *results], rows)
 
 
-def table_data(results):
-    """What was measured, and on what: a row for each data set."""
-    rows = []
-    for dataset, runs in results.items():
-        name = FORM1 if FORM1 in runs else next(iter(runs))
-        run = first_run(runs[name])
-        counts = [run["settings"][key] for key in ("vae_steps", "unet_steps", "eval_samples", "probe_samples")]
-        rows.append([dataset, run["data_note"], run["budget"], *map(show, counts), run["features"],
-                     cell(runs, name, "floor")])
-    return markdown(["data", "note", "budget", "VAE steps", "U-Net steps", "samples", "samples of other rows",
-                     "features", "floor: fd of held-out images"], rows)
+def table_data(lines):
+    """What was measured, and on what: a row for each data set and commit of training."""
+    counts = {}
+    for line in lines:
+        if line["measure"] == "fd":
+            key = tuple(line[column] for column in ("dataset", "data", "budget", "images", "features", "commit"))
+            counts[key] = counts.get(key, 0) + 1
+    return markdown(["data", "note", "budget", "images of fd", "features", "commit of training", "runs"],
+                    [[*key, str(count)] for key, count in counts.items()])
 
 
 def table_reproduced(results, committed):
-    """The headline scores of each new run. If a run of the same name and seed is committed: its score, too, and the
+    """The headline scores of each new run; if a run of the same name and seed is committed, its score, too, and the
     ratio."""
+    measures = ("fd", "is", "kid", "precision", "recall", "hf_energy", "minutes")
     rows = []
     for dataset, runs in results.items():
-        for name, seeds in runs.items():
-            for seed in seeds:
+        for name, values in runs.items():
+            for seed in values["fd"]:
                 cells = []
-                for number in HEADLINE:
-                    ours = values(runs, name, number).get(seed)
-                    theirs = values(committed.get(dataset, {}), name, number).get(seed)
+                for measure in measures:
+                    ours = values.get(measure, {}).get(seed)
+                    theirs = committed.get(dataset, {}).get(name, {}).get(measure, {}).get(seed)
                     text = "" if ours is None else show(ours)
                     cells.append(f"{text} / {show(theirs)} = {ours / theirs:.2f}" if ours and theirs else text)
-                rows.append([dataset, f"`{name}-s{seed}`", *cells])
-    return markdown(["data", "run", *HEADLINE], rows)
+                rows.append([dataset, f"`{name}` seed {seed}", *cells])
+    return markdown(["data", "run", *measures], rows)
 
 
-def write_tables(results, path, figures, committed=None):
+def write_tables(lines, path, figures, committed=None):
     """Write all tables into the file `path`, and all charts into the folder `figures`."""
+    results = grouped(lines)
     tables = {}
     if committed is not None:
         tables["here / committed = ratio"] = table_reproduced(results, committed)
     for question, comparisons in QUESTIONS.items():
         tables[f"questions. {question}"] = table_question(results, comparisons)
-    for heading, (beginnings, columns) in TABLES.items():
-        tables[heading] = table_of(results, beginnings, columns, heading == "departures")
-    tables["data"] = table_data(results)
-    text = f"# Tables\n\nWritten by `python final_evaluation.py`.\n{LEGEND}\n"
+    for heading, (beginnings, measures) in TABLES.items():
+        tables[heading] = table_of(results, beginnings, measures)
+    tables["data: runs of one data set can be compared if they have one commit"] = table_data(lines)
+    text = ("# Tables\n\nWritten by `python final_evaluation.py`. Mean±sd over seeds. fd: Frechet distance in the "
+            "features of table *data*. n: seeds. p: paired t-test, times the tests of the table and data set.\n")
     text += "".join(f"\n## {heading}\n\n{table}" for heading, table in tables.items() if table)
     for chart in draw_charts(results, figures):
         text += f"\n![{chart.stem}]({chart.relative_to(path.parent)})\n"
-    common.write(path, text.encode())
+    path.write_text(text)
     print(path)
 
 
 # ---- 5. Charts -------------------------------------------------------------------------------------------------------
 
-def lists(runs, name, *places):
-    """For each place, the values of all seeds as a list."""
-    return [[*values(runs, name, place).values()] for place in places]
+def points_of(runs, name, *places):
+    """The points of a line: for each place (measure or number of x, measure of y) the values of all seeds."""
+    values = runs.get(name, {})
+    points = []
+    for x, y in places:
+        xs = [x] if not isinstance(x, str) else [*values.get(x, {}).values()]
+        if xs and y in values:
+            points.append((xs, [*values[y].values()]))
+    return points
 
 
 def lines_of_cost(runs):
     """fd against seconds per image: a point for each number of steps."""
-    lines = {}
-    for name in ("stage1-uncond", FORM1, "stage1-guided", ANNEAL, "bonus-latent"):
-        lines[name] = [lists(runs, name, f"steps/dpm {steps}/seconds_per_image", f"steps/dpm {steps}/fd")
-                       for steps in (2, 5, 10)]
-    return lines
+    places = [(f"seconds_per_image, dpm {steps}", f"fd, dpm {steps}") for steps in (2, 5, 10, 25)]
+    return {name: points_of(runs, name, *places)
+            for name in ("stage1-uncond", FORM1, "stage1-guided", ANNEAL, "bonus-latent")}
 
 
 def lines_of_noise(runs):
     """fd against the sd of noise on x_hat."""
-    lines = {}
-    for name in (FORM1, "stage1-augmented", ANNEAL, NO_GRADIENT, FILM):
-        lines[name] = [([sd], *lists(runs, name, f"sd {sd}")) for sd in NOISE]
-    return lines
+    places = [(0.0, "fd, nothing"), *((sd, f"fd, noise {sd}") for sd in NOISE)]
+    return {name: points_of(runs, name, *places) for name in (FORM1, "stage1-augmented", ANNEAL, NO_GRADIENT, FILM)}
 
 
 def lines_of_weights(runs):
     """fd against the weight of the diffusion loss; stage 1 and the control without its gradient as level lines."""
-    points = []
-    for name, seeds in runs.items():
-        run = first_run(seeds)
-        if run["variant"] == ANNEAL and set(run["settings"]["changes"]) <= {"diffusion_weight"}:
-            points.append(([run["settings"]["diffusion_weight"]], *lists(runs, name, "fd")))
-    if len(points) < 2:
-        return {}
-    lines = {ANNEAL: sorted(points)}
+    default = common.DEFAULTS["diffusion_weight"]
+    weights = {ANNEAL: default}
+    for name in runs:
+        if name.startswith(f"{ANNEAL} diffusion_weight=") and " " not in name.split("=")[1]:
+            weights[name] = float(name.split("=")[1])
+    weights = dict(sorted(weights.items(), key=lambda item: item[1]))
+    lines = {ANNEAL: [point for name, weight in weights.items() for point in points_of(runs, name, (weight, "fd"))]}
     for name in (FORM1, NO_GRADIENT):
-        lines[name] = [(weight, *lists(runs, name, "fd")) for weight, _ in lines[ANNEAL]]
-    return lines
+        lines[name] = points_of(runs, name, *((weight, "fd") for weight in weights.values()))
+    return lines if len(weights) > 1 else {}
 
 
 def lines_of_thirds(runs):
     """fd against evaluations of the U-Net per image: a point for each strategy, with codes of the mixture."""
-    return {strategy: [lists(runs, FILM, f"{strategy}, gmm, evaluations", f"{strategy}, gmm, fd")]
-            for strategy in STRATEGIES}
+    return {strategy: points_of(runs, FILM, (f"nfe, refine {strategy}, gmm", f"fd, refine {strategy}, gmm"))
+            for strategy in ("all", "unsure third", "unsure third, shuffled", "two steps", "by s", "by s, shuffled")}
 
 
 CHARTS = {  # name: function, label and scale of the x axis
@@ -476,71 +500,57 @@ def plain_ticks(axis):
 
 def draw_lines(path, panels, x_label, x_scale):
     """Draw {data set: {label: [(values of x, values of y)]}}, a panel for each data set: means, with bars of one
-    standard deviation. Shuffled controls have the colours of what they control, and empty dots."""
-    labels = list(dict.fromkeys(label.removesuffix("_shuffled") for lines in panels.values() for label in lines))
+    standard deviation. Shuffled controls have empty dots."""
     figure = Figure(figsize=(1 + 4.5 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     handles = {}
     for axis, (dataset, lines) in zip(axes, panels.items(), strict=True):
-        for label, points in lines.items():
-            color = f"C{labels.index(label.removesuffix('_shuffled'))}"
-            handles[label] = axis.errorbar(
-                [np.mean(x) for x, _ in points],
-                [np.mean(y) for _, y in points],
-                [spread(y) for _, y in points],
-                marker="o", color=color, markerfacecolor="white" if label.endswith("_shuffled") else color)
+        for i, (label, points) in enumerate(lines.items()):
+            if points:
+                handles[label] = axis.errorbar(
+                    [np.mean(x) for x, _ in points], [np.mean(y) for _, y in points], [spread(y) for _, y in points],
+                    marker="o", color=f"C{i}", markerfacecolor="white" if "shuffled" in label else f"C{i}")
         axis.set(title=dataset, xlabel=x_label, xscale=x_scale, yscale="log")
         plain_ticks(axis.yaxis)
         if x_scale == "log":
             plain_ticks(axis.xaxis)
     axes[0].set_ylabel("fd")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    common.write_with(path, figure.savefig, format="png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
-def ratios_of_questions(runs):
-    """The ratios of QUESTIONS: a row for each comparison."""
-    rows = {}
-    for question, comparisons in QUESTIONS.items():
-        for words, *sides in comparisons:
-            rows[f"{question.split(':')[0]}. {words}"] = ratios(*sides_of(runs, *sides))
-    return rows
-
-
-def draw_ratios(path, panels):
-    """Draw {data set: {row: ratios}}, a panel for each data set: a dot for each seed, and with three seeds a bar
-    over the 95% interval of their mean."""
-    rows = list(dict.fromkeys(row for part in panels.values() for row in part))
-    figure = Figure(figsize=(4 + 4 * len(panels), 1.5 + 0.25 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (dataset, part) in zip(axes, panels.items(), strict=True):
+def draw_ratios(path, results):
+    """Draw the ratios of QUESTIONS, a panel for each data set: a dot for each seed, and with four seeds a bar over the
+    95% interval of their mean."""
+    rows = [(f"{question.split(':')[0]}. {words}", ours, theirs) for question, comparisons in QUESTIONS.items()
+            for words, ours, theirs in comparisons]
+    figure = Figure(figsize=(4 + 4 * len(results), 1.5 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (dataset, runs) in zip(axes, results.items(), strict=True):
         axis.axvline(1, color="grey")
-        for row, found in part.items():
-            y = [rows.index(row)] * len(found)
-            if len(found) > 2 and np.ptp(found) > 0:
-                low, high = ttest_1samp(np.log(found), 0).confidence_interval()
-                axis.plot(np.exp([low, high]), y[:2], color="black")
-            axis.plot(found, y, "o", color="C0", alpha=0.6)
-        axis.set(title=dataset, xlabel="ratio", xscale="log", yticks=range(len(rows)), yticklabels=rows)
+        for y, (_, ours, theirs) in enumerate(rows):
+            found, _ = ratios(runs, ours, theirs)
+            if p_value(found) is not None:
+                axis.plot(np.exp(ttest_1samp(np.log(found), 0).confidence_interval()), [y, y], color="black")
+            axis.plot(found, [y] * len(found), "o", color="C0", alpha=0.6)
+        axis.set(title=dataset, xlabel="ratio", xscale="log", yticks=range(len(rows)),
+                 yticklabels=[words for words, _, _ in rows])
         plain_ticks(axis.xaxis)
     axes[0].invert_yaxis()
-    common.write_with(path, figure.savefig, format="png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def draw_charts(results, folder):
     """Draw all charts for which there are numbers. Returns their paths."""
+    folder.mkdir(exist_ok=True)
+    with_baseline = {dataset: runs for dataset, runs in results.items() if FORM1 in runs}
     paths = []
-    panels = {dataset: ratios_of_questions(runs) for dataset, runs in results.items() if FORM1 in runs}
-    if panels:
+    if with_baseline:
         paths.append(folder / "questions.png")
-        draw_ratios(paths[-1], panels)
+        draw_ratios(paths[-1], with_baseline)
     for name, (lines_of, x_label, x_scale) in CHARTS.items():
-        panels = {}
-        for dataset, runs in results.items():
-            for label, points in lines_of(runs).items():
-                points = [(x, y) for x, y in points if x and y]
-                if points:
-                    panels.setdefault(dataset, {})[label] = points
+        panels = {dataset: lines_of(runs) for dataset, runs in results.items()}
+        panels = {dataset: lines for dataset, lines in panels.items() if any(lines.values())}
         if panels:
             paths.append(folder / f"{name}.png")
             draw_lines(paths[-1], panels, x_label, x_scale)
@@ -549,50 +559,33 @@ def draw_charts(results, folder):
 
 # ---- 6. The command --------------------------------------------------------------------------------------------------
 
-def collect(folders):
-    """Copy metrics.json of finished runs into results/."""
-    for path in [Path(folder) / "metrics.json" for folder in folders]:
-        if path.is_file():
-            metrics = json.loads(path.read_text())
-            run = metrics["run"]
-            target = RESULTS / run["dataset"] / f"{name_of(run)}-s{run['seed']}.json"
-            common.write_json(target, metrics)
-            print(target)
-
-
-def check(everything):
-    """Exit with one line if results come from several commits, or if a picture in the texts is missing."""
-    commits = {metrics["run"]["commit"] for metrics in everything}
-    if len(commits) > 1:
-        common.fail(f"results come from several commits: {', '.join(sorted(commits))}")
-    for text in (RESULTS.parent / "README.md", RESULTS.parent / "REPORT.md"):
-        for link in re.findall(r'(?:!\[[^]]*\]\(|<img[^>]* src=")([^)"]+)', text.read_text()):
-            if not link.startswith("http") and not (text.parent / link).is_file():
-                common.fail(f"{text.name} shows {link}, which does not exist")
-    print(f"all is well: {len(everything)} results")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Final evaluation: tables and charts of results")
+    parser = argparse.ArgumentParser(description="Final evaluation: measures finished runs; tables and charts")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--collect", nargs="+", metavar="RUN", help="copy metrics.json of run folders into results/")
-    choice.add_argument("--runs", metavar="FOLDER", help="write FOLDER/REPORT.md on the runs in FOLDER")
-    choice.add_argument("--check", action="store_true", help="check results/ and the pictures of the texts")
+    choice.add_argument("--measure", nargs="+", metavar="RUN", help="measure robustness and latent space of runs")
+    choice.add_argument("--times", nargs="+", metavar="RUN", help="measure the seconds per image of runs, in turn")
+    choice.add_argument("--collect", nargs="+", metavar="RUN", help="put the rows of runs into results/scores.csv")
+    choice.add_argument("--runs", metavar="FOLDER", help="measure the runs in FOLDER, and write FOLDER/REPORT.md")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--data-dir", default="data", help="as in training (default: data)")
     args = parser.parse_args(argv)
-    if args.collect:
-        return collect(args.collect)
-    everything, committed = read_results(), None
-    path, figures = RESULTS / "TABLES.md", RESULTS / "figures"
-    if args.runs:
-        committed, figures = grouped(everything), Path(args.runs)
-        path = figures / "REPORT.md"
-        everything = [read_metrics(file) for file in sorted(figures.rglob("metrics.json"))]
-    if not everything:
-        common.fail(f"no results in {path.parent}")
-    check_comparable(everything)
-    if args.check:
-        return check(everything)
-    write_tables(grouped(everything), path, figures, committed)
+    chosen = args.measure or args.times or args.collect or ([] if args.runs is None else Path(args.runs).rglob("*"))
+    folders = [folder for folder in sorted(map(Path, chosen)) if (folder / "metrics.json").is_file()]
+    if not folders and (chosen or args.runs):
+        common.fail("no finished runs there: folders with a metrics.json")
+    if args.measure:
+        measure(folders, common.choose_device(args.device), args.data_dir)
+    elif args.times:
+        measure_times(folders, common.choose_device(args.device))
+    elif args.collect:
+        collect(folders)
+    elif args.runs:
+        unmeasured = [folder for folder in folders if not (folder / "evaluation.json").is_file()]
+        measure(unmeasured, common.choose_device(args.device), args.data_dir)
+        lines = [line for folder in folders for line in read_run(folder)]
+        write_tables(lines, Path(args.runs) / "REPORT.md", Path(args.runs), grouped(read_scores()))
+    else:
+        write_tables(read_scores(), RESULTS / "TABLES.md", RESULTS / "figures")
 
 
 if __name__ == "__main__":
