@@ -3,6 +3,8 @@
 # when started again: runs that have their metrics.json are left out.
 #
 #     sh results/runs.sh shapes 0            # data set and seed
+#     python final_evaluation.py --measure runs/shapes-cpu*/*
+#     python final_evaluation.py --times runs/shapes-cpu/*      # on a machine that does nothing else
 #     python final_evaluation.py --collect runs/shapes-cpu*/*
 set -e
 dataset=$1 seed=$2

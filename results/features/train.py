@@ -10,6 +10,7 @@ similar features, and those of other images shall not. It takes 5 to 25 minutes 
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -150,7 +151,7 @@ def main(argv=None):
     common.save_state(path, state)
     net.load_state_dict(state["state"])  # as it will be loaded
     report = examine(net, data)
-    common.write_json(path.with_suffix(".json"), report)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(report, f"use it with --weights {path}", sep="\n")
 
 
