@@ -11,7 +11,7 @@ of rows. results/scores.csv has all of them as one flat table: a line for each m
 
 An answer compares two sides, such as joint training and stage 1, which have the same seeds. It says by how many percent
 the two means differ, how many seeds there are, and how easily chance alone would do that: the p-value of a paired
-t-test on log(ours / theirs), times the number of tests in the table (Bonferroni).
+t-test on log(ours / theirs), times the number of such tests on the data set (Bonferroni).
 
 Run     python final_evaluation.py --measure runs/shapes-cpu/*     robustness and latent space of these runs
         python final_evaluation.py --times runs/shapes-cpu/*       seconds per image: medians of runs in turn
@@ -372,20 +372,19 @@ def table_of(results, beginnings, measures):
     return markdown(["data", "run", "seeds", *measures], rows)
 
 
-def table_question(results, comparisons):
-    """The answers to one of QUESTIONS: a row for each comparison, a column for each data set."""
-    columns = []
+def table_questions(results):
+    """The answers to QUESTIONS: a row for each comparison, a column for each data set. p-values are multiplied by the
+    number of tests of their data set."""
+    rows = [[f"{question.split(':')[0]}. {words}"] for question, comparisons in QUESTIONS.items()
+            for words, _, _ in comparisons]
     for runs in results.values():
-        found = [ratios(runs, ours, theirs) for _, ours, theirs in comparisons]
+        found = [ratios(runs, ours, theirs) for comparisons in QUESTIONS.values() for _, ours, theirs in comparisons]
         p_values = [p_value(values) for values, _ in found]
         tests = sum(p is not None for p in p_values)
-        column = []
-        for (values, percent), p in zip(found, p_values, strict=True):
+        for row, (values, percent), p in zip(rows, found, p_values, strict=True):
             cell = "" if percent is None else f"{percent:+.0f}%, n {len(values)}"
-            column.append(cell if p is None else f"{cell}, p {min(1.0, tests * p):.2g}")
-        columns.append(column)
-    rows = [[words, *cells] for (words, _, _), *cells in zip(comparisons, *columns, strict=True) if any(cells)]
-    return markdown(["comparison", *results], rows)
+            row.append(cell if p is None else f"{cell}, p {min(1.0, tests * p):.2g}")
+    return markdown(["comparison", *results], [row for row in rows if any(row[1:])])
 
 
 def table_data(lines):
@@ -423,13 +422,13 @@ def write_tables(lines, path, figures, committed=None):
     tables = {}
     if committed is not None:
         tables["here / committed = ratio"] = table_reproduced(results, committed)
-    for question, comparisons in QUESTIONS.items():
-        tables[f"questions. {question}"] = table_question(results, comparisons)
+    tables["questions"] = table_questions(results)
     for heading, (beginnings, measures) in TABLES.items():
         tables[heading] = table_of(results, beginnings, measures)
     tables["data: runs of one data set can be compared if they have one commit"] = table_data(lines)
     text = ("# Tables\n\nWritten by `python final_evaluation.py`. Mean±sd over seeds. fd: Frechet distance in the "
-            "features of table *data*. n: seeds. p: paired t-test, times the tests of the table and data set.\n")
+            "features of table *data*. n: seeds. p: paired t-test, times the number of tests of the "
+            "data set.\n")
     text += "".join(f"\n## {heading}\n\n{table}" for heading, table in tables.items() if table)
     for chart in draw_charts(results, figures):
         text += f"\n![{chart.stem}]({chart.relative_to(path.parent)})\n"

@@ -19,18 +19,3 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "draw_shapes", small_shapes)
     return tmp_path
-
-
-@pytest.fixture
-def tiny():
-    """A Model with a random VAE whose images differ from each other, and a refiner that returns x_hat."""
-    from helpers import CPU, oracle, settings
-    from torch import nn
-
-    import common
-    torch.manual_seed(0)
-    vae, diffusion = common.build_vae(settings()), common.Diffusion("v")
-    nn.init.normal_(vae.decoder.body[-1].weight, std=2)
-    vae = common.frozen(vae, vae.state_dict(), CPU)
-    priors = {"gaussian": common.GaussianMixture.standard_normal(8)}
-    return common.Model(CPU, (3, 32, 32), (vae,), vae, priors, diffusion, lambda x_hat, z: oracle(diffusion, x_hat))

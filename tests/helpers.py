@@ -1,9 +1,11 @@
-"""What several test files use: settings, a few images, the comparison of checkpoints, one-line errors."""
+"""What several test files use: settings, a few images, a model, the comparison of checkpoints, one-line errors."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import common
 
@@ -11,9 +13,9 @@ CPU = torch.device("cpu")
 draw_all = common.draw_shapes
 
 
-def small_shapes(count, seed):
-    """A twentieth of the built-in data set: 1000 training and 200 test images."""
-    return draw_all(count // 20, seed)
+def small_shapes(count, seed, flat_spots=False):
+    """A twentieth of the built-in data set: 1000 training, 200 test and 500 reference images."""
+    return draw_all(count // 20, seed, flat_spots)
 
 
 def settings(steps=8, **changes):
@@ -23,12 +25,12 @@ def settings(steps=8, **changes):
 
 
 def data_of(count, held_out=60):
-    """A common.Data with the first shapes of two seeds."""
+    """A common.Data with the first shapes of two seeds; the reference is the training images."""
     splits = []
     for number, seed in ((count, 1), (held_out, 2)):
         images, labels, factors = draw_all(number, seed)
         splits.append(common.ImageData(images, "drawn by the program", labels, factors))
-    return common.Data(*splits)
+    return common.Data(*splits, splits[0])
 
 
 def same(a, b):
@@ -55,8 +57,21 @@ def expect_error(capsys, call, *words):
 
 
 def oracle(diffusion, x0):
-    """A denoise(x, t) that knows x0 and predicts it exactly."""
-    def denoise(xt, t):
-        a, s = diffusion.scales(t)
-        return diffusion.target(x0, t, (xt - a * x0) / s)
-    return denoise
+    """A network (x_t, t) -> prediction that knows x0 and predicts it exactly."""
+    def network(x_t, t):
+        a, sigma = diffusion.scales(t)
+        return diffusion.target(x0, t, (x_t - a * x0) / sigma)
+    return network
+
+
+def tiny_model(**changes):
+    """A model of stage 1 (`form1`) with a random VAE whose images differ from each other, and a refiner that takes
+    x_hat for x0."""
+    torch.manual_seed(0)
+    chosen = settings(**changes)
+    vae, diffusion = common.build_vae(chosen), common.Diffusion("v", chosen["start"])
+    nn.init.normal_(vae.decoder.body[-1].weight, std=2)
+    vae = common.frozen(vae, vae.state_dict(), CPU)
+    return SimpleNamespace(variant="form1", settings=chosen, device=CPU, vae=vae, networks=[vae], diffusion=diffusion,
+                           priors={"gaussian": common.GaussianMixture.standard_normal(8)},
+                           unet=lambda shown, t: oracle(diffusion, shown[:, 3:])(shown[:, :3], t))
