@@ -75,3 +75,36 @@ def tiny_model(**changes):
     return SimpleNamespace(variant="form1", settings=chosen, device=CPU, vae=vae, networks=[vae], diffusion=diffusion,
                            priors={"gaussian": common.GaussianMixture.standard_normal(8)},
                            unet=lambda shown, t: oracle(diffusion, shown[:, 3:])(shown[:, :3], t))
+
+
+def record_gradients(monkeypatch):
+    """A list that gets, from each step of a training, the networks' gradients before they are clipped."""
+    steps = []
+    monkeypatch.setattr(common, "average_gradients", lambda *networks: steps.append(
+        [[p.grad.clone() for p in network.parameters() if p.grad is not None] for network in networks]))
+    return steps
+
+
+def close(ours, theirs):
+    """Whether two lists of tensors are equal up to rounding errors."""
+    return all((x - y).norm() <= 2e-4 * y.norm() + 1e-9 for x, y in zip(ours, theirs, strict=True))
+
+
+def draw_by_shape(monkeypatch, *stages):
+    """Make the noise and times of these stages' trainings depend on their shape and the step, not on the order in which
+    a step draws them. New U-Nets have the same weights, whatever was built before."""
+    counts, build = {}, common.build_unet
+
+    def randn(shape, gen):
+        counts[gen, shape] = counts.get((gen, shape), 0) + 1
+        return torch.randn(shape, generator=common.generator(counts[gen, shape], f"{tuple(shape)}"))
+
+    def build_unet(*args):
+        torch.manual_seed(5)
+        return build(*args)
+
+    for stage in stages:
+        monkeypatch.setattr(stage, "randn", randn)
+    monkeypatch.setattr(common, "build_unet", build_unet)
+    monkeypatch.setattr(common.Diffusion, "draw_t", lambda diffusion, count, gen: (
+        1 + (randn((count,), gen).abs() * diffusion.start / 5).long().clamp(max=diffusion.start - 1)))

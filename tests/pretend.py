@@ -3,13 +3,9 @@
     with pretend.device():
         stage1_baseline.main(["--device", pretend.NAME, "--budget", "smoke"])
 
-Its tensors are CPU tensors with a mark. Every call of torch from Python passes through `Mode`, which does four things:
-    `x.device` is the pretend device if x has the mark.
-    A result has the mark if an argument has it. `x.to(...)`, `x.cpu()` and `device=...` choose otherwise.
-    A call fails if it would fail on a real accelerator: tensors of both devices meet, a generator belongs to the other
-    device, a tensor of the device becomes a NumPy array, or a tensor of the device has float64 (as on mps).
-    A saved tensor has no mark, since checkpoints are loaded onto the CPU.
-What torch does inside one call is not seen, and so neither is the backward pass.
+Its tensors are CPU tensors with a mark. Every call of torch from Python passes through `Mode`. A result has the mark if
+an argument has it; `x.to(...)`, `x.cpu()` and `device=...` choose otherwise. A call fails if it would fail on a real
+accelerator. A saved tensor has no mark. What torch does inside one call, such as the backward pass, is not seen.
 """
 
 import contextlib
@@ -19,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves  # the values in nested lists, tuples and dictionaries
 
 NAME = "privateuseone"  # torch keeps this name for devices that it does not know
 CPU, DEVICE = torch.device("cpu"), torch.device(NAME)
-TO_NUMPY = (Tensor.numpy, Tensor.__array__)
 TRANSFERS = (Tensor.to, Tensor.copy_, Tensor.data.__set__, torch._has_compatible_shallow_copy_type)
 
 
 class Generator(torch.Generator):
-    """A generator that remembers for which device it was made. It draws the numbers of a CPU generator."""
+    """A CPU generator that remembers for which device it was made."""
 
     def __new__(cls, device="cpu"):
         made = super().__new__(cls)
@@ -37,77 +33,54 @@ class Generator(torch.Generator):
     device = property(lambda self: self.made_for)
 
 
-def leaves(x):
-    """The values in nested lists, tuples and dictionaries."""
-    if isinstance(x, (list, tuple, dict)):
-        return [leaf for item in (x.values() if isinstance(x, dict) else x) for leaf in leaves(item)]
-    return [x]
-
-
-def on_device(x):
+def marked(x):
     return getattr(x, "on_pretend_device", False)
-
-
-def set_mark(x, mark):
-    x.on_pretend_device = mark
-
-
-def chosen_device(func, args, kwargs):
-    """The device that a call names, or None. Returns it with the arguments, in which the CPU takes its place."""
-    device = CPU if func is Tensor.cpu else kwargs.get("device")
-    if func is Tensor.to:
-        device = next((x for x in args[1:] if isinstance(x, (str, torch.device))), device)
-    device = None if device is None else torch.device(device)
-    if device == DEVICE:
-        args = [CPU if isinstance(x, (str, torch.device)) else x for x in args]
-        kwargs = kwargs | ({"device": CPU} if "device" in kwargs else {})
-    return device, args, kwargs
-
-
-def check_arguments(func, args, tensors, generators, to_device):
-    """Raise the error of a real accelerator if the call mixes devices."""
-    if any((generator.device == DEVICE) != to_device for generator in generators):
-        raise RuntimeError(f"{func.__name__}: the generator belongs to another device than the result")
-    if func in TRANSFERS or not any(map(on_device, tensors)):
-        return
-    if func in TO_NUMPY:
-        raise TypeError(f"{func.__name__}: can't convert a tensor of {DEVICE} to numpy")
-    index_may_differ = func in (Tensor.__getitem__, Tensor.__setitem__) and on_device(args[0])
-    must_agree = leaves([args[0], *args[2:]]) if index_may_differ else tensors
-    if any(isinstance(x, Tensor) and not on_device(x) and x.dim() > 0 for x in must_agree):
-        raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device")
 
 
 class Mode(TorchFunctionMode):
     """See the top of this file. Inside __torch_function__ the mode is off, so that all tensors are plain there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func == Tensor.device.__get__ and on_device(args[0]):
+        kwargs = kwargs or {}
+        if func == Tensor.device.__get__ and marked(args[0]):
             return DEVICE
-        if func == Tensor.is_cpu.__get__:
-            return not on_device(args[0])
         if func is Tensor.__iter__:  # an iterator's tensors would have no mark
             with self:
                 return iter(args[0].unbind())
         if func is Tensor.__reduce_ex__:  # the mark would be saved
             return func(args[0].detach(), *args[1:])
-        device, args, kwargs = chosen_device(func, args, kwargs or {})
-        inputs = leaves((args, kwargs))
+
+        # The device that the call names, if any; the CPU takes its place.
+        named = [x for x in (*(args[1:] if func is Tensor.to else ()), kwargs.get("device"))
+                 if isinstance(x, (str, torch.device))]
+        named = CPU if func is Tensor.cpu else torch.device(named[0]) if named else None
+        if named == DEVICE:
+            args = [CPU if isinstance(x, (str, torch.device)) else x for x in args]
+            kwargs = kwargs | ({"device": CPU} if "device" in kwargs else {})
+
+        inputs = tree_leaves((args, kwargs))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        to_device = any(map(on_device, tensors)) if device is None else device == DEVICE
-        check_arguments(func, args, tensors, [x for x in inputs if isinstance(x, torch.Generator)], to_device)
+        there = named == DEVICE if named else any(map(marked, tensors))  # whether the result is on the device
+        if any((x.device == DEVICE) != there for x in inputs if isinstance(x, torch.Generator)):
+            raise RuntimeError(f"{func.__name__}: the generator belongs to another device than the result")
+        if any(map(marked, tensors)) and func not in TRANSFERS:
+            if func in (Tensor.numpy, Tensor.__array__):
+                raise TypeError(f"can't convert a tensor of {DEVICE} to numpy")
+            if not all(marked(x) or x.dim() == 0 for x in tensors):
+                raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device")
+
         result = func(*args, **kwargs)
         if func == Tensor.data.__set__:
-            set_mark(args[0], on_device(args[1]))
+            args[0].on_pretend_device = marked(args[1])
         if isinstance(result, Tensor) and any(result is x for x in tensors):  # in place, or there was nothing to do
-            if device is None or on_device(result) == to_device:
+            if named is None or marked(result) == there:
                 return result
             result = result.clone()
-        for x in leaves(result) if to_device else ():
+        for x in tree_leaves(result) if there else ():
             if isinstance(x, Tensor):
-                set_mark(x, True)
+                x.on_pretend_device = True
                 if x.dtype == torch.float64:
-                    raise TypeError(f"{func.__name__}: the device has no float64")
+                    raise TypeError(f"{func.__name__}: the device has no float64")  # as on mps
         return result
 
 

@@ -1,7 +1,6 @@
 """Bonus: scaling of the latent, no gradient into the autoencoder, sampling, what latent diffusion saves."""
 
-import json
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +12,6 @@ import bonus_latent as bonus
 import common
 
 
-def recorded(monkeypatch, owner, name):
-    """The list of what a function returns from here on."""
-    returned, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: returned.append(function(*args)) or returned[-1])
-    return returned
-
-
 def test_autoencoder_learns(tmp_path):
     """The squared error of a few images falls to a third."""
     own = settings(60, every=10, batch=8, vae_muon_lr=0.0)
@@ -27,121 +19,86 @@ def test_autoencoder_learns(tmp_path):
     assert log[-1]["sse"] < log[0]["sse"] / 3 and log[-1]["kl_nats"] > 10
 
 
-def test_latents_are_scaled_and_the_autoencoder_is_left_alone(tmp_path, monkeypatch):
-    """What the U-Net is trained on has mean 0 and variance 1 in each channel; this is undone before decoding. The
-    autoencoder keeps its bits. Noise levels are weighted over all 1,000 times."""
-    data, own = data_of(150), settings(7, unet_steps=16)
-    base = bonus.train_autoencoder(tmp_path / "ae", own, data, CPU)
-    targets, frozen = recorded(monkeypatch, common.Diffusion, "q_sample"), recorded(monkeypatch, common, "frozen")
-    latents, q_sample = [], common.Diffusion.q_sample
-    monkeypatch.setattr(common.Diffusion, "q_sample", lambda *args: latents.append(args[1]) or q_sample(*args))
-    state = bonus.train_latent(tmp_path / "latent", own, base, data, CPU)
-    assert all(not p.requires_grad and p.grad is None for p in frozen[0].parameters())
-    assert same(dict(frozen[0].state_dict()), base["vae"]) and state["minutes"] > base["minutes"] > 0
-    assert all(same(state[name], base[name]) for name in ("vae", "mean", "sd"))
-
-    model = bonus.load_model(state, CPU)
-    autoencoder, unet = model.networks
-    assert same(dict(unet.state_dict()), state["unet"]) and model.denoiser(None, None) is unet
-    assert model.shape == (4, 8, 8) and model.diffusion.start == 1000 and targets[0].shape == (32, 4, 8, 8)
-    mu, logvar = common.encode(autoencoder["encoder"], data.train.images, CPU)
-    drawn = mu + (0.5 * logvar).exp() * common.randn(mu.shape, common.generator(0, "z"))
-    assert not torch.allclose(base["sd"], torch.ones(1), atol=0.05)
-    for z, slack in (((drawn - base["mean"]) / base["sd"], 0.03), (torch.cat(latents), 0.06)):
-        assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=slack)
-        assert torch.allclose(z.var((0, 2, 3)), torch.ones(4), atol=slack + 0.02)
-    decoded = model.decode((mu[:5] - base["mean"]) / base["sd"])
-    assert torch.allclose(decoded, autoencoder["decoder"](mu[:5]), atol=1e-5)
-
-
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_latents_of_mirrored_images(mirrored, tmp_path, monkeypatch):
-    """The U-Net is trained on the latents of the images and, if they are mirrored at all, of their mirror images."""
-    data, given, training = data_of(10), [], common.Training
-    autoencoder = bonus.build_autoencoder(settings())
-    base = {"vae": autoencoder.state_dict(), "mean": torch.zeros(1), "sd": torch.full([1], 2.0), "minutes": 1.0}
-    monkeypatch.setattr(common, "Training", lambda folder, own, device, images, **how: (
-        given.append(images) or training(folder, own, device, images, **how)))
-    bonus.train_latent(tmp_path, settings(1, unet_flip=mirrored), base, data, CPU)
-    both = torch.cat([data.train.images, data.train.images.flip(3)])
-    with torch.no_grad():
-        mu, logvar = autoencoder["encoder"](common.to_float(both if mirrored else data.train.images))
-    assert torch.allclose(given[0], torch.cat([mu / 2, logvar - math.log(4)], 1), atol=1e-5)
+def test_latents_are_scaled_and_the_autoencoder_is_left_alone(mirrored, tmp_path, monkeypatch):
+    """What the U-Net is trained on has mean 0 and variance 1 in each channel. It comes from images and, if they are
+    mirrored at all, from mirrored images. The autoencoder keeps its bits and gets no gradient."""
+    data, own = data_of(150), settings(7, unet_steps=16, unet_flip=mirrored)
+    base = bonus.train_autoencoder(tmp_path / "ae", own, data, CPU)
+    latents, networks, q_sample, frozen = [], [], common.Diffusion.q_sample, common.frozen
+    monkeypatch.setattr(common.Diffusion, "q_sample", lambda *args: latents.append(args[1]) or q_sample(*args))
+    monkeypatch.setattr(common, "frozen", lambda *args: networks.append(frozen(*args)) or networks[-1])
+    state = bonus.train_latent(tmp_path / "latent", own, base, data, CPU)
+    assert all(p.grad is None for p in networks[0].parameters())
+    assert all(same(state[name], base[name]) for name in ("vae", "mean", "sd")) and state["minutes"] > base["minutes"]
+    images = data.train.images
+    images = torch.cat([images, images.flip(3)]) if mirrored else images
+    mu, logvar = common.encode(networks[0]["encoder"], images, CPU)
+    gen = common.generator(0, "training, process 0")
+    chosen = torch.randint(len(mu), (32,), generator=gen)
+    drawn = common.reparameterise(mu[chosen], logvar[chosen], common.randn((32, 4, 8, 8), gen))
+    assert torch.allclose(latents[0], (drawn - base["mean"]) / base["sd"], atol=1e-5)
+    z = torch.cat(latents)
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=0.08)
+    assert torch.allclose(z.var((0, 2, 3)), torch.ones(4), atol=0.1)
 
 
-def latent_model(decode):
+def latent_model(decoder):
     """A model of latents whose v is always 0, so that the predicted latent is a x_t."""
-    return common.Model(CPU, (4, 8, 8), (), diffusion=common.Diffusion("v"), decode=decode,
-                        denoiser=lambda x_hat, z: lambda x, t: torch.zeros_like(x))
+    return SimpleNamespace(device=CPU, diffusion=common.Diffusion("v"), unet=lambda x, t: torch.zeros_like(x),
+                           autoencoder={"decoder": decoder}, settings=settings(), mean=3.0, sd=2.0)
 
 
 def test_what_is_decoded():
-    """Latents are not clamped. The noise of the robustness table is added before they are decoded."""
+    """A latent is not clamped. Noise is added to it before its scaling is undone, and then it is decoded. Temperature
+    changes nothing, since sampling begins with pure noise."""
     decoded = []
     model = latent_model(lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
-    own = settings(eval_samples=20, sample_steps=5)
-    for changes, damage in (({}, 0.0), ({"temperature": 100.0}, 0.0), ({}, 0.4)):
-        common.generate(model, own | changes, damage=damage)
-    plain, hot, damaged = decoded
-    assert torch.allclose(100 * plain, hot, rtol=1e-3) and hot.abs().max() > 5
-    assert (damaged - plain).std() == pytest.approx(0.4, abs=0.02)
+    own = model.settings | common.steps("ddim", 5) | {"eval_batch": 20}
+    z = bonus.draw_codes(model, own, 20)
+    bonus.generate(model, own, z)
+    bonus.generate(model, own | {"temperature": 1.1}, z)
+    bonus.generate(model, own, z, corrupt=lambda x: x + 1)
+    plain, hot, corrupted = decoded
+    assert torch.equal(plain, hot) and torch.allclose(corrupted, plain + 2, atol=1e-5)
+    angle = (model.diffusion.alpha_bar[model.diffusion.times(own)].sqrt().acos()).diff()  # v = 0: each step turns x by
+    x = common.randn((20, 4, 8, 8), common.generator(0, "noise 0")) * float(angle.cos().prod())  # its angle
+    assert torch.allclose(plain, 2 * x + 3, atol=1e-4)
 
 
 def test_peak_memory(tmp_path):
     """It is that of tensors that exist at once, not of all. The profile is written."""
-    def decode(z):
+    def sample():
         a, b = torch.ones(4 * 2**20), torch.ones(4 * 2**20)  # 16 MB each
         del a, b
-        return torch.ones(4 * 2**20)[:3072].view(1, 3, 32, 32)
+        torch.ones(4 * 2**20)
 
-    own = settings(eval_samples=1, sample_steps=1)
-    assert bonus.peak_memory_mb(latent_model(decode), own, tmp_path / "profile.txt") == pytest.approx(32, rel=0.03)
+    assert bonus.peak_memory_mb(sample, CPU, tmp_path / "profile.txt") == pytest.approx(32, rel=0.03)
     assert "aten::" in (tmp_path / "profile.txt").read_text()
 
 
 def test_savings(tmp_path, monkeypatch):
-    """Operations are those of all steps and of decoding. What is saved is 100 (1 - latent / pixel) percent."""
-    own, timed = settings(eval_batch=6, sample_steps=3), []
-
-    def planted_seconds(models, own):
-        timed.append((list(models), own["eval_samples"], own["prior"]))
-        return {"pixel": 8.0, "latent": 2.0}
-
-    monkeypatch.setattr(bonus, "seconds_per_image", planted_seconds)
-    monkeypatch.setattr(bonus, "peak_memory_mb", lambda model, own, path: {3: 10.0, 4: 20.0}[model.shape[0]])
+    """Operations of an image are those of all steps and of decoding. What is saved is 100 (1 - latent / pixel) percent.
+    """
+    own = settings(eval_batch=6, sample_steps=3)
+    monkeypatch.setattr(bonus, "peak_memory_mb", lambda sample, device, path: 20.0 if "latent" in path.name else 10.0)
     torch.manual_seed(0)
-    state = {"settings": own, "mean": torch.zeros(1), "sd": torch.ones(1),
-             "vae": bonus.build_autoencoder(own).state_dict(), "unet": bonus.build_latent_unet(own).state_dict()}
-    model = bonus.load_model(state, CPU)
-    table = json.loads(json.dumps(bonus.savings(tmp_path, model, own)))
-    assert timed == [(["pixel", "latent"], 6, "gaussian")]  # in turn, in batches
+    model = bonus.load_model({"settings": own, "mean": torch.zeros(1), "sd": torch.ones(1),
+                              "vae": bonus.build_autoencoder(own).state_dict(),
+                              "unet": bonus.build_latent_unet(own).state_dict()}, CPU)
+    pixel, latent, saved = bonus.savings(tmp_path, model, own, repeats=1)
 
     def gflops(network, *inputs):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(*inputs)
         return counter.get_total_flops() / 1e9
 
-    t, (autoencoder, unet) = torch.ones(1).long(), model.networks
-    latent = 3 * gflops(unet, torch.zeros(1, 4, 8, 8), t) + gflops(autoencoder["decoder"], torch.zeros(1, 4, 8, 8))
-    pixel = 3 * gflops(common.build_unet(own, 6), torch.zeros(1, 6, 32, 32), t) + gflops(
-        common.build_vae(own).decoder, torch.zeros(1, 8))
-    assert table["saved_percent"] == pytest.approx({
-        "seconds_per_image": 75, "peak_memory_mb": -100, "gflops_per_image": 100 * (1 - latent / pixel)})
-
-
-def test_ceiling_is_of_held_out_images(tmp_path):
-    """They are decoded from the means of their latents."""
-    torch.manual_seed(0)
-    data, autoencoder = data_of(30), bonus.build_autoencoder(settings()).requires_grad_(False)
-    model, scored = common.Model(CPU, (4, 8, 8), (autoencoder,)), []
-
-    def scorer(images):
-        scored.append(images)
-        return {}
-
-    scorer.data = data
-    result = bonus.ceiling(tmp_path, model, settings(eval_samples=20), scorer)
-    real = data.test.images[:20]
-    x_hat = common.to_uint8(autoencoder["decoder"](autoencoder["encoder"](common.to_float(real))[0]))
-    assert torch.equal(scored[0], x_hat) and result == {"images": 20}
-    assert (tmp_path / "reconstructions.png").is_file()
+    t = torch.ones(1).long()
+    expected = (3 * gflops(common.build_unet(own, 6), torch.zeros(1, 6, 32, 32), t)
+                + gflops(common.build_vae(own).decoder, torch.zeros(1, 8)),
+                3 * gflops(model.unet, torch.zeros(1, 4, 8, 8), t)
+                + gflops(model.autoencoder["decoder"], torch.zeros(1, 4, 8, 8)))
+    assert [row["label"] for row in (pixel, latent, saved)] == ["pixel space", "latent space", "saved %"]
+    assert (pixel["gflops_per_image"], latent["gflops_per_image"]) == pytest.approx(expected)
+    assert saved["gflops_per_image"] == pytest.approx(100 * (1 - expected[1] / expected[0]))
+    assert saved["peak_memory_mb"] == -100 and pixel["steps"] == latent["steps"] == 3

@@ -1,5 +1,7 @@
-"""Scores of images (fid.py, sections 1 to 5 and the command) against closed forms, brute force and references."""
+"""fid.py against closed forms, brute force and references; results/features/train.py, which makes its networks."""
 
+import importlib.util
+import itertools
 import json
 import math
 from functools import partial
@@ -17,13 +19,13 @@ import common
 import fid
 from fid import moments
 
+spec = importlib.util.spec_from_file_location("train_features", fid.FEATURES / "train.py")
+train_features = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_features)
+
 
 def gaussian(n, d, seed=0, scale=1.0, shift=0.0):
     return torch.from_numpy(np.random.RandomState(seed).randn(n, d) * scale + shift)
-
-
-def random_images(n, size=32, seed=0):
-    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, (n, 3, size, size), dtype=np.uint8))
 
 
 def smooth_images(n, size=32, seed=0):
@@ -88,17 +90,15 @@ def test_inception_fingerprint_is_frozen(net):
     assert sum(p.numel() for p in net.parameters()) == 23_850_960 and len(net.state_dict()) == 566
 
 
-@pytest.mark.parametrize("size", [32, 64, 299, 400])
+@pytest.mark.parametrize("size", [32, 64, 299])
 def test_resizing_is_that_of_tensorflow_1(size):
-    """Pixel by pixel. On a ramp, output i is i * size / 299, up to the last pixel. 299 pixels stay as they are."""
+    """Output i is read at i * size / 299, pixel by pixel. 299 pixels stay as they are."""
     row = np.random.RandomState(0).rand(size)
     matrix = fid.resize_matrix(size, 299).double()
     for i, value in enumerate((matrix @ torch.from_numpy(row)).tolist()):
         low, part = divmod(i * size / 299, 1)
         low, high = int(low), min(int(low) + 1, size - 1)
         assert value == pytest.approx(row[low] + part * (row[high] - row[low]), abs=1e-6)
-    ramp = matrix @ torch.arange(size).double()
-    torch.testing.assert_close(ramp, (torch.arange(299) * size / 299).clamp(max=size - 1).double(), atol=1e-4, rtol=0)
     assert size != 299 or torch.equal(matrix, torch.eye(299).double())
 
 
@@ -109,11 +109,9 @@ def test_inception_weights(net, monkeypatch, tmp_path, capsys):
     cache = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
     mine, other = tmp_path / "mine.pth", tmp_path / "other.pth"
     other.write_bytes(b"x" * 1000)
-    for url, words in ((other.as_uri(), "invalid hash value"), ("http://127.0.0.1:9/nothing", "refused")):
-        monkeypatch.setattr(fid, "INCEPTION_URL", url)
-        expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), words, url, "--weights",
-                     "--features local")
-        assert list(cache.parent.iterdir()) == []
+    monkeypatch.setattr(fid, "INCEPTION_URL", other.as_uri())
+    expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), "invalid hash value", "--weights")
+    assert list(cache.parent.iterdir()) == []
     torch.save({key: value for key, value in net.state_dict().items() if not key.endswith("tracked")}, mine)
     loaded = fid.load_extractor("inception", "cifar10", weights=str(mine))
     assert same(loaded.state_dict(), net.state_dict()) and not loaded.training and loaded.distance == "fid"
@@ -144,36 +142,17 @@ def test_local_network_is_found(local, tmp_path, monkeypatch, capsys):
     """By the name of its data set, or by --weights. One in half precision has nearly the same features."""
     monkeypatch.setattr(fid, "FEATURES", tmp_path)
     expect_error(capsys, lambda: fid.load_extractor("local", "shapes"), "shapes.pt", "train.py", "--weights")
-    path, images = save_local(local, tmp_path / "shapes.pt"), random_images(4)
+    path, images = save_local(local, tmp_path / "shapes.pt"), smooth_images(4)
     for loaded in (fid.load_extractor("local", "shapes"), fid.load_extractor("local", "cifar10", path)):
         assert (loaded.name, loaded.classes, loaded.distance) == ("local-shapes", 6, "fd_local")
         torch.testing.assert_close(loaded(images)[0], local(images)[0], atol=0.02, rtol=0)
-    (tmp_path / "shapes.pt").write_bytes(b"broken")
-    expect_error(capsys, lambda: fid.load_extractor("local", "shapes"), "shapes.pt", "cannot be loaded")
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_other_sizes_are_resized(size):
-    torch.manual_seed(0)
-    net = fid.LocalNet(4, size).eval()
-    images = smooth_images(3, size)
-    large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    features, logits = net(large)
-    assert features.shape == (3, 64) and logits.shape == (3, 4)
-    near, far = ((net(x)[0] - features).norm().item() for x in (images, images.flip(3)))
-    assert near < 0.2 * far  # antialiased, so not quite the same
-
-
-def test_batch_size_changes_nothing(local, net, monkeypatch):
-    images = random_images(23)
+def test_batch_size_changes_nothing(local, monkeypatch):
+    images = smooth_images(23)
     whole = fid.extract(local, images)
-    assert whole[0].shape == (23, 64) and whole[1].shape == (23, 6) and whole[0].dtype == torch.float32
-    for batch in (1, 7):
-        monkeypatch.setattr(local, "batch", batch)
-        torch.testing.assert_close(fid.extract(local, images), whole, atol=1e-5, rtol=1e-4)
-    two = fid.extract(net, images[:2])[0]
-    monkeypatch.setattr(net, "batch", 1)
-    torch.testing.assert_close(fid.extract(net, images[:2])[0], two, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(local, "batch", 7)
+    torch.testing.assert_close(fid.extract(local, images), whole, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -200,20 +179,16 @@ def test_frechet_of_commuting_covariances():
 
 
 def test_frechet_of_singular_covariances():
-    """Fewer rows than numbers, repeated rows, no spread at all."""
+    """Fewer rows than numbers."""
     few, many = gaussian(10, 64), gaussian(3000, 64, seed=1)
     cross = torch.linalg.svdvals((few - few.mean(0)) @ (many - many.mean(0)).T).sum() / math.sqrt(9 * 2999)
-    few, many, repeated = (moments(x) for x in (few, many, few[:8].repeat(64, 1)))
+    few, many = moments(few), moments(many)
     exact = (few.mean - many.mean).square().sum() + few.cov.trace() + many.cov.trace() - 2 * cross
     assert few.root.shape == (64, 9)
     assert fid.frechet_distance(few, many) == pytest.approx(exact.item(), rel=1e-10)
-    assert repeated.root.shape == (64, 7) and fid.frechet_distance(repeated, repeated) < 1e-10
-    flat = moments(torch.ones(5, 64))
-    assert fid.frechet_distance(flat, many) == pytest.approx(
-        ((1 - many.mean).square().sum() + many.cov.trace()).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("n, d, tolerance", [(400, 64, 1e-9), (1200, 256, 1e-9), (40, 64, 1e-5), (100, 128, 1e-5)])
+@pytest.mark.parametrize("n, d, tolerance", [(400, 64, 1e-9), (40, 64, 1e-5)])
 def test_frechet_against_sqrtm(n, d, tolerance):
     """Other implementations compute |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrtm(S1 S2). The distance is symmetric, and 0
     from a set to itself."""
@@ -227,7 +202,7 @@ def test_frechet_against_sqrtm(n, d, tolerance):
     assert fid.frechet_distance(x, x) < 1e-10 * value
 
 
-@pytest.mark.parametrize("n, splits", [(100, 10), (103, 1), (24, 10), (7, 3)])
+@pytest.mark.parametrize("n, splits", [(103, 10), (7, 3)])
 def test_inception_score(n, splits):
     logits = gaussian(n, 12, scale=2)
     p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
@@ -241,19 +216,16 @@ def test_inception_score_closed_forms():
     assert fid.inception_score(one_hot) == pytest.approx(10, rel=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [512, 90, 32, 1])
+@pytest.mark.parametrize("chunk", [512, 32])
 def test_kid_of_all_pairs(chunk, monkeypatch):
     def slow(x, y):
-        x, y = x.double().numpy(), y.double().numpy()
-        kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
-        n, m, xx, yy = len(x), len(y), kernel(x, x), kernel(y, y)
-        return ((xx.sum() - np.trace(xx)) / n / (n - 1) + (yy.sum() - np.trace(yy)) / m / (m - 1)
-                - 2 * kernel(x, y).mean())
+        kernel = lambda a, b: (np.dot(a, b) / 6 + 1) ** 3  # noqa: E731
+        xx, yy = (np.mean([kernel(a, b) for i, a in enumerate(v) for b in v[:i]]) for v in (x, y))
+        return xx + yy - 2 * np.mean([kernel(a, b) for a in x for b in y])
 
     monkeypatch.setattr(fid, "CHUNK", chunk)
-    x, y = gaussian(90, 6).float(), gaussian(70, 6, seed=1, shift=0.5).float()
-    assert fid.kid(x, y) == pytest.approx(slow(x, y), rel=1e-10)
-    assert fid.kid(x, x) == pytest.approx(slow(x, x), rel=1e-10)  # the same array on both sides
+    x, y = gaussian(90, 6), gaussian(70, 6, seed=1, shift=0.5)
+    assert fid.kid(x, y) == pytest.approx(slow(x.numpy(), y.numpy()), rel=1e-10)
 
 
 def test_precision_recall_by_hand():
@@ -262,12 +234,9 @@ def test_precision_recall_by_hand():
     assert fid.precision_recall(real, generated, k=1) == (0.5, 0.75)  # real balls reach 1, 1, 1, 8; the others 1
     twice = (gaussian(30, 2048).float() * 3 + 1).repeat(5, 1)  # five copies of each, found only by `<=`
     assert fid.precision_recall(twice, twice) == (1, 1)
-    assert fid.distances(twice.double(), twice.double()).eq(0).sum() == 30 * 5 * 5  # no rounding error is left
-    real = gaussian(200, 3)
-    assert fid.precision_recall(real, gaussian(10, 3, seed=1).repeat(4, 1))[1] < 0.1  # few images, with balls of 0
 
 
-@pytest.mark.parametrize("chunk", [512, 50, 7])
+@pytest.mark.parametrize("chunk", [512, 7])
 def test_precision_recall_by_brute_force(chunk, monkeypatch):
     def covered(x, centres):
         radius = [sorted(math.dist(c, o) for o in centres)[3] for c in centres]
@@ -303,25 +272,10 @@ def test_jackknife():
 
 def test_sharpness():
     """High frequencies begin at 1/4 cycle per pixel, in every direction, and brightness does not count."""
-    real = draw_all(300, seed=5)[0]
-    blurred = F.avg_pool2d(real.float(), 3, 1, 1).round().to(torch.uint8)
-    noisy = (real + 20 * torch.randn(real.shape, generator=common.generator(0, ""))).clamp(0, 255).to(torch.uint8)
-    assert fid.hf_energy(real, real) == 1
-    assert fid.hf_energy(blurred, real) < 0.5 and fid.hf_energy(noisy, real) > 1.1
     low, high = (127 + 60 * torch.sin(2 * math.pi * f * torch.arange(64.0)) for f in (1 / 8, 3 / 8))
     images = torch.stack([low, high, high - 50]).round()[:, None, None, :].expand(3, 3, 64, 64).to(torch.uint8)
     ratios = [fid.hf_energy(image[None], images[1:2]) for image in (*images, images[1].mT)]
     assert ratios[0] < 0.001 and ratios[1:] == pytest.approx([1, 1, 1], rel=1e-2)
-
-
-def test_high_frequency_power_by_hand():
-    """The power spectrum of grey images, without their mean and under a Hann window, beyond a circle of 1/4."""
-    images, window, frequency = random_images(5), np.hanning(32), np.fft.fftfreq(32)
-    for image, power in zip(images.numpy().astype(float), fid.high_frequency_power(images).tolist(), strict=True):
-        grey = image.mean(0)
-        spectrum = np.abs(np.fft.fft2((grey - grey.mean()) * np.outer(window, window))) ** 2
-        beyond = frequency[:, None] ** 2 + frequency**2 > 1 / 16
-        assert power == pytest.approx(spectrum[beyond].mean(), rel=1e-4)
 
 
 # ---- All scores of a set of images -----------------------------------------------------------------------------------
@@ -339,10 +293,10 @@ def test_every_score(count, here, local):
     held-out images, or of all, here 60."""
     data, images = data_of(200), draw_all(count, seed=7)[0]
     scorer = fid.Scorer(local, data)
-    row = scorer(images)
+    row = scorer(images, label="a")
+    assert row.pop("label") == "a" and row.pop("n_generated") == count
     assert [name for name, score in row.items() if "low" in score] == ["fd_local", "is"]
     assert all(row[name]["low"] < row[name]["value"] < row[name]["high"] for name in ("fd_local", "is"))
-    json.dumps(row, allow_nan=False)
     real, (held_out, _), (x, _) = (scorer.real, *(fid.extract(local, i) for i in (data.test.images, images)))
     precision, recall = fid.precision_recall(real[:count], x)
     expected = {"fd_local": fid.frechet_distance(moments(x), moments(real)),
@@ -350,21 +304,13 @@ def test_every_score(count, here, local):
                 "precision": precision, "recall": recall, "kid": fid.kid(real[:count], x),
                 "diversity": fid.diversity(real[:count], x), "hf_energy": fid.hf_energy(images, data.test.images)}
     assert {name: row[name]["value"] for name in expected} == pytest.approx(expected, rel=1e-6)
-
-
-def test_scores_of_copies(here, local):
-    """The training images themselves have no distance, and everything covers everything."""
-    data = data_of(100)
-    row = fid.Scorer(local, data)(data.train.images)
-    assert row["fd_local"]["value"] < 1e-9 < row["floor"]["value"]
-    assert (row["precision"]["value"], row["recall"]["value"]) == (1, 1)
-    assert row["diversity"]["value"] == pytest.approx(1)
+    assert scorer.fd(images) == pytest.approx(expected["fd_local"], rel=1e-6)
 
 
 def test_order_does_not_matter(here):
     """Neither of generated images that come class by class, nor of real ones, of which only the first are compared."""
     levels = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32) + 20
-    data = common.Data(common.ImageData(levels, ""), common.ImageData(levels[::4], ""))
+    data = common.Data(None, common.ImageData(levels[::4], ""), common.ImageData(levels, ""))
     scorer = fid.Scorer(Colours(), data)
     assert scorer(levels)["is"]["value"] > 5  # every part of the images has nearly all of eight classes
     assert scorer.real[:, 0].sort().values.tolist() == pytest.approx(list(range(20, 220)), abs=1e-3)
@@ -379,11 +325,18 @@ def test_features_of_real_images_are_kept(here, monkeypatch):
         patch.setattr(fid, "extract", None)
         again = fid.Scorer(extractor, data)
     assert torch.equal(again.real, first.real) and torch.equal(again.held_out, first.held_out)
-    for change, count in ((lambda: data.train.images[3].add_(1), 2), (lambda: data.test.images[3].add_(1), 3),
+    for change, count in ((lambda: data.reference.images[3].add_(1), 2), (lambda: data.test.images[3].add_(1), 3),
                           (lambda: extractor.factor.data.mul_(2), 4)):
         change()
         fid.Scorer(extractor, data)
         assert len(list(files("features-*.pt"))) == count
+
+
+def test_distance_between_two_sets():
+    """Mean colours of images that are lighter by 5 are at the distance 3 * 5^2."""
+    images = smooth_images(40) // 2
+    assert fid.fd_between(Colours(), images, images) < 1e-6
+    assert fid.fd_between(Colours(), images + 5, images) == pytest.approx(75, rel=1e-3)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -396,7 +349,7 @@ def folders(small, local):
 
 
 def test_command_on_folders(folders, capsys):
-    """Every tenth image of REAL is held out. Both folders are read alike: the images of REAL are as sharp as it."""
+    """Every tenth image of REAL is held out. Both folders are read alike: REAL is as sharp as itself."""
     real, good, flags = folders
     fid.main([real, real, *flags])
     assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(1, abs=0.1)  # hf_energy comes last
@@ -405,30 +358,26 @@ def test_command_on_folders(folders, capsys):
     assert title == f"50 images of {good} against 54 of {real}, features local-toy"
     found = {name: float(value) for name, value, *_ in map(str.split, lines)}
     assert found.keys() == {"fd_local", "is", "floor", "kid", "precision", "recall", "diversity", "hf_energy"}
-    x, y = (moments(fid.extract(fid.load_extractor("local", "", flags[1]), smooth_images(*of))[0])
-            for of in ((50, 32, 1), (60,)))
-    assert found["fd_local"] == pytest.approx(fid.frechet_distance(x, y), rel=0.2)  # of all 60, in place of 54
 
 
 def test_command_on_a_data_set(folders, capsys):
     _, good, flags = folders
     fid.main(["shapes", good, *flags, "--count", "45"])
-    assert f"45 images of {good} against 1,000 of shapes" in capsys.readouterr().out
+    assert f"45 images of {good} against 500 of shapes" in capsys.readouterr().out
 
 
 def test_any_size_colour_and_suffix_is_read(tmp_path):
     """Hidden files are left out. A number of images is chosen at random, but always the same ones."""
-    save_folder(smooth_images(50), tmp_path / "mixed")
+    folder = save_folder(smooth_images(50), tmp_path / "mixed")
     Image.new("L", (40, 20), 90).save(tmp_path / "mixed" / "grey.JPG")
     Image.new("RGBA", (33, 32), (1, 2, 3, 4)).save(tmp_path / "mixed" / "a.png")
     (tmp_path / "mixed" / ".hidden.png").write_bytes(b"")
-    images = fid.read_folder(tmp_path / "mixed", 32)
-    assert images.shape == (52, 3, 32, 32) and images.dtype == torch.uint8
+    images = fid.read_folder(folder, 32)
+    assert images.shape == (52, 3, 32, 32)
     found = {image.numpy().tobytes() for image in images}
     assert {image.numpy().tobytes() for image in smooth_images(50)} < found
     assert any((image == 90).all() for image in images)
-    assert torch.equal(fid.read_folder(tmp_path / "mixed", 32, 10), images[:10])
-    assert not torch.equal(images[:10], fid.read_folder(save_folder(smooth_images(50), tmp_path / "same"), 32)[:10])
+    assert torch.equal(fid.read_folder(folder, 32, 10), images[:10])
 
 
 def test_command_errors_are_one_line(folders, capsys, small):
@@ -436,9 +385,55 @@ def test_command_errors_are_one_line(folders, capsys, small):
     few, broken = (save_folder(smooth_images(n), small / name) for n, name in ((39, "few"), (60, "broken")))
     (small / "broken" / "0000.png").write_bytes(b"not an image")
     for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]),
-                             ([few, good, *flags], ["few: 3 images", "test"]),
                              ([real, "nowhere", *flags], ["nowhere: 0 images"]),
                              ([real, good, *flags, "--count", "51"], ["50 images; 51"]),
                              ([real, broken, *flags], ["0000.png", "cannot be read"]),
                              ([real, good, "--weights", "gone.pt"], ["gone.pt", "train.py"])):
         expect_error(capsys, partial(fid.main, arguments), *words)
+
+
+# ---- Making a feature network (results/features/train.py) ------------------------------------------------------------
+
+def test_contrastive_loss():
+    """NT-Xent with the sums written out."""
+    u, v = torch.randn(2, 3, 4, generator=common.generator(0, "")).unbind()
+    z = F.normalize(torch.cat([u, v]))
+    losses = []
+    for i in range(6):
+        others = [math.exp(z[i] @ z[j] / 0.2) for j in range(6) if j != i]
+        losses.append(-math.log(math.exp(z[i] @ z[(i + 3) % 6] / 0.2) / sum(others)))
+    assert train_features.contrastive_loss(u, v).item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_classes_are_learned(monkeypatch):
+    """A few steps suffice for classes that differ in brightness."""
+    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 400)
+    labels = torch.arange(300) % 2
+    images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
+    factors = torch.randn(50, 11, generator=common.generator(0, ""))
+    net = train_features.train(common.ImageData(images[:50], "", labels[:50], factors), "toy")
+    assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
+
+
+def test_without_labels_the_class_is_the_nearest_cluster(monkeypatch):
+    """The logits are those of Gaussians around the clusters' centres, so their difference tells the distances."""
+    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 120)
+    net = train_features.train(common.ImageData(smooth_images(60), ""), "toy")
+    features, logits = fid.extract(net, smooth_images(60))
+    by_distance = -torch.cdist(features, net.head.weight).square() / 2
+    torch.testing.assert_close(logits.log_softmax(1), by_distance.log_softmax(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "celeba64"])
+def test_committed_networks(name):
+    """They load. The reports beside them say that distances rise with noise and blur."""
+    path = fid.FEATURES / f"{name}.pt"
+    net, report = fid.load_extractor("local", name), json.loads(path.with_suffix(".json").read_text())
+    _, *noise = report["noise"].values()  # the network of faces does not see the weakest
+    for distances in (noise, report["blur"].values()):
+        assert all(a < b for a, b in itertools.pairwise([report["floor"], *distances]))
+    if name == "shapes":  # the network was trained on these
+        images, labels, _ = draw_all(300, seed=3)
+        features, logits = fid.extract(net, images)
+        assert (logits.argmax(1) == labels).float().mean() > 0.99
+        assert features.mean(0).abs().max() < 0.5 and features.var(0).mean() == pytest.approx(1, abs=0.2)
