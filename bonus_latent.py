@@ -119,7 +119,7 @@ def train_autoencoder(folder, settings, data, device):
         (sse + BETA * kl).mean().backward()
         common.average_gradients(autoencoder)
         nn.utils.clip_grad_norm_(autoencoder.parameters(), settings["vae_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(sse=sse, kl_nats=kl)
     autoencoder = common.frozen(build_autoencoder(settings), average.weights, device)
@@ -165,7 +165,7 @@ def train_latent(folder, settings, base, data, device):
         loss.mean().backward()
         common.average_gradients(unet)
         nn.utils.clip_grad_norm_(unet.parameters(), settings["unet_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(mse=mse)
     return progress.finish(base, unet=average.weights, **{key: base[key] for key in ("vae", "mean", "sd")})
@@ -256,32 +256,28 @@ def savings(folder, model, settings, repeats=5):
     """Latent against pixel space on this machine, with equally many steps: rows with the seconds, memory and operations
     of sampling a batch, and what is saved in percent. The two U-Nets are those that the budget uses."""
     count, device = settings["eval_batch"], model.device
-    settings = settings | common.steps(settings["sampler"], settings["sample_steps"])
+    settings = settings | common.sampling_settings(settings["sampler"], settings["sample_steps"])
     vae, unet = common.build_vae(settings), common.build_unet(settings, 6)  # 6 channels: x_t and x_hat
     vae, unet = (common.frozen(network, network.state_dict(), device) for network in (vae, unet))
     diffusion = common.Diffusion(settings["objective"], settings["start"], device)
 
-    def pixel(count=count):
-        return generate_in_pixel_space(vae, unet, diffusion, settings, count, device)
-
-    def latent(count=count):
-        return generate(model, settings, torch.zeros(count, 0))
-
-    seconds = {pixel: [], latent: []}
+    spaces = {"pixel": lambda n: generate_in_pixel_space(vae, unet, diffusion, settings, n, device),
+              "latent": lambda n: generate(model, settings, torch.zeros(n, 0))}
+    seconds = {"pixel": [], "latent": []}
     for _ in range(repeats + 1):  # in turn, so that a machine that slows down slows both; the first round warms up
-        for sample in seconds:
+        for name, sample in spaces.items():
             clock = time.time()
-            sample()
-            seconds[sample].append((time.time() - clock) / count)
+            sample(count)
+            seconds[name].append((time.time() - clock) / count)
     rows = []
-    for sample in seconds:
+    for name, sample in spaces.items():
         # A multiply-add counts as two. Of attention only the plain form is counted on a CPU, not torch's fused one.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             sample(1)
-        rows.append({"label": f"{sample.__name__} space", "n_generated": count, "steps": settings["sample_steps"],
-                     "seconds_per_image": statistics.median(seconds[sample][1:]),
-                     "peak_memory_mb": peak_memory_mb(sample, device, folder / f"profile-{sample.__name__}.txt"),
-                     "gflops_per_image": counter.get_total_flops() / 1e9})
+        memory = peak_memory_mb(lambda sample=sample: sample(count), device, folder / f"profile-{name}.txt")
+        rows.append({"label": f"{name} space", "n_generated": count, "steps": settings["sample_steps"],
+                     "seconds_per_image": statistics.median(seconds[name][1:]),
+                     "peak_memory_mb": memory, "gflops_per_image": counter.get_total_flops() / 1e9})
     saved = {key: 100 * (1 - rows[1][key] / rows[0][key])
              for key in ("seconds_per_image", "peak_memory_mb", "gflops_per_image")}
     return [*rows, {"label": "saved %", "n_generated": count} | saved]

@@ -577,10 +577,12 @@ def orthogonalise(matrices, rounds=5):
     """Matrices (K, m, n), each U S V^T -> about U V^T: the singular values become 0.7 to 1.2, except for tiny ones.
 
     Newton-Schulz iteration with the coefficients of Jordan et al. 2024. (x x^T) x = U S^3 V^T. So matrix products alone
-    can turn every singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which each round does."""
+    can turn every singular value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which each round does. That need not be
+    precise, so it is done in bfloat16 where that is faster."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values between 0 and 1
+    x = x.bfloat16() if has_bfloat16(x.device) else x
     for _ in range(rounds):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
@@ -602,6 +604,8 @@ class Muon(torch.optim.Optimizer):
         [group] = self.param_groups
         momentum, updates = group["momentum"], {}  # updates: by shape, since equal shapes are faster together
         for p in group["params"]:
+            if p.grad is None:
+                continue
             average = self.state[p].setdefault("average", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - momentum)  # average = momentum average + (1 - momentum) gradient
             update = p.grad.lerp(average, momentum).flatten(1)  # Nesterov: (1 - momentum) gradient + momentum average
@@ -643,9 +647,9 @@ class Optimizer:
             optimizer.load_state_dict(its_state)
 
 
-def learning_rate(step, steps, settings):
-    """The learning rate at a step as a share of the base rate: a linear rise, then constant or, with `decay`, a linear
-    fall to 0 at the end."""
+def rate_factor(step, steps, settings):
+    """The factor of the base learning rates at a step: a linear rise to 1, then 1 or, with `decay`, a linear fall to 0
+    at the end."""
     rise = (step + 1) / max(1, settings["warmup"])
     fall = (steps - step) / max(1, steps - settings["warmup"]) if settings["decay"] else 1
     return min(1, rise, fall)
@@ -1044,6 +1048,8 @@ def read_settings(args):
             fail(f"--set {text}: no such setting; there are {', '.join(DEFAULTS)}")
         changes[key] = parse(key, value, CHOICES | {"prior": args.priors})
     settings |= changes
+    if settings["batch"] % RANKS > 0:
+        fail(f"batch={settings['batch']}: a multiple of the {RANKS} processes is wanted")
     settings["probe_samples"] = min(settings["probe_samples"], settings["eval_samples"])
     changes = {key: value for key, value in changes.items() if key not in EVALUATION}
     name = "-".join([f"{args.dataset}-{budget}", *(f"{key}={value}" for key, value in changes.items())])
@@ -1077,7 +1083,7 @@ def parse(key, text, choices):
     return value
 
 
-def steps(sampler, count):
+def sampling_settings(sampler, count):
     """The evaluation settings of `count` steps of a sampler, wherever it begins."""
     return {"sampler": sampler, "sample_steps": count, "sample_steps_from_T": count}
 
@@ -1152,9 +1158,11 @@ def load_split(dataset, split, folder):
     except Exception as error:  # no network, no gdown, a broken archive: the remedy is the same
         fail(f"no images of {dataset} in --data-dir {folder.resolve()}, and no download "
              f"({error!r:.80}); name the folder of {LAYOUTS[dataset]}")
-    files = list_files(dataset, split, folder)
-    if len(files) < 6:
-        fail(f"--data-dir {folder.resolve()}: {len(files)} images of {dataset} in the {split} part; more are needed")
+    files = {part: list_files(dataset, part, folder) for part in ("train", "test")}
+    if min(map(len, files.values())) < 6:
+        fail(f"--data-dir {folder.resolve()}: {len(files['train'])} images of {dataset} to train on and "
+             f"{len(files['test'])} held out; six of each are needed")
+    files = files[split]
     images = decode_files(dataset, split, files, DATASETS[dataset])
     width, height = read_image(files[0]).size
     kind = "JPEG" if files[0].suffix.lower() in (".jpg", ".jpeg") else "lossless"
@@ -1239,11 +1247,17 @@ def choose_device(name):
     return device
 
 
+def has_bfloat16(device):
+    """Whether a device is faster in bfloat16: GPUs of compute capability 8.0 (which T4, V100 and RTX 20 do not reach),
+    and CPUs with AMX (Intel's of servers, since 2023)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 def autocast(device):
-    """A context in which networks run in bfloat16 on GPUs that have it (compute capability 8.0, which T4, V100 and RTX
-    20 do not reach), and in float32 elsewhere."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    """A context in which networks run in bfloat16 where the device has it, and in float32 elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def average_gradients(*networks):
@@ -1295,7 +1309,7 @@ def what_to_sample(settings, priors, refines=True):
     for prior in priors:
         sets.append((prior, settings | {"prior": prior}, settings["probe_samples"]))
     for sampler, count in settings["grid"] if refines else []:
-        sets.append((f"{sampler} {count}", settings | steps(sampler, count), settings["probe_samples"]))
+        sets.append((f"{sampler} {count}", settings | sampling_settings(sampler, count), settings["probe_samples"]))
     return sets
 
 
@@ -1322,7 +1336,7 @@ def write_metrics(folder, checkpoint, settings, scorer, rows, networks):
 
 def print_results(settings, scorer):
     """Print the headline scores of all runs in the folder of the settings as one table, and where pictures are."""
-    names = [scorer.distance, "floor", "is", "kid", "precision", "recall", "hf_energy"]
+    names = ["fd", "floor", "is", "kid", "precision", "recall", "hf_energy"]
     print("  ".join(f"{title:16}" for title in ("run", "", "prior, sampler", "images", "sec/image", "minutes", *names)))
     for path in sorted(Path(settings["home"]).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())

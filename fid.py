@@ -71,7 +71,7 @@ class InceptionV3(nn.Module):
     pools leave out the padding, the last block pools by maximum, there are 1008 classes, and there is no auxiliary
     head."""
 
-    name, distance = "inception", "fid"  # `distance`: the key of the Frechet distance in scores
+    name = "inception"
     dim, batch = 2048, 32
 
     def __init__(self):
@@ -131,7 +131,7 @@ class LocalNet(nn.Module):
     `size` x `size` are resized. The last batch norm gives each feature a mean of about 0 and a variance of about 1 over
     the training set, which sets the unit of the Frechet distance."""
 
-    distance, dim, batch = "fd_local", 64, 256  # the same attributes as InceptionV3 has
+    dim, batch = 64, 256  # the same attributes as InceptionV3 has
 
     def __init__(self, classes, size=32):
         super().__init__()
@@ -347,7 +347,6 @@ class Scorer:
 
     def __init__(self, extractor, data):
         self.extractor, self.data = extractor, data
-        self.distance = extractor.distance  # the key of the Frechet distance in scores: "fid" or "fd_local"
         # The features of real images are kept, in a file that is named by all that they depend on.
         contents = hashlib.sha256()
         for tensor in (data.reference.images, data.test.images, *extractor.state_dict().values()):
@@ -369,15 +368,15 @@ class Scorer:
         """A row of metrics: the `facts`, the number of the uint8 images (N, 3, H, W), and each of their scores,
         {"value"}, with a 95% interval, "low" and "high", for the first two.
 
-            fid or fd_local     Frechet distance, with Inception's or local features
-            is                  Inception Score, of the network's own classes
-            floor               the Frechet distance of N held-out real images
+            fd        Frechet distance; with Inception's features, this is FID
+            is        Inception Score, of the network's own classes
+            floor     the Frechet distance of N held-out real images
             kid, precision, recall, diversity, hf_energy"""
         # Shuffled, since the groups of the jackknife and the parts of the Inception Score should not depend on an order
         # such as by class.
         features, logits = map(shuffle, extract(self.extractor, images))
         row = facts | {"n_generated": len(images),
-                       self.distance: jackknife(lambda x: frechet_distance(moments(x), self.moments), features),
+                       "fd": jackknife(lambda x: frechet_distance(moments(x), self.moments), features),
                        "is": jackknife(inception_score, logits)}
         some = min(len(images), len(self.real), MOST)  # precision and recall depend on both numbers
         real, generated = self.real[:some], features[:some]

@@ -76,11 +76,11 @@ def robustness(folder, stage, model, settings, scorer):
     rows, pictures = [], {}
     for label, (codes, corrupt) in corruptions.items():
         _, images = stage.generate(model, settings, codes, corrupt)
-        rows.append({"label": label, "n_generated": len(images), scorer.distance: scorer.fd(images)})
+        rows.append({"label": label, "n_generated": len(images), "fd": scorer.fd(images)})
         pictures[label] = images[:12]
     common.save_grid(folder / "robustness.png", pictures)
-    mean = statistics.mean(row[scorer.distance] for row in rows if row["label"] in [f"noise {sd}" for sd in NOISE])
-    return [*rows, {"label": "mean over noise", "n_generated": len(z), scorer.distance: mean}]
+    mean = statistics.mean(row["fd"] for row in rows if row["label"] in [f"noise {sd}" for sd in NOISE])
+    return [*rows, {"label": "mean over noise", "n_generated": len(z), "fd": mean}]
 
 
 def path_over_distance(features):
@@ -118,9 +118,9 @@ def latent_space(folder, stage, model, settings, scorer, pairs=16, points=9):
     x_hat, images = stage.generate(model, settings, mu[:12])
     common.save_grid(folder / "reconstructions.png", {"real": test.images[:12], "VAE": x_hat, "refined": images})
     row = {"label": "", "n_generated": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
-    codes = common.reparameterise(mu, logvar, randn(mu.shape, common.generator(settings["seed"], "held-out codes")))
+    draws = common.reparameterise(mu, logvar, randn(mu.shape, common.generator(settings["seed"], "held-out codes")))
     for name, prior in model.priors.items():
-        row[f"log_density {name}"] = float(prior.log_prob(codes).mean())
+        row[f"log_density {name}"] = float(prior.log_prob(draws).mean())
 
     pairs = min(pairs, len(mu) // 2)
     features = []
@@ -188,7 +188,7 @@ FACTS = ("prior", "sampler", "label", "n_generated")  # keys of a row that are n
 
 def read_run(folder):
     """The lines of the table that a run's folder makes, dictionaries of COLUMNS. A measure is called as in the row,
-    with the row's label, such as "fd, dpm 5". The Frechet distance is called fd, whatever the features are."""
+    with the row's label, such as "fd, dpm 5"."""
     metrics = json.loads((folder / "metrics.json").read_text())
     run, rows = metrics["run"], metrics["rows"]
     rows = [*rows, {"label": "", "minutes": run["minutes"], "parameters": run["parameters"]}]
@@ -199,9 +199,8 @@ def read_run(folder):
     for row in rows:
         for key in row.keys() - FACTS:
             score = row[key] if isinstance(row[key], dict) else {"value": row[key]}
-            measure = "fd" if key in ("fid", "fd_local") else key
             lines.append({"dataset": run["dataset"], "variant": run["variant"], "changes": changes,
-                          "seed": str(run["seed"]), "measure": f"{measure}, {row['label']}".removesuffix(", "),
+                          "seed": str(run["seed"]), "measure": f"{key}, {row['label']}".removesuffix(", "),
                           **{name: f"{number:.6g}" for name, number in score.items()},
                           "images": str(row.get("n_generated", "")), "features": run["features"],
                           "commit": run["commit"], "budget": run["budget"], "data": run["data_note"]})

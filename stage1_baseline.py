@@ -47,7 +47,7 @@ Run     python stage1_baseline.py                        vae and form1 on the bu
 Expect  of the first command: 4 to 6 minutes on two CPU cores, a table of scores, and pictures. In
         runs/shapes-cpu/stage1-form1-s0/samples.png, the images of the VAE are above and the refined ones below, in
         pairs of rows: the VAE's shapes have flat tones where the refiner's have spots. `hf_energy` is the amount of
-        fine detail, relative to real images: about 0.3 before and 0.9 after refinement. `fd_local` is the Frechet
+        fine detail, relative to real images: about 0.3 before and 0.9 after refinement. `fd` is the Frechet
         distance to the real images in the features of a small network: less than half after refinement.
 """
 
@@ -124,7 +124,7 @@ def train_vae(folder, settings, data, device):
         loss.mean().backward()
         common.average_gradients(vae)
         nn.utils.clip_grad_norm_(vae.parameters(), settings["vae_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(sse=sse, kl_nats=kl)
     # What is kept is the moving average of the weights, so the mixture is fitted to its codes.
@@ -169,7 +169,7 @@ def train_refiner(folder, settings, variant, base, data, device):
         loss.mean().backward()
         common.average_gradients(unet)
         nn.utils.clip_grad_norm_(unet.parameters(), settings["unet_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(mse=mse)
     if variant == "uncond":
@@ -260,7 +260,7 @@ def evaluate(folder, checkpoint, settings, scorer, device):
                            seconds_per_image=seconds))
         pictures[label] = x_hat, images
     x_hat, images = pictures[""]
-    if model.priors and refines:
+    if model.variant not in ("vae", "uncond"):
         rows.append(scorer(x_hat, label="before", prior=settings["prior"], sampler="none", steps=0, nfe=0))
         common.draw_samples(folder, {"VAE": x_hat, "refined": images})
         draw_trajectory(folder, model, settings)
@@ -275,7 +275,8 @@ def draw_trajectory(folder, model, settings):
     """trajectory.png: how refinement goes from x_hat and noise to the image, for four codes. Two rows for each code:
     the noisy image x_t, and the clean image that the network predicts from it."""
     trajectory = []
-    x_hat, images = generate(model, settings | common.steps("dpm", 5), draw_codes(model, settings, 4), None, trajectory)
+    settings = settings | common.sampling_settings("dpm", 5)
+    x_hat, images = generate(model, settings, draw_codes(model, settings, 4), trajectory=trajectory)
     columns = ["x_hat", *(f"t = {t}" for t, _, _ in trajectory), "image"]
     rows = {}
     for k in range(4):

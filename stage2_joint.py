@@ -19,8 +19,8 @@ The loss is their weighted sum, w_E E + w_M D M. `--loss` says how the two are b
     bound      1          1, but E and M are such that E + D M is the variational bound on -log p(x) of VAE and refiner
                           together, with nothing to balance (section "The bound")
 
-The U-Net appears in the second term alone, and its optimisers, Muon and Adam, divide the scale of a gradient out. So it
-learns as in stage 1, whatever the weights are.
+The U-Net appears in the second term alone, and its optimisers, Muon and Adam, divide the scale of a gradient out. So
+w_M hardly changes how the U-Net learns: what it sets is how much the VAE listens to the refiner.
 
 With `--gradient none` the refiner is shown x_hat.detach(): the VAE learns as if it were alone, and the refiner learns
 beside it, from the x_hat of a VAE that is not finished yet. It is a control. If joint training helps, that can be due
@@ -72,14 +72,16 @@ BALANCE = {"balance_lr": 0.05, "balance_muon_lr": 0.0}
 
 
 def loss_weights(settings, loss, step, balance):
-    """w_E and w_M at a step, numbers (see the table at the top)."""
+    """w_E and w_M at a step, numbers (see the table at the top). Of `kendall`, for the log and the clipping alone."""
     if loss == "anneal":
         progress = min(1.0, step / (0.6 * settings["unet_steps"]))
         return 1.0, settings["diffusion_weight"] * 0.1 ** (1 - progress)
     if loss == "kendall":
         a, b = balance.a_and_b.tolist()
         return math.exp(-a), math.exp(-b)
-    return 1.0, settings["diffusion_weight"] if loss == "sum" else 1.0
+    if loss == "sum":
+        return 1.0, settings["diffusion_weight"]
+    return 1.0, 1.0  # bound
 
 
 # --- The bound -------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def train_joint(folder, settings, loss, gradient, data, device):
         common.average_gradients(vae, unet, balance)
         nn.utils.clip_grad_norm_(vae.parameters(), settings["vae_clip"])
         nn.utils.clip_grad_norm_(unet.parameters(), settings["unet_clip"] * w_M * D)  # its gradient is w_M D times M's
-        rate = common.learning_rate(step, steps, settings)
+        rate = common.rate_factor(step, steps, settings)
         vae_optimizer.step(rate)
         unet_optimizer.step(rate)
         if loss == "kendall":

@@ -133,7 +133,7 @@ def fit_flow(flow, mu, logvar, settings, batch=256):
     steps = settings["flow_steps"]
     optimizer = torch.optim.Adam(flow.parameters())
     for step in common.bar(range(steps), desc="fitting the flow"):
-        optimizer.param_groups[0]["lr"] = 1e-3 * common.learning_rate(step, steps, settings)
+        optimizer.param_groups[0]["lr"] = 1e-3 * common.rate_factor(step, steps, settings)
         index = torch.randint(len(mu), (batch,), generator=gen)
         z = common.reparameterise(mu[index], logvar[index], randn((batch, mu.shape[1]), gen))
         loss = -flow.log_prob(z).mean()
@@ -194,7 +194,7 @@ def fit_uncertainty(kind, vae, images, settings, device, batch=256):
         optimizer = torch.optim.Adam(uncertainty.parameters())
         steps = settings["flow_steps"]
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 1e-3 * common.learning_rate(step, steps, settings)
+            optimizer.param_groups[0]["lr"] = 1e-3 * common.rate_factor(step, steps, settings)
             index = torch.randint(len(mu), (batch,), generator=gen, device=device)
             z = common.reparameterise(mu[index], logvar[index], randn((batch, mu.shape[1]), gen))
             loss = (uncertainty.raw(vae, z, None) - log_error[index]).square().mean()
@@ -304,7 +304,7 @@ def train_vae(folder, settings, data, device):
         loss.mean().backward()
         common.average_gradients(both)
         nn.utils.clip_grad_norm_(both.parameters(), settings["vae_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(sse=sse, kl_nats=kl, kl_flow_nats=log_q - log_p)
     both.load_state_dict(average.weights)
@@ -350,10 +350,10 @@ def train_refiner(folder, settings, conditioning, kind, base, data, device):
         loss.mean().backward()
         common.average_gradients(refiner)
         nn.utils.clip_grad_norm_(refiner.parameters(), settings["unet_clip"])
-        optimizer.step(common.learning_rate(step, steps, settings))
+        optimizer.step(common.rate_factor(step, steps, settings))
         average.update(step)
         progress.log(mse=mse)
-    return progress.finish(base, conditioning=conditioning, kind=kind, unet=average.weights,
+    return progress.finish(base, conditioning=conditioning, kind=kind, refiner=average.weights,
                            **{key: base[key] for key in ("vae", "flow", "gmm", "uncertainty")})
 
 
@@ -372,7 +372,8 @@ def load_model(checkpoint, device):
     model = SimpleNamespace(settings=settings, device=device, vae=vae, networks=[vae, flow],
                             priors=priors | {"flow": flow}, refines="conditioning" in checkpoint)
     if model.refines:
-        model.refiner = common.frozen(build_refiner(settings, checkpoint["conditioning"]), checkpoint["unet"], device)
+        refiner = build_refiner(settings, checkpoint["conditioning"])
+        model.refiner = common.frozen(refiner, checkpoint["refiner"], device)
         model.uncertainty = load_uncertainty(checkpoint["kind"], vae, checkpoint, device)
         model.diffusion = common.Diffusion(settings["objective"], settings["start"], device)
         model.networks.append(model.refiner)
@@ -476,28 +477,29 @@ def thirds(folder, model, settings, scorer):
 
 
 def strategies(folder, model, settings, scorer):
-    """Generated images whose number of steps depends on s: a row for each strategy. Draws generated-PRIOR.png."""
+    """Generated images whose number of steps depends on s: a row for each strategy. The controls, "shuffled", have the
+    s of another image. Draws generated-PRIOR.png."""
     count = 3 * (settings["eval_samples"] // 3)
     prior, full = settings["prior"], settings["sample_steps"]
     z = draw_codes(model, settings, count)
     clock = time.time()
     x_hat, s = decode(model.vae, z, model.uncertainty, model.device)
     decoding = (time.time() - clock) / count
-    other = s.roll(1)  # the s of another image
+    plans = {  # steps of the third with the lowest s, of the middle, and of the third with the highest
+        "all": (full, full, full), "two steps": (2, 2, 2), "by s": (1, 2, 3), "by s, shuffled": (1, 2, 3),
+        "unsure third": (0, 0, full), "unsure third, shuffled": (0, 0, full)}
     rows = []
-    for name, sorted_by, steps in (  # steps of the third with the lowest s, the middle, and the highest
-            ("all", s, (full, full, full)), ("two steps", s, (2, 2, 2)), ("by s", s, (1, 2, 3)),  # two on average
-            ("by s, shuffled", other, (1, 2, 3)), ("unsure third", s, (0, 0, full)),
-            ("unsure third, shuffled", other, (0, 0, full))):
+    for name, steps in plans.items():
         images, seconds = x_hat.clone(), decoding
+        sorted_by = s.roll(1) if "shuffled" in name else s
         for third, n in zip(sorted_by.argsort().tensor_split(3), steps, strict=True):
             if n > 0:
                 clock = time.time()
-                _, images[third] = generate(model, settings | common.steps("dpm", n), z[third])
+                _, images[third] = generate(model, settings | common.sampling_settings("dpm", n), z[third])
                 seconds += (time.time() - clock) / count
         if name == "all":
             draw_by_s(folder / f"generated-{prior}.png", s, {"VAE": x_hat, "refined": images})
-        rows.append({"label": f"refine {name}, {prior}", "n_generated": count, scorer.distance: scorer.fd(images),
+        rows.append({"label": f"refine {name}, {prior}", "n_generated": count, "fd": scorer.fd(images),
                      "hf_energy": fid.hf_energy(images, scorer.data.test.images), "nfe": sum(steps) / 3,
                      "seconds_per_image": seconds})
     return rows
@@ -537,7 +539,7 @@ def main(argv=None):
         if row["label"] == "s":
             print(f"rank correlation of s with the error of held-out images: {row['rank_correlation']:.2f}")
         if row["label"].startswith("refine "):
-            numbers = (f"{key} {row[key]:.3g}" for key in (scorer.distance, "hf_energy", "nfe", "seconds_per_image"))
+            numbers = (f"{key} {row[key]:.3g}" for key in ("fd", "hf_energy", "nfe", "seconds_per_image"))
             print(f"{row['label']:36}" + "  ".join(numbers))
 
 

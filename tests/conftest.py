@@ -1,4 +1,5 @@
-"""Lets every test file import the scripts from the repository root. All compute on one thread: same bits everywhere."""
+"""Lets every test file import the scripts from the repository root. All compute on one thread, in float32, so that
+their numbers are the same everywhere."""
 
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+torch.cpu._is_amx_tile_supported = lambda: False
 
 
 @pytest.fixture

@@ -78,10 +78,12 @@ def tiny_model(**changes):
 
 
 def record_gradients(monkeypatch):
-    """A list that gets, from each step of a training, the networks' gradients before they are clipped."""
+    """A list that gets, from each step of a training, the networks' gradients before they are clipped, and zeros where
+    there is none."""
     steps = []
     monkeypatch.setattr(common, "average_gradients", lambda *networks: steps.append(
-        [[p.grad.clone() for p in network.parameters() if p.grad is not None] for network in networks]))
+        [[torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in network.parameters()]
+         for network in networks]))
     return steps
 
 

@@ -54,7 +54,7 @@ def test_what_is_decoded():
     changes nothing, since sampling begins with pure noise."""
     decoded = []
     model = latent_model(lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32))
-    own = model.settings | common.steps("ddim", 5) | {"eval_batch": 20}
+    own = model.settings | common.sampling_settings("ddim", 5) | {"eval_batch": 20}
     z = bonus.draw_codes(model, own, 20)
     bonus.generate(model, own, z)
     bonus.generate(model, own | {"temperature": 1.1}, z)

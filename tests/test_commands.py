@@ -91,7 +91,7 @@ def test_smoke(name, small, monkeypatch, capsys):
         assert len(list((folder / "samples").iterdir())) == 40
     fid.main(["shapes", str(folder / "samples")])  # of the last run
     scores = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    for score in ("fd_local", "floor", "kid", "precision", "recall", "diversity", "hf_energy"):
+    for score in ("fd", "floor", "kid", "precision", "recall", "diversity", "hf_energy"):
         assert float(scores[score]) == pytest.approx(rows[0][score]["value"], rel=0.01, abs=1e-6)
     monkeypatch.setattr(common, "Progress", refuse)
     monkeypatch.setattr(fid, "Scorer", stop)
@@ -266,7 +266,7 @@ FIRST = {"stage1": "stage1-vae", "stage2": "stage2-anneal", "stage3": "stage3-va
     ("--device cuda:99", "--device cuda:99 auto"),
     ("--device tpu", "--device tpu auto"),
     ("--dataset folder --data-dir nowhere", "--data-dir nowhere 0"),
-    ("--dataset folder --data-dir few", "--data-dir few 2 test"),
+    ("--dataset folder --data-dir few", "--data-dir few 18 2 held"),
     ("--dataset folder --data-dir broken", "broken 0002.png"),
     ("--dataset celeba64 --data-dir nowhere", "celeba64 nowhere network img_align_celeba"),
     ("--dataset cifar10 --data-dir nowhere", "cifar10 nowhere network <class>"),
@@ -289,6 +289,8 @@ def test_wrong_input(flags, words, small, monkeypatch, capsys):
         ("damaged" / run).write_text("not a checkpoint")
     if "--features" not in flags and "--weights" not in flags:
         monkeypatch.setattr(fid, "load_extractor", lambda *args: None)
+    if "few" in flags:
+        monkeypatch.setattr(common, "decode_files", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small / "data"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(common, "Progress", refuse)

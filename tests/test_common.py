@@ -67,12 +67,13 @@ def test_devices(monkeypatch, capsys):
 
 
 def test_precision(monkeypatch):
-    """Networks run in bfloat16 on a GPU that has it, in float32 on an older one and on a CPU."""
+    """Networks run in bfloat16 on a GPU or CPU that has it, in float32 on older ones."""
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: dtype if enabled else torch.float32)
-    for device, capability, dtype in (("cpu", None, torch.float32), ("cuda", (7, 5), torch.float32),
-                                      ("cuda", (8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert common.autocast(torch.device(device)) == dtype, capability
+    for device, found, dtype in (("cpu", False, torch.float32), ("cpu", True, torch.bfloat16),
+                                 ("cuda", (7, 5), torch.float32), ("cuda", (8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=found: found)
+        assert common.autocast(torch.device(device)) == dtype, found
 
 
 # ---- Diffusion -------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def test_sampling_times():
 
 def sample(diffusion, network, x, sampler, steps, gen=None, clamp=True):
     """The images that `network(x_t, t)` leads to from x."""
-    times, x0 = diffusion.times(common.steps(sampler, steps)), None
+    times, x0 = diffusion.times(common.sampling_settings(sampler, steps)), None
     for i, time in enumerate(times[:-1]):
         t = torch.full((len(x),), time)
         x0_before, x0 = x0, diffusion.to_x0(network(x, t), x, t, clamp)
@@ -536,7 +537,7 @@ def test_missing_and_broken_data_say_what_to_do(small, monkeypatch, capsys):
                                   ("celeba64", "CelebA", "celeba/img_align_celeba/")):
         monkeypatch.setattr(f"torchvision.datasets.{kind}", no_network)
         expect_error(capsys, lambda d=dataset: common.load_data(d), f"--data-dir {small / 'data'}", layout)
-    expect_error(capsys, lambda: common.load_data("folder", "nowhere"), "nowhere: 0 images", "--data-dir")
+    expect_error(capsys, lambda: common.load_data("folder", "nowhere"), "nowhere: 0 images", "0 held out")
     for i in range(30):
         save(small / "photos" / f"{i:02}.png", noise_image(i))
     broken = small / "photos" / "13.png"
@@ -627,6 +628,13 @@ def test_values_that_are_refused(text, capsys):
     expect_error(capsys, lambda: read(f"--set pool=true {text}"), name)
     if name in ("sample_steps", "eval_samples"):
         expect_error(capsys, lambda: read(f"--{name.replace('_', '-')} {value}"), name)
+
+
+def test_processes_share_a_batch(monkeypatch, capsys):
+    monkeypatch.setattr(common, "RANKS", 3)
+    monkeypatch.setattr(common, "choose_device", torch.device)
+    assert read("--set batch=33")["batch"] == 33
+    expect_error(capsys, lambda: read("--set batch=32"), "batch=32", "3 processes")
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def save_folder(images, folder, suffix="png"):
 class Colours(nn.Module):
     """A feature network whose features are known: the mean of each channel. It tells ten classes by brightness."""
 
-    name, distance, dim, batch = "colours", "fd_local", 3, 64
+    name, dim, batch = "colours", 3, 64
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def test_inception_weights(net, monkeypatch, tmp_path, capsys):
     assert list(cache.parent.iterdir()) == []
     torch.save({key: value for key, value in net.state_dict().items() if not key.endswith("tracked")}, mine)
     loaded = fid.load_extractor("inception", "cifar10", weights=str(mine))
-    assert same(loaded.state_dict(), net.state_dict()) and not loaded.training and loaded.distance == "fid"
+    assert same(loaded.state_dict(), net.state_dict()) and not loaded.training
     mine.rename(cache)
     monkeypatch.setattr(fid, "InceptionV3", lambda: loaded)  # building it takes seconds
     assert fid.load_inception() is loaded
@@ -144,7 +144,7 @@ def test_local_network_is_found(local, tmp_path, monkeypatch, capsys):
     expect_error(capsys, lambda: fid.load_extractor("local", "shapes"), "shapes.pt", "train.py", "--weights")
     path, images = save_local(local, tmp_path / "shapes.pt"), smooth_images(4)
     for loaded in (fid.load_extractor("local", "shapes"), fid.load_extractor("local", "cifar10", path)):
-        assert (loaded.name, loaded.classes, loaded.distance) == ("local-shapes", 6, "fd_local")
+        assert (loaded.name, loaded.classes) == ("local-shapes", 6)
         torch.testing.assert_close(loaded(images)[0], local(images)[0], atol=0.02, rtol=0)
 
 
@@ -295,16 +295,16 @@ def test_every_score(count, here, local):
     scorer = fid.Scorer(local, data)
     row = scorer(images, label="a")
     assert row.pop("label") == "a" and row.pop("n_generated") == count
-    assert [name for name, score in row.items() if "low" in score] == ["fd_local", "is"]
-    assert all(row[name]["low"] < row[name]["value"] < row[name]["high"] for name in ("fd_local", "is"))
+    assert [name for name, score in row.items() if "low" in score] == ["fd", "is"]
+    assert all(row[name]["low"] < row[name]["value"] < row[name]["high"] for name in ("fd", "is"))
     real, (held_out, _), (x, _) = (scorer.real, *(fid.extract(local, i) for i in (data.test.images, images)))
     precision, recall = fid.precision_recall(real[:count], x)
-    expected = {"fd_local": fid.frechet_distance(moments(x), moments(real)),
+    expected = {"fd": fid.frechet_distance(moments(x), moments(real)),
                 "floor": fid.frechet_distance(moments(held_out[:count]), moments(real)),
                 "precision": precision, "recall": recall, "kid": fid.kid(real[:count], x),
                 "diversity": fid.diversity(real[:count], x), "hf_energy": fid.hf_energy(images, data.test.images)}
     assert {name: row[name]["value"] for name in expected} == pytest.approx(expected, rel=1e-6)
-    assert scorer.fd(images) == pytest.approx(expected["fd_local"], rel=1e-6)
+    assert scorer.fd(images) == pytest.approx(expected["fd"], rel=1e-6)
 
 
 def test_order_does_not_matter(here):
@@ -357,7 +357,7 @@ def test_command_on_folders(folders, capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"50 images of {good} against 54 of {real}, features local-toy"
     found = {name: float(value) for name, value, *_ in map(str.split, lines)}
-    assert found.keys() == {"fd_local", "is", "floor", "kid", "precision", "recall", "diversity", "hf_energy"}
+    assert found.keys() == {"fd", "is", "floor", "kid", "precision", "recall", "diversity", "hf_energy"}
 
 
 def test_command_on_a_data_set(folders, capsys):

@@ -41,7 +41,7 @@ def test_robustness(here):
 
     def measured():
         rows = final.robustness(here, stage1_baseline, model, model.settings, scorer)
-        return {row["label"]: row["fd_local"] for row in rows}
+        return {row["label"]: row["fd"] for row in rows}
 
     copies = measured()
     z = stage1_baseline.draw_codes(model, model.settings, 50)
@@ -130,12 +130,12 @@ def test_times_are_medians_of_runs_in_turn(here, monkeypatch):
     monkeypatch.setattr(final, "load_run", load_run)
     monkeypatch.setattr(final, "time", SimpleNamespace(time=lambda: clock[0]))
     for name in "ab":
-        write_run(here / name, evaluation=[{"label": "nothing", "fd_local": 2.0}])
+        write_run(here / name, evaluation=[{"label": "nothing", "fd": 2.0}])
     for _ in range(2):
         final.main(["--times", str(here / "a"), str(here / "b"), "--device", "cpu"])
     for name, seconds in (("a", 0.3), ("b", 0.7)):
         assert json.loads((here / name / "evaluation.json").read_text()) == [
-            {"label": "nothing", "fd_local": 2.0}, {"label": "timed", "seconds_per_image": seconds}]
+            {"label": "nothing", "fd": 2.0}, {"label": "timed", "seconds_per_image": seconds}]
     assert order == ["a", "b"] * 12
 
 
@@ -148,7 +148,7 @@ def test_measuring_a_finished_run(small):
     for run, latent in zip(runs, (True, False), strict=True):
         rows = {row["label"]: row for row in json.loads(Path(run, "evaluation.json").read_text())}
         headline = json.loads(Path(run, "metrics.json").read_text())["rows"][0]
-        assert rows["nothing"]["fd_local"] == pytest.approx(headline["fd_local"]["value"], rel=1e-6)
+        assert rows["nothing"]["fd"] == pytest.approx(headline["fd"]["value"], rel=1e-6)
         assert len(rows) == 8 + latent and ("" in rows) == latent
 
 
@@ -163,12 +163,12 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_run(folder, variant="stage1-form1", seed=0, fd=2.0, evaluation=(), key="fd_local", **facts):
+def write_run(folder, variant="stage1-form1", seed=0, fd=2.0, evaluation=(), **facts):
     """The folder of a run, with a headline, a row before refinement and one with fewer steps."""
     run = {"dataset": "shapes", "variant": variant, "changes": {}, "budget": "cpu", "seed": seed, "data_note": "drawn",
            "features": "local-shapes", "minutes": 4.0, "parameters": 1234567, "commit": "abc"} | facts
     rows = [{"label": label, "prior": "gmm", "sampler": "dpm", "steps": 10, "n_generated": count,
-             "seconds_per_image": 0.02, key: {"value": value, "low": 0.9 * value, "high": 1.1 * value},
+             "seconds_per_image": 0.02, "fd": {"value": value, "low": 0.9 * value, "high": 1.1 * value},
              "kid": {"value": 1 / 3}}
             for label, value, count in (("", fd, 1000), ("before", 3 * fd, 1000), ("dpm 5", 2 * fd, 300))]
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def write_run(folder, variant="stage1-form1", seed=0, fd=2.0, evaluation=(), key
 
 
 def under_noise(fd):
-    return [{"label": label, "n_generated": 300, "fd_local": factor * fd}
+    return [{"label": label, "n_generated": 300, "fd": factor * fd}
             for label, factor in (("nothing", 1.0), ("noise 0.1", 2.0), ("noise 0.4", 4.0), ("mean over noise", 3.0))]
 
 
@@ -191,11 +191,10 @@ def cells(text, name):
     return dict(zip(header, lines[row], strict=True))
 
 
-@pytest.mark.parametrize("key", ["fd_local", "fid"])
-def test_lines_of_a_run(tmp_path, key):
-    """One for each measure of each row, called fd whatever the features are."""
+def test_lines_of_a_run(tmp_path):
+    """One for each measure of each row."""
     rows = [{"label": "", "n_generated": 60, "log_density gmm": -60.5}, {"label": "timed", "seconds_per_image": 0.5}]
-    lines = final.read_run(write_run(tmp_path, seed=3, fd=2.5, evaluation=rows, key=key,
+    lines = final.read_run(write_run(tmp_path, seed=3, fd=2.5, evaluation=rows,
                                      changes={"beta": 1.0, "start": 9}))
     found = {line["measure"]: line for line in lines}
     values = {"fd": "2.5", "fd, before": "7.5", "fd, dpm 5": "5", "kid": "0.333333", "seconds_per_image, timed": "0.5",

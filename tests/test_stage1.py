@@ -85,7 +85,7 @@ def test_formulation_2_is_formulation_1_after_the_shift(start):
     model, unet = tiny_model(start=start), nn.Conv2d(6, 3, 3, padding=1).double()
     model.variant, model.diffusion = "form2", common.Diffusion("eps", start)
     model.unet = lambda shown, t: unet(shown.double()) * torch.cos(t / 300.0)[:, None, None, None]  # random
-    trajectory, own, z = [], model.settings | common.steps("ddpm", 15), torch.randn(2, 8)
+    trajectory, own, z = [], model.settings | common.sampling_settings("ddpm", 15), torch.randn(2, 8)
     stage1.generate(model, own, z, trajectory=trajectory)
 
     times, bar, gen = model.diffusion.times(own), model.diffusion.alpha_bar, common.generator(0, "noise 0")
@@ -110,7 +110,7 @@ def test_an_oracle_draws_x0(sampler, start):
     refined."""
     model, z = tiny_model(start=start), torch.randn(5, 8)
     model.unet = lambda shown, t: oracle(model.diffusion, shown[:, 3:].flip(3))(shown[:, :3], t)
-    own = model.settings | common.steps(sampler, 6) | {"eval_batch": 2}
+    own = model.settings | common.sampling_settings(sampler, 6) | {"eval_batch": 2}
     x_hat, images = stage1.generate(model, own, z, corrupt=lambda x: x / 2)
     assert torch.equal(x_hat, common.to_uint8(model.vae.decoder(z) / 2)) and x_hat.float().std(0).mean() > 5
     assert (images.float() - x_hat.flip(3).float()).abs().max() <= 1

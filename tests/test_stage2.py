@@ -22,6 +22,7 @@ import stage2_joint as stage2
     ("kendall", "full", {}, math.exp(-0.5), math.e),
     ("bound", "full", {"start": 1000}, 1, 1),
     ("bound", "none", {}, 1, 1),
+    ("bound", "none", {"start": 1000}, 1, 1),  # no gradient reaches the decoder
 ])
 def test_gradients_of_the_first_step(loss, gradient, changes, w_E, w_M, tmp_path, monkeypatch):
     """The U-Net gets that of w_M D M. The VAE gets that of w_E E + w_M D M, or with --gradient none that of w_E E

@@ -140,7 +140,7 @@ def test_same_s_in_training_and_sampling(kind, conditioning, tmp_path, monkeypat
     monkeypatch.setattr(stage3.Conditioner, "forward", lambda *args: seen.append(args[1:]) or forward(*args))
     state = stage3.train_refiner(tmp_path / "refiner", own, conditioning, kind, base, data, CPU)
     model, gen = stage3.load_model(state, CPU), common.generator(0, "training, process 0")
-    assert same(state["vae"], base["vae"]) and same(dict(model.refiner.state_dict()), state["unet"])
+    assert same(state["vae"], base["vae"]) and same(dict(model.refiner.state_dict()), state["refiner"])
     for x_hat, s in list(seen):
         x0 = common.draw_batch(data.train.images, own, gen, own["unet_flip"])
         model.diffusion.draw_t(32, gen), common.randn(x0.shape, gen)
@@ -198,7 +198,7 @@ def test_fixed_is_stage_1(tmp_path, monkeypatch):
     base = stage3.train_vae(tmp_path / "vae", own, data, CPU)
     ours = stage3.train_refiner(tmp_path / "fixed", own, "fixed", "regressed", base, data, CPU)
     theirs = stage1.train_refiner(tmp_path / "form1", own, "form1", base, data, CPU)
-    assert same({name.removeprefix("unet."): value for name, value in ours["unet"].items()}, theirs["unet"])
+    assert same({name.removeprefix("unet."): value for name, value in ours["refiner"].items()}, theirs["unet"])
     assert ours["minutes"] > base["minutes"] > 0
     monkeypatch.undo()
     z, changed = normal(5, 8), own | {"temperature": 1.1, "eval_batch": 2}
@@ -225,7 +225,7 @@ def by_first(monkeypatch):
 
 def test_strategies(by_first, tmp_path):
     """Steps by thirds of s, or in the control by thirds of the s of the image before. Images keep their order."""
-    scorer = SimpleNamespace(distance="fd", fd=lambda images: images, data=data_of(1))
+    scorer = SimpleNamespace(fd=lambda images: images, data=data_of(1))
     own = settings(eval_samples=31, sample_steps=5)
     rows = stage3.strategies(tmp_path, by_first, own, scorer)
     z = stage3.draw_codes(by_first, own, 30)

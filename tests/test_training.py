@@ -46,7 +46,7 @@ def train(folder, seen, killed_at=None):
         loss.mean().backward()
         own = [p.grad.clone() for p in network.parameters()]
         common.average_gradients(network[:2], network[2:])
-        optimizer.step(common.learning_rate(step, 8, chosen))
+        optimizer.step(common.rate_factor(step, 8, chosen))
         average.update(step)
         progress.log(loss=loss)
         mean = [p.grad.clone() for p in network.parameters()]
@@ -116,13 +116,13 @@ def test_what_is_not_finite(value, at, row, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_learning_rate():
+def test_rate_factor():
     """It rises from above 0, and with `decay` would fall to 0 after the last step."""
     falls, stays = ({"warmup": 10, "decay": decay} for decay in (True, False))
-    rates = [common.learning_rate(step, 100, falls) for step in (0, 9, 55, 99, 100)]
-    assert rates == pytest.approx([0.1, 1, 0.5, 1 / 90, 0]) and common.learning_rate(99, 100, stays) == 1
-    assert common.learning_rate(0, 8, {"warmup": 0, "decay": True}) == 1
-    assert 0 < common.learning_rate(4, 5, falls) < 1  # a run that ends while the rate rises
+    rates = [common.rate_factor(step, 100, falls) for step in (0, 9, 55, 99, 100)]
+    assert rates == pytest.approx([0.1, 1, 0.5, 1 / 90, 0]) and common.rate_factor(99, 100, stays) == 1
+    assert common.rate_factor(0, 8, {"warmup": 0, "decay": True}) == 1
+    assert 0 < common.rate_factor(4, 5, falls) < 1  # a run that ends while the rate rises
 
 
 @pytest.mark.parametrize("decay", [0.4, 0.0])
