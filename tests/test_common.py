@@ -538,7 +538,7 @@ def test_missing_and_broken_data_say_what_to_do(small, monkeypatch, capsys):
         monkeypatch.setattr(f"torchvision.datasets.{kind}", no_network)
         expect_error(capsys, lambda d=dataset: common.load_data(d), f"--data-dir {small / 'data'}", layout)
     expect_error(capsys, lambda: common.load_data("folder", "nowhere"), "nowhere: 0 images", "0 held out")
-    for i in range(30):
+    for i in range(60):
         save(small / "photos" / f"{i:02}.png", noise_image(i))
     broken = small / "photos" / "13.png"
     broken.write_bytes(broken.read_bytes()[:-900])
