@@ -321,10 +321,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, autoencoder=build_autoencoder(settings),
-                                     unet=build_latent_unet(settings))
+        autoencoder, unet, size = build_autoencoder(settings), build_latent_unet(settings), settings["image_size"]
+        image, latent = torch.zeros(1, 3, size, size), torch.zeros(1, *latent_shape(settings))
+        return common.print_settings(
+            settings, encoder=(autoencoder["encoder"], (image,), settings["vae_steps"], 0),
+            decoder=(autoencoder["decoder"], (latent,), settings["vae_steps"], 1),
+            unet=(unet, (latent, torch.ones(1)), settings["unet_steps"], settings["sample_steps_from_T"]))
 
-    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    extractor = fid.load_extractor(settings["features"], args.weights, device)
     data = common.load_data(args.dataset, args.data_dir)
     settings["images"] = common.hash_images(data.train.images)
     folder = common.run_folder(settings, "bonus-autoencoder")

@@ -38,6 +38,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from scipy.cluster.vq import kmeans2
 from torch import distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process, their number: see 9
@@ -111,13 +113,16 @@ class Diffusion:
         return 100 * self.eps_scale[t]
 
     def times(self, settings):
-        """The times that sampling visits, falling from `start` to 0: start (i / steps)^2, rounded. The square puts most
-        steps at small times, where fine detail is decided. The maximum with i keeps the last times apart.
+        """The times that sampling visits, falling from `start` to `last_time`, and 0:
+            last_time + (start - last_time) (i / (steps - 1))^2 for i = steps - 1, ..., 0, rounded.
+        The square puts most steps at small times, where fine detail is decided. The maximum with i + 1 keeps the last
+        times apart. (Below a time of about 16, on photographs, our networks add grain.)
 
         A process that begins with pure noise needs more steps, and has a setting of its own for their number."""
-        steps = settings["sample_steps" if self.start < self.T else "sample_steps_from_T"]
-        steps = min(steps, self.start)
-        return [max(round(self.start * (i / steps) ** 2), i) for i in range(steps, -1, -1)]
+        steps = min(settings["sample_steps" if self.start < self.T else "sample_steps_from_T"], self.start)
+        last = min(settings["last_time"], self.start)
+        times = [last + (self.start - last) * (i / max(1, steps - 1)) ** 2 for i in range(steps)]  # rising
+        return [self.start, *(max(round(times[i]), i + 1) for i in range(steps - 2, -1, -1)), 0]
 
     def x_start(self, x_hat, eps, temperature=1.0):
         """The noisy image from which the reverse process begins: x_hat (B, C, H, W) takes the place of x0. A
@@ -359,12 +364,14 @@ class UNet(nn.Module):
 
     Each block down leaves a skip, and each block up takes the one that was left last. In DDPM each level has one more
     block up than down, (32, 128, 2, 3), which takes the level's input. Our small networks save some of those blocks.
-    `attention` lists the resolutions that have self-attention beside the middle. `extra` (B, 4 * first width), if
-    given, is added to the time embedding; stage 3 uses it. To double the resolution, a convolution follows nearest
-    upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
+    If `patch` is 2, the network works on squares of 2x2 pixels, as 4 times as many channels at half the resolution,
+    where wide layers are cheap. `attention` lists the resolutions that have self-attention beside the middle. `extra`
+    (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it. To double the resolution, a
+    convolution follows nearest upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
 
-    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0, pool=True):
+    def __init__(self, table, in_channels, out_channels=3, patch=1, attention=(16,), heads=1, dropout=0.0, pool=True):
         super().__init__()
+        self.patch = patch
         width = table[0][1]  # at the place that we have reached
         self.frequency_count = width // 2  # the time embedding has a sine and a cosine for each
         emb_dim = 4 * width  # as in DDPM
@@ -375,7 +382,7 @@ class UNet(nn.Module):
         self.input_is_skip = [up_blocks > down_blocks for _, _, down_blocks, up_blocks in table]  # of each level
         for level, (resolution, level_width, down_blocks, _) in enumerate(table):
             if level == 0:
-                enter = nn.Conv2d(in_channels, width, 3, padding=1)
+                enter = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
             else:
                 enter = nn.Conv2d(width, width, 3, stride=2, padding=1)
             if self.input_is_skip[level]:
@@ -402,7 +409,7 @@ class UNet(nn.Module):
                 leave = nn.Sequential(double, conv) if pool else nn.Sequential(conv, double)
             self.up.append(nn.ModuleDict({"blocks": blocks, "leave": leave}))
         self.norm = GroupNorm(width)
-        self.out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.out = zero_init(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t, extra=None):
         # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
@@ -410,7 +417,7 @@ class UNet(nn.Module):
         angle = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)  # (B, frequency_count)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
         emb = F.silu(emb if extra is None else emb + extra)
-        h, skips = x, []
+        h, skips = F.pixel_unshuffle(x, self.patch), []
         for level, input_is_skip in zip(self.down, self.input_is_skip, strict=True):
             h = level["enter"](h)
             if input_is_skip:
@@ -424,7 +431,7 @@ class UNet(nn.Module):
             for block in level["blocks"]:
                 h = block(torch.cat([h, skips.pop()], 1), emb)
             h = level["leave"](h)
-        return self.out(F.silu(self.norm(h))).float()
+        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch).float()
 
 
 def build_vae(settings):
@@ -434,8 +441,9 @@ def build_vae(settings):
 
 def build_unet(settings, in_channels):
     """The U-Net of the settings. Its input is x_t (3 channels), followed by what conditions it."""
-    return UNet(settings["unet_table"], in_channels, attention=settings["attention"], heads=settings["heads"],
-                dropout=settings["dropout"], pool=settings["pool"])
+    patch = settings["image_size"] // settings["unet_table"][0][0]
+    return UNet(settings["unet_table"], in_channels, patch=patch, attention=settings["attention"],
+                heads=settings["heads"], dropout=settings["dropout"], pool=settings["pool"])
 
 
 def frozen(network, weights, device):
@@ -905,12 +913,13 @@ EVALUATION = {  # how a trained model is sampled and scored
     "sampler": "dpm",  # see Diffusion.step
     "sample_steps": 10,
     "sample_steps_from_T": 25,  # of models that begin with pure noise: see Diffusion.times
+    "last_time": 16,  # lowest time at which the network is asked
     "temperature": 1.0,  # factor of the noise in x_start
     "eval_samples": 1000,  # images of the first row of scores
     "eval_batch": 100,  # images sampled at a time
     "grid": [["ddim", 5], ["dpm", 2], ["dpm", 5], ["dpm", 10], ["dpm", 25]],  # samplers and steps of further rows
     "probe_samples": 300,  # images of each further row, and of other measurements (noise, paths)
-    "features": "local",  # network of the scores: local or inception
+    "features": "imagenet",  # network of the scores: imagenet, inception or local (see fid.py)
     "export": False,  # whether these samples are written as PNG files, too
 }
 DEFAULTS = EVALUATION | {
@@ -942,7 +951,7 @@ DEFAULTS = EVALUATION | {
 }
 # A small weight of the KL keeps outlines in the code; such codes lie in many clusters, so the mixture has thousands of
 # components. No mirroring: slanted bands would run the other way, as in no image of the data.
-SHAPES = {"beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False}
+SHAPES = {"features": "local", "beta": 0.04, "components": 6000, "tied": True, "vae_flip": False, "unet_flip": False}
 BUDGETS = {  # budget: changes for all data sets, and for some
     # Sized for two CPU cores: minutes on shapes, an hour on photographs
     "cpu": ({}, {
@@ -962,15 +971,17 @@ BUDGETS = {  # budget: changes for all data sets, and for some
         "shapes": SHAPES | {"components": 2},
         "celeba64": {"vae_table": [[64, 8, 1, 0], [16, 16, 1, 0], [4, 32, 2, 1], [1, 8, 0, 0]],
                      "unet_table": [[64, 8, 1, 1], [32, 8, 1, 1], [16, 16, 1, 1]]}}),
-    # Sized for half an hour of one data-centre GPU; not timed
-    "gpu": ({"batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "warmup": 600, "unet_ema": 0.9995,
+    # Sized for half an hour of one data-centre GPU; not timed. See --dry-run for what it takes
+    "gpu": ({"vae_table": [[32, 64, 2, 2], [16, 128, 3, 3], [8, 256, 3, 3], [4, 256, 3, 2], [1, 256, 2, 1]],
+             "batch": 256, "vae_steps": 12_000, "unet_steps": 12_000, "warmup": 600, "unet_ema": 0.9995,
              "dropout": 0.1, "attention": [16], "heads": 4,
              "unet_table": [[32, 96, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]], "ae_width": 96,
              "latent_table": [[1, 192, 2, 3], [2, 256, 2, 3]],
              "sample_steps": 25, "eval_samples": 10_000, "eval_batch": 500, "probe_samples": 2000}, {
         "shapes": SHAPES,
         "cifar10": {"guidance": 0.5},
-        "celeba64": {"vae_table": VAE_64,
+        "celeba64": {"vae_table": [[64, 32, 1, 2], [32, 64, 2, 2], [16, 128, 3, 3], [8, 256, 3, 3], [4, 256, 3, 2],
+                                   [1, 256, 2, 1]],
                      "unet_table": [[64, 64, 2, 3], [32, 128, 2, 3], [16, 192, 2, 3], [8, 192, 2, 3]]}}),
     # The published configuration (cifar10/train.yaml and celeba64/train.yaml of DiffuseVAE's code): VAEs of 9.24M and
     # 14.01M parameters, for 500 and 245 epochs; U-Nets of 35.75M and 78.70M, for 2,850 and 500 epochs
@@ -981,16 +992,17 @@ BUDGETS = {  # budget: changes for all data sets, and for some
                "unet_table": [[32, 128, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 256, 2, 3]],
                "vae_steps": 195_000, "unet_steps": 1_110_000, "dropout": 0.3, "components": 50,
                "ae_width": 128, "latent_table": [[1, 256, 2, 3], [2, 512, 2, 3]], "every": 100,
-               "sampler": "ddpm", "sample_steps": 1000, "sample_steps_from_T": 1000, "eval_samples": 50_000,
-               "eval_batch": 500, "probe_samples": 10_000}, {
-        "shapes": {"unet_flip": False},
+               "sampler": "ddpm", "sample_steps": 1000, "sample_steps_from_T": 1000, "last_time": 1,
+               "eval_samples": 50_000, "eval_batch": 500, "probe_samples": 10_000}, {
+        "shapes": {"features": "local", "unet_flip": False},
         "celeba64": {"vae_table": [[64, 64, 8, 10], [32, 128, 5, 8], [16, 256, 8, 7], [8, 256, 4, 3], [4, 256, 4, 2],
                                    [1, 512, 2, 1]],
                      "unet_table": [[64, 128, 2, 3], [32, 256, 2, 3], [16, 256, 2, 3], [8, 256, 2, 3], [4, 512, 2, 3]],
                      "batch": 32, "vae_steps": 1_246_000, "unet_steps": 2_543_000, "dropout": 0.1,
                      "components": 75}}),
 }
-CHOICES = {"objective": ("v", "eps"), "sampler": ("ddpm", "ddim", "dpm"), "features": ("local", "inception")}
+CHOICES = {"objective": ("v", "eps"), "sampler": ("ddpm", "ddim", "dpm"),
+           "features": ("imagenet", "inception", "local")}
 LEAST = {"warmup": 0, "eval_samples": 40, "probe_samples": 40}  # of other whole numbers it is 1
 
 
@@ -1018,7 +1030,7 @@ def add_flags(parser, priors=("gaussian", "gmm"), prior="gmm"):
     add("--sample-steps", type=int)
     add("--eval-samples", type=int)
     add("--export", action="store_true", help="write the samples that are scored as PNG files, too")
-    add("--features", choices=("auto", *CHOICES["features"]), default="auto", help="network of the scores")
+    add("--features", choices=("auto", *CHOICES["features"]), default="auto", help="network of the scores; see fid.py")
     add("--weights", help="of the feature network")
     add("--dry-run", action="store_true", help="print all settings and stop")
     parser.set_defaults(priors=priors)
@@ -1035,8 +1047,6 @@ def read_settings(args):
     settings = budget_settings(budget, args.dataset) | {"prior": args.prior, "export": args.export}
     if args.features != "auto":
         settings["features"] = args.features
-    elif budget in ("gpu", "paper") and args.dataset != "shapes":
-        settings["features"] = "inception"
     texts = [f"{key}={getattr(args, key)}" for key in ("sampler", "sample_steps", "eval_samples")
              if getattr(args, key) is not None]
     if args.sample_steps is not None:
@@ -1089,9 +1099,27 @@ def sampling_settings(sampler, count):
 
 
 def print_settings(settings, **networks):
-    """What --dry-run shows, as one JSON object."""
-    parameters = {name: count_parameters(network) for name, network in networks.items()}
-    print(json.dumps(settings | {"networks": parameters}, indent=1))
+    """What --dry-run shows, as one JSON object: all settings, and what each network takes. `networks` is {name:
+    (network, its inputs for one image, steps of training, evaluations for a sample)}. A multiply-add counts as two
+    operations, a backward pass as two forward ones. The megabytes are those of float32 weights, gradients, moving
+    average and, at most (Adam), two moments; not those of feature maps."""
+    facts = {}
+    for name, (network, inputs, steps, evaluations) in networks.items():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(*inputs)
+        forward, count = counter.get_total_flops(), count_parameters(network)
+        facts[name] = {"parameters": count, "megabytes": round(5 * 4 * count / 2**20),
+                       "petaoperations of training": round(3 * forward * settings["batch"] * steps / 1e15, 3),
+                       "gigaoperations of a sample": round(evaluations * forward / 1e9, 3)}
+    print(json.dumps(settings | {"networks": facts}, indent=1))
+
+
+def vae_and_unet(settings, unet):
+    """The rows of print_settings that stages 1 to 3 share."""
+    size, vae = settings["image_size"], build_vae(settings)
+    code, image, shown = torch.zeros(1, vae.latent_dim), torch.zeros(1, 3, size, size), torch.zeros(1, 6, size, size)
+    return {"vae": (vae, (image, code), settings["vae_steps"], 0), "its decoder": (vae.decoder, (code,), 0, 1),
+            "unet": (unet, (shown, torch.ones(1)), settings["unet_steps"], settings["sample_steps"])}
 
 
 def count_parameters(network):

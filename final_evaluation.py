@@ -155,7 +155,7 @@ def measure(folders, device, data_dir):
     for folder in common.bar(folders, desc="measuring", unit="run"):
         stage, model, settings = load_run(folder, device)
         if scorer is None:
-            extractor = fid.load_extractor(settings["features"], settings["dataset"], device=device)
+            extractor = fid.load_extractor(settings["features"], device=device)
             scorer = fid.Scorer(extractor, common.load_data(settings["dataset"], data_dir))
         rows = robustness(folder, stage, model, settings, scorer)
         if model.priors and "stage1-vae-" not in folder.name and "stage3-vae-" not in folder.name:
@@ -313,7 +313,7 @@ def p_value(found):
 
 # Heading: beginnings of names, measures
 TABLES = {
-    "scores": ("", ("fd", "fd, before", "is", "kid", "precision", "recall", "diversity", "hf_energy")),
+    "scores": ("", ("fd", "fd, before", "is", "kid", "precision", "recall", "diversity", "novelty", "hf_energy")),
     "losses": ((FORM1, "stage2-"),
                ("fd", "hf_energy", "kl_nats", NOISY, "path_over_distance", "probe_r2", "probe_accuracy")),
     "conditioning: fd of reconstructions": (

@@ -286,15 +286,20 @@ def draw_trajectory(folder, model, settings):
     common.save_grid(folder / "trajectory.png", rows, columns)
 
 
-def draw_pretrained(args, settings, device):
-    """--pretrained: draw samples.png with 36 samples of `guided`, from weights that come with the project."""
-    path = PRETRAINED / args.dataset / "pretrained.pt"
+def load_pretrained(dataset, device):
+    """The model of `guided` whose weights come with the project."""
+    path = PRETRAINED / dataset / "pretrained.pt"
     if not path.is_file():
         common.fail(f"--pretrained: no {path}; take another --dataset, or train")
     checkpoint = common.load_state(path)
     # To be small, the file has no encoder, which sampling does not use: an untrained one takes its place.
     checkpoint["vae"] = common.build_vae(checkpoint["settings"]).state_dict() | checkpoint["vae"]
-    model = load_model(checkpoint, device)
+    return load_model(checkpoint, device)
+
+
+def draw_pretrained(args, settings, device):
+    """--pretrained: draw samples.png with 36 samples."""
+    model = load_pretrained(args.dataset, device)
     folder = Path(args.out) / f"{args.dataset}-pretrained"
     count = settings["eval_samples"] if settings["export"] else 36
     x_hat, images = generate(model, settings, draw_codes(model, settings, count))
@@ -316,7 +321,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, vae=common.build_vae(settings), unet=common.build_unet(settings, 6))
+        return common.print_settings(settings, **common.vae_and_unet(settings, build_unet(settings, "form1")))
     if args.pretrained:
         return draw_pretrained(args, settings, device)
     wanted = set(BASE if "all" in args.variant else args.variant)
@@ -324,7 +329,7 @@ def main(argv=None):
         if variant in wanted:
             wanted.add(BASE[variant])
 
-    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    extractor = fid.load_extractor(settings["features"], args.weights, device)
     data = common.load_data(args.dataset, args.data_dir)
     settings["images"] = common.hash_images(data.train.images)
     checkpoints = {}

@@ -306,9 +306,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, vae=common.build_vae(settings), unet=common.build_unet(settings, 6))
+        return common.print_settings(settings, **common.vae_and_unet(settings, common.build_unet(settings, 6)))
 
-    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    extractor = fid.load_extractor(settings["features"], args.weights, device)
     data = common.load_data(args.dataset, args.data_dir)
     settings["images"] = common.hash_images(data.train.images)
     folder = common.run_folder(settings, f"stage2-{args.loss}" + ("-grad-none" if args.gradient == "none" else ""))

@@ -517,10 +517,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, vae=build_vae_and_flow(settings),
-                                     unet=build_refiner(settings, args.conditioning))
+        refiner = build_refiner(settings, args.conditioning)
+        return common.print_settings(settings, **common.vae_and_unet(settings, refiner["unet"]))
 
-    extractor = fid.load_extractor(settings["features"], args.dataset, args.weights, device)
+    extractor = fid.load_extractor(settings["features"], args.weights, device)
     data = common.load_data(args.dataset, args.data_dir)
     settings["images"] = common.hash_images(data.train.images)
     vae_folder = common.run_folder(settings, "stage3-vae-flow")

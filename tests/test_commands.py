@@ -1,6 +1,5 @@
 """The commands of the four stages: what they write and print, how they resume, what they refuse, in two processes."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -91,7 +90,7 @@ def test_smoke(name, small, monkeypatch, capsys):
         assert len(list((folder / "samples").iterdir())) == 40
     fid.main(["shapes", str(folder / "samples")])  # of the last run
     scores = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    for score in ("fd", "floor", "kid", "precision", "recall", "diversity", "hf_energy"):
+    for score in ("fd", "floor", "kid", "precision", "recall", "diversity", "novelty", "hf_energy"):
         assert float(scores[score]) == pytest.approx(rows[0][score]["value"], rel=0.01, abs=1e-6)
     monkeypatch.setattr(common, "Progress", refuse)
     monkeypatch.setattr(fid, "Scorer", stop)
@@ -105,30 +104,24 @@ def test_faces(small):
     save_images(small / "data" / "celeba" / "img_align_celeba", images, "jpg")
     stage1_baseline.main([*SMOKE, "--dataset", "celeba64", "--variant", "form1"])
     run = check_run(Path("runs/celeba64-smoke/stage1-form1-s0"), "samples trajectory")["run"]
-    assert run["data_note"] == "JPEG copies at 89x109" and run["features"] == "local-celeba64"
+    assert run["data_note"] == "JPEG copies at 89x109" and run["features"] == "imagenet"
 
 
 def test_own_photos(small, monkeypatch, capsys):
-    """Features for a folder of photos, and stage 1 on it, write to data/ and runs/, and nowhere else. A later
-    evaluation keeps the commit of training. Other photos in a folder of the same name are refused."""
-    spec = importlib.util.spec_from_file_location("train_features", ROOT / "results" / "features" / "train.py")
-    features = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(features)
-    monkeypatch.setattr(features, "IMAGES_SEEN", {"photos": 100})  # a few steps
+    """Stage 1 writes to data/ and runs/, and nowhere else. A later evaluation keeps the commit of training. Other
+    photos in a folder of the same name are refused."""
     save_images(small / "photos", draw_all(70, 1)[0])
     (small / "photos" / "1970").mkdir()
     (small / "photos" / "0000.png").rename(small / "photos" / "1970" / "first.png")
     before = {path: path.stat().st_mtime_ns for path in (small / "photos").rglob("*")}
     results = {*(ROOT / "results").rglob("*")}
-    features.main(["photos"])
-    weights = capsys.readouterr().out.split()[-1]
-    command = [*SMOKE, *f"--dataset folder --variant vae --weights {weights} --data-dir".split()]
+    command = [*SMOKE, *"--dataset folder --variant vae --data-dir".split()]
     for commit in ("first", "second"):
         monkeypatch.setattr(common, "this_commit", lambda commit=commit: commit)
         stage1_baseline.main([*command, "photos"])
         run = check_run(Path("runs/photos-folder-smoke/stage1-vae-s0"), "samples")["run"]
         assert run["commit"] == "first" and run["evaluated_at"] == commit
-    assert run["features"] == "local-photos" and run["settings"]["image_size"] == 64
+    assert run["features"] == "imagenet" and run["settings"]["image_size"] == 64
     assert {path.name for path in small.iterdir()} == {"photos", "data", "runs"}
     assert {path: path.stat().st_mtime_ns for path in (small / "photos").rglob("*")} == before
     assert {*(ROOT / "results").rglob("*")} == results
@@ -208,7 +201,7 @@ def test_dry_run(name, small, monkeypatch, capsys):
     different = {key for key, value in printed.items() if expected.get(key) != value}
     assert different - {"prior"} == {"networks", "changes", "seed", "home"}
     assert printed["home"] == "runs/celeba64-cpu-vae_steps=5-objective=eps"
-    assert all(count > 10_000 for count in printed["networks"].values()) and not list(small.iterdir())
+    assert all(facts["parameters"] > 10_000 for facts in printed["networks"].values()) and not list(small.iterdir())
 
 
 # --- Weights that come with the project ------------------------------------------------------------------------------
@@ -270,8 +263,8 @@ FIRST = {"stage1": "stage1-vae", "stage2": "stage2-anneal", "stage3": "stage3-va
     ("--dataset folder --data-dir broken", "broken 0002.png"),
     ("--dataset celeba64 --data-dir nowhere", "celeba64 nowhere network img_align_celeba"),
     ("--dataset cifar10 --data-dir nowhere", "cifar10 nowhere network <class>"),
-    ("--features inception", "--weights network --features local"),
-    ("--weights absent.pt", "absent.pt train.py"),
+    ("--features inception", "--weights network --features imagenet"),
+    ("--weights absent.pt", "absent.pt loaded"),
     ("--weights text.pt", "text.pt loaded"),
     ("--out other", "s0 batch 2 32 --out"),
     ("--out damaged", "checkpoint.pt loaded"),

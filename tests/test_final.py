@@ -37,7 +37,7 @@ def test_robustness(here):
     a VAE, and of a refiner that copies what it is shown. A refiner that knows the clean images has one fd."""
     model = tiny_model(prior="gaussian", seed=5, probe_samples=50)
     samples = common.ImageData(stage1_baseline.generate(model, model.settings, torch.randn(300, 8))[1], "")
-    scorer = fid.Scorer(fid.load_extractor("local", "shapes"), common.Data(None, samples, samples))
+    scorer = fid.Scorer(fid.load_extractor("local"), common.Data(samples, samples, samples))
 
     def measured():
         rows = final.robustness(here, stage1_baseline, model, model.settings, scorer)
