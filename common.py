@@ -114,7 +114,8 @@ class Diffusion:
 
     def times(self, settings):
         """The times that sampling visits, falling from `start` to `last_time`, and 0:
-            last_time + (start - last_time) (i / (steps - 1))^2 for i = steps - 1, ..., 0, rounded.
+            last_time + (start - last_time) (i / (steps - 1))^2 for i = steps - 1, ..., 0, rounded
+        such as 400, 232, 112, 40, 16, 0 in five steps from 400.
         The square puts most steps at small times, where fine detail is decided. The maximum with i + 1 keeps the last
         times apart. (Below a time of about 16, on photographs, our networks add grain.)
 
@@ -157,7 +158,7 @@ class Diffusion:
         the step before.
 
         ddpm   Random (DDPM, algorithm 2): a draw from the posterior. The noise comes from `gen`, a CPU generator.
-        ddim   Deterministic (Song et al. 2021, eq. 12 with sigma_t = 0). With x_t = a_t x0 + sigma_t eps it keeps x0
+        ddim   Deterministic (Song et al. 2021, with eta = 0). With x_t = a_t x0 + sigma_t eps it keeps x0
                and eps, and mixes them with the factors of t_next:
                    x_next = sigma_next / sigma_t x_t + (a_next - a_t sigma_next / sigma_t) x0
         dpm    DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). DDIM is exact if the prediction x0 stays the same during
@@ -389,7 +390,8 @@ class UNet(nn.Module):
                 skip_widths.append(width)
             blocks = nn.ModuleList()
             for _ in range(down_blocks):
-                blocks.append(ResidualBlock(width, level_width, emb_dim, dropout, heads * (resolution in attention)))
+                blocks.append(ResidualBlock(width, level_width, emb_dim, dropout,
+                                            heads if resolution in attention else 0))
                 width = level_width
                 skip_widths.append(width)
             self.down.append(nn.ModuleDict({"enter": enter, "blocks": blocks}))
@@ -401,7 +403,7 @@ class UNet(nn.Module):
             blocks = nn.ModuleList()
             for _ in range(up_blocks):
                 blocks.append(ResidualBlock(width + skip_widths.pop(), level_width, emb_dim, dropout,
-                                            heads * (resolution in attention)))
+                                            heads if resolution in attention else 0))
                 width = level_width
             leave = nn.Identity()
             if level > 0:
@@ -482,8 +484,9 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, z, components, seed, tied=False, rounds=3):
-        """The mixture fitted to codes z (N, d), N much larger than `components`, by `rounds` of EM. It begins with
-        clusters, and with the covariance of the codes about the mean of their cluster."""
+        """The mixture fitted to codes z (N, d), N larger than `components`, by `rounds` of EM. It begins with clusters,
+        and with the covariance of the codes about the mean of their cluster. (Tied, with thousands of components, each
+        is a bump around a few codes, and the mixture nearly a kernel density estimate.)"""
         z = z[torch.randperm(len(z), generator=generator(seed, "mixture"))]
         if tied:  # random codes, since k-means would take minutes for thousands of clusters
             means = z[:components]
@@ -553,8 +556,8 @@ class GaussianMixture:
 
 
 def fit_mixture(vae, images, settings, device):
-    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images, about 30,000, but at most ten of each
-    image. Returns its attributes, for a checkpoint."""
+    """The Gaussian mixture fitted to codes z ~ q(z | x) of the training images: one to ten of each, so that there are
+    about 30,000 if possible. Returns its attributes, for a checkpoint."""
     mu, logvar = encode(vae.encoder, images, device)
     gen = generator(settings["seed"], "codes of training images")
     draws = max(1, min(10, 30_000 // len(mu)))
@@ -619,7 +622,7 @@ class Muon(torch.optim.Optimizer):
             update = p.grad.lerp(average, momentum).flatten(1)  # Nesterov: (1 - momentum) gradient + momentum average
             updates.setdefault(update.shape, []).append((p, update))
         for (rows, columns), pairs in updates.items():
-            scale = max(1, rows / columns) ** 0.5  # Jordan's: the root of outputs / inputs
+            scale = max(1, rows / columns) ** 0.5  # Jordan's: of a convolution, the root of outputs / inputs
             orthogonal = orthogonalise(torch.stack([update for _, update in pairs]))
             for (p, _), update in zip(pairs, orthogonal, strict=True):
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
@@ -755,8 +758,8 @@ class Progress:
 
     def finish(self, base=None, **parts):
         """Save the finished checkpoint and return it, on the CPU: `parts`, all that the model consists of, with the
-        settings, the log, the commit of the code and the minutes, in which whatever was fitted after training counts,
-        and `base`, the checkpoint that this one builds on."""
+        settings, the log, the commit of the code, and the minutes, including those of fitting after training, and of
+        `base`, the checkpoint that this one builds on."""
         minutes = (time.time() - self.began) / 60 + (base["minutes"] if base else 0)
         save_state(self.folder / "checkpoint.pt", parts | {
             "settings": self.settings, "minutes": minutes, "log": self.rows, "commit": self.commit})
@@ -773,20 +776,20 @@ FACTORS = ("size", "x", "y", "hue sine", "hue cosine", "tilt", "lightness", "det
            "spot size")
 
 
-def draw_shapes(count, seed, flat_spots=False):
+def draw_shapes(count, seed):
     """The built-in data set: `count` anti-aliased shapes on a grey ground, of random sizes, places and colours.
 
     A third of the shapes are plain, a third have broad bands, a third are spotted. Outline, colour and bands fit into
     the code of a small VAE. Where each spot lies does not. So the VAE draws a flat tone in place of spots, and the
-    refiner has to invent them. `flat_spots` draws each spotted shape in its mean tone.
+    refiner has to invent them.
     Returns uint8 images (count, 3, 32, 32), int64 labels (count,) and the FACTORS, float32 (count, 11) in about -1..1.
     """
     gen = torch.Generator().manual_seed(seed)
-    parts = [draw_some_shapes(min(1000, count - first), gen, flat_spots) for first in range(0, count, 1000)]
+    parts = [draw_some_shapes(min(1000, count - first), gen) for first in range(0, count, 1000)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def draw_some_shapes(count, gen, flat_spots, size=32):
+def draw_some_shapes(count, gen, size=32):
     """See draw_shapes. Numbers of images have the shape (N, 1, 1), to meet the pixels (H, W)."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, 1, 1, generator=gen)
@@ -815,8 +818,8 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     rho = torch.hypot(u, v)
     half = math.pi / 5  # half the angle between two tips of the star
     to_tip = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()  # angle to the star's nearest tip
-    arm = torch.maximum(u.abs() - 0.95, v.abs() - 0.33)
-    bar = torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
+    level = torch.maximum(u.abs() - 0.95, v.abs() - 0.33)
+    upright = torch.maximum(u.abs() - 0.33, v.abs() - 0.95)
     distances = torch.stack([
         rho - 0.9,  # disc
         (rho - 0.68).abs() - 0.25,  # ring
@@ -824,7 +827,7 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
         torch.maximum(v, 0.866 * u.abs() - v / 2) - 0.53,  # triangle with equal sides: 0.866 = sin 60 degrees
         # Star: a straight edge from a tip (radius 1) to a notch (radius 1/2); (0.443, 0.897) is the edge's normal.
         0.443 * (rho * to_tip.cos() - 1) + 0.897 * rho * to_tip.sin(),
-        torch.minimum(arm, bar),  # cross, of two rectangles
+        torch.minimum(level, upright),  # cross, of two rectangles
     ], dim=1)  # (N, 6, H, W)
     distance = distances[torch.arange(count), label]  # (N, H, W)
     cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # in pixels; share of the pixel inside the outline
@@ -836,8 +839,6 @@ def draw_some_shapes(count, gen, flat_spots, size=32):
     band = torch.exp(-2 * math.pi**2 * f2 * spot**2) - torch.exp(-2 * math.pi**2 * f2 * (2 * spot) ** 2)
     field = torch.fft.ifft2(torch.fft.fft2(torch.randn(count, size, size, generator=gen)) * band).real
     spots = (0.5 + 1.5 * field / field.std((1, 2), keepdim=True)).clamp(0, 1)  # nearly two tones, with crisp edges
-    if flat_spots:
-        spots = spots.mean((1, 2), keepdim=True)
 
     bands = torch.where(direction == 0, rows, torch.where(direction == 1, columns, rows + columns)) % 8 < 4
     light = torch.where(detail == 0, 1.0, torch.where(detail == 1, bands.float(), spots))  # (N, H, W)

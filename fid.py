@@ -3,9 +3,9 @@
 The claim behind the scores: two sets of images are alike if a trained network's features of them are. Each image
 becomes a vector. `--features` says from which network:
     imagenet    320 numbers from EfficientNet-Lite0, which was trained on ImageNet's photographs; its weights come by
-                pip. It is the default.
+                pip. It is the default for photographs.
     inception   2048 numbers from the Inception network of 2015, trained on ImageNet, too
-    local       64 numbers from a small network trained on the built-in shapes, which are no photographs
+    local       64 numbers from a small network trained on the built-in shapes; the default for them
 Most scores compare the two clouds of vectors. The Frechet distance takes each cloud for a Gaussian with mean mu and
 covariance S (Heusel et al. 2017). Only with Inception's features is it called FID, otherwise fd:
 

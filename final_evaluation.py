@@ -17,7 +17,8 @@ Run     python final_evaluation.py --measure runs/shapes-cpu/*     robustness an
         python final_evaluation.py --times runs/shapes-cpu/*       seconds per image: medians of runs in turn
         python final_evaluation.py --collect runs/shapes-cpu/*     their rows -> results/scores.csv
         python final_evaluation.py                 results/scores.csv -> results/TABLES.md, charts in results/figures/
-        python final_evaluation.py --runs runs     new runs -> runs/REPORT.md, with their ratios to results/scores.csv
+        python final_evaluation.py --runs runs/shapes-cpu       new runs of a folder -> REPORT.md in it, with their
+                                                                ratios to results/scores.csv
 
 Contents: 1 measuring runs, 2 the table of scores, 3 comparing, 4 tables, 5 charts, 6 the command.
 """
@@ -150,13 +151,15 @@ def write_rows(folder, rows):
 
 
 def measure(folders, device, data_dir):
-    """Measure finished runs of one data set."""
-    scorer = None
+    """Measure finished runs."""
+    scorers = {}
     for folder in common.bar(folders, desc="measuring", unit="run"):
         stage, model, settings = load_run(folder, device)
-        if scorer is None:
-            extractor = fid.load_extractor(settings["features"], device=device)
-            scorer = fid.Scorer(extractor, common.load_data(settings["dataset"], data_dir))
+        features, dataset = settings["features"], settings["dataset"]
+        if (features, dataset) not in scorers:
+            extractor = fid.load_extractor(features, device=device)
+            scorers[features, dataset] = fid.Scorer(extractor, common.load_data(dataset, data_dir))
+        scorer = scorers[features, dataset]
         rows = robustness(folder, stage, model, settings, scorer)
         if model.priors and "stage1-vae-" not in folder.name and "stage3-vae-" not in folder.name:
             rows += latent_space(folder, stage, model, settings, scorer)
@@ -567,7 +570,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--data-dir", default="data", help="as in training (default: data)")
     args = parser.parse_args(argv)
-    chosen = args.measure or args.times or args.collect or ([] if args.runs is None else Path(args.runs).rglob("*"))
+    chosen = args.measure or args.times or args.collect or ([] if args.runs is None else Path(args.runs).glob("*"))
     folders = [folder for folder in sorted(map(Path, chosen)) if (folder / "metrics.json").is_file()]
     if not folders and (chosen or args.runs):
         common.fail("no finished runs there: folders with a metrics.json")

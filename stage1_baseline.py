@@ -39,6 +39,9 @@ model decides *how it looks*.
 
 Two controls: `vae` is the VAE alone, `uncond` a diffusion model without a VAE, which begins at t = T.
 
+Of common.py, read Diffusion, the VAE from BottleneckBlock to gaussian_kl, the U-Net from GroupNorm to UNet, section 4,
+and the settings of shapes: DEFAULTS and SHAPES.
+
 Run     python stage1_baseline.py                        vae and form1 on the built-in shapes, on a laptop
         python stage1_baseline.py --dataset cifar10      the same on real images (see README for where they come from)
         python stage1_baseline.py --variant guided       VAE, Formulation 1 and its guide

@@ -93,10 +93,10 @@ def loss_weights(settings, loss, step, balance):
 def kl_prior(diffusion, x0, x_hat):
     """KL(q(x_start | x0) || p(x_start | x_hat)), (B,) nats. If the process begins at T, p is N(0, I). If it begins
     earlier, p and q have the same variance, and their means are sqrt(alpha_bar) x_hat and sqrt(alpha_bar) x0."""
-    bar = float(diffusion.alpha_bar[diffusion.start])
+    alpha_bar = float(diffusion.alpha_bar[diffusion.start])
     if diffusion.start == diffusion.T:
-        return 0.5 * (bar * x0**2 - bar - math.log(1 - bar)).flatten(1).sum(1)
-    return bar / (2 * (1 - bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
+        return 0.5 * (alpha_bar * x0**2 - alpha_bar - math.log(1 - alpha_bar)).flatten(1).sum(1)
+    return alpha_bar / (2 * (1 - alpha_bar)) * ((x0 - x_hat) ** 2).flatten(1).sum(1)
 
 
 def kl_step(diffusion, x0, x0_predicted, t):
@@ -306,7 +306,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     settings, device = common.read_settings(args)
     if args.dry_run:
-        return common.print_settings(settings, **common.vae_and_unet(settings, common.build_unet(settings, 6)))
+        return common.print_settings(settings, **common.vae_and_unet(
+            settings | {"vae_steps": settings["unet_steps"]}, common.build_unet(settings, 6)))
 
     extractor = fid.load_extractor(settings["features"], args.weights, device)
     data = common.load_data(args.dataset, args.data_dir)

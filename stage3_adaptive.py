@@ -23,7 +23,8 @@ Conditioning (`--conditioning`): what the U-Net is shown. (x_start, with which s
     fixed      x_hat as it is. This is stage 1.
     fade       x_hat exp(-max(s, 0) / 2), so that x_hat fades to grey if the VAE is unsure. Nothing is learned.
     film       A linear function of s is added to the time embedding, which shifts the features of every block (after
-               FiLM, Perez et al. 2018), and another one scales the colours of x_hat. At first both change nothing.
+               FiLM, Perez et al. 2018), and 1 + tanh of another one scales the colours of x_hat. At first both change
+               nothing.
     coupling   x_hat goes through an invertible network driven by s (coupling layers, as in a flow), which can change
                x_hat but cannot lose what it shows. It starts as the identity. Unlike the flow prior it needs no
                log-determinant: a prior is a density, a condition may be any function of x_hat.
@@ -184,7 +185,8 @@ def decode(vae, z, measure, device):
 
 
 def fit_uncertainty(kind, vae, images, settings, device, batch=256):
-    """The Uncertainty of a kind, fitted to uint8 images (N, 3, H, W). Codes are drawn anew in each step."""
+    """The Uncertainty of a kind, fitted to uint8 images (N, 3, H, W). A regression sees codes that are drawn anew
+    in each step; its target is the error of the mean code's x_hat."""
     mu, logvar = (x.to(device) for x in common.encode(vae.encoder, images, device))  # (N, d)
     uncertainty = Uncertainty(kind, mu.shape[1]).to(device)
     x_hat, raw = decode(vae, mu, uncertainty.raw, device)

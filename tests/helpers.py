@@ -13,9 +13,9 @@ CPU = torch.device("cpu")
 draw_all = common.draw_shapes
 
 
-def small_shapes(count, seed, flat_spots=False):
+def small_shapes(count, seed):
     """A twentieth of the built-in data set: 1000 training, 200 test and 500 reference images."""
-    return draw_all(count // 20, seed, flat_spots)
+    return draw_all(count // 20, seed)
 
 
 def settings(steps=8, **changes):

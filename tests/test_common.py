@@ -406,17 +406,6 @@ def test_shapes():
         assert tone[inside].unique().tolist() == pytest.approx([float(0.475 - factor[9] / 4.4), 1], abs=0.01)
 
 
-def test_flat_spots():
-    """All is equal but the spotted shapes, which have one tone: that of their spots on average."""
-    images, labels, factors = common.draw_shapes(1500, seed=1)
-    flat, *others = common.draw_shapes(1500, seed=1, flat_spots=True)
-    spotted = factors[:, 7] == 1
-    assert torch.equal(images[~spotted], flat[~spotted]) and same([labels, factors], others)
-    for tone, inside, _ in discs(flat[spotted], factors[spotted], labels[spotted]):
-        assert len(tone[inside].unique()) == 1
-    assert float((images.float() - flat.float()).mean()) == pytest.approx(0, abs=1)
-
-
 def test_splits_of_shapes(small):
     """Training, held-out and reference images are three draws that share no image. All have labels and factors. The
     hash is another one for other images."""

@@ -287,7 +287,7 @@ def test_new_runs_beside_committed_ones(project):
     """Runs that are measured already are only read."""
     committed = write_run(project / "a", fd=2.0), write_run(project / "b", seed=1, fd=7.0)
     final.main(["--collect", *map(str, committed)])
-    write_run(project / "runs" / "x" / "a", fd=3.0, evaluation=under_noise(3.0))
+    write_run(project / "runs" / "a", fd=3.0, evaluation=under_noise(3.0))
     write_run(project / "runs" / "c", final.ANNEAL, fd=2.5, evaluation=under_noise(2.5))
     final.main(["--runs", str(project / "runs")])
     text = (project / "runs" / "REPORT.md").read_text()
