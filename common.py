@@ -365,14 +365,12 @@ class UNet(nn.Module):
 
     Each block down leaves a skip, and each block up takes the one that was left last. In DDPM each level has one more
     block up than down, (32, 128, 2, 3), which takes the level's input. Our small networks save some of those blocks.
-    If `patch` is 2, the network works on squares of 2x2 pixels, as 4 times as many channels at half the resolution,
-    where wide layers are cheap. `attention` lists the resolutions that have self-attention beside the middle. `extra`
+    `attention` lists the resolutions that have self-attention beside the middle. `extra`
     (B, 4 * first width), if given, is added to the time embedding; stage 3 uses it. To double the resolution, a
     convolution follows nearest upsampling, as published, if `pool`; else it comes before, at a quarter of the work."""
 
-    def __init__(self, table, in_channels, out_channels=3, patch=1, attention=(16,), heads=1, dropout=0.0, pool=True):
+    def __init__(self, table, in_channels, out_channels=3, attention=(16,), heads=1, dropout=0.0, pool=True):
         super().__init__()
-        self.patch = patch
         width = table[0][1]  # at the place that we have reached
         self.frequency_count = width // 2  # the time embedding has a sine and a cosine for each
         emb_dim = 4 * width  # as in DDPM
@@ -383,7 +381,7 @@ class UNet(nn.Module):
         self.input_is_skip = [up_blocks > down_blocks for _, _, down_blocks, up_blocks in table]  # of each level
         for level, (resolution, level_width, down_blocks, _) in enumerate(table):
             if level == 0:
-                enter = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+                enter = nn.Conv2d(in_channels, width, 3, padding=1)
             else:
                 enter = nn.Conv2d(width, width, 3, stride=2, padding=1)
             if self.input_is_skip[level]:
@@ -411,7 +409,7 @@ class UNet(nn.Module):
                 leave = nn.Sequential(double, conv) if pool else nn.Sequential(conv, double)
             self.up.append(nn.ModuleDict({"blocks": blocks, "leave": leave}))
         self.norm = GroupNorm(width)
-        self.out = zero_init(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+        self.out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x, t, extra=None):
         # The time as sines and cosines of many frequencies, from 1 down towards 1/10,000 (Vaswani et al. 2017, 3.5)
@@ -419,7 +417,7 @@ class UNet(nn.Module):
         angle = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)  # (B, frequency_count)
         emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, 4 * first width)
         emb = F.silu(emb if extra is None else emb + extra)
-        h, skips = F.pixel_unshuffle(x, self.patch), []
+        h, skips = x, []
         for level, input_is_skip in zip(self.down, self.input_is_skip, strict=True):
             h = level["enter"](h)
             if input_is_skip:
@@ -433,7 +431,7 @@ class UNet(nn.Module):
             for block in level["blocks"]:
                 h = block(torch.cat([h, skips.pop()], 1), emb)
             h = level["leave"](h)
-        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch).float()
+        return self.out(F.silu(self.norm(h))).float()
 
 
 def build_vae(settings):
@@ -443,9 +441,8 @@ def build_vae(settings):
 
 def build_unet(settings, in_channels):
     """The U-Net of the settings. Its input is x_t (3 channels), followed by what conditions it."""
-    patch = settings["image_size"] // settings["unet_table"][0][0]
-    return UNet(settings["unet_table"], in_channels, patch=patch, attention=settings["attention"],
-                heads=settings["heads"], dropout=settings["dropout"], pool=settings["pool"])
+    return UNet(settings["unet_table"], in_channels, attention=settings["attention"], heads=settings["heads"],
+                dropout=settings["dropout"], pool=settings["pool"])
 
 
 def frozen(network, weights, device):

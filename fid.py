@@ -351,12 +351,6 @@ def diversity(real, generated):
     return pair_mean(distances, generated) / pair_mean(distances, real)
 
 
-def nearest(x, training):
-    """The mean distance of rows of x (N, d) from the nearest row of `training` (M, d)."""
-    training = training.double()
-    return torch.cat([distances(part, training).min(1)[0] for part in x.double().split(CHUNK)]).mean().item()
-
-
 GROUPS = 20  # of the jackknife
 T_95 = 2.093024  # the 97.5% quantile of Student's t with GROUPS - 1 degrees of freedom
 
@@ -409,18 +403,15 @@ class Scorer:
         self.extractor, self.data = extractor, data
         # The features of real images are kept, in a file that is named by all that they depend on.
         contents = hashlib.sha256()
-        for tensor in (data.train.images, data.reference.images, data.test.images, *extractor.state_dict().values()):
+        for tensor in (data.reference.images, data.test.images, *extractor.state_dict().values()):
             contents.update(tensor.cpu().contiguous().numpy().data)
         path = Path("data") / "cache" / f"features-{contents.hexdigest()[:12]}.pt"
         if path.is_file():
-            self.real, self.held_out, self.training = common.load_state(path)
+            self.real, self.held_out = common.load_state(path)
         else:
             self.real, _ = extract(extractor, shuffle(data.reference.images))  # (N, d)
             self.held_out, _ = extract(extractor, data.test.images)
-            self.training = self.real
-            if data.train is not data.reference:
-                self.training, _ = extract(extractor, data.train.images)
-            common.save_state(path, [self.real, self.held_out, self.training])
+            common.save_state(path, [self.real, self.held_out])
         self.moments = moments(self.real)
 
     def fd(self, images):
@@ -434,8 +425,6 @@ class Scorer:
             fd        Frechet distance; with Inception's features, this is FID
             is        Inception Score, of the network's own classes
             floor     the Frechet distance of N held-out real images
-            novelty   mean distance from the nearest training image, over that of held-out images: far below 1, images
-                      are copies
             kid, precision, recall, diversity, hf_energy"""
         # Shuffled, since the groups of the jackknife and the parts of the Inception Score should not depend on an order
         # such as by class.
@@ -448,9 +437,7 @@ class Scorer:
         precision, recall = precision_recall(real, generated)
         values = {"floor": frechet_distance(moments(self.held_out[: len(images)]), self.moments),
                   "kid": kid(real, generated), "precision": precision, "recall": recall,
-                  "diversity": diversity(real, generated),
-                  "novelty": nearest(features, self.training) / nearest(self.held_out[: len(images)], self.training),
-                  "hf_energy": hf_energy(images, self.data.test.images)}
+                  "diversity": diversity(real, generated), "hf_energy": hf_energy(images, self.data.test.images)}
         return row | {name: {"value": value} for name, value in values.items()}
 
 

@@ -84,6 +84,11 @@ def robustness(folder, stage, model, settings, scorer):
     return [*rows, {"label": "mean over noise", "n_generated": len(z), "fd": mean}]
 
 
+def to_nearest(x, training):
+    """The mean distance of the rows of x (N, d) from the nearest row of `training` (M, d)."""
+    return float(torch.cat([torch.cdist(part, training).min(1)[0] for part in x.cpu().split(500)]).mean())
+
+
 def path_over_distance(features):
     """How directly one image turns into another, from features (P, K, f) of the K images along each of P paths: the
     mean length of the paths over the mean distance of their ends. 1 is a straight line."""
@@ -108,7 +113,9 @@ def latent_space(folder, stage, model, settings, scorer, pairs=16, points=9):
     q(z|x).
 
         kl_nats                     how much a code tells of its image, in nats
-        log_density PRIOR           mean log density of the codes under each prior, in nats
+        log_density PRIOR           mean log density of codes under each prior, in nats
+        novelty PRIOR               distance of the prior's codes from the nearest training code, over that of codes of
+                                    held-out images: far below 1, the prior has learned training codes by heart
         path_over_distance          of refined images along paths between codes, in features
         probe_accuracy, probe_r2    how well a linear function of the code tells an image's class and, of shapes, the
                                     numbers that it was drawn from (mean over these)
@@ -120,8 +127,11 @@ def latent_space(folder, stage, model, settings, scorer, pairs=16, points=9):
     common.save_grid(folder / "reconstructions.png", {"real": test.images[:12], "VAE": x_hat, "refined": images})
     row = {"label": "", "n_generated": len(mu), "kl_nats": float(common.gaussian_kl(mu, logvar).mean())}
     draws = common.reparameterise(mu, logvar, randn(mu.shape, common.generator(settings["seed"], "held-out codes")))
+    train_mu, _ = common.encode(model.vae.encoder, train.images, model.device)
     for name, prior in model.priors.items():
         row[f"log_density {name}"] = float(prior.log_prob(draws).mean())
+        codes = prior.sample(len(draws), common.generator(settings["seed"], "codes"))
+        row[f"novelty {name}"] = to_nearest(codes, train_mu) / to_nearest(draws, train_mu)
 
     pairs = min(pairs, len(mu) // 2)
     features = []
@@ -131,7 +141,7 @@ def latent_space(folder, stage, model, settings, scorer, pairs=16, points=9):
     row["path_over_distance"] = path_over_distance(torch.stack(features, 1))
 
     chosen = torch.randperm(len(train.images), generator=common.generator(0, "probe"))[:5000]  # enough to fit d weights
-    train_mu, _ = common.encode(model.vae.encoder, train.images[chosen], model.device)
+    train_mu = train_mu[chosen]
     if train.labels is not None:
         weight, bias = ridge_regression(train_mu, F.one_hot(train.labels[chosen]).float())
         row["probe_accuracy"] = float(((mu @ weight + bias).argmax(1) == test.labels).float().mean())
@@ -316,7 +326,7 @@ def p_value(found):
 
 # Heading: beginnings of names, measures
 TABLES = {
-    "scores": ("", ("fd", "fd, before", "is", "kid", "precision", "recall", "diversity", "novelty", "hf_energy")),
+    "scores": ("", ("fd", "fd, before", "is", "kid", "precision", "recall", "diversity", "hf_energy")),
     "losses": ((FORM1, "stage2-"),
                ("fd", "hf_energy", "kl_nats", NOISY, "path_over_distance", "probe_r2", "probe_accuracy")),
     "conditioning: fd of reconstructions": (
@@ -333,7 +343,7 @@ TABLES = {
     "cost: what latent diffusion saves": (
         "bonus-", ("seconds_per_image, saved %", "peak_memory_mb, saved %", "gflops_per_image, saved %", "fd",
                    "fd, ceiling")),
-    "priors": ((FORM1, "stage3-"), [f"{measure}{prior}" for measure in ("fd, ", "log_density ")
+    "priors": ((FORM1, "stage3-"), [f"{measure}{prior}" for measure in ("fd, ", "log_density ", "novelty ")
                                     for prior in ("gaussian", "gmm", "flow")]),
 }
 

@@ -90,7 +90,7 @@ def test_smoke(name, small, monkeypatch, capsys):
         assert len(list((folder / "samples").iterdir())) == 40
     fid.main(["shapes", str(folder / "samples")])  # of the last run
     scores = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    for score in ("fd", "floor", "kid", "precision", "recall", "diversity", "novelty", "hf_energy"):
+    for score in ("fd", "floor", "kid", "precision", "recall", "diversity", "hf_energy"):
         assert float(scores[score]) == pytest.approx(rows[0][score]["value"], rel=0.01, abs=1e-6)
     monkeypatch.setattr(common, "Progress", refuse)
     monkeypatch.setattr(fid, "Scorer", stop)

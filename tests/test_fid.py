@@ -325,14 +325,8 @@ def test_every_score(count, here, local):
     assert all(row[name]["low"] < row[name]["value"] < row[name]["high"] for name in ("fd", "is"))
     real, (held_out, _), (x, _) = (scorer.real, *(fid.extract(local, i) for i in (data.test.images, images)))
     precision, recall = fid.precision_recall(real[:count], x)
-    training, _ = fid.extract(local, data.train.images)
-
-    def to_nearest(features):
-        return torch.cdist(features.double(), training.double()).min(1)[0].mean().item()
-
     expected = {"fd": fid.frechet_distance(moments(x), moments(real)),
                 "floor": fid.frechet_distance(moments(held_out[:count]), moments(real)),
-                "novelty": to_nearest(x) / to_nearest(held_out[:count]),
                 "precision": precision, "recall": recall, "kid": fid.kid(real[:count], x),
                 "diversity": fid.diversity(real[:count], x), "hf_energy": fid.hf_energy(images, data.test.images)}
     assert {name: row[name]["value"] for name in expected} == pytest.approx(expected, rel=1e-6)
@@ -342,8 +336,7 @@ def test_every_score(count, here, local):
 def test_order_does_not_matter(here):
     """Neither of generated images that come class by class, nor of real ones, of which only the first are compared."""
     levels = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32) + 20
-    real, held_out = common.ImageData(levels, ""), common.ImageData(levels[::4] + 16, "")
-    data = common.Data(real, held_out, real)
+    data = common.Data(None, common.ImageData(levels[::4], ""), common.ImageData(levels, ""))
     scorer = fid.Scorer(Colours(), data)
     assert scorer(levels)["is"]["value"] > 5  # every part of the images has nearly all of eight classes
     assert scorer.real[:, 0].sort().values.tolist() == pytest.approx(list(range(20, 220)), abs=1e-3)
@@ -390,7 +383,7 @@ def test_command_on_folders(folders, capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"50 images of {good} against 54 of {real}, features imagenet"
     found = {name: float(value) for name, value, *_ in map(str.split, lines)}
-    assert found.keys() == {"fd", "is", "floor", "kid", "precision", "recall", "diversity", "novelty", "hf_energy"}
+    assert found.keys() == {"fd", "is", "floor", "kid", "precision", "recall", "diversity", "hf_energy"}
 
 
 def test_command_on_a_data_set(folders, capsys):

@@ -37,7 +37,7 @@ def test_robustness(here):
     a VAE, and of a refiner that copies what it is shown. A refiner that knows the clean images has one fd."""
     model = tiny_model(prior="gaussian", seed=5, probe_samples=50)
     samples = common.ImageData(stage1_baseline.generate(model, model.settings, torch.randn(300, 8))[1], "")
-    scorer = fid.Scorer(fid.load_extractor("local"), common.Data(samples, samples, samples))
+    scorer = fid.Scorer(fid.load_extractor("local"), common.Data(None, samples, samples))
 
     def measured():
         rows = final.robustness(here, stage1_baseline, model, model.settings, scorer)
@@ -98,7 +98,8 @@ def test_latent_space(here, monkeypatch):
     model, seen = tiny_model(sample_steps=1), []
     means, factors = torch.randn(2, 8), torch.randn(2, 8, 8).tril(-1) + torch.eye(8)
     model.priors |= {"gmm": common.GaussianMixture(torch.tensor([0.3, 0.7]), means, factors),
-                     "seen": SimpleNamespace(log_prob=lambda z: seen.append(z) or torch.zeros(1))}
+                     "seen": SimpleNamespace(log_prob=lambda z: seen.append(z) or torch.zeros(1),
+                                             sample=lambda count, gen: encode(None, train.images, CPU)[0])}
     row, = final.latent_space(here, stage1_baseline, model, model.settings, scorer)
     mu, _ = encode(None, test.images, CPU)
     codes, q = seen[0], Normal(mu, math.exp(-1))
@@ -107,6 +108,10 @@ def test_latent_space(here, monkeypatch):
     mixture = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), MultivariateNormal(means, scale_tril=factors))
     for name, density in (("gaussian", Normal(0.0, 1.0).log_prob(codes).sum(1)), ("gmm", mixture.log_prob(codes))):
         assert row[f"log_density {name}"] == pytest.approx(density.mean().item(), rel=1e-4)
+    of_prior = model.priors["gmm"].sample(60, common.generator(0, "codes"))
+    training = encode(None, train.images, CPU)[0]
+    new, real = ((x[:, None] - training).norm(dim=2).min(1)[0].mean().item() for x in (of_prior, codes))
+    assert row["novelty gmm"] == pytest.approx(new / real, rel=1e-3) and row["novelty seen"] < 0.02
     assert row["probe_accuracy"] == 1 and row["probe_r2"] == pytest.approx(2 / 3, abs=0.1)
     path = [model.vae.decoder(stage2_joint.slerp(mu[:16], mu[16:32], w / 8)) for w in range(9)]
     features = torch.stack([fid.extract(scorer.extractor, common.to_uint8(x))[0] for x in path], 1)
