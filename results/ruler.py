@@ -24,10 +24,10 @@ import stage1_baseline  # noqa: E402
 
 
 def warp(x, pixels, gen):
-    """Images (N, 3, S, S) moved by a smooth random field whose displacements along each axis have the sd `pixels`."""
+    """Images (N, 3, S, S) moved by a random field: noise, blurred with a sd of 3 pixels, whose displacements along each
+    axis have the sd `pixels`."""
     n, _, size, _ = x.shape
-    noise = torch.randn(n, 2, size, size, generator=gen).numpy()
-    field = torch.from_numpy(gaussian_filter(noise, (0, 0, size / 8, size / 8)))
+    field = torch.from_numpy(gaussian_filter(torch.randn(n, 2, size, size, generator=gen).numpy(), (0, 0, 3, 3)))
     shift = (field * pixels / field.std()).permute(0, 2, 3, 1) * 2 / size  # grid_sample counts from -1 to 1
     grid = F.affine_grid(torch.eye(2, 3).expand(n, -1, -1), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid + shift, padding_mode="border", align_corners=False)
